@@ -1,0 +1,74 @@
+"""LoRA for any PyTorch Lightning model: one callback, in the format that the whole ecosystem reads.
+
+    from lightning_lora import LoRACallback
+    trainer = Trainer(callbacks=[LoRACallback(rank=8, alpha=16)])
+
+The names below are public. They are imported when first used: `import lightning_lora` costs nothing beyond torch's
+own import, and the engine works where Lightning is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LoRAConfig": "lightning_lora.engine",
+    "InjectionReport": "lightning_lora.engine",
+    "inject": "lightning_lora.engine",
+    "remove": "lightning_lora.engine",
+    "merge": "lightning_lora.engine",
+    "merged": "lightning_lora.engine",
+    "adapter_state_dict": "lightning_lora.engine",
+    "load_adapter_state_dict": "lightning_lora.engine",
+    "save_adapter": "lightning_lora.hub",
+    "load_adapter": "lightning_lora.hub",
+    "LoRACallback": "lightning_lora.training",
+    "load_from_checkpoint": "lightning_lora.training",
+    "LightningLoRAError": "lightning_lora.errors",
+}
+
+__all__ = [
+    "InjectionReport",
+    "LightningLoRAError",
+    "LoRACallback",
+    "LoRAConfig",
+    "adapter_state_dict",
+    "inject",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "load_from_checkpoint",
+    "merge",
+    "merged",
+    "remove",
+    "save_adapter",
+]
+
+if TYPE_CHECKING:
+    from lightning_lora.engine import (
+        InjectionReport,
+        LoRAConfig,
+        adapter_state_dict,
+        inject,
+        load_adapter_state_dict,
+        merge,
+        merged,
+        remove,
+    )
+    from lightning_lora.errors import LightningLoRAError
+    from lightning_lora.hub import load_adapter, save_adapter
+    from lightning_lora.training import LoRACallback, load_from_checkpoint
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

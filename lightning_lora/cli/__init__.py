@@ -1,0 +1,1 @@
+"""The command line: one Hydra command per file, composed from the groups in conf/."""

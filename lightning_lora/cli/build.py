@@ -1,0 +1,43 @@
+"""Builds the objects that the settings describe, and says which setting an error came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError
+
+EXTRAS = {"TensorBoardLogger": ("tensorboard", "tensorboard"), "WandbLogger": ("wandb", "wandb")}
+"""Class name -> the package it needs and the extra of ours that brings it."""
+
+
+def build(settings: dict[str, Any], where: str, **arguments: Any) -> Any:
+    """The object that the node at the dotted key `where` describes, with further keyword `arguments`.
+
+    Raises ConfigError where the node has no target, MissingExtraError where an optional package is missing, and
+    whatever the target itself raises, without Hydra's wrapping.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    node: Any = settings
+    for part in where.split("."):
+        node = node[part]
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError(f"{where} has no _target_: name the class or function that it describes.")
+    try:
+        return instantiate(node, **arguments, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and not isinstance(cause, LightningLoRAError):
+            name = node["_target_"].rpartition(".")[2]
+            if name in EXTRAS:
+                raise MissingExtraError(f"{where} ({name})", *EXTRAS[name]) from cause
+        raise cause if isinstance(cause, Exception) else error from None
+
+
+def build_each(settings: dict[str, Any], where: str) -> list[Any]:
+    """The objects that a group of named nodes describes; one that is null is left out."""
+    group = settings[where] or {}
+    if "_target_" in group:
+        raise ConfigError(f"{where} holds nodes by name, not one _target_: write {where}.my_name._target_=...")
+    return [build(settings, f"{where}.{name}") for name, node in group.items() if node is not None]

@@ -1,0 +1,125 @@
+"""Composes a configuration ahead of Hydra's own run: what would be refused, and what there is to mean instead."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from hydra import compose, initialize_config_module
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lightning_lora.cli.signature import parameter_names
+
+CONFIG_MODULE = "lightning_lora.conf"
+
+
+@contextmanager
+def rehearsal(config_name: str, arguments: list[str]) -> Iterator[DictConfig]:
+    """The configuration of a run (of the first job of a sweep) as its job will see it, before anything is on disk."""
+    config = composed(config_name, arguments).config
+    with open_dict(config):
+        config.hydra.runtime.output_dir = os.getcwd()
+        config.hydra.job.id = config.hydra.job.num = 0
+        HydraConfig.instance().set_config(config)
+        del config["hydra"]
+    try:
+        yield config
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+class Composed(NamedTuple):
+    """A configuration, and what it could have been composed from."""
+
+    config: DictConfig
+    groups: dict[str, list[str]]
+    """Config group -> its options."""
+
+
+def refused_key(error: Exception) -> str | None:
+    """The key of the override that Hydra could not apply, or None where `error` says something else."""
+    found = re.match(r"Could not (?:override|delete from config)[^']*'~?([^'=]+)", str(error))
+    return found and found[1]
+
+
+def composed(config_name: str, arguments: list[str], but: str | None = None) -> Composed:
+    """The configuration of a run with Hydra's command line `arguments`, of the first job where it is a sweep.
+
+    With a key `but`, its overrides are left out, and any other that would be refused. Raises Hydra's
+    ConfigCompositionException.
+    """
+    args = get_args_parser().parse_args(arguments)
+    overrides = OverridesParser.create().parse_overrides(args.overrides)
+    if args.multirun:
+        overrides = [_first_of_sweep(override) for override in overrides]
+    left_out = {but}
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        while True:
+            kept = [o.input_line or "" for o in overrides if o.key_or_group not in left_out]
+            if args.config_dir:
+                kept.append(f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]")
+            try:
+                config = compose(args.config_name or config_name, kept, return_hydra_config=True)
+                return Composed(config, {group: loader.get_group_options(group) for group in _groups(loader)})
+            except ConfigCompositionException as error:
+                key = refused_key(error)
+                if but is None or key is None or key in left_out:
+                    raise
+                left_out.add(key)
+
+
+def with_pluses(config_name: str, arguments: list[str]) -> list[str]:
+    """`arguments` with the plus that Hydra wants before a setting that no file lists, where its target takes it.
+
+    The signatures are the schema, so files list only what a reader should see. Raises ConfigCompositionException for
+    a setting or an option that does not exist.
+    """
+    while True:
+        try:
+            composed(config_name, arguments)
+            return arguments
+        except ConfigCompositionException as error:
+            key = refused_key(error)
+            if key is None or not any(a.startswith(f"{key}=") for a in arguments):
+                raise
+            *parents, name = key.split(".")
+            node = OmegaConf.select(composed(config_name, arguments, but=key).config, ".".join(parents))
+            if not parents or not isinstance(node, DictConfig) or name not in parameter_names(node):
+                raise
+            arguments = [f"+{a}" if a.startswith(f"{key}=") else a for a in arguments]
+
+
+def keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of `config`, dotted, the inner ones of each node after its own."""
+    for name in map(str, config):
+        yield f"{prefix}{name}"
+        node = config._get_node(name)
+        # A reference to another node repeats its keys, and a missing one has none.
+        if isinstance(node, DictConfig) and not node._is_interpolation() and not node._is_none():
+            yield from keys(node, f"{prefix}{name}.")
+
+
+def _first_of_sweep(override: Override) -> Override:
+    if not override.is_sweep_override():
+        return override
+    sign, _, _ = (override.input_line or "").partition(override.key_or_group)
+    first = next(iter(override.sweep_string_iterator()))
+    return OverridesParser.create().parse_override(f"{sign}{override.key_or_group}={first}")
+
+
+def _groups(loader: ConfigLoader) -> list[str]:
+    top = loader.list_groups("")
+    return [group for group in top if group != "hydra" and loader.get_group_options(group, ObjectType.CONFIG)]

@@ -1,0 +1,75 @@
+"""Turns an error that a user can cause into a message of one screen."""
+
+from __future__ import annotations
+
+import sys
+
+import yaml
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_lora.cli.composition import composed, keys, refused_key
+from lightning_lora.cli.signature import parameter_names
+from lightning_lora.errors import LightningLoRAError, closest, listed
+
+
+def explain(error: Exception) -> str | None:
+    """The message for `error`; None where it is no error of the user's, and its traceback is wanted."""
+    if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
+        cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        return f"{error}{cause}"
+    if isinstance(error, LightningLoRAError) or _is_lightnings_own(error):
+        return str(error)
+    return None
+
+
+def explain_composition(error: ConfigCompositionException, config_name: str, overrides: list[str]) -> str:
+    """The message for a group option or a setting that does not exist, with the closest ones that do."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        return _unknown_option(error)
+    if key := refused_key(error):
+        return _unknown_key(key, config_name, overrides)
+    return explain(error) or ""
+
+
+def _unknown_option(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    options = error.options or []
+    meant = closest(option, options, count=1)
+    hint = f" Did you mean {group}={meant[0]}?" if meant else ""
+    return (
+        f"{group}={option}: there is no such option.{hint}\n"
+        f"  Options of {group}: {listed(options, 20)}\n"
+        f"  For one of your own, {group}/{option}.yaml in a folder given with --config-dir."
+    )
+
+
+def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
+    config, groups = composed(config_name, overrides, but=key)
+    config = OmegaConf.masked_copy(config, [k for k in map(str, config) if k != "hydra"])
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    known = [*keys(config), *groups]
+    if node is None:
+        parent, node = "", config  # not even the node is there: say what the top level has
+    names = {k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent}
+    if parent and isinstance(node, DictConfig):
+        names |= set(parameter_names(node))
+    names = {n for n in names if not n.startswith("_")}
+    beside = [f"{parent}.{n}" if parent else n for n in closest(name, names, count=1)]
+    elsewhere = [k for k in known if k.rpartition(".")[2] == name]  # rank for lora.rank
+    meant = [*elsewhere, *beside] or ([] if names else closest(key, known, count=1))
+    hint = f" Did you mean {meant[0]}?" if meant else ""
+    if key in groups:
+        hint = f" Choose one of its options: {listed(groups[key], 20)}"
+    lines = [f"{key}: there is no such setting.{hint}"]
+    if names:
+        lines.append(f"  {parent or 'The top level'} has: {listed(sorted(names), 30)}")
+    return "\n".join(lines)
+
+
+def _is_lightnings_own(error: Exception) -> bool:
+    """Whether Lightning found the set-up impossible. If it was never imported, it has raised nothing."""
+    exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return exceptions is not None and isinstance(error, exceptions.MisconfigurationException)

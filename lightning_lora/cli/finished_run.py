@@ -1,0 +1,69 @@
+"""`run=FOLDER`: the model, data and task of a finished run, taken from its folder instead of spelt out again."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from lightning_lora.cli.composition import CONFIG_MODULE
+from lightning_lora.cli.results import CONFIG, RESULTS
+from lightning_lora.errors import ConfigError
+
+TAKEN = ("model", "data", "task")
+LINKED = ("model", "optimizer", "scheduler")
+
+
+def with_finished_run(command: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """The config name and the arguments for Hydra: where there is a `run=FOLDER`, a configuration made from it.
+
+    A group that the user chooses anew (`data=text`) is not taken from the run. Raises ConfigError for a folder that is
+    no run's.
+    """
+    given = [a for a in arguments if a.startswith("run=")]
+    if not given:
+        return command, arguments
+    folder = Path(given[-1].removeprefix("run=").strip("'\"")).expanduser()
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"run={folder} is not the folder of a run: it has no {CONFIG}.")
+    taken = [name for name in TAKEN if not any(a.startswith(f"{name}=") for a in arguments)]
+    name = f"{command}_of_run"
+    ConfigStore.instance().store(name=name, node=_configuration(command, folder.absolute(), taken))
+    return name, [a for a in arguments if a not in given]
+
+
+def _configuration(command: str, folder: Path, taken: list[str]) -> dict[str, Any]:
+    text = files(CONFIG_MODULE).joinpath(f"{command}.yaml").read_text(encoding="utf-8")
+    config: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    config["defaults"] = [d for d in config["defaults"] if d == "_self_" or next(iter(d)) not in taken]
+    run: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=False)
+    for name in taken:
+        config[name] = _linked(run[name], run)
+    config.update(_trained(folder, adapted=run.get("lora") is not None))
+    return config
+
+
+def _linked(node: Any, run: dict[str, Any]) -> Any:
+    """`node` with references where it repeats another node, so that model.dtype=... still reaches the task."""
+    for key, value in (node or {}).items():
+        for name in LINKED:
+            if isinstance(value, dict) and value == run.get(name):
+                node[key] = f"${{{name}}}"
+    return node
+
+
+def _trained(folder: Path, adapted: bool) -> dict[str, str | None]:
+    """What the run has trained: its adapter, or where it had none its best checkpoint."""
+    if (folder / "adapter").is_dir():
+        return {"adapter": str(folder / "adapter")}
+    results = folder / RESULTS
+    best = json.loads(results.read_text(encoding="utf-8")).get("best_checkpoint") if results.is_file() else None
+    if adapted or best is None:
+        beside = sorted(str(path) for path in folder.glob("checkpoints/*-adapter"))
+        hint = f"Name one that lies beside a checkpoint with adapter=: {', '.join(beside)}" if beside else ""
+        raise ConfigError(f"run={folder} has no {'adapter' if adapted else 'best checkpoint'}: it did not end. {hint}")
+    return {"adapter": None, "ckpt_path": str(folder / best)}

@@ -1,0 +1,108 @@
+"""Runs one command under Hydra: compose, check, run; then the process is as it was."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hydra import main as hydra_main
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from lightning_lora.cli.composition import CONFIG_MODULE, rehearsal, with_pluses
+from lightning_lora.cli.explain import explain, explain_composition
+from lightning_lora.cli.finished_run import with_finished_run
+from lightning_lora.cli.main import docstring
+from lightning_lora.cli.schema import checked
+from lightning_lora.cli.sweep import record_failure
+from lightning_lora.errors import ConfigError
+
+
+def launch(command: str, arguments: list[str]) -> int:
+    """Run `command` with Hydra's `arguments`; returns the exit status.
+
+    Errors are raised, one of composition as a ConfigError with the closest names. Only in a sweep are those of a job
+    shown and kept for its table, so that the other jobs run.
+    """
+    # argparse, which Hydra reads with, takes no flag between two overrides.
+    arguments = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
+    module = import_module(f"lightning_lora.cli.{command}")
+    if "--help" in arguments or "-h" in arguments:
+        print(docstring(command), end="\n\n")
+    program = str(Path(sys.argv[0]).absolute())
+    status = 0
+    failure: Exception | None = None
+    before = os.environ.get("HYDRA_FULL_ERROR")
+
+    def job(config: DictConfig) -> Any:
+        nonlocal status, failure
+        with _process(_job_argv(program, command, arguments), full_error=before):
+            try:
+                return module.run(checked(config, module.Settings))
+            except Exception as error:
+                if HydraConfig.get().mode is RunMode.MULTIRUN:
+                    status = 2
+                    record_failure(error, explain(error))
+                else:
+                    failure = error  # raised below: through Hydra it would be announced twice
+
+    # A module beside the user counts, as it does for `python -m`; last, so that it cannot shadow a package.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    config_name, overrides = with_finished_run(command, arguments)
+    try:
+        overrides = with_pluses(config_name, overrides)
+        if _will_run(overrides):
+            # Ahead of Hydra, which first makes the folder of a run, even of one that cannot be.
+            with rehearsal(config_name, overrides) as config:
+                checked(config, module.Settings)
+        with _process([f"lightning-lora {command}", *overrides], full_error="1"):
+            hydra_main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=config_name)(job)()
+    except ConfigCompositionException as error:
+        raise ConfigError(explain_composition(error, config_name, overrides)) from error
+    if failure is not None:
+        raise failure
+    return status
+
+
+def _will_run(arguments: list[str]) -> bool:
+    """Whether Hydra is asked to run, and not to show its help or the configuration."""
+    args = get_args_parser().parse_args(arguments)
+    return not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
+
+
+def _job_argv(program: str, command: str, arguments: list[str]) -> list[str]:
+    """The command line of this job alone: a process that Lightning starts for another device repeats it."""
+    hydra = HydraConfig.get()
+    if hydra.mode is RunMode.MULTIRUN:
+        overrides = get_args_parser().parse_args(arguments).overrides
+        flags = [a for a in arguments if a not in overrides and a not in ("-m", "--multirun")]
+        arguments = [*flags, *hydra.overrides.task]
+    return [program, command, *arguments]
+
+
+@contextmanager
+def _process(argv: list[str], full_error: str | None) -> Iterator[None]:
+    """Show `argv` to Hydra or to Lightning, and tell Hydra whether it may turn exceptions into text and an exit."""
+    argv_before, error_before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = argv
+    _set("HYDRA_FULL_ERROR", full_error)
+    try:
+        yield
+    finally:
+        sys.argv = argv_before
+        _set("HYDRA_FULL_ERROR", error_before)
+
+
+def _set(variable: str, value: str | None) -> None:
+    os.environ.pop(variable, None)
+    if value is not None:
+        os.environ[variable] = value

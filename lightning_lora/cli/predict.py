@@ -1,0 +1,68 @@
+"""Write what a model with an adapter makes of each input, as lines of JSON.
+
+lightning-lora predict run=runs/train/2025-01-31_12-00-00      a run's adapter on the data of that run
+lightning-lora predict adapter=FOLDER model=pretrained model.name=ID data=text data.source.path=prompts.txt
+lightning-lora predict adapter=null                            the bare base
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.cli.results import shown
+from lightning_lora.cli.schema import Node
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The top-level keys of the configuration; each node's own keys are those of its target."""
+
+    model: Node
+    data: Node
+    task: Node
+    trainer: Node
+    optimizer: Node
+    scheduler: Node
+    adapter: str | None
+    ckpt_path: str | None
+    seed: int | None
+    run_dir: str
+
+
+def run(settings: dict[str, Any]) -> None:
+    """Predict as `settings` say; writes predictions.jsonl to `run_dir`."""
+    from lightning_lora.cli.trained import trained
+
+    trainer, task, data = trained(settings)
+    batches = trainer.predict(task, data, ckpt_path=settings["ckpt_path"]) or []
+    # Each process predicts a share of the inputs.
+    name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"
+    path = Path(settings["run_dir"]) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for batch in batches:
+            for row in rows(batch):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+    print(f"\npredictions  {shown(path)} ({count:,} lines)")
+
+
+def rows(batch: Any) -> Iterator[Any]:
+    """One plain value for each input of what a `predict_step` returned: a list, a tensor, or a dict of these."""
+    if isinstance(batch, dict):
+        columns = {name: list(rows(column)) for name, column in batch.items()}
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+    elif hasattr(batch, "tolist"):
+        plain = batch.tolist()
+        yield from plain if isinstance(plain, list) else [plain]
+    elif isinstance(batch, (list, tuple)):
+        for item in batch:
+            yield item.tolist() if hasattr(item, "tolist") else item
+    else:
+        yield batch

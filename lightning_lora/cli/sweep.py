@@ -1,0 +1,105 @@
+"""One table for a sweep: what was varied, what came out, the best job first."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from lightning_lora.cli.results import RESULTS, shown, write_json
+from lightning_lora.cli.table import table
+
+
+class SweepTable(Callback):
+    """Hydra's callback: results.csv in the sweep's folder after each job, the table on the screen after the last.
+
+    It reads the jobs' results.json and nothing else, so it does not matter which launcher ran them, or where.
+    """
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.hydra.mode.name == "MULTIRUN":
+            write_table(Path(config.hydra.sweep.dir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        if rows := write_table(folder):
+            # The file has the errors in full.
+            rows = [{name: _shortened(value) for name, value in row.items()} for row in rows]
+            print(f"\n{table(rows)}\n\nTable: {shown(folder / 'results.csv')}")
+
+
+def record_failure(error: Exception, message: str | None) -> None:
+    """Say why the running job of a sweep failed, and leave it in its folder for the table."""
+    import traceback
+
+    hydra = HydraConfig.get()
+    if message is None:
+        traceback.print_exception(error)
+        message = f"{type(error).__name__}: {error}"
+    else:
+        print(f"\njob {hydra.job.num}: {message}")
+    folder = Path(hydra.runtime.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RESULTS, {"overrides": list(hydra.overrides.task), "error": message})
+
+
+def write_table(sweep: Path) -> list[dict[str, Any]]:
+    """Gather the results in the folders below `sweep` into its results.csv; returns the rows, the best first."""
+    jobs = [{"folder": p.parent.name, **json.loads(p.read_text(encoding="utf-8"))} for p in sweep.glob(f"*/{RESULTS}")]
+    jobs.sort(key=lambda job: (_rank(job), int(job["folder"]) if job["folder"].isdigit() else 0))
+    settings = [_settings(job) for job in jobs]
+    varied = [
+        name for name in dict.fromkeys(n for s in settings for n in s) if len({s.get(name) for s in settings}) > 1
+    ]
+    rows = [
+        {name: s.get(name) for name in varied}
+        | job.get("after", {})
+        | {"seconds": job.get("seconds"), "folder": job["folder"]}
+        | ({"error": job["error"].splitlines()[0]} if "error" in job else {})
+        for job, s in zip(jobs, settings, strict=True)
+    ]
+    # A job that failed has fewer values: what came first in any row must not decide the order.
+    last = ("seconds", "folder", "error")
+    columns = sorted(
+        dict.fromkeys(key for row in rows for key in row), key=lambda name: name in last and last.index(name) + 1
+    )
+    rows = [{column: row.get(column) for column in columns} for row in rows]
+    if rows:
+        with (sweep / "results.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=columns)
+            writer.writeheader()
+            writer.writerows(rows)
+    return rows
+
+
+def _settings(job: dict[str, Any]) -> dict[str, Any]:
+    """What the job's overrides set: key -> value."""
+    return {key.lstrip("+~"): _number(value) for key, _, value in (o.partition("=") for o in job["overrides"])}
+
+
+def _rank(job: dict[str, Any]) -> float:
+    """Small is good. A job that failed or diverged comes last."""
+    value = job.get("after", {}).get(job.get("monitor"))
+    if value is None:
+        return math.inf
+    return -value if job["mode"] == "max" else value
+
+
+def _shortened(value: Any) -> Any:
+    return f"{value[:57]}..." if isinstance(value, str) and len(value) > 60 else value
+
+
+def _number(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

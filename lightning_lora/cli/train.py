@@ -1,0 +1,205 @@
+"""Fine-tune a model with LoRA adapters, and leave a folder with all that came of it.
+
+lightning-lora train                                       the embedded model and data: needs no network
+lightning-lora train lora.rank=16 optimizer.lr=5e-4        any setting, by its name
+lightning-lora train model=pretrained model.name=ID data=text data.source.path=notes.txt
+lightning-lora train -m lora.rank=4,8,16                   a sweep, with one table at its end
+lightning-lora train ckpt_path=RUN/checkpoints/last.ckpt   go on from a checkpoint
+lightning-lora train task=custom task._target_=my.Task data=custom data._target_=my.Data
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from omegaconf import OmegaConf
+
+from lightning_lora.cli.build import build, build_each
+from lightning_lora.cli.noise import quieten
+from lightning_lora.cli.results import CONFIG, METRICS, RESULTS, metrics_of, read_metrics, shown, write_json
+from lightning_lora.cli.schema import Node
+from lightning_lora.cli.table import table
+from lightning_lora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+PROGRAM = "lightning-lora"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The top-level keys of the configuration; each node's own keys are those of its target."""
+
+    model: Node
+    data: Node
+    task: Node
+    optimizer: Node
+    scheduler: Node
+    trainer: Node
+    callbacks: Node
+    logger: Node
+    lora: Node
+    seed: int | None
+    monitor: str
+    mode: Literal["min", "max"]
+    evaluate_before: bool
+    ckpt_path: str | None
+    run_dir: str
+
+
+def run(settings: dict[str, Any]) -> float | None:
+    """Train as `settings` say; returns the monitored metric of the best checkpoint, which a sweeper optimises.
+
+    Raises SystemExit with status 130 where the user interrupts, after saying how to go on.
+    """
+    results = train(settings)
+    folder = Path(settings["run_dir"])
+    if results is not None:
+        print(f"\n{_summary(results)}\n\n{_where(folder, results)}")
+        return results["after"].get(settings["monitor"])
+    return None
+
+
+def train(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
+    import lightning.pytorch as pl
+
+    quieten()
+    checkpoint = settings["ckpt_path"]
+    if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
+        raise ConfigError(f"ckpt_path={checkpoint}: there is no such checkpoint.")
+    folder = Path(settings["run_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings["seed"] is not None:
+        pl.seed_everything(settings["seed"], workers=True, verbose=False)
+    task: LightningModule = build(settings, "task")
+    data: LightningDataModule = build(settings, "data")
+    _train_new_heads(settings, task)
+    trainer: Trainer = build(
+        settings, "trainer", callbacks=build_each(settings, "callbacks"), logger=build_each(settings, "logger")
+    )
+    _check_processes(trainer)
+    if trainer.is_global_zero:
+        OmegaConf.save(OmegaConf.create(settings), folder / CONFIG)
+
+    before = _validate(trainer, task, data, None) if settings["evaluate_before"] else {}
+    started = time.perf_counter()
+    try:
+        trainer.fit(task, data, ckpt_path=checkpoint)
+    except SystemExit:
+        if trainer.interrupted:
+            _say_how_to_go_on(folder)
+        raise
+    seconds = time.perf_counter() - started
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    trainer.loggers = []  # the best checkpoint's metrics are in the log already, at the step that they belong to
+    after = _validate(trainer, task, data, best) if best else metrics_of(trainer)
+    if not trainer.is_global_zero:
+        return None
+    results = {
+        "before": before,
+        "after": after,
+        "monitor": settings["monitor"],
+        "mode": settings["mode"],
+        "trainable_parameters": sum(p.numel() for p in task.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in task.parameters()),
+        "steps": trainer.global_step,
+        "seconds": round(seconds, 2),
+        "best_checkpoint": best and os.path.relpath(best, folder),
+        "adapter": _keep_adapter(folder, best),
+        "overrides": _overrides(),
+    }
+    write_json(folder / RESULTS, results)
+    _plot(folder, settings)
+    return results
+
+
+def _train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:
+    """A task with a new, random head (a classifier) trains it whole, where the settings do not say what to save."""
+    heads = getattr(task, "head_modules", [])
+    for callback in (settings["callbacks"] or {}).values():
+        config = (callback or {}).get("config")
+        if heads and isinstance(config, dict) and config.get("modules_to_save") is None:
+            config["modules_to_save"] = list(heads)
+
+
+def _validate(
+    trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: str | None
+) -> dict[str, float]:
+    trainer.validate(task, data, ckpt_path=checkpoint, verbose=False)
+    return metrics_of(trainer)
+
+
+def _keep_adapter(folder: Path, checkpoint: str | None) -> str | None:
+    """Copy the adapter folder that lies beside the best checkpoint to where a reader looks for it."""
+    beside = checkpoint and Path(checkpoint).with_name(f"{Path(checkpoint).stem}-adapter")
+    if not beside or not beside.is_dir():
+        return None
+    shutil.copytree(beside, folder / "adapter", dirs_exist_ok=True)
+    return "adapter"
+
+
+def _plot(folder: Path, settings: dict[str, Any]) -> None:
+    if not (folder / METRICS).is_file():
+        return
+    from lightning_lora.cli.plot import plot_training
+
+    curves = read_metrics(folder / METRICS)
+    lora = settings["lora"]
+    title = f"LoRA, rank {lora['rank']}" if lora and "rank" in lora else "training"
+    plot_training(curves, folder / "loss.png", title=title, monitor=settings["monitor"], mode=settings["mode"])
+
+
+def _overrides() -> list[str]:
+    """What the user asked for on the command line; nothing where the run was not started from one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _summary(results: dict[str, Any]) -> str:
+    share = results["trainable_parameters"] / max(1, results["parameters"])
+    names = sorted({*results["before"], *results["after"]})
+    rows = [{"metric": n, "before": results["before"].get(n), "after": results["after"].get(n)} for n in names]
+    trained = f"{results['trainable_parameters']:,} of {results['parameters']:,} parameters trained ({share:.2%})"
+    spent = f"{results['steps']:,} steps, {results['seconds']:.0f} s"
+    return f"{table(rows, ['metric', 'before', 'after'])}\n\n{trained}, {spent}"
+
+
+def _where(folder: Path, results: dict[str, Any]) -> str:
+    """One line for each thing that the run left, and the command that evaluates it."""
+    left = [
+        ("adapter", "adapter"),
+        ("checkpoints", "checkpoints"),
+        ("metrics", METRICS),
+        ("plot", "loss.png"),
+        ("results", RESULTS),
+        ("settings", CONFIG),
+    ]
+    lines = [f"{what:<12} {shown(folder / name)}" for what, name in left if (folder / name).exists()]
+    lines.append(f"{'evaluate':<12} {PROGRAM} evaluate run={shlex.quote(shown(folder))}")
+    return "\n".join(lines)
+
+
+def _say_how_to_go_on(folder: Path) -> None:
+    """After an interrupt: which checkpoint is the newest, and how to resume. Leaves with a shell's status, 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has turned it off
+    checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        print(f"\nInterrupted before the first checkpoint. The run's folder is {shown(folder)}")
+        raise SystemExit(130)
+    newest = f"ckpt_path={shown(checkpoints[-1])}"
+    # Hydra reads "=" inside a value as the start of another unless it is quoted.
+    quoted = newest if newest.count("=") == 1 else newest.replace("=", "='", 1) + "'"
+    overrides = [o for o in _overrides() if not o.startswith("ckpt_path=")]
+    command = shlex.join([PROGRAM, "train", *overrides, quoted])
+    print(f"\nInterrupted. The last checkpoint is {shown(checkpoints[-1])}\nGo on with: {command}")
+    raise SystemExit(130)

@@ -1,0 +1,51 @@
+"""The trained model of evaluate and predict: task, data and Trainer; the adapter is loaded once the model is built."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_lora import load_adapter
+from lightning_lora.cli.build import build
+from lightning_lora.cli.noise import quieten
+from lightning_lora.errors import ConfigError
+
+
+class LoadedAdapter(pl.Callback):
+    """Puts the adapter in `folder` onto the model, right after the model is built and before it moves to its device."""
+
+    def __init__(self, folder: str) -> None:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"adapter={folder}: there is no such folder.")
+        self.folder = folder
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Layers may be built by the module's own hooks, which run after this one: load after the last of them.
+        last = next((hook for hook in ("configure_model", "setup") if is_overridden(hook, pl_module)), None)
+        if last is None:
+            load_adapter(pl_module, self.folder)
+            return
+        build_layers = getattr(pl_module, last)
+
+        @functools.wraps(build_layers)  # Lightning asks of the function underneath whether the hook is overridden
+        def build_and_load(*args: Any, **kwargs: Any) -> None:
+            setattr(pl_module, last, build_layers)
+            build_layers(*args, **kwargs)
+            load_adapter(pl_module, self.folder)
+
+        setattr(pl_module, last, build_and_load)
+
+
+def trained(settings: dict[str, Any]) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
+    """Trainer, task and data as `settings` describe them; a hook of the Trainer loads the adapter."""
+    quieten()
+    if settings["seed"] is not None:
+        pl.seed_everything(settings["seed"], workers=True, verbose=False)
+    task, data = build(settings, "task"), build(settings, "data")
+    callbacks = [] if settings["adapter"] is None else [LoadedAdapter(settings["adapter"])]
+    trainer = build(settings, "trainer", callbacks=callbacks, logger=False, enable_checkpointing=False)
+    return trainer, task, data

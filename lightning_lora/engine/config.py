@@ -1,0 +1,210 @@
+"""What to adapt, and how: one frozen object, passed whole, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from lightning_lora.engine.inits import INITS
+from lightning_lora.engine.scaling import scale_of
+from lightning_lora.errors import ConfigError, listed
+
+Bias = Literal["none", "all", "lora_only"]
+AdapterDtype = Literal["float32", "base"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adaptation of a model: h = W x + scale * B A x, W frozen (Hu et al. 2021, arXiv:2106.09685).
+
+    Raises ConfigError on construction for a value that cannot be. Names are matched by PEFT's rules: a string is a
+    regular expression that must match a module's whole name; an entry of a list matches a module of that name or one
+    whose name ends in ".entry".
+    """
+
+    rank: int = 8
+    """Rows of A and columns of B."""
+    alpha: float = 16.0
+    """The update is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank))."""
+    dropout: float = 0.0
+    """Probability with which an element of an adapter's input is zeroed in training; the base's input is untouched."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules to adapt: "all-linear" (every linear layer but the output head), a list of name endings, or a regular
+    expression."""
+    exclude_modules: str | list[str] | None = None
+    """Modules that are not adapted though they are targets: a list of name endings, or a regular expression."""
+    layers_to_transform: int | list[int] | None = None
+    """Indices of the layers in which targets are adapted; the first number in a module's name is its layer."""
+    layers_pattern: str | list[str] | None = None
+    """Name of the container before that number, where the first number in the name is not the layer."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some modules: name ending (a regular expression) -> rank; the first that matches holds."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some modules, matched as in `rank_pattern`."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained whole and saved with the adapter, such as a new head: a list of name endings."""
+    bias: Bias = "none"
+    """Biases that are trained as well: "none", "all", or "lora_only" (those of adapted layers)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank), which keeps large ranks learning (Kalajdzievski 2023, arXiv:2312.03732)."""
+    init: str = "kaiming"
+    """How A starts: "kaiming" (uniform, as in the reference code) or "gaussian" (as in the paper); B starts at zero."""
+    adapter_dtype: AdapterDtype = "float32"
+    """Precision of A and B on a half-precision base: "float32" master weights, or "base" for the base's own."""
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__  # the one place where a frozen field may be normalised
+        set_(self, "target_modules", _names("target_modules", self.target_modules))
+        if not self.target_modules:
+            raise ConfigError(
+                f"target_modules is {self.target_modules!r}: nothing would be adapted. "
+                "Name modules, or use 'all-linear'."
+            )
+        set_(self, "exclude_modules", _names("exclude_modules", self.exclude_modules, optional=True))
+        set_(self, "layers_pattern", _names("layers_pattern", self.layers_pattern, optional=True, always_regex=True))
+        set_(self, "modules_to_save", _modules_to_save(self.modules_to_save))
+        set_(self, "layers_to_transform", _layers(self.layers_to_transform))
+        _check_rank("rank", self.rank)
+        set_(self, "alpha", _alpha("alpha", self.alpha))
+        set_(self, "dropout", _number("dropout", self.dropout))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout is a probability in [0, 1), not {self.dropout!r}.")
+        set_(self, "rank_pattern", _pattern("rank_pattern", self.rank_pattern))
+        for key, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{key!r}]", rank)
+        alphas = _pattern("alpha_pattern", self.alpha_pattern)
+        set_(self, "alpha_pattern", {k: _alpha(f"alpha_pattern[{k!r}]", v) for k, v in alphas.items()})
+        _check_choice("bias", self.bias, get_args(Bias))
+        _check_choice("init", self.init, INITS)
+        _check_choice("adapter_dtype", self.adapter_dtype, get_args(AdapterDtype))
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora is True or False, not {self.use_rslora!r}.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern has no effect without layers_to_transform. Give both, or neither.")
+        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_regex and self.layers_to_transform is not None:
+            raise ConfigError(
+                "layers_to_transform cannot be combined with a regular expression in target_modules: "
+                "put the layer numbers into the expression, or give target_modules as a list."
+            )
+
+    def rank_of(self, name: str) -> int:
+        """The rank for the module called `name`."""
+        return _first_match(self.rank_pattern, name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha for the module called `name`."""
+        return _first_match(self.alpha_pattern, name, self.alpha)
+
+    def scale_of(self, name: str) -> float:
+        """The factor on B A x for the module called `name`."""
+        return scale_of(self.alpha_of(name), self.rank_of(name), rank_stabilised=self.use_rslora)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values; `LoRAConfig(**config.to_dict())` is equal to `config`."""
+        return {f.name: _copied(getattr(self, f.name)) for f in fields(self)}
+
+
+def pattern_matches(key: str, name: str) -> bool:
+    """Whether the rank or alpha pattern `key` holds for the module called `name` (PEFT's rule)."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)
+
+
+def _copied(value: Any) -> Any:
+    return type(value)(value) if isinstance(value, (list, dict)) else value
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in tuple(choices):
+        raise ConfigError(f"{name} is one of {listed(map(repr, choices))}, not {value!r}.")
+
+
+def _check_rank(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is a whole number from 1 on, not {value!r}.")
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:  # an integer that no float can hold
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{name} is a finite number, not {value!r}.")
+    return number
+
+
+def _alpha(name: str, value: object) -> float:
+    number = _number(name, value)
+    if number <= 0:
+        raise ConfigError(f"{name} is a number above 0, not {value!r}: the update is multiplied by alpha / rank.")
+    return number
+
+
+def _names(name: str, value: Any, *, optional: bool = False, always_regex: bool = False) -> Any:
+    """A string as it is (a regular expression that compiles), any collection of strings as a list.
+
+    With `always_regex` the entries of a collection are regular expressions too. Where the field is `optional`, None and
+    what is empty are None.
+    """
+    if optional and (value is None or value == "" or (isinstance(value, (list, tuple, set)) and not value)):
+        return None
+    if isinstance(value, str):
+        _check_regex(name, value)
+        return value
+    if isinstance(value, (Mapping, bytes)) or not hasattr(value, "__iter__"):
+        raise ConfigError(f"{name} is a string or a list of strings, not {value!r}.")
+    # A set has no order of its own: sorted, the same config always reads the same.
+    entries = sorted(value, key=str) if isinstance(value, (set, frozenset)) else list(value)
+    for entry in entries:
+        if not isinstance(entry, str) or not entry:
+            raise ConfigError(f"{name} holds {entry!r}, which is not the name of a module.")
+        if always_regex:
+            _check_regex(name, entry)
+    return entries
+
+
+def _modules_to_save(value: Any) -> list[str] | None:
+    if isinstance(value, str):
+        raise ConfigError(f"modules_to_save is a list of names: write [{value!r}], not {value!r}.")
+    return _names("modules_to_save", value, optional=True)
+
+
+def _layers(value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
+        raise ConfigError(f"layers_to_transform is a layer number or a list of them, not {value!r}.")
+    layers = list(value)
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ConfigError(f"layers_to_transform holds {layer!r}, which is not a layer number.")
+    if not layers:
+        raise ConfigError(f"layers_to_transform is {value!r}: nothing would be adapted.")
+    return layers
+
+
+def _pattern(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} maps name endings to values, such as {{'q_proj': 16}}; {value!r} does not.")
+    for key in value:
+        if not isinstance(key, str) or not key:
+            raise ConfigError(f"{name} has the key {key!r}, which is not a name ending.")
+        _check_regex(name, key)
+    return dict(value)
+
+
+def _check_regex(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ConfigError(f"{name} holds {expression!r}, which is not a regular expression: {error}.") from error

@@ -1,0 +1,325 @@
+"""Put adapters into a model, and take them out again.
+
+`inject` checks everything first and changes the model after, so a call that raises leaves it as it was. What it needs
+to undo itself, and which parameters it left trainable, it keeps in an `Injection` on the module it was given.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine.config import LoRAConfig
+from lightning_lora.engine.inits import INITS
+from lightning_lora.engine.layers import WeightReadLinearLoRA, geometry_of
+from lightning_lora.engine.layers.base import (
+    Adapter,
+    AdapterSpec,
+    adapters,
+    check_removable,
+    check_swappable,
+    swap,
+    swap_back,
+)
+from lightning_lora.engine.layers.frozen import (
+    FrozenNorm,
+    freeze_statistics,
+    has_running_statistics,
+    release_statistics,
+)
+from lightning_lora.engine.report import AdaptedModule, InjectionReport
+from lightning_lora.engine.targets import Selection, Target, select
+from lightning_lora.errors import AdapterStateError, TargetError, listed
+
+_RECORD = "lora_injection"
+
+# Parents that read a child's weight in kernels of their own: type -> names of those children.
+_READS_WEIGHT_OF: dict[type[nn.Module], tuple[str, ...]] = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
+
+
+@dataclass
+class Injection:
+    """What `inject` left on the module it was given. Names are relative to that module."""
+
+    config: LoRAConfig
+    was_trainable: frozenset[str]
+    """Parameters that required grad before."""
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    """Values before training of the parameters and buffers that are trained whole: `remove` puts them back."""
+    head: str | None = None
+    frozen_norms: tuple[str, ...] = ()
+    """Norms whose running statistics were frozen."""
+
+    @property
+    def trained_whole(self) -> list[str]:
+        """Names of the parameters and buffers that are trained, and saved, beside A and B."""
+        return list(self.originals)
+
+
+def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionReport:
+    """Adapt `model` in place, and freeze all but the adapters (and what the config trains besides).
+
+    The outputs of the model do not change, since the update starts at zero. Raises TargetError where a pattern matches
+    nothing or a module cannot be adapted, AdapterStateError where the model has adapters already; the model is then as
+    it was. Returns a report, whose text is a table.
+    """
+    config = config or LoRAConfig()
+    _check_unadapted(model)
+    selection = select(model, config)
+    _check_shared_weights(model, selection)
+    plan = [(target, *_planned(target, config)) for target in selection.targets]
+    whole = _trained_whole(model, config, selection)
+    wasteful = [target.name for target, geometry, spec in plan if _is_wasteful(target.module, geometry, spec.rank)]
+    if wasteful:  # said before anything is changed, since a warning can be made an error
+        warnings.warn(
+            f"A rank above a layer's smaller side is legal but wasteful, since B A cannot have a higher one: "
+            f"{listed(wasteful)}. Lower rank, or set rank_pattern.",
+            stacklevel=2,
+        )
+
+    saved_modules = {id(m) for saved in selection.saved.values() for m in saved.modules()}
+    injection = Injection(
+        config=config,
+        was_trainable=frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad),
+        originals={name: t.detach().clone() for name, t in whole.items()},
+        head=selection.head,
+        frozen_norms=tuple(
+            name
+            for name, module in model.named_modules()
+            if has_running_statistics(module) and id(module) not in saved_modules
+        ),
+    )
+    factors = [_fresh_factors(target.module, geometry, spec, config) for target, geometry, spec in plan]
+    # Nothing below can fail for a reason in the model or the config.
+    trained = {id(t) for t in whole.values()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
+    for (target, geometry, spec), (A, B) in zip(plan, factors):
+        swap(target.module, geometry, spec, A, B)
+    for name in injection.frozen_norms:
+        freeze_statistics(model.get_submodule(name))
+    model.__dict__[_RECORD] = injection
+    return _report(model, injection, selection)
+
+
+def remove(model: nn.Module) -> None:
+    """Take the adapters out of `model`: the base as it was before `inject`, bit for bit, trainable as it was.
+
+    Raises AdapterStateError where `inject` was not called on this very module, or where the model was changed since in
+    a way that cannot be undone; nothing is changed then.
+    """
+    injection_of(model)
+    check_removable(model)
+    adapted = [module for _, module in adapters(model)]
+    if not adapted:
+        raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you remove.")
+    # Innermost first: what an inner `inject` found was already frozen by the outer one.
+    records = [(model.get_submodule(name), injection) for name, injection in injections(model)][::-1]
+    restored = [_where_to_restore(owner, injection) for owner, injection in records]
+    for module in adapted:
+        swap_back(module)
+    with torch.no_grad():
+        for tensor, original in (pair for pairs in restored for pair in pairs):
+            tensor.copy_(original)
+    for owner, injection in records:
+        release(owner, injection)
+
+
+def _where_to_restore(model: nn.Module, injection: Injection) -> list[tuple[Tensor, Tensor]]:
+    """The tensors that are trained whole, each with its value before."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    changed = [
+        name
+        for name, original in injection.originals.items()
+        if name not in tensors or tensors[name].shape != original.shape
+    ]
+    if changed:
+        raise AdapterStateError(
+            f"{listed(changed)} of {type(model).__name__} was replaced after inject, so its old value has no place to "
+            "go back to. Call remove before you change the model's modules."
+        )
+    return [(tensors[name], original) for name, original in injection.originals.items()]
+
+
+def release(model: nn.Module, injection: Injection) -> None:
+    """Undo the freezing of `inject`, once the adapters are gone."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in injection.frozen_norms:
+        norm = modules.get(name)
+        if isinstance(norm, FrozenNorm):  # not so if it was replaced since, by SyncBatchNorm for example
+            release_statistics(norm)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        p.requires_grad_(name in injection.was_trainable)
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.grad = None
+    del model.__dict__[_RECORD]
+
+
+def injection_of(model: nn.Module) -> Injection:
+    """The record of `inject` on this very module; raises AdapterStateError where there is none."""
+    injection = model.__dict__.get(_RECORD)
+    if injection is None:
+        inside = [name for name, m in model.named_modules() if _RECORD in m.__dict__]
+        hint = f" It was called on its submodule {inside[0]!r}: pass that one." if inside else ""
+        raise AdapterStateError(f"{type(model).__name__} was not adapted: inject was not called on it.{hint}")
+    return injection
+
+
+def injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
+    """The records of `inject` on `model` and on modules inside it, each with the name of its module."""
+    for name, module in model.named_modules():
+        if _RECORD in module.__dict__:
+            yield name, module.__dict__[_RECORD]
+
+
+def reads_weight(parent: nn.Module, child: str) -> bool:
+    """Whether `parent` uses the weight of its child without calling the child."""
+    return any(isinstance(parent, kind) and child in children for kind, children in _READS_WEIGHT_OF.items())
+
+
+def _check_unadapted(model: nn.Module) -> None:
+    present = [name for name, _ in adapters(model)]
+    if present:
+        raise AdapterStateError(
+            f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
+            "Call remove(model) or merge(model) first; AdapterBank holds several adapters on one base."
+        )
+    if _RECORD in model.__dict__:
+        raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you inject.")
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise TargetError(f"{listed(lazy)} of {type(model).__name__} has no shape yet: run one batch through it first.")
+
+
+def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], AdapterSpec]:
+    geometry = geometry_of(type(target.module))
+    assert geometry is not None, "select() only returns modules with a geometry"
+    if reads_weight(target.parent, target.name.rpartition(".")[2]) and not issubclass(geometry, WeightReadLinearLoRA):
+        geometry = WeightReadLinearLoRA
+    spec = AdapterSpec(
+        rank=config.rank_of(target.name),
+        alpha=config.alpha_of(target.name),
+        scale=config.scale_of(target.name),
+        dropout=config.dropout,
+        keeps_precision=config.adapter_dtype == "float32",
+    )
+    check_swappable(target.module, target.name)
+    try:
+        geometry.check(target.module, spec)
+    except TargetError as error:
+        raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
+    return geometry, spec
+
+
+def _is_wasteful(module: nn.Module, geometry: type[Adapter], rank: int) -> bool:
+    A, B = geometry.shapes(module, rank)
+    return rank > min(math.prod(A[1:]), B[0])
+
+
+def _fresh_factors(
+    module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig
+) -> tuple[nn.Parameter, nn.Parameter]:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    # A quantized weight is stored as integers; its adapters are float32.
+    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
+    if config.adapter_dtype == "float32":
+        dtype = torch.promote_types(dtype, torch.float32)
+    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can never be trained
+        # Device and dtype are explicit: Lightning injects inside contexts that change both defaults.
+        A, B = (torch.empty(s, dtype=dtype, device=weight.device) for s in geometry.shapes(module, spec.rank))
+        geometry.initialise(A, B, INITS[config.init])
+        return nn.Parameter(A), nn.Parameter(B)
+
+
+def _trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
+    """Parameters and persistent buffers that are trained whole, under the first name of each."""
+    inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
+    adapted = {id(t.module) for t in selection.targets}
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        saved = id(module) in inside
+        for name, p in module.named_parameters(recurse=False):
+            wanted = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
+            if (saved or (wanted and name.endswith("bias"))) and id(p) not in seen:
+                full = f"{prefix}.{name}" if prefix else name
+                if not p.is_floating_point():
+                    raise TargetError(f"{full!r} cannot be trained: it holds {p.dtype} values (quantized weights).")
+                seen.add(id(p))
+                whole[full] = p
+        if saved:
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    whole[f"{prefix}.{name}" if prefix else name] = buffer
+    if config.bias != "none" and not any(name.endswith("bias") for name in whole):
+        raise TargetError(f"bias={config.bias!r} trains no parameter: {type(model).__name__} has no such bias.")
+    return whole
+
+
+def _check_shared_weights(model: nn.Module, selection: Selection) -> None:
+    """Refuse to train a weight whole that another module uses as well: that one would change unasked."""
+    inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
+    own = {id(p): name for name, module in selection.saved.items() for p in module.parameters()}
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        for p in module.parameters(recurse=False):
+            if id(p) in own:
+                raise TargetError(
+                    f"modules_to_save: {own[id(p)]!r} shares its weight with {name!r} (tied weights), which would be "
+                    f"trained with it. Name both in modules_to_save, or untie them first."
+                )
+
+
+def weight_users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Which modules hold each parameter directly, by the parameter's identity: more than one where weights are tied."""
+    users: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for p in {id(p) for p in module._parameters.values() if p is not None}:
+            users.setdefault(p, []).append((name, module))
+    return users
+
+
+def _report(model: nn.Module, injection: Injection, selection: Selection) -> InjectionReport:
+    rows = []
+    users = weight_users(model)
+    for target in selection.targets:
+        module = target.module
+        assert isinstance(module, Adapter)
+        weight = module._parameters.get("weight")
+        shape = tuple(weight.shape) if weight is not None else (module.lora_B.shape[0], module.lora_A.shape[1])
+        notes = []
+        if _is_wasteful(module, type(module).geometry, module.lora.rank):
+            notes.append(f"rank {module.lora.rank} is above the smaller side of the weight")
+        if target.aliases:
+            notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")
+        tied = [name for name, user in users.get(id(weight), ()) if user is not module]
+        if tied:
+            notes.append(f"shares its weight with {', '.join(tied)}: only this module's use of it is adapted")
+        rows.append(
+            AdaptedModule(
+                name=target.name,
+                kind=type(module).base_class.__name__,
+                shape=shape,
+                rank=module.lora.rank,
+                scale=module.lora.scale,
+                parameters=module.lora_A.numel() + module.lora_B.numel(),
+                note="; ".join(notes),
+            )
+        )
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return InjectionReport(
+        modules=tuple(rows),
+        trained_whole=tuple(injection.trained_whole),
+        head=injection.head,
+        trainable=sum(p.numel() for p in trainable),
+        frozen=sum(p.numel() for p in frozen),
+    )

@@ -1,0 +1,74 @@
+"""nn.Conv1d, nn.Conv2d, nn.Conv3d: A is a convolution of the base's geometry to rank channels, B a pointwise one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.engine.layers.base import Adapter, AdapterSpec, has_own_forward
+from lightning_lora.errors import AdapterStateError, TargetError
+
+
+class ConvLoRA(Adapter):
+    """A is (rank, in, *kernel), B is (out, rank / groups, 1, ...).
+
+    The layout is PEFT's: A sees all input channels, B is grouped as the base is. Stride, padding, padding mode and
+    dilation belong to A. With groups > 1, A mixes channels that the base keeps apart, so there is no weight of the
+    base's shape to merge into.
+    """
+
+    lora_convolve: Any
+
+    @classmethod
+    def check(cls, module: Any, spec: AdapterSpec) -> None:
+        if spec.rank % module.groups:
+            raise TargetError(
+                f"a convolution with groups={module.groups} needs a rank that is a multiple of it, not {spec.rank}: "
+                "set it with rank_pattern, or leave the layer out with exclude_modules"
+            )
+
+    @staticmethod
+    def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        ones = (1,) * len(module.kernel_size)
+        A = (rank, module.in_channels, *module.kernel_size)
+        return A, (module.out_channels, rank // module.groups, *ones)
+
+    def update(self, x: Tensor) -> Tensor:  # (N, in, *size) -> (N, out, *size')
+        base: Any = self
+        x, padding = self.lora_dropout(x), base.padding
+        if base.padding_mode != "zeros":  # as the base does: pad first, then convolve without padding
+            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        h = self.lora_convolve(x, self.lora_A.to(x.dtype), None, base.stride, padding, base.dilation)
+        return self.lora_convolve(h, self.lora_B.to(x.dtype), groups=base.groups)
+
+    def check_mergeable(self) -> None:
+        if has_own_forward(type(self).base_class):
+            raise AdapterStateError(
+                f"a {type(self).base_class.__name__} cannot be merged: it has a forward of its own, which may use its "
+                "weight in another way than a convolution does. Use it unmerged."
+            )
+        groups = self.groups
+        if groups != 1:
+            raise AdapterStateError(
+                f"a convolution with groups={groups} cannot be merged: its adapter reads all input channels, "
+                "while each group of the base reads only its own. Use it unmerged."
+            )
+
+    def delta_weight(self) -> Tensor:  # (out, in, *kernel)
+        A, B = self.factors()
+        return self.lora.scale * (B.flatten(1) @ A.flatten(1)).view(B.shape[0], *A.shape[1:])
+
+
+class Conv1dLoRA(ConvLoRA, adapts=nn.Conv1d):
+    lora_convolve = staticmethod(torch.conv1d)
+
+
+class Conv2dLoRA(ConvLoRA, adapts=nn.Conv2d):
+    lora_convolve = staticmethod(torch.conv2d)
+
+
+class Conv3dLoRA(ConvLoRA, adapts=nn.Conv3d):
+    lora_convolve = staticmethod(torch.conv3d)

@@ -1,0 +1,61 @@
+"""A frozen batch norm stays in eval mode: else its running statistics would drift, and no adapter file holds them."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+if TYPE_CHECKING:
+    _Host = nn.Module
+else:
+    _Host = object
+
+
+class FrozenNorm(_Host):
+    """Mixin in front of a norm's own class: `train()` leaves it in eval mode, so its buffers never change."""
+
+    base_class: type[nn.Module]
+
+    wanted_mode: bool
+    """What `train()` was last told: the mode that the norm takes when it is released."""
+
+    def train(self, mode: bool = True) -> Any:
+        self.__dict__["wanted_mode"] = mode
+        return super().train(False)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: tuple[Any, ...] = super().__reduce_ex__(2)  # type: ignore[assignment]
+        _, (_, *arguments), *rest = reduced
+        return (_remake, (type(self).base_class, *arguments), *rest)
+
+
+def _remake(base_class: Any, *arguments: Any) -> nn.Module:
+    cls = _frozen_class(base_class)
+    return cls.__new__(cls, *arguments)
+
+
+@functools.cache
+def _frozen_class(base_class: Any) -> Any:
+    namespace = {"__module__": base_class.__module__, "base_class": base_class}
+    return type(f"Frozen{base_class.__name__}", (FrozenNorm, base_class), namespace)
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether a forward in training mode would change buffers of `module`; not so where they are frozen already."""
+    return isinstance(module, _NormBase) and module.track_running_stats and not isinstance(module, FrozenNorm)
+
+
+def freeze_statistics(module: Any) -> None:
+    """Keep the running statistics of a norm as they are, whatever `train()` says."""
+    base_class: Any = type(module)
+    module.__class__ = _frozen_class(base_class)
+    module.train(module.training)
+
+
+def release_statistics(module: Any) -> None:
+    """Undo `freeze_statistics`."""
+    module.__class__ = type(module).base_class
+    module.train(module.__dict__.pop("wanted_mode"))

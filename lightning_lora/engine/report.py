@@ -1,0 +1,68 @@
+"""What an injection did, as data and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One row of a report."""
+
+    name: str
+    kind: str
+    """The class that was adapted."""
+    shape: tuple[int, ...]
+    """The shape of its weight."""
+    rank: int
+    scale: float
+    parameters: int
+    """Elements of A and B."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `inject` did; `str()` is an aligned table with totals."""
+
+    modules: tuple[AdaptedModule, ...]
+    trained_whole: tuple[str, ...]
+    """Parameters that are trained beside A and B: modules_to_save and biases."""
+    head: str | None
+    """The layer that "all-linear" took for the output head and left out."""
+    trainable: int
+    """Elements that are trained: those of A and B, and `trained_whole`."""
+    frozen: int
+    """Elements of the base that are frozen."""
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained elements as a share of all, from 0 to 1."""
+        return self.trainable / max(1, self.trainable + self.frozen)
+
+    def __str__(self) -> str:
+        rows = [
+            (m.name or "(root)", m.kind, "x".join(map(str, m.shape)), str(m.rank), f"{m.scale:g}", f"{m.parameters:,}")
+            for m in self.modules
+        ]
+        lines = aligned([("module", "kind", "weight", "rank", "scale", "parameters"), *rows], right=(3, 4, 5))
+        lines += [f"{m.name}: {m.note}" for m in self.modules if m.note]
+        if self.trained_whole:
+            lines.append(f"trained whole: {', '.join(self.trained_whole)}")
+        if self.head is not None:
+            lines.append(f"taken for the output head, and so not adapted: {self.head}")
+        count = len(self.modules)
+        lines.append(
+            f"{count} module{'' if count == 1 else 's'} adapted; {self.trainable:,} parameters trained "
+            f"({100 * self.trainable_share:.2f} %), {self.frozen:,} frozen"
+        )
+        return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """`rows` as lines of aligned columns, the first row underlined; columns in `right` are set flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = [[c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))] for r in rows]
+    lines = ["  ".join(row).rstrip() for row in cells]
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

@@ -1,0 +1,106 @@
+"""An adapter's tensors, apart from its base: what a checkpoint holds and a file carries."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine.inject import injections
+from lightning_lora.engine.layers import FACTORS, adapters
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, listed
+
+_SAMPLE = 1 << 20
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The live tensors that make up the adapter of `model`, by name: `<module>.lora_A`, `<module>.lora_B`, and what is
+    trained whole under its own name. Raises AdapterStateError where the model has no adapters."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in adapters(model):
+        prefix = f"{name}." if name else ""
+        tensors |= {prefix + factor: getattr(module, factor) for factor in FACTORS}
+    if not tensors:
+        raise AdapterStateError(f"{type(model).__name__} has no adapters: call inject(model, config) first.")
+    for root, injection in injections(model):
+        owner = model.get_submodule(root)
+        there = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers(remove_duplicate=False))
+        prefix = f"{root}." if root else ""
+        tensors |= {prefix + name: there[name] for name in injection.trained_whole}
+    return tensors
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter of `model` as a state dict: detached, sharing memory with the model, as `model.state_dict()` does.
+
+    Keys are `<module>.lora_A`, `<module>.lora_B`, and, for modules_to_save and biases, the parameter's own name.
+    Raises AdapterStateError where the model has no adapters.
+    """
+    return {name: tensor.detach() for name, tensor in adapter_tensors(model).items()}
+
+
+def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Copy an `adapter_state_dict` into the adapters of `model`, in place.
+
+    Strict both ways: raises AdapterFormatError naming every tensor that is missing, unexpected, of another shape or
+    not finite; nothing is changed then.
+    """
+    own = adapter_tensors(model)
+    check_fits(own, state_dict, what="the adapter")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
+
+
+def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str) -> None:
+    """Raise AdapterFormatError unless `given` holds exactly the tensors of `own`, in shape."""
+    if not isinstance(given, Mapping):
+        raise AdapterFormatError(f"{what[0].upper()}{what[1:]} is a {type(given).__name__}, not a state dict.")
+    problems = []
+    missing = [name for name in own if name not in given]
+    unexpected = [name for name in given if name not in own]
+    if missing:
+        problems.append(f"missing: {listed(missing)}")
+    if unexpected:
+        problems.append(f"unexpected: {listed(map(str, unexpected))}")
+    for name, tensor in own.items():
+        value = given.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            problems.append(f"{name} is a {type(value).__name__}, not a tensor")
+        elif value.shape != tensor.shape:
+            problems.append(f"{name} has shape {tuple(value.shape)} where the model has {tuple(tensor.shape)}")
+        elif value.is_floating_point() != tensor.is_floating_point():
+            problems.append(f"{name} is {value.dtype} where the model has {tensor.dtype}")
+        elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            problems.append(f"{name} holds values that are not finite")
+    if problems:
+        raise AdapterFormatError(
+            f"{what[0].upper()}{what[1:]} does not fit the model: {listed(problems)}. Nothing was loaded."
+        )
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A short hash of the frozen weights of `model`, by name, shape and value.
+
+    Values enter as bfloat16, so the same base loaded in float32 and in bfloat16 has one fingerprint. Tensors of up to
+    2^20 elements enter whole, larger ones by 2^20 evenly spaced elements; buffers do not, since training moves some.
+    """
+    ours = {id(t) for t in adapter_tensors(model).values()}
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if id(p) in ours:
+            continue
+        values = p.detach().reshape(-1)
+        values = (
+            values[:: max(1, values.numel() // _SAMPLE)].to(torch.bfloat16)
+            if p.is_floating_point()
+            else values[:_SAMPLE]
+        )
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes() if values.numel() else b"")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,268 @@
+"""Which modules a config means, by PEFT's matching rules; every entry of the config must match something.
+
+PEFT's rules (peft/tuners/tuners_utils.py, check_target_module_exists): a string is matched against the whole name; an
+entry of a list is the whole name or what follows a dot; `modules_to_save` are never targets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.engine.config import LoRAConfig, pattern_matches
+from lightning_lora.engine.layers import LinearLoRA, geometry_of, register_conv1d
+from lightning_lora.errors import TargetError, closest, listed
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to adapt."""
+
+    name: str
+    module: nn.Module
+    parent: nn.Module
+    aliases: tuple[str, ...] = ()
+    """Further names under which the same module is registered."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a config means on one model."""
+
+    targets: list[Target]
+    saved: dict[str, nn.Module] = field(default_factory=dict)
+    """The modules that are trained whole."""
+    head: str | None = None
+    """The layer that "all-linear" took for the output head and left out."""
+
+
+def select(model: nn.Module, config: LoRAConfig) -> Selection:
+    """The modules of `model` that `config` adapts or trains whole, in the model's order.
+
+    Raises TargetError for an entry that matches nothing, naming the closest names there are, and for one that matches
+    a module that cannot be adapted.
+    """
+    register_conv1d()
+    names = _names(model)
+    saved = _saved_modules(model, config, names)
+    inside_saved = {id(m) for module in saved.values() for m in module.modules()}
+    candidates = list(_candidates(model, names))
+    everything = [t for t in candidates if id(t.module) not in inside_saved]
+
+    head: str | None = None
+    if config.target_modules == "all-linear":
+        linear = [t for t in everything if is_linear(t.module)]
+        head = output_head(model, [t for t in candidates if is_linear(t.module)])
+        if head not in {t.name for t in linear}:
+            head = None  # trained whole, so there is nothing to say about it
+        targets = [t for t in linear if t.name != head]
+        if not targets:
+            raise TargetError(
+                f"target_modules='all-linear' finds no linear layer in {type(model).__name__}"
+                f"{f' but its head {head!r}' if head else ''}. "
+                "Name the modules to adapt: " + _adaptable(everything)
+            )
+    else:
+        targets = _matched(everything, config.target_modules, "target_modules", model)
+
+    if config.exclude_modules is not None:
+        targets = _without(targets, config.exclude_modules, everything, model)
+    if config.layers_to_transform is not None:
+        targets = _in_layers(targets, config)
+    unfit = [t for t in targets if geometry_of(type(t.module)) is None]
+    if unfit:
+        kinds = sorted({type(t.module).__name__ for t in unfit})
+        raise TargetError(
+            f"target_modules={config.target_modules!r} matches {listed(repr(t.name) for t in unfit)}, but a "
+            f"{' or '.join(kinds)} cannot be adapted. {_adaptable(everything)}"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(key, getattr(config, key), targets)
+    return Selection(targets, saved, head)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means `module`: nn.Linear, what derives from it, and transformers' Conv1D."""
+    geometry = geometry_of(type(module))
+    return geometry is not None and issubclass(geometry, LinearLoRA)
+
+
+def name_matches(pattern: str | list[str], name: str) -> bool:
+    """PEFT's rule for one module name."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(_entry_matches(entry, name) for entry in pattern)
+
+
+def output_head(model: nn.Module, linear: list[Target]) -> str | None:
+    """The name of the layer that turns features into outputs, or None where the model has none that one can tell.
+
+    A transformers model says it itself (get_output_embeddings), or it is the last linear layer outside of its
+    `base_model`. Elsewhere it is the last linear layer, unless that is the only one, or lies in a stack of blocks (a
+    ModuleList, or numbered siblings of one class).
+    """
+    from_transformers = (m for m in model.modules() if hasattr(m, "get_output_embeddings") and hasattr(m, "base_model"))
+    hf: Any = next(from_transformers, None)
+    body: set[int] = set()
+    if hf is not None:
+        try:
+            embeddings = hf.get_output_embeddings()
+        except (NotImplementedError, AttributeError):
+            embeddings = None
+        for target in linear:
+            if target.module is embeddings:
+                return target.name
+        body = {id(m) for m in (hf.base_model if isinstance(hf.base_model, nn.Module) else hf).modules()}
+    outside = [t for t in linear if id(t.module) not in body]
+    if not outside or len(linear) == 1 or _in_stack(model, outside[-1].name):
+        return None
+    return outside[-1].name
+
+
+def _in_stack(model: nn.Module, name: str) -> bool:
+    """Whether the module called `name` lies inside a block of a stack."""
+    *path, _ = name.split(".")
+    node = model
+    for part in path:
+        child = node.get_submodule(part)
+        siblings = [sibling for sibling in node.children() if type(sibling) is type(child)]
+        if part.isdigit() and (isinstance(node, nn.ModuleList) or len(siblings) > 1):
+            return True
+        node = child
+    return False
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of every module, by the module's identity."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def _candidates(model: nn.Module, names: dict[int, list[str]]) -> Iterator[Target]:
+    by_name: dict[str, nn.Module] = {}  # not get_submodule, which TorchScript's modules lack
+    for name, module in model.named_modules():
+        by_name[name] = module
+        yield Target(name, module, by_name[name.rpartition(".")[0]], tuple(names[id(module)][1:]))
+
+
+def _entry_matches(entry: str, name: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _hits(everything: list[Target], pattern: str | list[str], key: str, model: nn.Module) -> dict[str, list[Target]]:
+    """What each entry of `pattern` matches; raises TargetError for one that matches nothing."""
+    rules: dict[str, str | list[str]] = {pattern: pattern} if isinstance(pattern, str) else {e: [e] for e in pattern}
+    found = {
+        entry: [t for t in everything if any(name_matches(rule, name) for name in (t.name, *t.aliases))]
+        for entry, rule in rules.items()
+    }
+    for entry, hits in found.items():
+        if not hits:
+            raise TargetError(_no_match(key, entry, everything, model, is_regex=isinstance(pattern, str)))
+    return found
+
+
+def _matched(everything: list[Target], pattern: str | list[str], key: str, model: nn.Module) -> list[Target]:
+    found = {id(t) for hits in _hits(everything, pattern, key, model).values() for t in hits}
+    return [t for t in everything if id(t) in found]
+
+
+def _without(
+    targets: list[Target], pattern: str | list[str], everything: list[Target], model: nn.Module
+) -> list[Target]:
+    """`targets` less what `exclude_modules` matches."""
+    hits_of = _hits(everything, pattern, "exclude_modules", model)
+    targeted = {id(t) for t in targets}
+    for entry, hits in hits_of.items():
+        if not any(id(t) in targeted or geometry_of(type(t.module)) for t in hits):
+            # The trap: a list entry names a module itself, never what lies inside it.
+            inside = rf"(.*\.)?{re.escape(hits[0].name)}\..*"
+            raise TargetError(
+                f"exclude_modules: {entry!r} excludes nothing, since {listed(repr(t.name) for t in hits)} cannot be "
+                f"adapted itself. To exclude what lies inside, use a regular expression: exclude_modules={inside!r}."
+            )
+    excluded = {id(t) for hits in hits_of.values() for t in hits}
+    left = [t for t in targets if id(t) not in excluded]
+    if not left:
+        raise TargetError(f"exclude_modules={pattern!r} leaves nothing to adapt.")
+    return left
+
+
+def _no_match(key: str, entry: str, everything: list[Target], model: nn.Module, *, is_regex: bool) -> str:
+    near = closest(entry, _suffixes(everything, parts=1 if is_regex else entry.count(".") + 1))
+    guess = f" Did you mean {listed(map(repr, near))}?" if near else ""
+    what = "the expression (it must match a whole name)" if is_regex else "the entry"
+    return f"{key}: {what} {entry!r} matches no module of {type(model).__name__}.{guess} {_adaptable(everything)}"
+
+
+def _suffixes(everything: Iterable[Target], parts: int = 1) -> list[str]:
+    endings = (".".join(t.name.split(".")[-parts:]) for t in everything if geometry_of(type(t.module)) is not None)
+    return list(dict.fromkeys(endings))
+
+
+def _adaptable(everything: Iterable[Target]) -> str:
+    suffixes = _suffixes(everything)
+    if not suffixes:
+        return "The model has no module that can be adapted."
+    return f"Its adaptable modules end in: {listed(suffixes, 16)}."
+
+
+def _saved_modules(model: nn.Module, config: LoRAConfig, names: dict[int, list[str]]) -> dict[str, nn.Module]:
+    saved: dict[str, nn.Module] = {}
+    for entry in config.modules_to_save or ():
+        hits = {
+            name: module
+            for name, module in model.named_modules()
+            if name and any(_entry_matches(entry, alias) for alias in names[id(module)])
+        }
+        if not hits:
+            endings = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name))
+            near = closest(entry, endings)
+            guess = f" Did you mean {listed(map(repr, near))}?" if near else f" Its modules end in: {listed(endings)}."
+            raise TargetError(f"modules_to_save: {entry!r} matches no module of {type(model).__name__}.{guess}")
+        empty = [name for name, module in hits.items() if next(module.parameters(), None) is None]
+        if empty:
+            raise TargetError(f"modules_to_save: {empty[0]!r} has no parameters to train.")
+        saved.update(hits)
+    return saved
+
+
+def _in_layers(targets: list[Target], config: LoRAConfig) -> list[Target]:
+    given = config.layers_pattern
+    patterns = [given] if isinstance(given, str) else given or []
+    for pattern in patterns:
+        if all(_layer_of(t.name, [pattern]) is None for t in targets):
+            raise TargetError(f"layers_pattern: no target lies in a numbered layer of {pattern!r}.")
+    assert isinstance(config.layers_to_transform, list), "normalised by the config"
+    wanted = set(config.layers_to_transform)
+    by_layer = {id(t): _layer_of(t.name, patterns) for t in targets}
+    there = sorted({layer for layer in by_layer.values() if layer is not None})
+    absent = sorted(wanted.difference(there))
+    if absent:
+        where = f"The targets lie in layers {there[0]} to {there[-1]}." if there else "No target lies in a layer."
+        hint = f" layers_pattern is {given!r}." if given else ""
+        raise TargetError(f"layers_to_transform: no target in layer {listed(map(str, absent))}. {where}{hint}")
+    return [t for t in targets if by_layer[id(t)] in wanted]
+
+
+def _layer_of(name: str, patterns: list[str]) -> int | None:
+    for before_number in [rf"{p}\." for p in patterns] or [""]:
+        found = re.match(rf"(?:^|.*?\.){before_number}(?P<index>\d+)\.", name)
+        if found is not None:
+            return int(found["index"])
+    return None
+
+
+def _check_patterns(key: str, pattern: dict[str, Any], targets: list[Target]) -> None:
+    for entry in pattern:
+        if not any(pattern_matches(entry, t.name) for t in targets):
+            endings = list(dict.fromkeys(t.name.rpartition(".")[2] for t in targets))
+            near = closest(entry, endings)
+            guess = f"Did you mean {listed(map(repr, near))}?" if near else f"They end in: {listed(endings)}."
+            raise TargetError(f"{key}: {entry!r} matches none of the {len(targets)} adapted modules. {guess}")

@@ -1,0 +1,96 @@
+"""Every error that a user can cause, as one tree.
+
+    LightningLoRAError
+    ├── ConfigError (ValueError)            a setting that cannot be: rank 0, a misspelt key, alpha NaN
+    ├── TargetError (ValueError)            a pattern that matches nothing, a module that cannot be adapted
+    ├── AdapterStateError (RuntimeError)    adapters where there must be none, none where there must be some
+    ├── AdapterFormatError (ValueError)     a folder or a state dict that is not an adapter of this model
+    ├── BaseMismatchError (ValueError)      an adapter that was trained on another base
+    ├── CheckpointError (RuntimeError)      a checkpoint that is truncated, foreign, or could not be written
+    ├── TrainingError (RuntimeError)        a training set-up under which adapters would silently not train
+    ├── DataError (ValueError)              data that is missing, empty or malformed
+    └── MissingExtraError (ImportError)     a feature whose optional dependency is not installed
+
+A message says what was seen, where, and what to try. A call that raises one of these leaves the model, the files and
+the Hub as they were.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AdapterFormatError",
+    "AdapterStateError",
+    "BaseMismatchError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LightningLoRAError",
+    "MissingExtraError",
+    "TargetError",
+    "TrainingError",
+]
+
+
+class LightningLoRAError(Exception):
+    """The root of the tree: `except LightningLoRAError` catches all that this package raises on purpose."""
+
+
+class ConfigError(LightningLoRAError, ValueError):
+    """A setting that cannot be."""
+
+
+class TargetError(LightningLoRAError, ValueError):
+    """A pattern that matches nothing, or a module that cannot be adapted."""
+
+
+class AdapterStateError(LightningLoRAError, RuntimeError):
+    """The model has adapters where there must be none, or none where there must be some."""
+
+
+class AdapterFormatError(LightningLoRAError, ValueError):
+    """A folder or a state dict that is not an adapter of this model."""
+
+
+class BaseMismatchError(LightningLoRAError, ValueError):
+    """An adapter that was trained on another base model."""
+
+
+class CheckpointError(LightningLoRAError, RuntimeError):
+    """A checkpoint that is truncated, foreign, or could not be written."""
+
+
+class TrainingError(LightningLoRAError, RuntimeError):
+    """A training set-up under which adapters would silently not train."""
+
+
+class DataError(LightningLoRAError, ValueError):
+    """Data that is missing, empty or malformed."""
+
+
+class MissingExtraError(LightningLoRAError, ImportError):
+    """A feature whose optional dependency is not installed."""
+
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'lightning-lora[{extra}]'"
+        )
+        self._arguments = (feature, package, extra)
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        return type(self), self._arguments
+
+
+def closest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The `count` names of `known` that a user most likely meant by `name`, best first; maybe none."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """`names` for a message: all where they are few, else the first `most` and how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,108 @@
+"""Write a folder so that a reader sees the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning_lora.errors import CheckpointError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put `files` (name -> content) into `folder`, which is made or, if it holds nothing else, replaced as a whole.
+
+    Where it holds other files too, those stay and each of ours is replaced atomically, in the order given. Raises
+    CheckpointError where it cannot be written; the folder is then as it was, and nothing is left beside it.
+    """
+    # Through a link, the folder that it points to is replaced and the link stays.
+    folder = Path(os.path.realpath(folder))
+    staged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    made: list[Path] = []
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file: an adapter is saved as a folder. Choose another name.")
+        made = _make(folder.parent)
+        staged.mkdir()
+        for name, content in files.items():
+            _write(staged / name, content)
+        _sync(staged)
+        if not folder.exists():
+            os.rename(staged, folder)
+        elif {entry.name for entry in folder.iterdir()} <= set(files):
+            _exchange(staged, folder)
+        else:
+            for name in files:
+                os.replace(staged / name, folder / name)
+            _sync(folder)
+        made = []
+        with contextlib.suppress(OSError):  # written and in place: a file system without it may still lose power
+            _sync(folder.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"The adapter could not be written to {folder}: {error.strerror or error}. "
+            "What was there before is still there."
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make `folder` and its parents; returns the ones that were not there, outermost first."""
+    missing: list[Path] = []
+    while not folder.exists():
+        missing.insert(0, folder)
+        folder = folder.parent
+    for path in missing:
+        path.mkdir(exist_ok=True)
+    return missing
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    if sys.platform == "win32":  # has no handle on a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(staged: Path, folder: Path) -> None:
+    """Give `staged` the name `folder` and the other way round; in one step where the system can (Linux)."""
+    if _exchanged_at_once(staged, folder):
+        return
+    aside = folder.with_name(f"{staged.name}.old")
+    os.rename(folder, aside)
+    try:
+        os.rename(staged, folder)
+    except BaseException:
+        os.rename(aside, folder)
+        raise
+    os.rename(aside, staged)
+
+
+def _exchanged_at_once(first: Path, second: Path) -> bool:
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0

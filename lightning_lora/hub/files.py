@@ -1,0 +1,301 @@
+"""Adapters as folders: write one from a model, load one into a model, both strictly and all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import lightning_lora
+from lightning_lora.engine import (
+    Injection,
+    InjectionReport,
+    LoRAConfig,
+    adapter_tensors,
+    adapters,
+    base_fingerprint,
+    inject,
+    injections,
+    load_adapter_state_dict,
+    remove,
+)
+from lightning_lora.engine.layers import LinearLoRA, register_conv1d
+from lightning_lora.engine.layers.linear import OutProjectionLoRA
+from lightning_lora.engine.targets import name_matches
+from lightning_lora.errors import (
+    AdapterFormatError,
+    AdapterStateError,
+    BaseMismatchError,
+    ConfigError,
+    TargetError,
+    closest,
+    listed,
+)
+from lightning_lora.hub.atomic import write_folder
+from lightning_lora.hub.card import model_card
+from lightning_lora.hub.layout import layout_of, member, names_of_tensors, tensor_named
+from lightning_lora.hub.matching import Fit, fit
+from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, exact_targets, from_peft, to_peft
+from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS, check_folder, open_tensors, read_config
+from lightning_lora.hub.roots import adapter_root
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SAME_ONCE_ROUNDED = {"torch.float32", "torch.float64", "torch.bfloat16"}
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    task_type: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write the adapter of `model` as a folder in PEFT's format: adapter_config.json, adapter_model.safetensors,
+    README.md. Returns the folder.
+
+    The names in it are relative to the base inside `model` (see `adapter_root`), so PEFT loads it onto that base.
+    `base_model` is the base's id on the Hub, by default the one that a transformers model was loaded from; a local path
+    is never written. `task_type` is PEFT's, by default that of a transformers model. `metadata` goes into the header of
+    the tensors. `tensors` are written instead of the adapter's live ones: an `adapter_state_dict` of `model`.
+
+    A folder that is there is replaced as a whole, or, where it holds other files too, file by file. Raises
+    AdapterStateError where `inject` was not called on `model` or inside it, ConfigError for an argument that cannot be,
+    CheckpointError where the folder cannot be written; what was there before is then still there.
+    """
+    owner, injection = _only_injection(model)
+    module, root = adapter_root(model)
+    adapted: dict[str, nn.Module] = dict(adapters(root))
+    factors = {id(t) for m in adapted.values() for t in (m.lora_A, m.lora_B)}
+    whole = [t for t in adapter_tensors(model).values() if id(t) not in factors]
+    layout = layout_of(root, adapted, whole)
+    saved = _saved_names(root, owner, injection.config)
+    specs: dict[str, Any] = {name: m.lora for name, m in adapted.items()}
+    inside = tuple(f"{name}." for name in saved)
+    others = [n for n, _ in root.named_modules() if n not in specs and n not in saved and not n.startswith(inside)]
+
+    base_model = _base_id(root, base_model)
+    if revision is None and base_model is not None:
+        revision = getattr(getattr(root, "config", None), "_commit_hash", None)
+    config = to_peft(
+        injection.config,
+        ranks={name: spec.rank for name, spec in specs.items()},
+        alphas={name: spec.alpha for name, spec in specs.items()},
+        target_modules=exact_targets(specs, others),
+        modules_to_save=_entries(root, injection.config, saved),
+        fan_in_fan_out=_is_transposed(adapted),
+        task_type=_task_type(root, task_type, saved),
+        base_model=base_model,
+        revision=revision,
+    )
+    given = tensors or {}
+    values = {k: given.get(member(module, name), tensor_named(root, name)) for k, name in layout.written_keys().items()}
+    note = {
+        "version": lightning_lora.__version__,
+        "module": module,
+        "base_fingerprint": _fingerprint(model, root),
+        "base_dtypes": _dtypes(root),
+    }
+    header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
+    trained = sum(t.numel() for t in adapter_tensors(model).values())
+    files = {
+        CARD: model_card(config, modules=len(adapted), parameters=trained, module=module).encode(),
+        # One by one copied: names that share memory (tied weights) each get their own tensor, as the format asks.
+        TENSORS: save({k: t.detach().cpu().clone().contiguous() for k, t in values.items()}, header),
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+    }
+    folder = Path(folder)
+    write_folder(folder, files)
+    ignored = [name for name, m in adapted.items() if isinstance(m, OutProjectionLoRA)]
+    if ignored:
+        warnings.warn(
+            f"PEFT ignores the adapters of {listed(ignored)}: it does not adapt the out_proj of an "
+            "nn.MultiheadAttention by itself. load_adapter applies them; for PEFT, train without them "
+            "(exclude_modules=['out_proj']).",
+            stacklevel=2,
+        )
+    return folder
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, check_base: bool = True) -> InjectionReport:
+    """Adapt `model` as the adapter in `folder` says and load its tensors, whether this package or PEFT wrote it.
+
+    `model` is the base itself or what holds it, such as a LightningModule. Strict: raises AdapterFormatError for a
+    folder of another layout, a config with a field that cannot be honoured, and every tensor that is missing,
+    unexpected, of another shape or not finite; BaseMismatchError where the adapter was trained on other base weights
+    (`check_base=False` loads it all the same); AdapterStateError where `model` has adapters already. `model` is then as
+    it was.
+    """
+    present = [name for name, _ in adapters(model)]
+    if present:
+        raise AdapterStateError(
+            f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
+            "Call remove(model) or merge(model) first."
+        )
+    folder = Path(folder)
+    check_folder(folder)
+    config = from_peft(read_config(folder), str(folder / CONFIG))
+    with open_tensors(folder) as file:
+        try:
+            plan = fit(model, config, file.header, where=str(folder))
+        except TargetError as error:
+            raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
+        values = plan.read(file)
+        note = file.header.note
+    try:
+        report = inject(model, plan.config)
+    except TargetError as error:
+        raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
+    try:
+        load_adapter_state_dict(model, _on(model, plan, values))
+        if check_base:
+            _check_base(model, plan.root, note, folder)
+    except BaseException:
+        remove(model)
+        raise
+    return report
+
+
+def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`values`, named relative to the root, by the names that the engine uses on `model`."""
+    names = names_of_tensors(model)
+    return {names[id(tensor_named(plan.root, name))]: value for name, value in values.items()}
+
+
+def _check_base(model: nn.Module, root: nn.Module, note: Mapping[str, Any], folder: Path) -> None:
+    theirs = note.get("base_fingerprint")
+    if theirs is None:
+        return
+    now, then = set(_dtypes(root)), set(note.get("base_dtypes", ()))
+    # The fingerprint is of values rounded to bfloat16; a base rounded to float16 first, or quantized, has others.
+    if now != then and not now | then <= _SAME_ONCE_ROUNDED:
+        return
+    ours = _fingerprint(model, root)
+    if ours != theirs:
+        raise BaseMismatchError(
+            f"The adapter in {folder} was trained on another base: the fingerprint of its weights is {theirs}, "
+            f"that of this {type(root).__name__} is {ours}. Load the base that it was trained on, or, if you know "
+            "that this one will do, pass check_base=False."
+        )
+
+
+def _only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
+    found = list(injections(model))
+    if len(found) == 1:
+        return model.get_submodule(found[0][0]), found[0][1]
+    if found:
+        places = listed(repr(name) for name, _ in found)
+        raise AdapterStateError(f"inject was called on several parts of the model ({places}): save each by itself.")
+    if any(True for _ in adapters(model)):
+        raise AdapterStateError(
+            f"This {type(model).__name__} was adapted as a part of a larger module: pass the one that inject was "
+            "called on (under a Trainer, the LightningModule). Names in the folder are relative to the base even so."
+        )
+    raise AdapterStateError(f"{type(model).__name__} has no adapters to save: call inject(model, config) first.")
+
+
+def _saved_names(root: nn.Module, owner: nn.Module, config: LoRAConfig) -> list[str]:
+    """The names in `root` of the modules that are trained whole; `owner` is what the config's names are relative to."""
+    entries = config.modules_to_save or []
+    named = owner.named_modules(remove_duplicate=False)
+    wanted = {id(module) for name, module in named if name and name_matches(entries, name)}
+    return [name for name, module in root.named_modules(remove_duplicate=False) if name and id(module) in wanted]
+
+
+def _entries(root: nn.Module, config: LoRAConfig, saved: list[str]) -> list[str] | None:
+    """modules_to_save as PEFT reads it: the config's own entries if they mean the same there, else full names."""
+    if not saved:
+        return None
+    own = sorted(set(config.modules_to_save or ()))
+    means = {name for name, _ in root.named_modules(remove_duplicate=False) if ends_with(own, name)}
+    return own if means == set(saved) else sorted(saved)
+
+
+def _is_transposed(adapted: Mapping[str, nn.Module]) -> bool:
+    """Whether all adapted linear layers are transformers' Conv1D: PEFT warns unless fan_in_fan_out says so."""
+    conv1d = register_conv1d()
+    linear = [m for m in adapted.values() if isinstance(m, LinearLoRA)]
+    return conv1d is not None and bool(linear) and all(isinstance(m, conv1d) for m in linear)
+
+
+def _task_type(root: nn.Module, given: str | None, saved: list[str]) -> str | None:
+    if given is not None and given not in TASK_TYPES:
+        near = closest(given, TASK_TYPES)
+        raise ConfigError(
+            f"task_type is one of {', '.join(TASK_TYPES)}, not {given!r}."
+            f"{f' Did you mean {listed(map(repr, near))}?' if near else ''}"
+        )
+    task = given or _task_of(type(root).__name__)
+    heads = HEADS_OF_TASK.get(task or "", ())
+    untrained = [n for n, _ in root.named_modules() if ends_with(heads, n) and n not in saved] if heads else []
+    if not untrained:
+        return task
+    if given is None:
+        return None
+    raise ConfigError(
+        f"With task_type={given!r} PEFT expects {listed(map(repr, untrained))} in the file, which was not trained: "
+        "name it in modules_to_save when you inject, or leave task_type out."
+    )
+
+
+def _task_of(class_name: str) -> str | None:
+    endings = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }
+    return next((task for ending, task in endings.items() if class_name.endswith(ending)), None)
+
+
+def _base_id(root: nn.Module, given: str | None) -> str | None:
+    """The base's id on the Hub, or None where it is a local path or not known."""
+    name = given if given is not None else getattr(getattr(root, "config", None), "_name_or_path", None)
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or os.path.exists(name):
+        return None
+    return name
+
+
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    checked = dict(metadata or {})
+    for key, value in checked.items():
+        if key in ("format", NOTE) or not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigError(
+                f"metadata holds {key!r}: {value!r}. It maps strings to strings, and 'format' and {NOTE!r} are taken."
+            )
+    return checked
+
+
+def _dtypes(root: nn.Module) -> list[str]:
+    ours = {id(t) for _, m in adapters(root) for t in (m.lora_A, m.lora_B)}
+    return sorted({str(p.dtype) for p in root.parameters() if id(p) not in ours})
+
+
+def _fingerprint(model: nn.Module, root: nn.Module) -> str:
+    """The base's fingerprint, the same whether the base was adapted by itself or inside of another module."""
+    if root is model:
+        return base_fingerprint(root)
+    # The engine asks the module itself which tensors are trained whole; that record lies on `model`, so a shallow copy
+    # of the root (same tensors, same children) carries one in its own names.
+    trained = {id(t): t for t in adapter_tensors(model).values()}
+    names = names_of_tensors(root)
+    factors = {id(t) for _, m in adapters(root) for t in (m.lora_A, m.lora_B)}
+    view = copy.copy(root)
+    view.__dict__["lora_injection"] = Injection(
+        config=_only_injection(model)[1].config,
+        was_trainable=frozenset(),
+        originals={names[i]: t for i, t in trained.items() if i not in factors},
+    )
+    return base_fingerprint(view)

@@ -1,0 +1,233 @@
+"""Fit an adapter folder to a model before anything is changed: where it goes, what it adapts, which tensor is which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.inject import _trained_whole
+from lightning_lora.engine.layers import FACTORS, geometry_of
+from lightning_lora.engine.targets import Selection, name_matches, select
+from lightning_lora.errors import AdapterFormatError, listed
+from lightning_lora.hub import peft
+from lightning_lora.hub.layout import Layout, layout_of, member, tensor_named
+from lightning_lora.hub.reading import Header, TensorFile
+from lightning_lora.hub.roots import adapter_root
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an adapter folder lies on a model."""
+
+    root: nn.Module
+    """The module of the model to which the folder's names are relative."""
+    config: LoRAConfig
+    """What to inject, into the model that was given."""
+    sources: dict[str, list[str]]
+    """The engine's names, relative to the root -> the keys in the file that hold that tensor."""
+    base: dict[str, str]
+    """Keys in the file that hold a weight of the base -> its name."""
+    kept: list[str]
+    """Tensors that are trained but not in the file, which keep the base's values."""
+    where: str
+
+    def read(self, file: TensorFile) -> dict[str, Tensor]:
+        """The tensors to load, by the engine's names relative to the root. Raises AdapterFormatError for one that is
+        not finite, for two that should be equal and differ, and for base weights other than the model's."""
+        values: dict[str, Tensor] = {}
+        problems = []
+        for name, (key, *same) in self.sources.items():
+            value = file[key]
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                problems.append(f"{key} holds values that are not finite")
+            unequal = [other for other in same if not _equal(file[other], value)]
+            problems += [f"{key} and {other} are one tensor in the model, and differ" for other in unequal]
+            values[name] = value
+        for key, name in self.base.items():
+            if not _equal(file[key], tensor_named(self.root, name)):
+                problems.append(
+                    f"{key} is a weight of the base, which PEFT saved as well (save_embedding_layers), and it differs "
+                    "from this model's"
+                )
+        values |= {name: tensor_named(self.root, name).detach().clone() for name in self.kept}
+        if problems:
+            raise AdapterFormatError(f"{self.where} cannot be loaded: {listed(problems)}. Nothing was changed.")
+        return values
+
+
+def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> Fit:
+    """Where and how the adapter with this config and header lies on `model`, which is not adapted yet.
+
+    Raises AdapterFormatError naming every key that is missing, unexpected or of another shape, and TargetError as
+    `inject` does.
+    """
+    root = _root(model, header)
+    relative = _for_engine(root, config)
+    selection = select(root, relative)
+    if not _has_bias(root, selection, config.bias):
+        relative = replace(relative, bias="none")
+    whole = _trained_whole(root, relative, selection)
+    layout = layout_of(root, {t.name: t.module for t in selection.targets}, whole.values())
+    ranks = {t.name: config.rank_of(t.name) for t in selection.targets}
+    alphas = {t.name: config.alpha_of(t.name) for t in selection.targets}
+
+    shapes = {name: tuple(tensor_named(root, name).shape) for name in layout.whole}
+    for target in selection.targets:
+        geometry = geometry_of(type(target.module))
+        assert geometry is not None, "select() only returns modules with a geometry"
+        for factor, shape in zip(FACTORS, geometry.shapes(target.module, ranks[target.name])):
+            shapes[member(target.name, factor)] = shape
+    # PEFT trains every bias but does not write every one: such a one stays as the base has it.
+    biases = set(layout.whole) - _inside(selection.saved) if config.bias == "all" else set()
+    optional = {name for name in biases if not peft.is_saved_by_peft(name)}
+    sources, base = _sources(layout, header, shapes, root, optional, where)
+    return Fit(
+        root=root,
+        config=_for_model(model, root, relative, selection.saved, ranks, alphas),
+        sources=sources,
+        base=base,
+        kept=sorted(optional.difference(sources)),
+        where=where,
+    )
+
+
+def _root(model: nn.Module, header: Header) -> nn.Module:
+    """The module of `model` in which every module that the file adapts has its name; `model` itself if none has."""
+    wanted = peft.adapted_names(map(peft.plain_key, header.shapes))
+    by_note = dict(model.named_modules()).get(header.note.get("module") or "", model)
+    for root in (model, by_note, adapter_root(model)[1]):
+        names = {name for name, _ in root.named_modules(remove_duplicate=False)}
+        if wanted <= names:
+            return root
+    return adapter_root(model)[1]
+
+
+def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """`config` without its entries that match nothing, and without its patterns.
+
+    PEFT does not mind an entry that matches nothing, and writes such ones itself ("score" beside "classifier"); the
+    engine does. What the file adapts is checked against its tensors all the same.
+    """
+    modules = dict(root.named_modules(remove_duplicate=False))
+    saved = [n for n in modules if n and config.modules_to_save and peft.ends_with(config.modules_to_save, n)]
+    inside = {id(m) for name in saved for m in modules[name].modules()}
+    candidates = [n for n, m in modules.items() if id(m) not in inside]
+    entries = [e for e in config.modules_to_save or () if any(name_matches([e], n) for n in modules)]
+    excluded, targets = config.exclude_modules, config.target_modules
+    if targets != "all-linear":
+        # Where none matches, the engine says so, with the closest names.
+        targets = _matching(targets, candidates) or targets
+    return replace(
+        config,
+        target_modules=targets,
+        exclude_modules=None if excluded is None else _matching(excluded, candidates),
+        # As the file has them, if they mean the same to the engine, which asks for a dot before an entry.
+        modules_to_save=entries if entries and all(name_matches(entries, n) for n in saved) else saved or None,
+        rank_pattern={},
+        alpha_pattern={},
+    )
+
+
+def _matching(pattern: str | list[str], names: Iterable[str]) -> str | list[str] | None:
+    """`pattern` without its entries that match none of `names`; None if nothing is left."""
+    names = list(names)
+    if isinstance(pattern, str):
+        return pattern if any(name_matches(pattern, name) for name in names) else None
+    return [entry for entry in pattern if any(name_matches([entry], name) for name in names)] or None
+
+
+def _for_model(
+    model: nn.Module,
+    root: nn.Module,
+    config: LoRAConfig,
+    saved: Mapping[str, nn.Module],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+) -> LoRAConfig:
+    """`config`, which is about `root`, for an injection into `model`."""
+    names = {id(m): name for name, m in reversed(list(model.named_modules()))}
+    place = {name: names[id(root.get_submodule(name))] for name in ranks}
+    changes: dict[str, Any] = {
+        "rank_pattern": peft.exact_pattern({place[n]: rank for n, rank in ranks.items()}, config.rank),
+        "alpha_pattern": peft.exact_pattern({place[n]: alpha for n, alpha in alphas.items()}, config.alpha),
+    }
+    if root is not model:
+        inside = {id(m) for module in saved.values() for m in module.modules()}
+        others = [n for n, m in model.named_modules(remove_duplicate=False) if id(m) not in inside]
+        mine = {id(root.get_submodule(name)) for name in ranks}
+        changes |= {
+            "target_modules": peft.exact_targets(
+                list(place.values()), [n for n in others if id(model.get_submodule(n)) not in mine]
+            ),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "modules_to_save": [names[id(module)] for module in saved.values()] or None,
+        }
+    return replace(config, **changes)
+
+
+def _has_bias(root: nn.Module, selection: Selection, bias: str) -> bool:
+    """Whether there is a bias to train: PEFT does not mind if there is none."""
+    modules = root.modules() if bias == "all" else (t.module for t in selection.targets)
+    return any(n.endswith("bias") for m in modules for n, _ in m.named_parameters(recurse=False))
+
+
+def _inside(saved: Mapping[str, nn.Module]) -> set[str]:
+    return {f"{name}.{p}" for name, module in saved.items() for p, _ in module.named_parameters()}
+
+
+def _sources(
+    layout: Layout,
+    header: Header,
+    shapes: Mapping[str, tuple[int, ...]],
+    root: nn.Module,
+    optional: set[str],
+    where: str,
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Which keys of the file hold which of our tensors, and which hold weights of the base."""
+    keys = layout.keys()
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    sources: dict[str, list[str]] = {}
+    base: dict[str, str] = {}
+    problems, unexpected = [], []
+    for key, shape in header.shapes.items():
+        plain = key if key in keys else peft.plain_key(key)
+        if plain in keys:
+            name = keys[plain]
+            sources.setdefault(name, []).append(key)
+            is_floating = name not in layout.whole or tensor_named(root, name).is_floating_point()
+            if shape != shapes[name]:
+                problems.append(f"{key} has shape {shape} where the model has {shapes[name]}")
+            elif header.floating[key] != is_floating:
+                problems.append(f"{key} is not of the kind of number that the model has there")
+        elif peft.is_untrained_original(key):
+            continue
+        elif peft.base_name(plain) in parameters:
+            base[key] = peft.base_name(plain)
+        else:
+            unexpected.append(key)
+    first = {name: key for key, name in reversed(list(keys.items()))}
+    missing = [key for name, key in first.items() if name not in sources and name not in optional]
+    if missing:
+        problems.append(f"missing: {listed(reversed(missing))}")
+    if unexpected:
+        problems.append(f"unexpected: {listed(unexpected)}")
+    if problems:
+        raise AdapterFormatError(
+            f"{where} does not fit {type(root).__name__}: {listed(problems)}. Nothing was changed."
+        )
+    return sources, base
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether the tensors hold the same numbers, in the narrower of their precisions."""
+    if a.shape != b.shape:
+        return False
+    narrower = min((a.dtype, b.dtype), key=lambda d: d.itemsize)
+    return torch.equal(a.to(narrower), b.detach().to("cpu", narrower))

@@ -1,0 +1,303 @@
+"""PEFT's spelling, in this module alone: the keys of its tensors and the fields of its config; dict to dict.
+
+Read in peft 0.21.2 (tuners/lora, utils/save_and_load.py) and checked by running it. A module that PEFT adapts is
+wrapped, so what the module held lies under `base_layer` from then on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.layers import FACTORS
+from lightning_lora.engine.targets import name_matches
+from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
+
+PREFIX = "base_model.model."
+
+# Every field that PEFT writes, with its default.
+_DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "target_parameters": None,
+    "task_type": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+
+# Their fields -> ours.
+_OURS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target_modules",
+    "exclude_modules": "exclude_modules",
+    "layers_to_transform": "layers_to_transform",
+    "layers_pattern": "layers_pattern",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "modules_to_save": "modules_to_save",
+    "bias": "bias",
+    "use_rslora": "use_rslora",
+}
+
+# What says where an adapter comes from, or how it started, and changes no output: field -> the types that it may have.
+_WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
+    "auto_mapping": (dict,),
+    "base_model_name_or_path": (str,),
+    "corda_config": (dict,),
+    "eva_config": (dict,),
+    "fan_in_fan_out": (bool,),
+    "inference_mode": (bool,),
+    "init_lora_weights": (bool, str),
+    "loftq_config": (dict,),
+    "lora_ga_config": (dict,),
+    "megatron_core": (str,),
+    "peft_type": (str,),
+    "peft_version": (str,),
+    "qalora_group_size": (int,),
+    "revision": (str,),
+    "runtime_config": (dict,),
+    "task_type": (str,),
+    # Written by PEFT before 0.4.
+    "enable_lora": (),
+    "merge_weights": (bool,),
+}
+
+# Initial weights that are taken out of the base's: PEFT changes the base again when it loads such an adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# With these task types PEFT trains the named modules whole, and fails to load an adapter that lacks them.
+HEADS_OF_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+# Tensor keys.
+
+
+def tensor_key(name: str, wrapped: Collection[str], embeddings: Collection[str]) -> str:
+    """PEFT's key of the tensor that the engine calls `name` (`<module>.lora_A`, or a parameter's own name).
+
+    `wrapped` names the modules that PEFT wraps, `embeddings` those among them that are embeddings.
+    """
+    module, _, last = name.rpartition(".")
+    is_factor = last in FACTORS and module in wrapped
+    path = _expanded(module, wrapped)
+    if not is_factor:
+        return PREFIX + ".".join([*path, last])
+    own = path[:-1] if module else path
+    factor = last.replace("lora_", "lora_embedding_") if module in embeddings else f"{last}.weight"
+    return PREFIX + ".".join([*own, factor])
+
+
+def _expanded(module: str, wrapped: Collection[str]) -> list[str]:
+    path: list[str] = []
+    parts = module.split(".") if module else []
+    for i, part in enumerate(parts, 1):
+        path.append(part)
+        if ".".join(parts[:i]) in wrapped:
+            path.append("base_layer")
+    return path
+
+
+def plain_key(key: str) -> str:
+    """`key` without what some writers leave in: the adapter's name "default", the infix of modules_to_save."""
+    key = re.sub(r"\.(lora_(?:embedding_)?[AB])\.default(?=\.|$)", r".\1", key)
+    return re.sub(r"\.modules_to_save(?:\.default)?\.", ".", key)
+
+
+def adapted_names(keys: Iterable[str]) -> set[str]:
+    """The names, in the base model, of the modules that the tensors called `keys` adapt."""
+    found = (re.match(rf"{re.escape(PREFIX)}(?:(.*)\.)?lora_(?:embedding_)?[AB](?:\.|$)", key) for key in keys)
+    return {base_name(match[1] or "") for match in found if match}
+
+
+def base_name(key: str) -> str:
+    """The name in the base model of the parameter or module that PEFT calls `key`, prefix or not."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", key.removeprefix(PREFIX))
+
+
+def is_untrained_original(key: str) -> bool:
+    """Whether `key` is the copy that PEFT keeps of a module in modules_to_save (it gets into files with bias="all")."""
+    return ".original_module." in key
+
+
+def is_saved_by_peft(bias_name: str) -> bool:
+    """Whether PEFT writes the bias called `bias_name` when it trains all biases: not `in_proj_bias`, for one."""
+    return bias_name.rpartition(".")[2] == "bias"
+
+
+# Config.
+
+
+def from_peft(data: Any, where: str) -> LoRAConfig:
+    """The config in an `adapter_config.json`; how the adapter started is left out, since its tensors replace that.
+
+    Raises AdapterFormatError, beginning with `where`, for another PEFT method, an unknown field, one with an effect
+    that is not supported, and a value that cannot be.
+    """
+    if not isinstance(data, Mapping):
+        raise AdapterFormatError(f"{where} holds a {type(data).__name__}, not an object with PEFT's fields.")
+    if "peft_type" not in data:
+        hint = " It looks like an adapter of mlx-lm." if "lora_parameters" in data else ""
+        raise AdapterFormatError(f"{where} has no field peft_type, so it is not a config of PEFT's.{hint}")
+    if data["peft_type"] != "LORA":
+        raise AdapterFormatError(f"{where}: peft_type is {data['peft_type']!r}; only 'LORA' can be loaded.")
+    ours: dict[str, Any] = {}
+    for key, value in data.items():
+        if key in _OURS:
+            ours[key] = value
+        elif key in _WITHOUT_EFFECT:
+            types = _WITHOUT_EFFECT[key]
+            if value is not None and (type(value) not in types):
+                names = " or ".join(t.__name__ for t in types) or "null"
+                raise AdapterFormatError(f"{where}: {key} is {value!r}, not a {names}.")
+        elif key not in _DEFAULTS:
+            near = closest(key, _DEFAULTS)
+            hint = f" Did you mean {listed(map(repr, near))}?" if near else ""
+            raise AdapterFormatError(f"{where} has the unknown field {key!r} ({value!r}).{hint}")
+        elif value:
+            raise AdapterFormatError(
+                f"{where}: {key} is {value!r}. That changes what the adapter computes, and is not supported."
+            )
+    _check_init(data.get("init_lora_weights", True), where)
+    return _config(ours, where)
+
+
+def _check_init(init: Any, where: str) -> None:
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        raise AdapterFormatError(
+            f"{where}: init_lora_weights is {init!r}, so the adapter belongs to a base whose weights were changed. "
+            "Convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+
+
+def _config(data: Mapping[str, Any], where: str) -> LoRAConfig:
+    values = {"rank": _DEFAULTS["r"], "alpha": _DEFAULTS["lora_alpha"]}
+    for key, value in data.items():
+        # PEFT reads an absent value and an empty one alike.
+        is_empty = value is None or (not value and isinstance(value, (str, list, dict)))
+        if is_empty and (_DEFAULTS[key] is None or isinstance(_DEFAULTS[key], dict)):
+            continue
+        values[_OURS[key]] = value
+    if "target_modules" not in values:
+        raise AdapterFormatError(f"{where}: target_modules is {data.get('target_modules')!r}, so it adapts nothing.")
+    try:
+        return LoRAConfig(**values)
+    except ConfigError as error:
+        renamed = " (rank, alpha and dropout are r, lora_alpha and lora_dropout there.)"
+        raise AdapterFormatError(f"{where}: {error}{renamed}") from error
+
+
+def to_peft(
+    config: LoRAConfig,
+    *,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    target_modules: str | list[str],
+    modules_to_save: list[str] | None,
+    fan_in_fan_out: bool = False,
+    task_type: str | None = None,
+    base_model: str | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """The fields of an `adapter_config.json`, sorted. `ranks` and `alphas` are those of the modules that PEFT wraps."""
+    rank = _usual(config.rank, ranks)
+    alpha = _usual(config.alpha, alphas)
+    return dict(
+        sorted(
+            {
+                **_DEFAULTS,
+                "r": rank,
+                "lora_alpha": _number(alpha),
+                "lora_dropout": config.dropout,
+                "rank_pattern": exact_pattern(ranks, rank),
+                "alpha_pattern": {k: _number(v) for k, v in exact_pattern(alphas, alpha).items()},
+                "target_modules": target_modules,
+                "modules_to_save": modules_to_save,
+                "bias": config.bias,
+                "use_rslora": config.use_rslora,
+                "fan_in_fan_out": fan_in_fan_out,
+                "task_type": task_type,
+                "base_model_name_or_path": base_model,
+                "revision": revision,
+            }.items()
+        )
+    )
+
+
+def _usual(default: Any, values: Mapping[str, Any]) -> Any:
+    """`default` if some module has it, else what most have: consumers that ignore patterns read this one alone."""
+    return default if default in values.values() else Counter(values.values()).most_common(1)[0][0]
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """A rank or alpha pattern that gives every module of `values` its value, whatever order its entries are read in."""
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+
+
+def exact_targets(wanted: Collection[str], others: Collection[str]) -> str | list[str]:
+    """The shortest target_modules that match all of `wanted` and none of `others`: endings, full names, or a regular
+    expression."""
+    wanted_set = set(wanted)
+    endings = sorted({name.rpartition(".")[2] for name in wanted_set})
+    # The number of a layer is a poor ending: it would mean other modules in a model that is a little longer.
+    options = [endings] if not any(e.isdigit() or not e for e in endings) else []
+    for entries in [*options, sorted(wanted_set)]:
+        if all(entries) and not any(name_matches(entries, name) for name in others if name not in wanted_set):
+            return entries
+    if wanted_set == {""}:
+        return "^$"
+    return "|".join(re.escape(name) for name in sorted(wanted_set))
+
+
+def ends_with(entries: Collection[str], name: str) -> bool:
+    """PEFT's rule for modules_to_save, which does not ask for a dot before the entry."""
+    return any(name.endswith(entry) for entry in entries)

@@ -1,0 +1,61 @@
+"""Where in a model the base lies to which an adapter's names are relative.
+
+PEFT's users load an adapter onto the base model itself; here it was trained inside a LightningModule, whose own name
+for that base ("model.") must not get into the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lightning_lora.engine import adapter_tensors, adapters
+
+
+def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
+    """The module of `model` to which the names in an adapter folder are relative, with its name in `model`.
+
+    It is the transformers model, where exactly one lies in `model` and holds the whole adapter; else the one child of a
+    LightningModule that has parameters, if it holds the whole adapter; else `model` itself, with the name "". A model
+    without adapters is judged by its shape alone.
+    """
+    adapted = any(True for _ in adapters(model))
+    whole = {id(t) for t in adapter_tensors(model).values()} if adapted else set()
+    found = [("", model)]
+    outermost = list(_outermost_transformers(model))
+    if len(outermost) == 1:
+        found = outermost
+    elif not outermost and is_lightning_module(model):
+        found = [(n, child) for n, child in model.named_children() if next(child.parameters(), None) is not None]
+    if len(found) != 1:
+        return "", model
+    name, root = _without_compile(*found[0])
+    inside = {id(t) for t in _tensors(root)}
+    # An adapted layer cannot be the root itself: it would have no name there.
+    return (name, root) if whole <= inside and "lora_A" not in root._parameters else ("", model)
+
+
+def is_lightning_module(model: nn.Module) -> bool:
+    """Whether `model` is a LightningModule, of either package name (asked by its methods, so neither is imported)."""
+    return hasattr(model, "configure_optimizers") and hasattr(model, "training_step")
+
+
+def _outermost_transformers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) not in inside and hasattr(module, "config") and hasattr(module, "save_pretrained"):
+            inside.update(id(m) for m in module.modules())
+            yield name, module
+
+
+def _without_compile(name: str, root: nn.Module) -> tuple[str, nn.Module]:
+    inner = root._modules.get("_orig_mod")
+    if inner is None:
+        return name, root
+    return (f"{name}._orig_mod" if name else "_orig_mod"), inner
+
+
+def _tensors(root: nn.Module) -> Iterator[Tensor]:
+    yield from root.parameters()
+    yield from root.buffers()

@@ -1,0 +1,193 @@
+"""LoRA in any Lightning Trainer: `Trainer(callbacks=[LoRACallback(rank=8, alpha=16)])`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_lora.engine import InjectionReport, LoRAConfig, adapters, inject, injections
+from lightning_lora.engine.optim import check_ratio
+from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, closest, listed
+from lightning_lora.training.checkpoint import fill_in_base
+from lightning_lora.training.launch import adapt_before_launch
+from lightning_lora.training.randomness import ExactResume
+from lightning_lora.training.strategy import AdapterPolicy, attach, has_adapters
+
+
+class LoRACallback(Callback):
+    """Adapt a LightningModule that its owner did not have to change: train A and B alone, save A and B alone.
+
+    `config` is a LoRAConfig, or its fields are given by name: `LoRACallback(rank=8, alpha=16)`. The model is adapted
+    once its layers are there, whether they are built in `__init__`, `setup` or `configure_model`, for fit as for
+    validate, test and predict. Optimizers then hold what is trainable, and no more; checkpoints hold the adapter,
+    optimizer, loops and random state, and no base weight; a resumed run goes on as if it had not been interrupted.
+
+    Raises ConfigError for a field that cannot be; while the Trainer sets up, TargetError where the config does not fit
+    the model, AdapterStateError where the model has other adapters already, and TrainingError under a strategy or
+    optimizer with which adapters would not train.
+    """
+
+    def __init__(
+        self,
+        config: LoRAConfig | None = None,
+        *,
+        lora_plus_ratio: float | None = None,
+        save_adapter: bool = True,
+        check_base: bool = True,
+        **config_fields: Any,
+    ) -> None:
+        """
+        Args:
+            config: What to adapt, and how.
+            lora_plus_ratio: The learning rate of every B as a multiple of its group's (LoRA+, arXiv:2402.12354).
+            save_adapter: Write an adapter folder in PEFT's format beside each checkpoint: `best-adapter/` beside
+                `best.ckpt`.
+            check_base: Refuse a checkpoint that was trained on another base.
+            config_fields: The fields of a LoRAConfig, instead of `config`.
+        """
+        if config is not None and config_fields:
+            raise ConfigError(f"Give either a LoRAConfig or its fields, not both: {listed(config_fields)}.")
+        if config is not None and not isinstance(config, LoRAConfig):
+            raise ConfigError(f"config is a LoRAConfig, not a {type(config).__name__}: {config!r}.")
+        known = LoRAConfig.__dataclass_fields__
+        for name in config_fields:
+            if name not in known:
+                near = closest(name, [*known, "lora_plus_ratio", "save_adapter", "check_base"])
+                raise ConfigError(
+                    f"LoRACallback has no setting {name!r}. "
+                    + (f"Did you mean {listed(map(repr, near))}?" if near else f"It has: {listed(known, 99)}.")
+                )
+        if lora_plus_ratio is not None:
+            check_ratio(lora_plus_ratio)
+        self.config = config or LoRAConfig(**config_fields)
+        self.report: InjectionReport | None = None
+        """What was adapted, once it was."""
+        self._policy = AdapterPolicy(lora_plus_ratio, save_adapter, check_base)
+        self._resume = ExactResume()
+        self._awaits_gradient: dict[str, Any] | None = None
+        adapt_before_launch()
+
+    # Adapting the model.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._policy.fingerprint = None  # another module, or other base weights, may come with this run
+        attach(trainer.strategy, self._policy)
+        # Layers may be built by the module's own hooks, which run after this one: adapt after the last of them.
+        last = next((h for h in ("configure_model", "setup") if is_overridden(h, pl_module)), None)
+        if last is None:
+            self._adapt(trainer, pl_module)
+        else:
+            self._adapt_after(last, trainer, pl_module)
+
+    def _adapt_after(self, hook: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        original = getattr(pl_module, hook)
+        had_own = hook in pl_module.__dict__  # LightningCLI, for one, puts hooks on the instance
+
+        @functools.wraps(original)  # Lightning asks of the function underneath whether the hook is overridden
+        def hook_then_adapt(*args: Any, **kwargs: Any) -> Any:
+            if had_own:
+                pl_module.__dict__[hook] = original
+            else:
+                pl_module.__dict__.pop(hook, None)
+            result = original(*args, **kwargs)
+            self._adapt(trainer, pl_module)
+            return result
+
+        pl_module.__dict__[hook] = hook_then_adapt
+
+    def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        present = [injection.config for _, injection in injections(pl_module)]
+        if not has_adapters(pl_module):
+            self._inject(pl_module)
+        elif present != [self.config] and self.report is None:
+            raise AdapterStateError(
+                f"{type(pl_module).__name__} has adapters already, of another config than this callback's "
+                f"({present[0] if present else 'unknown'}). Call lightning_lora.remove or merge on it first, or give the "
+                "callback the same config."
+            )
+        if trainer.state.fn == TrainerFn.FITTING:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                # Averaging copies the module in its own setup: a copy without adapters would not match.
+                average = getattr(callback, "_average_model", None)
+                if isinstance(callback, WeightAveraging) and average is not None and not has_adapters(average):
+                    callback.setup(trainer, pl_module, "fit")
+
+    def _inject(self, pl_module: LightningModule) -> None:
+        self.report = inject(pl_module, self.config)
+        pl_module.register_load_state_dict_pre_hook(fill_in_base)
+        rank_zero_info(str(self.report))
+
+    def before_launch(self, trainer: Trainer) -> None:
+        """In the process that launches others (ddp_spawn, ddp_fork): adapt the module that they will copy."""
+        pl_module = trainer.strategy.lightning_module
+        if pl_module is None or has_adapters(pl_module):
+            return
+        if is_overridden("configure_model", pl_module):
+            pl_module.configure_model()
+        try:
+            self._inject(pl_module)
+        except TargetError:
+            if not is_overridden("setup", pl_module):
+                raise
+            # Its layers are built in setup(), which only the children run; they adapt it then.
+
+    def after_launch(self, trainer: Trainer) -> None:
+        """Back in that process: the module has its trained adapters, and the Trainer saves no more than them."""
+        pl_module = trainer.strategy.lightning_module
+        if pl_module is not None and has_adapters(pl_module):
+            attach(trainer.strategy, self._policy)
+        else:
+            rank_zero_warn(
+                "The model is built in setup(), which runs in the launched processes only, so the trained adapters did "
+                "not come back to this one. Load them from the checkpoint, or build the model in __init__."
+            )
+
+    # Said when training starts: an adapter that takes no part in it.
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._awaits_gradient = {name: module for name, module in adapters(pl_module)}
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._awaits_gradient:
+            waiting = self._awaits_gradient.items()
+            self._awaits_gradient = {name: m for name, m in waiting if m.lora_A.grad is None and m.lora_B.grad is None}
+
+    def _report_unused(self) -> None:
+        unused, self._awaits_gradient = self._awaits_gradient, None
+        if unused:
+            rank_zero_warn(
+                f"{len(unused)} adapters received no gradient in the first batch: {listed(unused)}. Their layers are "
+                "not called, or their outputs do not reach the loss, so they will not train. Leave them out with "
+                "exclude_modules if that is meant."
+            )
+
+    # Exact resumption.
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resume.on_train_start(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resume.on_train_epoch_start(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._awaits_gradient is not None:
+            self._report_unused()
+        self._resume.on_train_batch_end()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._resume.on_validation_end()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": self._resume.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resume.load_state_dict(state_dict["random"])

@@ -1,0 +1,91 @@
+"""A LightningDataModule over a source: each split is read and encoded once, when a stage first needs it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.training.data.source import Source, Splits
+
+NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+
+
+class SourceData(pl.LightningDataModule):
+    """Loaders of batches of `batch_size` rows over the splits of `source`; only training is shuffled (by the global
+    random state, so that `seed_everything` decides).
+
+    Subclasses say how a split is encoded, and set `collate` (and `collate_prompts`, for predicting): these must be
+    picklable, since worker processes get them.
+    """
+
+    collate: Callable[[list[Any]], Any] | None = None
+    collate_prompts: Callable[[list[Any]], Any] | None = None
+
+    def __init__(self, source: Source, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ConfigError(f"batch_size {batch_size} must be at least 1, num_workers {num_workers} at least 0.")
+        self.source = source
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._encoded: dict[str, Dataset] = {}
+
+    @abstractmethod
+    def encode(self, rows: Any, split: str) -> Dataset:
+        """Turn the rows of "train", "validation", "test" or "predict" into what the model takes, one item per row."""
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The rows as the source gives them; read when first asked for."""
+        return self.source.load()
+
+    def prepare_data(self) -> None:
+        """Read and encode on one process of each machine, so that the others find it in the cache of `datasets`."""
+        self.setup(self.trainer.state.fn if self.trainer is not None else None)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Have what `stage` needs; None is everything for fit and test. Raises DataError if that is not there."""
+        needed = NEEDED[str(getattr(stage, "value", stage))] if stage is not None else ("train", "validation")
+        for split in needed:
+            if split not in self._encoded:
+                self._encoded[split] = self.encode(self._rows(split), split)
+
+    def _rows(self, split: str) -> Any:
+        rows = getattr(self.splits, split)
+        if rows is None:
+            raise DataError(
+                "This data has no test split. Validate instead, or give the source a test split (test_path, "
+                "test_split) or a test_fraction."
+            )
+        return rows
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader("predict")
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
+        collate = self.collate_prompts if split == "predict" and self.collate_prompts is not None else self.collate
+        return DataLoader(
+            self._encoded[split],
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,0 +1,183 @@
+"""Texts and images with one label each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from transformers import PreTrainedTokenizerBase
+
+from lightning_lora.errors import ConfigError, DataError, listed
+from lightning_lora.training.data.base import SourceData
+from lightning_lora.training.data.collate import PadRows
+from lightning_lora.training.data.source import Source, require_columns
+from lightning_lora.training.models import ModelSource
+
+TOO_MANY_LABELS = 1000
+
+
+class LabelledData(SourceData):
+    """A source with a column of labels: text, whole numbers, booleans or `datasets.ClassLabel`.
+
+    `label_names` are those of the train split, sorted, unless given; a label of another split that is not among them
+    is an error. Predicting needs no labels in the rows, but then `label_names` must be given.
+    """
+
+    def __init__(
+        self, source: Source, label_column: str, label_names: Sequence[str] | None, batch_size: int, num_workers: int
+    ) -> None:
+        super().__init__(source, batch_size, num_workers)
+        self.label_column = label_column
+        self._given_names = None if label_names is None else [str(name) for name in label_names]
+        if self._given_names is not None and len(set(self._given_names)) < len(self._given_names):
+            raise ConfigError(f"label_names has a name twice: {self._given_names}.")
+
+    @cached_property
+    def label_names(self) -> list[str]:
+        """Names of the labels; a label's index is its place here."""
+        if self._given_names is not None:
+            return self._given_names
+        return names_of_labels(self.splits.train, self.label_column)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names)
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        assert self.num_labels  # read now, so that a fault in the labels comes up here
+
+    def index_of_labels(self, rows: Any, split: str) -> list[int]:
+        """The label of each row as an index into `label_names`. Raises DataError for one that is not there."""
+        require_columns(rows, [self.label_column], split)
+        feature = rows.features[self.label_column]
+        values = rows.with_format(None)[self.label_column]
+        if isinstance(feature, datasets.ClassLabel):
+            values = [feature.names[value] if value is not None and value >= 0 else None for value in values]
+        index = {name: place for place, name in enumerate(self.label_names)}
+        unknown = sorted({str(value) for value in values if str(value) not in index})
+        if unknown:
+            raise DataError(
+                f"The {split} data has labels that are not among label_names: {listed(unknown)}. "
+                f"Known are {listed(self.label_names)}."
+            )
+        return [index[str(value)] for value in values]
+
+
+class TextClassificationData(LabelledData):
+    """Texts (or pairs of texts, with `pair_column`) with a label each, cut at `max_length` tokens.
+
+    Batches have `input_ids`, `attention_mask` (and `token_type_ids` where the model has them), (rows, tokens of the
+    longest), and `labels` (rows,).
+    """
+
+    def __init__(
+        self,
+        tokenizer: ModelSource,
+        source: Source,
+        text_column: str = "text",
+        label_column: str = "label",
+        pair_column: str | None = None,
+        label_names: Sequence[str] | None = None,
+        max_length: int = 128,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(source, label_column, label_names, batch_size, num_workers)
+        if max_length < 1:
+            raise ConfigError(f"max_length is {max_length}; it must be at least 1 token.")
+        self.tokenizer = tokenizer.tokenizer()
+        self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
+        self.max_length = max_length
+        self.collate = PadRows(self.tokenizer.pad_token_id or 0)
+
+    def encode(self, rows: Any, split: str) -> Any:
+        require_columns(rows, self.text_columns, split)
+        encoded = rows.map(
+            tokenise_rows,
+            batched=True,
+            remove_columns=rows.column_names,
+            fn_kwargs={"tokenizer": self.tokenizer, "columns": self.text_columns, "max_length": self.max_length},
+            desc=f"Tokenising {split}",
+        )
+        return encoded if split == "predict" else encoded.add_column("labels", self.index_of_labels(rows, split))
+
+
+class ImageClassificationData(LabelledData):
+    """Images with a label each, resized and normalised by the model's image processor when they are read.
+
+    Batches have `pixel_values` (rows, channels, height, width) and `labels` (rows,). A folder with one folder of images
+    per label is a source too: DataSource(path=that folder).
+    """
+
+    def __init__(
+        self,
+        processor: ModelSource,
+        source: Source,
+        image_column: str = "image",
+        label_column: str = "label",
+        label_names: Sequence[str] | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(source, label_column, label_names, batch_size, num_workers)
+        self.processor = processor.image_processor()
+        self.image_column = image_column
+        self.collate = default_collate
+
+    def encode(self, rows: Any, split: str) -> Dataset:
+        require_columns(rows, [self.image_column], split)
+        feature = rows.features[self.image_column]
+        if not isinstance(feature, datasets.Image):
+            raise DataError(f"Column {self.image_column!r} holds no images but {feature}.")
+        labels = None if split == "predict" else self.index_of_labels(rows, split)
+        return Images(rows.select_columns([self.image_column]), self.image_column, self.processor, labels)
+
+
+class Images(Dataset):
+    """Decodes and prepares an image when it is asked for, so that a large set need not fit into memory."""
+
+    def __init__(self, rows: Any, column: str, processor: Any, labels: list[int] | None) -> None:
+        self.rows = rows
+        self.column = column
+        self.processor = processor
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = self.rows[index][self.column].convert("RGB")
+        item = {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0]}
+        return item if self.labels is None else {**item, "labels": torch.tensor(self.labels[index])}
+
+
+def names_of_labels(rows: Any, column: str) -> list[str]:
+    """The names of the labels in `column`: those of a ClassLabel in its order, else the values there are, sorted."""
+    require_columns(rows, [column], "train")
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    values = set(rows.unique(column)) if isinstance(feature, datasets.Value) else {None}
+    if not values or not all(isinstance(value, (str, int)) for value in values):
+        found = f"{feature}" if None not in values or len(values) == 1 else "rows without a label"
+        raise DataError(f"Column {column!r} must hold one label per row (text or whole numbers), but has {found}.")
+    if len(values) > TOO_MANY_LABELS:
+        raise DataError(f"Column {column!r} has {len(values)} different values: that is no column of labels.")
+    return [str(value) for value in sorted(values)]  # type: ignore[type-var]
+
+
+def tokenise_rows(
+    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, columns: list[str], max_length: int
+) -> dict[str, Any]:
+    """Token ids of each text or pair of texts, with the model's special tokens."""
+    for column in columns:
+        for text in batch[column]:
+            if not isinstance(text, str):
+                raise DataError(f"Column {column!r} must hold text, but there is {text!r:.80}")
+    return dict(tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length))

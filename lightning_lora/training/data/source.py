@@ -1,0 +1,277 @@
+"""Where rows come from: local files or the Hugging Face Hub, through `datasets`, as train, validation and test splits.
+
+A source is plain settings with one method, `load`. What the rows mean is the data module's business.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import datasets
+import pyarrow
+from datasets import Dataset, DatasetDict
+
+from lightning_lora.errors import ConfigError, DataError, closest, listed
+
+FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+
+class Splits(NamedTuple):
+    """Rows by use. `predict` is the test split, else the named validation split, else every row there is."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+    predict: Dataset
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Anything that has rows, split the same way each time."""
+
+    def load(self) -> Splits:
+        """Read the rows. Raises DataError if they are missing, empty or malformed."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Rows from local files (json, jsonl, csv, tsv, parquet, txt), a folder that `datasets` reads, or a Hub dataset.
+
+    Raises ConfigError for settings that cannot be; files are looked for in `load`.
+    """
+
+    path: str
+    """A file, a pattern such as "data/*.jsonl", a folder (also of images by label), or a Hub dataset's id."""
+    validation_path: str | None = None
+    """Local files of the validation split; None makes one, see `validation_fraction`."""
+    test_path: str | None = None
+    """Local files of the test split."""
+    name: str | None = None
+    """Which configuration of a Hub dataset, where it has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    format: Literal["json", "csv", "parquet", "text"] | None = None
+    """The files' format; None goes by their suffix."""
+    text_unit: Literal["line", "paragraph", "document"] = "paragraph"
+    """What one row of a text file is; paragraphs are parted by empty lines."""
+    train_split: str = "train"
+    validation_split: str | None = None
+    """Name of the validation split; None takes "validation", "valid", "val" or "dev" if there is one."""
+    test_split: str | None = None
+    """Name of the test split; None takes "test" if there is one."""
+    validation_fraction: float = 0.1
+    """Share of the training rows that is held back where there is no validation split."""
+    test_fraction: float = 0.0
+    """Share of the training rows that is held back for testing where there is no test split; 0 leaves it out."""
+    limit: int | None = None
+    """At most this many rows of each split, picked at random by `seed`; for predicting, the first ones."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1 or not 0 <= self.test_fraction < 1:
+            raise ConfigError(
+                f"validation_fraction {self.validation_fraction} must lie between 0 and 1, test_fraction "
+                f"{self.test_fraction} too or be 0."
+            )
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ConfigError("validation_fraction and test_fraction together leave nothing to train on.")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is {self.limit}; give at least 1, or null for all rows.")
+        if self.format is not None and self.format not in set(FORMATS.values()):
+            raise ConfigError(f"format {self.format!r} is not one of {listed(sorted(set(FORMATS.values())))}.")
+
+    def load(self) -> Splits:
+        """Read and split the rows. Raises DataError if they are missing, empty or malformed."""
+        if self._is_local_file():
+            found = self._load_files()
+        else:
+            found = self._load_dataset()
+        for name, rows in found.items():
+            if len(rows) == 0:
+                raise DataError(f"The split {name!r} of {self.path} has no rows.")
+        return self._split(found)
+
+    def _is_local_file(self) -> bool:
+        path = Path(self.path).expanduser()
+        if path.is_dir():
+            return False
+        looks_like_a_path = self.path.startswith(("/", "./", "../", "~")) or "*" in self.path
+        return path.exists() or looks_like_a_path or path.suffix.lower() in FORMATS
+
+    def _load_files(self) -> DatasetDict:
+        paths = {"train": self.path, "validation": self.validation_path, "test": self.test_path}
+        files = {split: _existing_files(path) for split, path in paths.items() if path is not None}
+        every = [file for group in files.values() for file in group]
+        kind = self.format or _format_of(every)
+        options: dict[str, Any] = {}
+        if kind == "csv" and every[0].suffix.lower() == ".tsv":
+            options["sep"] = "\t"
+        if kind == "text":
+            options["sample_by"] = self.text_unit
+        try:
+            return datasets.load_dataset(
+                kind, data_files={split: [str(file) for file in group] for split, group in files.items()}, **options
+            )
+        except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError, StopIteration) as error:
+            raise DataError(_what_is_wrong(every, kind, error)) from error
+
+    def _load_dataset(self) -> DatasetDict:
+        if self.validation_path is not None or self.test_path is not None or self.format is not None:
+            raise DataError(
+                f"validation_path, test_path and format go with a file, but {self.path!r} is a folder or a dataset of "
+                "the Hub. Give validation_split or test_split."
+            )
+        path = str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
+        try:
+            found = datasets.load_dataset(path, self.name, revision=self.revision)
+        # OSError covers a dataset that is not there and a Hub that is out of reach.
+        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"The dataset {self.path!r} cannot be loaded: {said} Check the spelling, `name` and `revision`, and "
+                "that this machine reaches the Hub; a local file needs a path and one of the suffixes "
+                f"{listed(FORMATS, most=9)}."
+            ) from error
+        assert isinstance(found, DatasetDict)
+        return found
+
+    def _split(self, found: DatasetDict) -> Splits:
+        train = _named(found, self.train_split, self.path)
+        validation_name = self.validation_split or next((name for name in VALIDATION_NAMES if name in found), None)
+        test_name = self.test_split or ("test" if "test" in found else None)
+        validation = None if validation_name is None else _named(found, validation_name, self.path)
+        test = None if test_name is None else _named(found, test_name, self.path)
+        predict = test or validation or train
+        if test is None and self.test_fraction > 0:
+            train, test = _hold_back(train, self.test_fraction, self.seed, self.path)
+        if validation is None:
+            # The fraction is of all training rows, so of what is left now it is more.
+            share = self.validation_fraction / (1 - (self.test_fraction if test_name is None else 0))
+            train, validation = _hold_back(train, share, self.seed, self.path)
+        if self.limit is None:
+            return Splits(train, validation, test, predict)
+        return Splits(
+            _sample(train, self.limit, self.seed),
+            _sample(validation, self.limit, self.seed),
+            None if test is None else _sample(test, self.limit, self.seed),
+            predict.select(range(min(self.limit, len(predict)))),
+        )
+
+
+def require_columns(rows: Dataset, columns: Iterable[str], split: str) -> None:
+    """Raise DataError, with the columns that there are, unless `rows` has all of `columns`."""
+    for column in columns:
+        if column not in rows.column_names:
+            meant = closest(column, rows.column_names, count=1)
+            guess = f" Did you mean {meant[0]!r}?" if meant else ""
+            raise DataError(
+                f"The {split} data has no column {column!r}. Its columns are: {listed(rows.column_names)}.{guess}"
+            )
+
+
+def _existing_files(path: str) -> list[Path]:
+    expanded = Path(path).expanduser()
+    if "*" in path:
+        files = [Path(name) for name in sorted(glob.glob(str(expanded), recursive=True))]
+        if not files:
+            raise DataError(f"No file matches {path} (from {Path.cwd()}).")
+    elif expanded.is_dir():
+        raise DataError(f"{expanded} is a folder. Name its files, such as {path.rstrip('/')}/*.jsonl.")
+    elif not expanded.is_file():
+        folder = expanded.absolute().parent
+        beside = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        meant = closest(expanded.name, beside, count=1)
+        raise DataError(
+            f"There is no file {expanded.absolute()}."
+            + (f" Did you mean {meant[0]}?" if meant else "" if folder.is_dir() else " Its folder is not there either.")
+        )
+    else:
+        files = [expanded]
+    for file in files:
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty.")
+    return files
+
+
+def _format_of(files: list[Path]) -> str:
+    kinds = {FORMATS.get(file.suffix.lower()) for file in files}
+    if len(kinds) == 1 and None not in kinds:
+        return next(iter(kinds)) or ""
+    suffixes = listed(sorted({file.suffix or "(none)" for file in files}))
+    raise DataError(
+        f"Files with the suffix {suffixes} cannot be read as one kind of data. Known are {listed(FORMATS, most=9)}; "
+        "for another suffix give `format`."
+    )
+
+
+def _what_is_wrong(files: list[Path], kind: str, error: BaseException) -> str:
+    """`datasets` reports bad JSON as 'an error occurred': find the file and the line."""
+    if kind == "json":
+        for file in files:
+            fault = _json_fault(file)
+            if fault is not None:
+                return f"{file}, {fault}"
+    cause = " ".join(str(error.__cause__ or error).split())[:300]
+    return f"{listed(map(str, files))} cannot be read as {kind}: {cause}"
+
+
+def _json_fault(file: Path) -> str | None:
+    try:
+        if file.suffix.lower() == ".json":
+            try:
+                json.loads(file.read_text(encoding="utf-8"))
+                return None
+            except json.JSONDecodeError as error:
+                whole = f"line {error.lineno}: not valid JSON ({error.msg})."
+        else:
+            whole = None
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    row = json.loads(line) if line.strip() else {}
+                except json.JSONDecodeError as error:
+                    return whole or f"line {number}: not valid JSON ({error.msg}): {line.strip()[:80]}"
+                if not isinstance(row, dict):
+                    return f"line {number}: a JSON object was expected, but there is {line.strip()[:80]}"
+    except UnicodeDecodeError as error:
+        return f"byte {error.start}: not UTF-8."
+    return None
+
+
+def _named(found: DatasetDict, split: str, path: str) -> Dataset:
+    if split not in found:
+        raise DataError(f"{path} has no split {split!r}. Its splits are: {listed(found)}.")
+    return found[split]
+
+
+def _hold_back(rows: Dataset, fraction: float, seed: int, path: str) -> tuple[Dataset, Dataset]:
+    held = max(1, round(fraction * len(rows)))
+    if held >= len(rows):
+        raise DataError(
+            f"{path} has {len(rows)} row(s) to train on: too few to hold back {fraction:.0%}. "
+            "Give more rows, or a validation split of its own."
+        )
+    order = rows.train_test_split(test_size=held, seed=seed)
+    return order["train"], order["test"]
+
+
+def _sample(rows: Dataset, limit: int, seed: int) -> Dataset:
+    # Shuffled first: files are often sorted by label.
+    return rows.shuffle(seed=seed).select(range(min(limit, len(rows))))

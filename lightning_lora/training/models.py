@@ -1,0 +1,157 @@
+"""Where a base model comes from: the embedded one, a local folder, or the Hugging Face Hub.
+
+A `ModelSource` is plain settings. The weights come into being where they are asked for, in a task's
+`configure_model`, inside Lightning's own device, dtype and sharding contexts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from torch import nn
+
+from lightning_lora.errors import ConfigError, MissingExtraError, closest, listed
+
+EMBEDDED = "embedded"
+EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded" / "base"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which pretrained model, and how it is loaded. Raises ConfigError for settings that cannot be."""
+
+    name: str = EMBEDDED
+    """"embedded", a local folder with a config.json, or a Hub id such as "HuggingFaceTB/SmolLM2-135M"."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id; None is the default branch."""
+    dtype: str = "auto"
+    """The weights' dtype; "auto" is the one they were saved in."""
+    attn_implementation: str | None = None
+    """ "eager", "sdpa", "flash_attention_2", ...; None leaves the choice to transformers."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model. Only for a source that you have read."""
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.strip():
+            raise ConfigError('The model\'s name is empty. Give "embedded", a local folder, or a Hub id.')
+        if self.dtype not in DTYPES:
+            meant = closest(self.dtype, DTYPES, count=1) or [listed(DTYPES)]
+            raise ConfigError(f"dtype {self.dtype!r} is not known. Did you mean {meant[0]}?")
+        if self.revision is not None and self.is_local:
+            raise ConfigError(f"revision {self.revision!r} has no meaning for {self.name!r}, which is not on the Hub.")
+        if self.is_local and self.name != EMBEDDED:
+            self._check_folder()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model lies on this machine; anything that looks like a path does, even one that is not there."""
+        return self.name == EMBEDDED or self.name.startswith(("/", "./", "../", "~")) or Path(self.name).exists()
+
+    @property
+    def location(self) -> str:
+        """What transformers' `from_pretrained` is given: a folder or a Hub id."""
+        if self.name == EMBEDDED:
+            return str(EMBEDDED_FOLDER)
+        return str(Path(self.name).expanduser().resolve()) if self.is_local else self.name
+
+    @property
+    def base_id(self) -> str:
+        """The name that an adapter remembers its base by: "embedded", an absolute folder, or a Hub id."""
+        return EMBEDDED if self.name == EMBEDDED else self.location
+
+    def load(self, auto_class: str, **options: Any) -> transformers.PreTrainedModel:
+        """Load the pretrained model by `transformers.<auto_class>.from_pretrained`, in evaluation mode.
+
+        `options` go to `from_pretrained`. The model's `name_or_path` is `base_id`. Raises ConfigError if there is no
+        such model, it cannot be reached, or it is of a kind that `auto_class` does not know.
+        """
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        model = self._from_pretrained(auto_class, dtype=self.dtype, **options)
+        model.name_or_path = model.config._name_or_path = self.base_id
+        return model
+
+    def skeleton(self, auto_class: str) -> nn.Module:
+        """The model's modules without their weights (on the meta device): for names and shapes, at no cost."""
+        config = self._from_pretrained("AutoConfig")
+        with torch.device("meta"), _SaidClearly(self, auto_class):
+            return getattr(transformers, auto_class).from_config(config, trust_remote_code=self.trust_remote_code)
+
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """The model's tokenizer; without a padding token of its own, it pads with the end-of-text token."""
+        tokenizer = self._from_pretrained("AutoTokenizer")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        return tokenizer
+
+    def image_processor(self) -> Any:
+        """The model's image processor, from its preprocessor_config.json."""
+        return self._from_pretrained("AutoImageProcessor")
+
+    def _from_pretrained(self, auto_class: str, **options: Any) -> Any:
+        if not hasattr(transformers, auto_class):
+            raise ConfigError(f"transformers {transformers.__version__} has no {auto_class}.")
+        if self.is_local:
+            self._check_folder()
+        if self.revision is not None:
+            options["revision"] = self.revision
+        with _SaidClearly(self, auto_class):
+            return getattr(transformers, auto_class).from_pretrained(
+                self.location, trust_remote_code=self.trust_remote_code, **options
+            )
+
+    def _check_folder(self) -> None:
+        folder = Path(self.location)
+        if (folder / "config.json").is_file():
+            return
+        if self.name == EMBEDDED:
+            raise ConfigError(f"The embedded base is missing from this installation: {folder} has no config.json.")
+        if not folder.exists():
+            raise ConfigError(f"There is no folder {folder}. Without a leading '.' or '/' a name is taken as a Hub id.")
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is a file. Give the folder that has the model's config.json.")
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(f"{folder} is an adapter, not a model. Give the base that it was trained on.")
+        found = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise ConfigError(f"{folder} has no config.json, so it is no model. It has: {found}.")
+
+
+UNDERSTOOD = (OSError, ValueError, ImportError, KeyError, RuntimeError, HfHubHTTPError, SafetensorError)
+
+
+class _SaidClearly:
+    """Turn transformers' own errors into one that says which model was meant and what to try."""
+
+    def __init__(self, source: ModelSource, auto_class: str) -> None:
+        self.source = source
+        self.auto_class = auto_class
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, UNDERSTOOD):
+            return
+        said = " ".join(str(error).split())
+        said = said if len(said) <= 300 else said[:300] + " ..."
+        what = f"{self.auto_class} cannot load {self.source.name!r}"
+        if isinstance(error, ImportError):
+            for package, extra in (("sentencepiece", "tokenizers"), ("bitsandbytes", "quantized")):
+                if package in said and find_spec(package) is None:
+                    raise MissingExtraError(f"The model {self.source.name!r}", package, extra) from error
+            raise ConfigError(f"{what}: {said}") from error
+        if isinstance(error, OSError) and not self.source.is_local:
+            advice = (
+                "Check the spelling and revision, that you are logged in if it is private (hf auth login), and that "
+                'this machine reaches the Hub. Without a network use model.name=embedded or a local folder ("./...").'
+            )
+        else:
+            advice = "Is it a model of that kind, complete, and known to this version of transformers?"
+        raise ConfigError(f"{what}: {said} {advice}") from error

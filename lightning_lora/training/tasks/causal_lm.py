@@ -1,0 +1,119 @@
+"""Causal language modelling: each token predicted from those before it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.training.models import ModelSource
+from lightning_lora.training.tasks.base import OptimizerFactory, SchedulerFactory, Task
+
+IGNORED = -100
+"""The label of a token that is read but not predicted."""
+
+
+class Perplexity(MeanMetric):
+    """exp of the mean loss per token; `update(value, weight)` takes a batch's mean loss and its count of tokens."""
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()
+
+
+class CausalLM(Task):
+    """Train a causal language model; `predict` continues prompts.
+
+    Batches are dicts of `input_ids`, `labels` (the same ids, -100 where nothing is to be predicted; the model shifts
+    them) and maybe `attention_mask` or `position_ids`, all (rows, tokens). Logs train_loss, val_loss and
+    val_perplexity (test_...), every token counting the same over the whole epoch.
+
+    `predict_step` gives one dict per row: `prompt` and `text`, its continuation of at most `max_new_tokens`;
+    `temperature` 0 takes the likeliest token each time.
+    """
+
+    task_type = "CAUSAL_LM"
+    auto_class = "AutoModelForCausalLM"
+
+    def __init__(
+        self,
+        model: ModelSource,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        learning_rate: float | None = None,
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+    ) -> None:
+        super().__init__(model, optimizer, scheduler, learning_rate, gradient_checkpointing)
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        if not temperature >= 0:
+            raise ConfigError(f"temperature is {temperature}; it must be 0 (greedy) or larger.")
+        self.save_hyperparameters(ignore=["model", "optimizer", "scheduler"])
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+
+    def build_model(self) -> PreTrainedModel:
+        self.eval_metrics = nn.ModuleDict(
+            {
+                stage: MetricCollection(
+                    {"loss": MeanMetric(), "perplexity": Perplexity()}, prefix=f"{stage}_", compute_groups=False
+                )
+                for stage in ("val", "test")
+            }
+        )
+        return self.source.load(self.auto_class)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded when text is first generated."""
+        return self.source.tokenizer()
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        """The model's output on a batch: `loss` (the mean over predicted tokens) and `logits`."""
+        assert self.model is not None
+        # With a cache, transformers would not look at position_ids for where one packed example ends.
+        return self.model(**batch, use_cache=False)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self(batch).loss
+        self.log_training(loss, weight=predicted_tokens(batch))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, str]]:
+        model: Any = self.model  # typed as any model; those of auto_class have generate()
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature}
+        prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        ids = model.generate(
+            **prompts, max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
+        )
+        texts = self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        # Decoded, special tokens of a chat template would be lost: only the padding is left out.
+        rows = [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        return [
+            {"prompt": str(self.tokenizer.decode(row)), "text": text} for row, text in zip(rows, texts, strict=True)
+        ]
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        tokens = predicted_tokens(batch)
+        # The mean over no tokens is NaN, and would stay so for the epoch.
+        loss = self(batch).loss.float() if tokens else torch.zeros((), device=self.device)
+        self.log_evaluation(stage, value=loss, weight=tokens)
+
+
+def predicted_tokens(batch: dict[str, Tensor]) -> int:
+    """How many tokens of `labels` (rows, tokens) are predicted: the first of a row has nothing before it."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -1,0 +1,187 @@
+"""One row per layer type and variant: a small model, an input, a config, and whether PEFT is right there.
+
+A new layer or variant gets a row here, and with it every contract test in tests/engine.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora.engine import Adapter, LoRAConfig, adapter_tensors, inject
+
+
+class Written(nn.Linear):
+    """A subclass with a forward of its own that is still linear in its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+
+class Attention(nn.Module):
+    """Self-attention of torch, which reads out_proj's weight and never calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, T, 8) -> (N, T, 8)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As in transformers' Gemma."""
+
+    def __init__(self) -> None:
+        super().__init__(11, 6)
+        self.register_buffer("embed_scale", torch.tensor(2.5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.embed_scale
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of layer, adapted."""
+
+    name: str
+    layers: Callable[[], dict[str, nn.Module]]
+    shape: tuple[int, ...]
+    """Of the input; integers for a model that begins with an embedding."""
+    config: dict[str, Any] = field(default_factory=dict)
+    peft: str = ""
+    """Why PEFT is no oracle here; empty where it is one."""
+    mergeable: bool = True
+
+    def lora_config(self) -> LoRAConfig:
+        return LoRAConfig(**{"rank": 2, "alpha": 3.0, "target_modules": ["layer"], **self.config})
+
+    def model(self) -> nn.Module:
+        """A fresh base whose values bfloat16 can hold, so a cast loses nothing by itself."""
+        torch.manual_seed(1)
+        model = nn.Sequential()
+        for name, layer in self.layers().items():
+            model.add_module(name, layer)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.bfloat16())
+        return model
+
+    def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        generator = torch.Generator().manual_seed(2)
+        if any(isinstance(m, nn.Embedding) for m in self.layers().values()):
+            return torch.randint(0, 11, self.shape, generator=generator)
+        return torch.randn(self.shape, generator=generator).bfloat16().to(dtype)
+
+    def adapted(self) -> nn.Module:
+        """The model with adapters whose update is not zero, in eval mode."""
+        model = self.model()
+        inject(model, self.lora_config())
+        randomise(model)
+        return model.eval()
+
+
+def randomise(model: nn.Module) -> None:
+    """Give every adapter an update of about the size of its weight."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, tensor in adapter_tensors(model).items():
+            if name.endswith(("lora_A", "lora_B")):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+
+
+def reference(model: nn.Module) -> nn.Module:
+    """A plain float64 model with the weights W + s B A, by the formula and no code of ours; not for grouped layers."""
+    plain = copy.deepcopy(model).double()
+    for module in list(plain.modules()):
+        if not isinstance(module, Adapter):
+            continue
+        A, B, W = (module._parameters[name].detach() for name in ("lora_A", "lora_B", "weight"))
+        change = module.lora.scale * torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1))
+        if isinstance(module, (nn.Embedding, Conv1D)):
+            change = change.T
+        for name in ("lora_A", "lora_B"):
+            del module._parameters[name]
+        module.__class__ = type(module).base_class
+        module.weight = nn.Parameter(W + change.view(W.shape))
+    return plain
+
+
+def _conv(dimensions: int, **options: Any) -> Callable[[], dict[str, nn.Module]]:
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    return lambda: {"layer": kind(4, 6, 3, **options), "act": nn.Tanh()}
+
+
+def _linear(**options: Any) -> Callable[[], dict[str, nn.Module]]:
+    return lambda: {"layer": nn.Linear(8, 6, **options), "act": nn.Tanh(), "head": nn.Linear(6, 3)}
+
+
+_PADS = "PEFT pads A's input with zeros, whatever the base's padding_mode"
+_BOTH = ["layer", "head"]
+
+CASES = [
+    Case("linear", _linear(), (5, 8)),
+    Case("linear-without-bias", _linear(bias=False), (5, 3, 8), {"init": "gaussian"}),
+    Case("linear-subclass", lambda: {"layer": Written(8, 6), "act": nn.Tanh()}, (5, 8)),
+    Case("linear-rslora", _linear(), (5, 8), {"use_rslora": True, "rank": 4}),
+    Case(
+        "linear-patterns",
+        _linear(),
+        (5, 8),
+        {"target_modules": _BOTH, "rank_pattern": {"head": 1}, "alpha_pattern": {"layer": 7}},
+    ),
+    Case("linear-bias-all", _linear(), (5, 8), {"bias": "all"}),
+    Case("linear-bias-lora-only", _linear(), (5, 8), {"bias": "lora_only"}),
+    Case("linear-modules-to-save", _linear(), (5, 8), {"modules_to_save": ["head"]}),
+    Case("transformers-conv1d", lambda: {"layer": Conv1D(6, 8), "act": nn.Tanh()}, (5, 3, 8)),
+    Case("embedding", lambda: {"layer": nn.Embedding(11, 6), "head": nn.Linear(6, 3)}, (5, 4)),
+    Case(
+        "embedding-padding-idx",
+        lambda: {"layer": nn.Embedding(11, 6, padding_idx=0), "head": nn.Linear(6, 3)},
+        (5, 4),
+        {"target_modules": _BOTH},
+    ),
+    Case("embedding-scaled", lambda: {"layer": ScaledEmbedding()}, (5, 4)),
+    Case("conv1d", _conv(1), (2, 4, 9)),
+    Case("conv2d", _conv(2), (2, 4, 7, 7)),
+    Case("conv3d", _conv(3), (2, 4, 5, 5, 5)),
+    Case("conv1d-stride-padding", _conv(1, stride=2, padding=1, bias=False), (2, 4, 9)),
+    Case("conv2d-stride-padding", _conv(2, stride=(2, 1), padding=(1, 2)), (2, 4, 7, 7)),
+    Case("conv2d-padding-same", _conv(2, padding="same"), (2, 4, 7, 7)),
+    Case(
+        "conv2d-padding-same-reflect-dilated",
+        _conv(2, padding="same", dilation=2, padding_mode="reflect"),
+        (2, 4, 7, 7),
+        peft=_PADS,
+    ),
+    Case("conv1d-dilation", _conv(1, dilation=2), (2, 4, 9), peft="PEFT crashes on a dilated convolution"),
+    Case("conv3d-dilation", _conv(3, dilation=2, padding=2), (1, 4, 5, 5, 5), peft="PEFT crashes on dilation"),
+    Case("conv2d-reflect", _conv(2, padding=1, padding_mode="reflect"), (2, 4, 7, 7), peft=_PADS),
+    Case("conv2d-circular", _conv(2, padding=1, padding_mode="circular", stride=2), (2, 4, 7, 7), peft=_PADS),
+    Case("conv1d-replicate", _conv(1, padding=2, padding_mode="replicate"), (2, 4, 9), peft=_PADS),
+    Case("conv2d-groups", _conv(2, groups=2), (2, 4, 7, 7), {"rank": 4}, mergeable=False),
+    Case(
+        "multihead-attention",
+        lambda: {"layer": Attention()},
+        (2, 5, 8),
+        {"target_modules": ["out_proj"]},
+        peft="PEFT wraps out_proj, which nobody calls",
+    ),
+    Case(
+        "transformer-encoder-layer",
+        lambda: {"layer": nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), "head": nn.Linear(8, 3)},
+        (2, 5, 8),
+        {"target_modules": "all-linear"},
+        peft="PEFT wraps out_proj, which nobody calls",
+    ),
+]
+
+IDS = [case.name for case in CASES]
+MERGEABLE = [case for case in CASES if case.mergeable]
+PEFT_CASES = [case for case in CASES if not case.peft]

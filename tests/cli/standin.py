@@ -1,0 +1,59 @@
+"""A LightningModule and its data whose author has never heard of this package; small enough to train in a test."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Regression(pl.LightningModule):
+    def __init__(self, width: int = 8, activations: tuple[str, ...] = ("relu",), optimizer=None):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+        )
+        self.optimizer = optimizer or torch.optim.AdamW
+
+    def loss(self, batch):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log_dict({"val_loss": loss, "val_accuracy": 1 / (1 + loss)})
+
+    def predict_step(self, batch, batch_idx):
+        return {"prediction": self.net(batch[0])[:, 0]}
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters())
+
+
+class Interrupting(Regression):
+    """Its user presses Ctrl-C in the second epoch."""
+
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+        return super().training_step(batch, batch_idx)
+
+
+class Sums(pl.LightningDataModule):
+    """Rows of eight numbers, and their sum."""
+
+    def __init__(self, rows: int = 32, batch_size: int = 8):
+        super().__init__()
+        self.rows = rows
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        x = torch.randn(self.rows, 8, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=self.batch_size)
+
+    val_dataloader = predict_dataloader = train_dataloader

@@ -1,0 +1,96 @@
+"""What a user gets wrong is said in one screen, with the closest name, before a run's folder exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import THEIRS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lora.rnak=4"], "lora.rnak: there is no such setting. Did you mean lora.rank?"),
+        (["-m", "lora.rnak=4,8"], "Did you mean lora.rank?"),
+        (["rank=4"], "rank: there is no such setting. Did you mean lora.rank?"),
+        (["lroa=default"], "Did you mean lora?"),
+        (["foo.bar=1"], "The top level has: callbacks,"),
+        (["+lora.rnak=4"], "lora.rnak: there is no such setting of LoRAConfig. Did you mean lora.rank?"),
+        (["trainer.max_epoch=4"], "Did you mean trainer.max_epochs?"),
+        (["model=embeded"], "model=embeded: there is no such option. Did you mean model=embedded?"),
+        (["debug=fsat"], "Did you mean debug=fast?"),
+        (["lora.rank=abc"], 'lora.rank: "abc" is not of the type int'),
+        (["seed=abc"], 'seed: "abc" is not of the type int | None'),
+        (["mode=maximal"], "mode: \"maximal\" is not of the type Literal['min', 'max']"),
+        (["trainer.max_epochs=1.5"], "trainer.max_epochs: 1.5 is not of the type"),
+        (["optimizer.lr=fast"], 'optimizer.lr: "fast" is not of the type'),
+        (["model=pretrained"], "model.name: a value is missing. Give it with model.name=..."),
+        (["data=text"], "data.source.path: a value is missing."),
+        (["task=custom"], "task._target_: a value is missing."),
+        (["lora=[x"], "no viable alternative at input '[x'"),
+        (["lora.rank=4,8"], "add --multirun"),
+        (["monitor=${lora.rnak}"], "Interpolation key 'lora.rnak' not found"),
+    ],
+)
+def test_a_wrong_setting_is_a_one_screen_error_that_says_what_to_write(cli, arguments, said):
+    assert said in cli.error("train", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["task.widht=3"], "task.widht: there is no such setting. Did you mean task.width?"),
+        (["+task.widht=3"], "task.widht: there is no such setting of Regression. Did you mean task.width?"),
+        (["task.width=wide"], 'task.width: "wide" is not of the type int'),
+        (["task.activations=[relu,1]"], "task.activations:"),
+        (["task._target_=standin.Regresion"], "Did you mean standin.Regression?"),
+        (["task._target_=standing.Regression"], "there is no module 'standing'"),
+        (["data._target_=standin"], "standin is no class"),
+    ],
+)
+def test_the_signature_of_a_users_own_class_is_the_schema_of_its_settings(cli, arguments, said):
+    assert said in cli.error("train", *THEIRS, *arguments)
+
+
+def test_all_that_is_wrong_is_said_at_once(cli):
+    message = cli.error("train", "lora.rank=abc", "seed=x", "+optimizer.momentum=0.9")
+    assert all(key in message for key in ("lora.rank:", "seed:", "optimizer.momentum:"))
+
+
+def test_a_value_that_only_the_config_object_can_judge_is_an_error_too(cli):
+    assert cli.train("lora.rank=0") == 2
+    assert "rank" in cli.err
+    assert "Traceback" not in cli.err
+
+
+def test_a_misspelt_key_in_a_file_of_the_users_is_found(cli):
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/typo.yaml").write_text("# @package _global_\ntrianer: {max_epochs: 1}\nlora: {rnak: 3}\n")
+    message = cli.error("train", "--config-dir", "mine", "experiment=typo")
+    assert "trianer: there is no such setting. Did you mean trainer?" in message
+    assert "Did you mean lora.rank?" in message
+
+
+def test_a_file_that_is_no_yaml_is_an_error_with_its_line(cli):
+    Path("mine/lora").mkdir(parents=True)
+    Path("mine/lora/broken.yaml").write_text("rank: [1,\nalpha: }")
+    assert "line 2" in cli.error("train", "--config-dir", "mine", "lora=broken")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_an_adapter_that_is_not_there_is_an_error(cli, command):
+    assert "adapter: a value is missing" in cli.error(command)
+    assert "is not the folder of a run" in cli.error(command, "run=nowhere")
+
+
+def test_a_checkpoint_that_is_not_there_is_an_error(cli):
+    assert cli.train("ckpt_path=nowhere.ckpt") == 2
+    assert "nowhere.ckpt: there is no such checkpoint" in cli.err
+
+
+def test_a_missing_extra_is_named(cli, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
+    assert cli.train("logger=wandb") == 2
+    assert "pip install 'lightning-lora[wandb]'" in cli.err

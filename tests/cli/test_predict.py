@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+
+import torch
+
+from lightning_lora.cli.predict import rows
+
+
+def test_predictions_of_a_run_are_one_line_of_json_for_each_input(cli):
+    assert cli.train() == 0
+    run = cli.folder
+    assert cli("predict", f"run={run}", "trainer.enable_progress_bar=false") == 0
+    lines = (cli.folder / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 32
+    assert isinstance(json.loads(lines[0])["prediction"], float)
+
+
+def test_the_adapter_is_what_makes_the_difference_to_the_bare_base(cli):
+    assert cli.train("trainer.max_epochs=5", "optimizer.lr=0.05") == 0
+    before, after = cli.results["before"]["val_loss"], cli.results["after"]["val_loss"]
+    run = cli.folder
+    # The stand-in's own weights are random: the same seed makes the same base.
+    for adapter, loss in (("null", before), (run / "adapter", after)):
+        assert cli("evaluate", f"run={run}", f"adapter={adapter}") == 0
+        metrics = json.loads((cli.folder / "metrics.json").read_text())
+        assert abs(metrics["val_loss"] - loss) < 1e-6 * max(1, loss)
+
+
+def test_whatever_a_predict_step_returns_becomes_rows():
+    assert list(rows(torch.tensor([1.0, 2.0]))) == [1.0, 2.0]
+    assert list(rows([{"text": "a"}, {"text": "b"}])) == [{"text": "a"}, {"text": "b"}]
+    assert list(rows({"x": torch.tensor([1, 2]), "y": ["a", "b"]})) == [{"x": 1, "y": "a"}, {"x": 2, "y": "b"}]
+    assert list(rows((torch.tensor([1, 2]), torch.tensor([3])))) == [[1, 2], [3]]

@@ -1,0 +1,192 @@
+"""What every adapted layer promises, over every row of tests/cases.py."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from cases import CASES, IDS, MERGEABLE, Case, randomise, reference
+from snapshot import assert_same, snapshot
+from torch import Tensor
+
+from lightning_lora.engine import (
+    Adapter,
+    adapter_state_dict,
+    adapters,
+    inject,
+    load_adapter_state_dict,
+    merge,
+    merged,
+    remove,
+)
+from lightning_lora.errors import AdapterStateError
+
+every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
+every_mergeable = pytest.mark.parametrize("case", MERGEABLE, ids=lambda case: case.name)
+
+
+def max_error(output: Tensor, exact: Tensor) -> float:
+    return float((output.double() - exact).abs().max())
+
+
+@every_case
+@torch.no_grad()
+def test_a_fresh_adapter_changes_no_bit_of_the_output(case: Case):
+    model, x = case.model().eval(), case.input()
+    before = model(x)
+    inject(model, case.lora_config())
+    assert model(x).equal(before)
+    assert any(True for _ in adapters(model))
+
+
+@every_mergeable
+@torch.no_grad()
+def test_the_output_is_that_of_the_formula(case: Case):
+    model = case.adapted()
+    exact = reference(model)(case.input(torch.float64))
+    torch.testing.assert_close(model.double()(case.input(torch.float64)), exact, rtol=1e-10, atol=1e-12)
+    # The test would be empty if the adapters did nothing.
+    assert not torch.allclose(case.model().eval().double()(case.input(torch.float64)), exact, atol=1e-3)
+
+
+@every_mergeable
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.no_grad()
+def test_merged_weights_lose_no_more_than_twice_what_torch_loses(case: Case, dtype: torch.dtype):
+    model = case.adapted()
+    exact = reference(model)(case.input(torch.float64))
+    plain = max_error(reference(model).to(dtype)(case.input(dtype)), exact)
+    model.to(dtype)
+    # Unmerged, three products are rounded (W x, A x, B A x) where a plain layer rounds one.
+    assert max_error(model(case.input(dtype)), exact) <= 3 * plain
+    with merged(model):
+        assert max_error(model(case.input(dtype)), exact) <= 2 * plain
+    merge(model)
+    assert max_error(model(case.input(dtype)), exact) <= 2 * plain
+    assert not list(adapters(model))
+
+
+@every_mergeable
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_merged_puts_everything_back_bit_for_bit(case: Case, dtype: torch.dtype):
+    model = case.adapted().to(dtype)
+    before = snapshot(model)
+    with merged(model):
+        assert not any(isinstance(m, Adapter) for m in model.modules())
+        assert list(model.state_dict()) == list(case.model().state_dict())
+    assert_same(snapshot(model), before)
+    with pytest.raises(ZeroDivisionError), merged(model):
+        raise ZeroDivisionError
+    assert_same(snapshot(model), before)
+
+
+def test_a_grouped_convolution_is_refused_by_merge_and_left_as_it_was():
+    (case,) = (case for case in CASES if not case.mergeable)
+    model = case.adapted()
+    before = snapshot(model)
+    with pytest.raises(AdapterStateError, match="groups=2"):
+        merge(model)
+    with pytest.raises(AdapterStateError, match="groups=2"), merged(model):
+        pass
+    assert_same(snapshot(model), before)
+
+
+@every_case
+def test_remove_gives_back_the_base_bit_for_bit(case: Case):
+    model, x = case.model(), case.input()
+    next(model.parameters()).requires_grad_(False)
+    before, output = snapshot(model), model(x).detach()
+    inject(model, case.lora_config())
+    randomise(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    remove(model)
+    assert_same(snapshot(model), before)
+    assert model(x).equal(output)
+
+
+@every_case
+@torch.no_grad()
+def test_a_saved_adapter_loads_to_the_same_output(case: Case):
+    model, other = case.adapted(), case.model().eval()
+    inject(other, case.lora_config())
+    file = io.BytesIO()
+    torch.save(adapter_state_dict(model), file)
+    file.seek(0)
+    load_adapter_state_dict(other, torch.load(file))
+    assert other(case.input()).equal(model(case.input()))
+
+
+@every_case
+@torch.no_grad()
+def test_a_whole_model_can_be_pickled_and_then_removed(case: Case):
+    model = case.adapted()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
+    assert loaded(case.input()).equal(model(case.input()))
+    remove(loaded)
+    assert loaded(case.input()).equal(case.model().eval()(case.input()))
+
+
+@every_case
+@torch.no_grad()
+def test_a_deep_copy_has_weights_of_its_own(case: Case):
+    model = case.adapted()
+    before, output = snapshot(model), model(case.input())
+    twin = copy.deepcopy(model)
+    assert twin(case.input()).equal(output)
+    for p in twin.parameters():
+        p.add_(1)
+    remove(twin)
+    assert_same(snapshot(model), before)
+    assert model(case.input()).equal(output)
+
+
+@every_case
+@torch.no_grad()
+def test_a_base_checkpoint_loads_strictly_before_and_after_injection(case: Case):
+    checkpoint = {name: torch.randn_like(t) for name, t in case.model().state_dict().items()}
+    early, late = case.model(), case.model()
+    early.load_state_dict(checkpoint)
+    inject(early, case.lora_config())
+    inject(late, case.lora_config())
+    late.load_state_dict(checkpoint)
+    assert early.eval()(case.input()).equal(late.eval()(case.input()))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        late.load_state_dict(dict(list(checkpoint.items())[1:]))
+    late.load_state_dict(early.state_dict())
+    incomplete = {name: t for name, t in early.state_dict().items() if not name.endswith("lora_B")}
+    with pytest.raises(RuntimeError, match="lora_B"):
+        late.load_state_dict(incomplete)
+
+
+@every_case
+def test_a_compiled_model_computes_the_same_without_a_graph_break(case: Case):
+    model = case.adapted()
+    expected = model(case.input())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    output = compiled(case.input())
+    torch.testing.assert_close(output, expected)
+    output.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    torch._dynamo.reset()
+
+
+@every_case
+def test_gradients_are_those_of_finite_differences(case: Case):
+    model, x = case.adapted().double(), case.input(torch.float64)
+    if not x.is_floating_point():
+        x = x.clamp(min=1)  # by torch's definition a padding_idx gets no gradient, though the output depends on it
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    values = [p.detach().clone().requires_grad_() for p in model.parameters() if p.requires_grad]
+
+    def output(*tensors: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(names, tensors)), (x,))
+
+    assert torch.autograd.gradcheck(output, values, fast_mode=True)

@@ -1,0 +1,94 @@
+"""Adapters as tensors: strict both ways, and the fingerprint of a base."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from cases import randomise
+from snapshot import assert_same, snapshot
+from torch import nn
+
+from lightning_lora.engine import (
+    LoRAConfig,
+    adapter_state_dict,
+    adapter_tensors,
+    base_fingerprint,
+    inject,
+    load_adapter_state_dict,
+)
+from lightning_lora.errors import AdapterFormatError
+
+
+def adapted() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(a=nn.Linear(4, 4), norm=nn.BatchNorm1d(4), out=nn.Linear(4, 2)))
+    inject(model, LoRAConfig(rank=2, target_modules=["a"], modules_to_save=["out", "norm"]))
+    return model
+
+
+def test_a_state_dict_is_detached_and_shares_the_models_memory():
+    model = adapted()
+    state = adapter_state_dict(model)
+    assert not any(t.requires_grad for t in state.values())
+    assert state["a.lora_A"].data_ptr() == model.a.lora_A.data_ptr()
+    assert all(p.requires_grad for p in adapter_tensors(model).values() if isinstance(p, nn.Parameter))
+
+
+def _without(name: str) -> Any:
+    return lambda state: {k: v for k, v in state.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without("a.lora_B"), "missing: a.lora_B"),
+        (_without("out.bias"), "missing: out.bias"),
+        (lambda state: {**state, "b.lora_A": torch.zeros(1)}, "unexpected: b.lora_A"),
+        (lambda state: {**state, 7: torch.zeros(1)}, "unexpected: 7"),
+        (lambda state: {**state, "a.lora_A": torch.zeros(3, 4)}, r"a.lora_A has shape \(3, 4\) .*\(2, 4\)"),
+        (lambda state: {**state, "a.lora_A": state["a.lora_A"] * float("nan")}, "a.lora_A holds values .* not finite"),
+        (lambda state: {**state, "a.lora_A": torch.zeros(2, 4, dtype=torch.int)}, "a.lora_A is torch.int32"),
+        (lambda state: {**state, "a.lora_A": [[0.0]]}, "a.lora_A is a list"),
+        (lambda state: {}, "missing: a.lora_A"),
+        (lambda state: list(state), "is a list, not a state dict"),
+        (lambda state: None, "is a NoneType, not a state dict"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_named_and_nothing_is_loaded(spoil: Any, message: str):
+    model = adapted()
+    state = {name: t + 1 for name, t in adapter_state_dict(model).items()}
+    before = snapshot(model)
+    with pytest.raises(AdapterFormatError, match=message):
+        load_adapter_state_dict(model, spoil(state))
+    assert_same(snapshot(model), before)
+
+
+def test_all_that_does_not_fit_is_named_at_once():
+    model = adapted()
+    with pytest.raises(AdapterFormatError, match=r"missing: .*unexpected: x"):
+        load_adapter_state_dict(model, {"x": torch.zeros(1)})
+
+
+def test_a_state_in_half_precision_is_widened_as_it_is_loaded():
+    model = adapted()
+    state = {name: t.bfloat16() if t.is_floating_point() else t for name, t in adapter_state_dict(model).items()}
+    load_adapter_state_dict(model, state)
+    assert model.a.lora_A.dtype == torch.float32
+    assert model.a.lora_A.equal(state["a.lora_A"].float())
+
+
+def test_the_fingerprint_is_the_bases_whatever_is_trained_and_however_it_was_cast():
+    first = adapted()
+    mark = base_fingerprint(first)
+    randomise(first)
+    with torch.no_grad():
+        first.out.weight.add_(1)
+    assert base_fingerprint(first) == mark
+    assert base_fingerprint(adapted().to(torch.bfloat16)) == mark
+    other = adapted()
+    with torch.no_grad():
+        other.a.weight[0, 0] += 1
+    assert base_fingerprint(other) != mark

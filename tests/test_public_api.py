@@ -1,0 +1,37 @@
+"""The names that users and other programs rely on."""
+
+from __future__ import annotations
+
+import pytest
+
+import lightning_lora
+
+NAMES = [
+    "LoRACallback",
+    "LoRAConfig",
+    "adapter_state_dict",
+    "inject",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "load_from_checkpoint",
+    "merge",
+    "merged",
+    "remove",
+    "save_adapter",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_can_be_imported_and_is_documented(name: str):
+    assert name in lightning_lora.__all__
+    assert name in dir(lightning_lora)
+    assert getattr(lightning_lora, name).__doc__
+
+
+def test_every_name_in_all_is_there():
+    assert all(hasattr(lightning_lora, name) for name in lightning_lora.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'injekt'"):
+        lightning_lora.injekt  # noqa: B018

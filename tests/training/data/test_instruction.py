@@ -1,0 +1,153 @@
+"""Of a conversation, exactly what the assistant says is learned; packed, conversations do not see each other."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lightning_lora.errors import DataError
+from lightning_lora.training.data import InstructionData
+from lightning_lora.training.data.chat import PLAIN_TEMPLATE, ChatEncoder, template_of
+from lightning_lora.training.data.instruction import pack
+from lightning_lora.training.tasks import CausalLM
+
+from .rows import Rows
+
+PAIRS = [{"prompt": "Say " + "a" * n, "response": "b" * (n + 1)} for n in range(1, 9)]
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello – you"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "See you"},
+    {"role": "user", "content": "unanswered"},
+]
+
+
+def fast_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, with offsets."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("kind", ["fast", "slow"])
+def test_only_what_the_assistant_says_is_learned_in_every_turn(llama, kind):
+    tokenizer = fast_tokenizer() if kind == "fast" else llama.tokenizer()
+    assert tokenizer.is_fast == (kind == "fast")
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    row = ChatEncoder(tokenizer, 1000, None, "messages", "", "", prompts=False)({"messages": CHAT})
+    end = tokenizer.eos_token
+    assert tokenizer.decode(row["input_ids"]) == (
+        f"Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello – you{end}"
+        f"\n\n### Instruction:\nBye\n\n### Response:\nSee you{end}"
+    )
+    learned = [label for label in row["labels"] if label != -100]
+    assert tokenizer.decode(learned) == f"Hello – you{end}See you{end}"
+    assert row["learned"] == len(learned)
+    assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"]))
+
+
+def test_columns_of_prompts_and_responses_are_conversations_too(llama):
+    data = InstructionData(llama, Rows(PAIRS), chat_template="plain", system_prompt="Be brief.")
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    first = data.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
+    assert first == "Be brief.\n\n### Instruction:\nSay a\n\n### Response:\nbb"
+    assert data.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]) == "bb</s>"
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_prompts_end_where_the_answer_begins(llama):
+    data = InstructionData(llama, Rows([{"messages": CHAT[:5]}]), chat_template="plain")
+    data.setup("predict")
+    batch = next(iter(data.predict_dataloader()))
+    assert data.tokenizer.decode(batch["input_ids"][0]).endswith("### Instruction:\nBye\n\n### Response:\n")
+    without_answers = InstructionData(llama, Rows([{"prompt": "Hi"}]), chat_template="plain")
+    without_answers.setup("predict")
+    row = next(iter(without_answers.predict_dataloader()))["input_ids"][0]
+    assert without_answers.tokenizer.decode(row) == "### Instruction:\nHi\n\n### Response:\n"
+
+
+def test_packed_conversations_have_the_very_losses_they_have_alone(llama):
+    alone = InstructionData(llama, Rows(PAIRS), chat_template="plain", batch_size=1)
+    packed = InstructionData(llama, Rows(PAIRS), chat_template="plain", batch_size=2, packing=True, max_length=130)
+    for data in (alone, packed):
+        data.setup("fit")
+    task = CausalLM(llama)
+    task.configure_model()
+    task.model.eval()
+
+    def losses(data):
+        found = []
+        for batch in data.val_dataloader():
+            with torch.no_grad():
+                logits = task(batch).logits[:, :-1]
+            targets = batch["labels"][:, 1:]
+            each = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+            found += each[targets != -100].tolist()
+        return sorted(found)
+
+    assert len(packed.val_dataloader().dataset) < len(PAIRS)
+    # The same sums in another order, in float32.
+    assert losses(packed) == pytest.approx(losses(alone), rel=1e-4)
+
+
+def test_packing_puts_each_row_into_one_group_that_has_room():
+    lengths = [5, 9, 3, 3, 7, 1, 2, 10]
+    groups = pack(lengths, 10)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in group) <= 10 for group in groups)
+    assert len(groups) == 4  # 40 tokens in rows of 10
+
+
+def test_a_conversation_cut_before_its_answer_is_left_out_and_counted(llama):
+    rows = [*PAIRS, {"prompt": "p" * 200, "response": "never read"}]
+    data = InstructionData(llama, Rows(rows), chat_template="plain", max_length=100)
+    with pytest.warns(UserWarning, match=r"validation: 1 of 9 conversations are longer.*1 have no answer left"):
+        data.setup("validate")
+    assert len(data.val_dataloader().dataset) == len(PAIRS)
+    nothing = InstructionData(llama, Rows(PAIRS), chat_template="plain", max_length=10)
+    with pytest.raises(DataError, match=r"None of the 8 .* conversations has an answer within max_length=10"):
+        nothing.setup("fit")
+
+
+def test_nothing_is_said_where_nothing_is_cut(llama):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        InstructionData(llama, Rows(PAIRS), chat_template="plain").setup("fit")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(llama):
+    template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match=r"writes earlier turns differently"):
+        InstructionData(llama, Rows([{"messages": CHAT}]), chat_template=template).setup("fit")
+
+
+def test_a_tokenizer_without_a_template_says_what_to_give(llama):
+    with pytest.raises(DataError, match=r"has no chat template. Give chat_template: plain"):
+        InstructionData(llama, Rows(PAIRS))
+    tokenizer = llama.tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    assert template_of(tokenizer, None) == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "?"}, "no column 'messages'.*question.*or prompt_column and response_column"),
+        ({"messages": "text"}, "must hold lists of messages"),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, r"this one has the roles \['user'\]"),
+        ({"prompt": "Hi", "response": 3}, "not text but 3"),
+    ],
+)
+def test_rows_that_are_no_conversations_are_refused(llama, row, said):
+    with pytest.raises(DataError, match=said):
+        InstructionData(llama, Rows([row]), chat_template="plain").setup("fit")
