@@ -131,6 +131,23 @@ def _train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:
             config["modules_to_save"] = list(heads)
 
 
+def _check_processes(trainer: Trainer) -> None:
+    """Raises ConfigError for a sweep within one process whose jobs start further processes by script.
+
+    These and torch's process group live on after the first job, and the second cannot have its own.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+    sweeps = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    if sweeps and trainer.world_size > 1 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise ConfigError(
+            f"A sweep cannot run jobs of {trainer.world_size} processes one after another. Use one device for each, "
+            "trainer.strategy=ddp_spawn, or a Hydra launcher that gives each job a process of its own."
+        )
+
+
 def _validate(
     trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: str | None
 ) -> dict[str, float]:

@@ -97,6 +97,10 @@ class ExactResume:
             return
 
         saved = ranks[trainer.global_rank]
+        pending = trainer.fit_loop._combined_loader_states_to_load
+        if pending:  # Lightning loads the state of stateful loaders after a checkpoint in mid-epoch only
+            fetcher.combined_loader._load_state_dicts(pending)
+            iter(fetcher)
         seen = _batches_seen(trainer)
         if seen and streams and not stateful:
             rank_zero_warn(
@@ -111,11 +115,9 @@ class ExactResume:
                 next(fetcher.iterator)  # type: ignore[arg-type]
         set_random_state(saved["now"])
         if not seen and not streams:
-            # Between two epochs the iterator that Lightning made on loading was drawn from other random numbers, or,
-            # by a stateful loader after an epoch's last batch, stands at the very end of that epoch. A stateful loader
-            # that was loaded between two epochs has made the right one.
-            made = fetcher.iterator if stateful and not trainer.fit_loop.restarted_mid_epoch else None
-            fetcher.iterator = _made_at_first_use(fetcher.combined_loader, made)
+            # Between two epochs: the iterator that Lightning made on loading was drawn from other random numbers, or, by
+            # a stateful loader after an epoch's last batch, stands at the very end of that epoch.
+            fetcher.iterator = _made_at_first_use(fetcher.combined_loader)
         if trainer.fit_loop.restarted_mid_epoch:
             # Other hooks, and Lightning when it makes up for a validation, still draw before the first batch.
             assert fetcher.iterator is not None
@@ -154,24 +156,15 @@ def _watched_class(base_class: type[CombinedLoader]) -> type[CombinedLoader]:
         iterator = base_class.__iter__(self)
         # How many numbers were drawn depends on the loader, on workers and prefetching, and on resuming: make it one.
         set_random_state(before)
-        _draw()
+        torch.empty((), dtype=torch.int64).random_()
         return iterator
 
     return type(f"Watched{base_class.__name__}", (base_class,), {"__iter__": __iter__})
 
 
-def _draw() -> None:
-    torch.empty((), dtype=torch.int64).random_()
-
-
-def _made_at_first_use(loader: CombinedLoader, made: Iterator[Any] | None = None) -> Iterator[Any]:
-    """An iterator of `loader`, made (unless it is `made`) when its first item is asked for: after all hooks that draw
-    random numbers."""
-    if made is None:
-        made = iter(loader)
-    else:
-        _draw()
-    yield from _items(made)
+def _made_at_first_use(loader: CombinedLoader) -> Iterator[Any]:
+    """An iterator of `loader`, made when its first item is asked for: after all hooks that draw random numbers."""
+    yield from _items(iter(loader))
 
 
 def _from_state(state: RandomState, iterator: Iterator[Any]) -> Iterator[Any]:
