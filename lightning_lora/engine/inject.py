@@ -296,7 +296,7 @@ def _report(model: nn.Module, injection: Injection, selection: Selection) -> Inj
         weight = module._parameters.get("weight")
         shape = tuple(weight.shape) if weight is not None else (module.lora_B.shape[0], module.lora_A.shape[1])
         notes = []
-        if _is_wasteful(module, type(module).geometry, module.lora.rank):
+        if _is_wasteful(module, type(module).mixin, module.lora.rank):
             notes.append(f"rank {module.lora.rank} is above the smaller side of the weight")
         if target.aliases:
             notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")

@@ -6,7 +6,6 @@ user chose. It stays after the run, so that a later `trainer.save_checkpoint` wr
 
 from __future__ import annotations
 
-import functools
 import os
 import pickle
 import shutil
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from lightning_lora.engine import adapter_state_dict, adapter_tensors, adapters, injections
 from lightning_lora.engine.optim import fit_optimizers, lora_plus
 from lightning_lora.engine.state import load_adapter_state_dict
+from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import CheckpointError, TrainingError
 from lightning_lora.hub import save_adapter
 from lightning_lora.training.checkpoint import METADATA, check_metadata, checkpoint_metadata
@@ -53,7 +53,6 @@ class AdapterStrategy(_Host):
     """Mixin in front of a strategy's own class."""
 
     lora: AdapterPolicy
-    base_class: type[Strategy]
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -131,10 +130,6 @@ class AdapterStrategy(_Host):
         self.lora.fingerprint = metadata["base_fingerprint"]
         return metadata
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _, (_, *arguments), *rest = super().__reduce_ex__(2)  # type: ignore[misc]
-        return (_remake, (type(self).base_class, *arguments), *rest)
-
 
 def attach(strategy: Strategy, policy: AdapterPolicy) -> None:
     """Make `strategy` save, load and optimize adapters alone, in place; again, it only takes the new policy.
@@ -149,7 +144,7 @@ def attach(strategy: Strategy, policy: AdapterPolicy) -> None:
         )
     strategy.lora = policy  # type: ignore[union-attr]
     if not isinstance(strategy, AdapterStrategy):
-        strategy.__class__ = _adapter_strategy(type(strategy))
+        strategy.__class__ = swapped_class("LoRA", AdapterStrategy, type(strategy))
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -160,17 +155,6 @@ def adapter_folder(checkpoint_path: str) -> Path:
     """The adapter folder that belongs to a checkpoint file: `best.ckpt` has `best-adapter`."""
     return Path(checkpoint_path.removesuffix(".ckpt") + "-adapter")
 
-
-
-@functools.cache
-def _adapter_strategy(base_class: type[Strategy]) -> type[Strategy]:
-    namespace = {"__module__": base_class.__module__, "base_class": base_class}
-    return type(f"LoRA{base_class.__name__}", (AdapterStrategy, base_class), namespace)
-
-
-def _remake(base_class: type[Strategy], *arguments: Any) -> Strategy:
-    cls = _adapter_strategy(base_class)
-    return cls.__new__(cls, *arguments)
 
 
 def _is_local(path: str) -> bool:

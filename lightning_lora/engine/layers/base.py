@@ -5,7 +5,7 @@
     class LinearLoRA(Adapter, adapts=nn.Linear):
         def update(self, x): ...
 
-`swap` makes the class `LoRALinear(LinearLoRA, Linear)` once per base class and gives it to the module. A subclass of
+`swap` gives the module the class `LoRALinear(LinearLoRA, Linear)`. A subclass of
 nn.Linear, quantized or otherwise derived, is found through its parents and keeps its own forward.
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import AdapterStateError, TargetError
 
 FACTORS = ("lora_A", "lora_B")
@@ -48,7 +49,7 @@ class Adapter(_Host):
     """What every adapted layer is, beside its own class: `isinstance(module, Adapter)` tells which ones are ours."""
 
     geometries: ClassVar[dict[type[nn.Module], type[Adapter]]] = {}
-    geometry: ClassVar[type[Adapter]]
+    mixin: ClassVar[type[Adapter]]
     base_class: ClassVar[type[nn.Module]]
 
     lora: AdapterSpec
@@ -135,29 +136,6 @@ class Adapter(_Host):
         ours = {prefix + name for name in FACTORS}
         missing.extend(key for key in found if not (is_base_checkpoint and key in ours))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time and has no importable name: pickle and deepcopy remake it from its two parents.
-        reduced: tuple[Any, ...] = super().__reduce_ex__(2)  # type: ignore[assignment]
-        _, (_, *arguments), *rest = reduced
-        return (_remake, (type(self).geometry, type(self).base_class, *arguments), *rest)
-
-
-def _remake(geometry: Any, base_class: Any, *arguments: Any) -> nn.Module:
-    cls = adapted_class(geometry, base_class)
-    return cls.__new__(cls, *arguments)
-
-
-@functools.cache
-def adapted_class(geometry: Any, base_class: Any) -> Any:
-    """The subclass of `base_class` that carries `geometry`, made once."""
-    namespace = {
-        "__module__": base_class.__module__,
-        "__doc__": base_class.__doc__,
-        "geometry": geometry,
-        "base_class": base_class,
-    }
-    return type(f"LoRA{base_class.__name__}", (geometry, base_class), namespace)
-
 
 def geometry_of(cls: type[nn.Module]) -> type[Adapter] | None:
     """The geometry registered for `cls` or for its nearest parent; None where no layer of that kind can be adapted."""
@@ -199,13 +177,13 @@ def swap(module: Any, geometry: Any, spec: AdapterSpec, A: nn.Parameter, B: nn.P
     module.register_parameter("lora_A", A)
     module.register_parameter("lora_B", B)
     module.__dict__["lora"] = spec
-    module.__class__ = adapted_class(geometry, base_class)
+    module.__class__ = swapped_class("LoRA", geometry, base_class)
 
 
 def swap_back(module: Adapter) -> Callable[[], None]:
     """Undo `swap`: the class that the module had, no factors, its weight untouched. Returns what swaps it again."""
     module_: Any = module
-    geometry, spec, A, B = type(module).geometry, module.lora, module.lora_A, module.lora_B
+    geometry, spec, A, B = type(module).mixin, module.lora, module.lora_A, module.lora_B
     module_.__dict__.pop("forward", None)
     module_.__class__ = type(module).base_class
     for name in FACTORS:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_lora.engine.swap import swapped_class
 
 if TYPE_CHECKING:
     _Host = nn.Module
@@ -26,22 +27,6 @@ class FrozenNorm(_Host):
         self.__dict__["wanted_mode"] = mode
         return super().train(False)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: tuple[Any, ...] = super().__reduce_ex__(2)  # type: ignore[assignment]
-        _, (_, *arguments), *rest = reduced
-        return (_remake, (type(self).base_class, *arguments), *rest)
-
-
-def _remake(base_class: Any, *arguments: Any) -> nn.Module:
-    cls = _frozen_class(base_class)
-    return cls.__new__(cls, *arguments)
-
-
-@functools.cache
-def _frozen_class(base_class: Any) -> Any:
-    namespace = {"__module__": base_class.__module__, "base_class": base_class}
-    return type(f"Frozen{base_class.__name__}", (FrozenNorm, base_class), namespace)
-
 
 def has_running_statistics(module: nn.Module) -> bool:
     """Whether a forward in training mode would change buffers of `module`; not so where they are frozen already."""
@@ -51,7 +36,7 @@ def has_running_statistics(module: nn.Module) -> bool:
 def freeze_statistics(module: Any) -> None:
     """Keep the running statistics of a norm as they are, whatever `train()` says."""
     base_class: Any = type(module)
-    module.__class__ = _frozen_class(base_class)
+    module.__class__ = swapped_class("Frozen", FrozenNorm, base_class)
     module.train(module.training)
 
 

@@ -1,0 +1,37 @@
+"""Give an object one more behaviour by giving it another class: a mixin in front of the class that it has.
+
+The object keeps its identity, its attributes and whatever refers to it. The class is made once for each pair of mixin
+and base class, as FSDP2's `fully_shard` does; since it has no importable name, it brings the way to pickle its objects.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def swapped_class(prefix: str, mixin: Any, base_class: Any) -> Any:
+    """The subclass of `base_class` with `mixin` in front, named `prefix` and the base's name.
+
+    It knows the two as its attributes `mixin` and `base_class`.
+    """
+    namespace = {
+        "__module__": base_class.__module__,
+        "__doc__": base_class.__doc__,
+        "__reduce_ex__": functools.partialmethod(_reduce, prefix),
+        "mixin": mixin,
+        "base_class": base_class,
+    }
+    return type(f"{prefix}{base_class.__name__}", (mixin, base_class), namespace)
+
+
+def _reduce(self: Any, prefix: str, protocol: Any) -> Any:
+    cls = type(self)
+    _, (_, *arguments), *rest = cls.base_class.__reduce_ex__(self, 2)
+    return (_remake, (prefix, cls.mixin, cls.base_class, *arguments), *rest)
+
+
+def _remake(prefix: str, mixin: Any, base_class: Any, *arguments: Any) -> Any:
+    cls = swapped_class(prefix, mixin, base_class)
+    return cls.__new__(cls, *arguments)
