@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from omegaconf import OmegaConf
 
 from lightning_lora.cli.build import build, build_each
+from lightning_lora.cli.cores import use_available_cores
 from lightning_lora.cli.noise import quieten
 from lightning_lora.cli.results import CONFIG, METRICS, RESULTS, metrics_of, read_metrics, shown, write_json
 from lightning_lora.cli.schema import Node
@@ -73,6 +74,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
     quieten()
+    use_available_cores()
     checkpoint = settings["ckpt_path"]
     if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
         raise ConfigError(f"ckpt_path={checkpoint}: there is no such checkpoint.")

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora import load_adapter
 from lightning_lora.cli.build import build
+from lightning_lora.cli.cores import use_available_cores
 from lightning_lora.cli.noise import quieten
 from lightning_lora.errors import ConfigError
 
@@ -43,6 +44,7 @@ class LoadedAdapter(pl.Callback):
 def trained(settings: dict[str, Any]) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
     """Trainer, task and data as `settings` describe them; a hook of the Trainer loads the adapter."""
     quieten()
+    use_available_cores()
     if settings["seed"] is not None:
         pl.seed_everything(settings["seed"], workers=True, verbose=False)
     task, data = build(settings, "task"), build(settings, "data")

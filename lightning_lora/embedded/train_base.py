@@ -240,9 +240,9 @@ pipeline_tag: text-generation
 # The embedded base of lightning_lora
 
 A byte-level causal language model of {model.num_parameters():,} parameters, small enough to ship in a package and to
-fine-tune on two CPU cores. It has learnt English prose about Python, and not Python's source: adapting it to source
-is a real change of domain. It is for trying and testing adapters, and for nothing else: it knows no facts and follows
-no instructions.
+fine-tune on two CPU cores. It has learnt English prose about Python, with the short examples in it, and not Python's
+source: adapting it to source is a real change of domain. It is for trying and testing adapters, and for nothing else:
+it knows no facts and follows no instructions.
 
 - **Architecture**: Llama, {model.config.num_hidden_layers} layers, width {model.config.hidden_size}, \
 {model.config.num_attention_heads} heads, context {CONTEXT} bytes, untied head.

@@ -42,6 +42,13 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(BASE)
 
 
+@pytest.fixture(scope="module")
+def perplexity(model) -> dict[str, float]:
+    prose = [text.encode() for text in documentation_topics().held_back.values()]
+    texts = {"prose": prose, "source": source_sample()}
+    return {name: math.exp(train_base.loss_per_byte(model, of)) for name, of in texts.items()}
+
+
 @pytest.fixture
 def threads_restored():
     """The script sets the number of threads for the whole process: put it back."""
@@ -175,12 +182,6 @@ class TestTheTexts:
 
 class TestWhatItKnows:
     """Limits, not records: another Python's topics and source differ from those that the card's figures are for."""
-
-    @pytest.fixture(scope="class")
-    def perplexity(self, model) -> dict[str, float]:
-        prose = [text.encode() for text in documentation_topics().held_back.values()]
-        texts = {"prose": prose, "source": source_sample()}
-        return {name: math.exp(train_base.loss_per_byte(model, of)) for name, of in texts.items()}
 
     def test_it_has_learnt_the_prose_of_the_documentation(self, perplexity):
         assert perplexity["prose"] < 5  # a uniform guess: 256; the bytes' own frequencies: about 20
