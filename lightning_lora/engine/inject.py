@@ -73,7 +73,7 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
     selection = select(model, config)
     _check_shared_weights(model, selection)
     plan = [(target, *_planned(target, config)) for target in selection.targets]
-    whole = _trained_whole(model, config, selection)
+    whole = tensors_trained_whole(model, config, selection)
     wasteful = [target.name for target, geometry, spec in plan if _is_wasteful(target.module, geometry, spec.rank)]
     if wasteful:  # said before anything is changed, since a warning can be made an error
         warnings.warn(
@@ -238,7 +238,7 @@ def _fresh_factors(
         return nn.Parameter(A), nn.Parameter(B)
 
 
-def _trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
+def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
     """Parameters and persistent buffers that are trained whole, under the first name of each."""
     inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
     adapted = {id(t.module) for t in selection.targets}

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import FACTORS, adapters
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, listed
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
 
 _SAMPLE = 1 << 20
+_SAME_ONCE_ROUNDED = {"torch.float32", "torch.float64", "torch.bfloat16"}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -84,23 +85,57 @@ def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str
         )
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """A short hash of the frozen weights of `model`, by name, shape and value.
+def base_fingerprint(model: nn.Module, root: nn.Module | None = None) -> str:
+    """A short hash of the frozen weights of `model`, or of the module `root` in it, by name, shape and value.
 
-    Values enter as bfloat16, so the same base loaded in float32 and in bfloat16 has one fingerprint. Tensors of up to
+    Names are relative to `root`, so a base has one fingerprint whether it was adapted by itself or inside of another
+    module. Values enter as bfloat16, so the same base loaded in float32 and in bfloat16 has one, too. Tensors of up to
     2^20 elements enter whole, larger ones by 2^20 evenly spaced elements; buffers do not, since training moves some.
     """
-    ours = {id(t) for t in adapter_tensors(model).values()}
     digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if id(p) in ours:
-            continue
+    for name, p in _base_parameters(model, root):
         values = p.detach().reshape(-1)
-        values = (
-            values[:: max(1, values.numel() // _SAMPLE)].to(torch.bfloat16)
-            if p.is_floating_point()
-            else values[:_SAMPLE]
-        )
+        if p.is_floating_point():
+            # By way of float32: a base of float64 that was loaded in float32 was rounded twice as well.
+            values = values[:: max(1, values.numel() // _SAMPLE)].to(torch.float32).to(torch.bfloat16)
+        else:
+            values = values[:_SAMPLE]
         digest.update(f"{name}{tuple(p.shape)}".encode())
         digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes() if values.numel() else b"")
     return digest.hexdigest()[:16]
+
+
+def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, Any]:
+    """What `check_same_base` needs to know the base of `model` again (or of `root` in it), as plain values."""
+    dtypes = sorted({str(p.dtype) for _, p in _base_parameters(model, root)})
+    return {"base_fingerprint": base_fingerprint(model, root), "base_dtypes": dtypes}
+
+
+def check_same_base(
+    model: nn.Module, description: Mapping[str, Any], root: nn.Module | None = None, *, what: str = "The adapter"
+) -> None:
+    """Raise BaseMismatchError where the base of `model` (or of `root` in it) is not the one that `description` is of.
+
+    Where it cannot be told, because one of them was rounded to float16 or quantized, nothing is raised.
+    """
+    theirs = description.get("base_fingerprint")
+    now = {str(p.dtype) for _, p in _base_parameters(model, root)}
+    dtypes = description.get("base_dtypes")
+    then = set(map(str, dtypes)) if isinstance(dtypes, list) else now
+    # The fingerprint is of values rounded to bfloat16; a base rounded to float16 first, or quantized, has others.
+    if theirs is None or (now != then and not now | then <= _SAME_ONCE_ROUNDED):
+        return
+    ours = base_fingerprint(model, root)
+    if ours != theirs:
+        raise BaseMismatchError(
+            f"{what} was trained on another base: the fingerprint of its weights is {theirs}, that of this "
+            f"{type(root or model).__name__} is {ours}. Load the base that it was trained on, or, if you know that "
+            "this one will do, pass check_base=False."
+        )
+
+
+def _base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of `root` that are no part of the adapter of `model`, by name."""
+    ours = {id(t) for t in adapter_tensors(model).values()}
+    named = (root or model).named_parameters()
+    return sorted(((name, p) for name, p in named if id(p) not in ours), key=lambda item: item[0])

@@ -96,7 +96,8 @@ class Adapter(_Host):
 
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
         """The adapted output from the base's output and the unscaled update."""
-        return torch.add(base, update.to(base.dtype), alpha=self.lora.scale)
+        # Not torch.add(..., alpha=scale): torch 2.13's inductor fuses it with B's product and loses the alpha.
+        return base + self.lora.scale * update.to(base.dtype)
 
     def lora_dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.lora.dropout, self.training) if self.lora.dropout else x
