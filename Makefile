@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## Fine-tune the embedded language model on new text, 
 	$(BIN)/lightning-lora demo
 
 test: $(VENV)/.installed-dev  ## Run the tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4
 
 lint: $(VENV)/.installed-dev  ## Check style and types.
 	$(BIN)/ruff check .

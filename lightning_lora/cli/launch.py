@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_lora.cli.composition import CONFIG_MODULE, rehearsal, with_pluses
+from lightning_lora.cli.cores import wait_without_spinning
 from lightning_lora.cli.explain import explain, explain_composition
 from lightning_lora.cli.finished_run import with_finished_run
 from lightning_lora.cli.main import docstring
@@ -32,6 +33,7 @@ def launch(command: str, arguments: list[str]) -> int:
     Errors are raised, one of composition as a ConfigError with the closest names. Only in a sweep are those of a job
     shown and kept for its table, so that the other jobs run.
     """
+    wait_without_spinning()
     # argparse, which Hydra reads with, takes no flag between two overrides.
     arguments = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
     module = import_module(f"lightning_lora.cli.{command}")

@@ -71,8 +71,6 @@ def run(settings: dict[str, Any]) -> float | None:
 
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
-    import lightning.pytorch as pl
-
     quieten()
     use_available_cores()
     checkpoint = settings["ckpt_path"]
@@ -80,8 +78,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         raise ConfigError(f"ckpt_path={checkpoint}: there is no such checkpoint.")
     folder = Path(settings["run_dir"])
     folder.mkdir(parents=True, exist_ok=True)
-    if settings["seed"] is not None:
-        pl.seed_everything(settings["seed"], workers=True, verbose=False)
+    _seed(settings)
     task: LightningModule = build(settings, "task")
     data: LightningDataModule = build(settings, "data")
     _train_new_heads(settings, task)
@@ -93,6 +90,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         OmegaConf.save(OmegaConf.create(settings), folder / CONFIG)
 
     before = _validate(trainer, task, data, None) if settings["evaluate_before"] else {}
+    _seed(settings)  # again: whether the base was measured first makes no difference to the order of the data
     started = time.perf_counter()
     try:
         trainer.fit(task, data, ckpt_path=checkpoint)
@@ -122,6 +120,13 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     write_json(folder / RESULTS, results)
     _plot(folder, settings)
     return results
+
+
+def _seed(settings: dict[str, Any]) -> None:
+    from lightning.pytorch import seed_everything
+
+    if settings["seed"] is not None:
+        seed_everything(settings["seed"], workers=True, verbose=False)
 
 
 def _train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:
