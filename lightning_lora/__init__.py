@@ -25,12 +25,16 @@ _HOME = {
     "load_adapter_state_dict": "lightning_lora.engine",
     "save_adapter": "lightning_lora.hub",
     "load_adapter": "lightning_lora.hub",
+    "pull_adapter": "lightning_lora.hub.pull",
+    "push_adapter": "lightning_lora.hub.push",
+    "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
     "load_from_checkpoint": "lightning_lora.training",
     "LightningLoRAError": "lightning_lora.errors",
 }
 
 __all__ = [
+    "HubPush",
     "InjectionReport",
     "LightningLoRAError",
     "LoRACallback",
@@ -42,6 +46,8 @@ __all__ = [
     "load_from_checkpoint",
     "merge",
     "merged",
+    "pull_adapter",
+    "push_adapter",
     "remove",
     "save_adapter",
 ]
@@ -59,7 +65,10 @@ if TYPE_CHECKING:
     )
     from lightning_lora.errors import LightningLoRAError
     from lightning_lora.hub import load_adapter, save_adapter
+    from lightning_lora.hub.pull import pull_adapter
+    from lightning_lora.hub.push import push_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
+    from lightning_lora.training.push import HubPush
 
 
 def __getattr__(name: str) -> Any:

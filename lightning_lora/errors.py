@@ -9,6 +9,11 @@
     ├── CheckpointError (RuntimeError)      a checkpoint that is truncated, foreign, or could not be written
     ├── TrainingError (RuntimeError)        a training set-up under which adapters would silently not train
     ├── DataError (ValueError)              data that is missing, empty or malformed
+    ├── HubError (RuntimeError)             what was asked of the Hub and did not happen
+    │   ├── HubAccessError                  no token, a wrong one, or one that may not do this
+    │   ├── HubNotFoundError                no such repository or revision, or one that this token may not see
+    │   ├── HubIntegrityError               what arrived is not what the Hub said it would be
+    │   └── HubUnavailableError             no network, no answer in time, a server's fault: worth another try
     └── MissingExtraError (ImportError)     a feature whose optional dependency is not installed
 
 A message says what was seen, where, and what to try. A call that raises one of these leaves the model, the files and
@@ -27,6 +32,11 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "HubAccessError",
+    "HubError",
+    "HubIntegrityError",
+    "HubNotFoundError",
+    "HubUnavailableError",
     "LightningLoRAError",
     "MissingExtraError",
     "TargetError",
@@ -68,6 +78,29 @@ class TrainingError(LightningLoRAError, RuntimeError):
 
 class DataError(LightningLoRAError, ValueError):
     """Data that is missing, empty or malformed."""
+
+
+class HubError(LightningLoRAError, RuntimeError):
+    """What was asked of the Hub did not happen, and asking again would not change it."""
+
+
+class HubAccessError(HubError):
+    """No token, a wrong one, or one that may not do what was asked."""
+
+
+class HubNotFoundError(HubError):
+    """No such repository, revision or file; or one that this token may not see, which the Hub does not tell apart."""
+
+
+class HubIntegrityError(HubError):
+    """What arrived is not what the Hub said it would be; it was not kept."""
+
+
+class HubUnavailableError(HubError):
+    """No network, no answer in time, or a fault of the server's: worth another try."""
+
+    retry_after: float | None = None
+    """Seconds to wait before it, where the server said so."""
 
 
 class MissingExtraError(LightningLoRAError, ImportError):

@@ -16,6 +16,7 @@ NAMES = [
     "load_from_checkpoint",
     "merge",
     "merged",
+    "pull_adapter",
     "remove",
     "save_adapter",
 ]

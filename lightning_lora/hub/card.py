@@ -1,61 +1,275 @@
-"""The README.md of an adapter folder: what it is, and how to load it."""
+"""The README.md of an adapter: what it is, how it was trained, and how to load it.
+
+What this package writes stands between two marks. Text around them is the user's, and so are the entries of the front
+matter that we do not set: `merge_cards` keeps both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import yaml
+
+BEGIN = "<!-- lightning_lora writes between this mark and the next one anew. Your own text is kept outside. -->"
+END = "<!-- lightning_lora: end -->"
+
+_MARKED = re.compile(r"<!-- lightning_lora writes .*?-->.*?<!-- lightning_lora: end -->", re.DOTALL)
+_FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+# PEFT's name of a task -> the Hub's, and the class of transformers that has its head.
+_TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+}
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def model_card(config: Mapping[str, Any], *, modules: int, parameters: int, module: str) -> str:
+@dataclass(frozen=True)
+class RunFacts:
+    """What a card can say beyond the adapter itself."""
+
+    repo_id: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    step: int | None = None
+    data: str | None = None
+    """What it was trained on, in the user's words; never a local path."""
+    datasets: Sequence[str] = ()
+    """Their ids on the Hub."""
+    curve: str | None = None
+    """The file name of the picture beside the card."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Further rows of the table."""
+    front_matter: Mapping[str, Any] = field(default_factory=dict)
+    """Entries that the user sets: license, language, tags."""
+
+
+def model_card(
+    config: Mapping[str, Any], *, modules: int, parameters: int, module: str, run: RunFacts | None = None
+) -> str:
     """The card of an adapter from its `adapter_config.json`; `parameters` counts what was trained, `module` is the
     name of the base inside the model that was trained, or ""."""
-    base = config["base_model_name_or_path"]
-    lines = ["---", "library_name: peft"]
-    if base:
-        lines.append(f"base_model: {base}")
-    lines += ["tags:", "- lora", "- lightning-lora", "---", "", "# LoRA adapter", ""]
-    lines += ["| | |", "|---|---|"]
-    if base:
-        lines.append(f"| base model | `{base}`{_at(config['revision'])} |")
-    lines += [
-        f"| rank | {config['r']}{_varied(config['rank_pattern'])} |",
-        f"| alpha | {config['lora_alpha']:g}{_varied(config['alpha_pattern'])} |",
-        f"| adapted modules | {modules} |",
-        f"| trained parameters | {parameters:,} |",
+    run = run or RunFacts()
+    base = base_id(config.get("base_model_name_or_path"))
+    sections = [
+        [f"# {run.repo_id.rpartition('/')[2] if run.repo_id else 'LoRA adapter'}"],
+        _table(config, base, modules, parameters, run),
+        _results(run),
+        _loading(config, base, module, run),
     ]
-    if config["use_rslora"]:
-        lines.append("| scale | alpha / sqrt(rank) (rsLoRA) |")
-    if config["modules_to_save"]:
-        lines.append(f"| trained whole | {', '.join(f'`{name}`' for name in config['modules_to_save'])} |")
+    body = "\n\n".join("\n".join(lines) for lines in sections if lines)
+    return _joined(_front_matter(config, base, run), "", f"{BEGIN}\n\n{body}\n\n{END}", "")
+
+
+def base_id(name: Any) -> str | None:
+    """`name` where it is an id on the Hub; None where it is a local path, which the Hub refuses and nobody can use."""
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or os.path.exists(name):
+        return None
+    return name
+
+
+def merge_cards(ours: str, *others: str | None) -> str:
+    """`ours`, with the text and the front matter that users wrote into `others`, of which the first come first."""
+    card = _split(ours)
+    front, before, after = dict(card.front), card.before, card.after
+    for other in reversed([_split(text) for text in others if text]):
+        front = _merge_front_matter(front, other.front)
+        before = _with(other.before, before, known=other.before + other.after)
+        after = _with(other.after, after, known=other.before + other.after)
+    return _joined(front, before, card.section or "", after)
+
+
+class _Card(NamedTuple):
+    front: dict[str, Any]
+    before: str
+    section: str | None
+    """Between the marks, these included."""
+    after: str
+
+
+def _split(text: str) -> _Card:
+    front: Any = {}
+    if found := _FRONT.match(text):
+        try:
+            front = yaml.safe_load(found[1]) or {}
+        except yaml.YAMLError:
+            front = {}  # the Hub would refuse it as well
+        text = text[found.end() :]
+    front = dict(front) if isinstance(front, Mapping) else {}
+    marked = _MARKED.search(text)
+    if marked is None:
+        return _Card(front, text.strip(), None, "")
+    return _Card(front, text[: marked.start()].strip(), marked[0], text[marked.end() :].strip())
+
+
+def _joined(front: Mapping[str, Any], before: str, section: str, after: str) -> str:
+    head = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True, width=10_000)
+    body = "\n\n".join(part for part in (before, section, after) if part)
+    return f"---\n{head}---\n\n{body}\n"
+
+
+def _with(theirs: str, ours: str, known: str) -> str:
+    """Both texts; `ours` once, where `known` has it already."""
+    if not ours or ours in known:
+        return theirs
+    return f"{theirs}\n\n{ours}" if theirs else ours
+
+
+def _merge_front_matter(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**ours, **{key: value for key, value in theirs.items() if key not in ("base_model", *_OURS)}}
+    for key in _OURS:
+        if key in ours or key in theirs:
+            merged[key] = ours.get(key, theirs.get(key))
+    base = ours.get("base_model", theirs.get("base_model"))
+    if isinstance(base, str) and base_id(base) is None:
+        base = None
+    merged.pop("base_model", None)
+    if base is not None:
+        merged = {"library_name": merged.get("library_name", "peft"), "base_model": base, **merged}
+    for key in ("tags", "datasets"):
+        both = [*_list(ours.get(key)), *_list(theirs.get(key))]
+        if both:
+            merged[key] = list(dict.fromkeys(both))
+    return merged
+
+
+# What we know better than the card that is there.
+_OURS = ("library_name", "base_model_relation", "model-index")
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _front_matter(config: Mapping[str, Any], base: str | None, run: RunFacts) -> dict[str, Any]:
+    task = _TASKS.get(config.get("task_type") or "", ("other", ""))[0]
+    front: dict[str, Any] = {"library_name": "peft"}
+    tags = ["lora", "lightning-lora"]
+    if base:
+        front |= {"base_model": base, "base_model_relation": "adapter"}
+        tags.insert(0, f"base_model:adapter:{base}")
+    if task != "other":
+        front["pipeline_tag"] = task
+    front["tags"] = tags
+    if run.datasets:
+        front["datasets"] = list(run.datasets)
+    metrics = {name: value for name, value in run.metrics.items() if math.isfinite(value)}
+    if metrics:
+        dataset = run.datasets[0] if run.datasets else re.sub(r"[^\w.-]+", "-", run.data or "").strip("-.") or "unknown"
+        result = {
+            "task": {"type": task},
+            "dataset": {"name": run.data or dataset, "type": dataset},
+            "metrics": [{"type": _metric_type(name), "value": value, "name": name} for name, value in metrics.items()],
+        }
+        name = run.repo_id.rpartition("/")[2] if run.repo_id else "lora"
+        front["model-index"] = [{"name": name, "results": [result]}]
+    for key, value in run.front_matter.items():
+        front[key] = list(dict.fromkeys([*tags, *_list(value)])) if key == "tags" else value
+    return front
+
+
+def _metric_type(name: str) -> str:
+    """`val_loss` is a loss: the Hub groups by what is measured."""
+    return re.sub(r"^(val|validation|test|train|eval)[_/]", "", name) or name
+
+
+def _table(config: Mapping[str, Any], base: str | None, modules: int, parameters: int, run: RunFacts) -> list[str]:
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    rows: list[tuple[str, str]] = []
+    if base:
+        rows.append(("base model", f"`{base}`{_at(config.get('revision'))}"))
+    rows += [
+        ("rank", f"{rank}{_varied(config.get('rank_pattern'))}"),
+        ("alpha", f"{alpha:g}{_varied(config.get('alpha_pattern'))}"),
+        ("targets", _targets(config.get("target_modules"))),
+        ("adapted modules", str(modules)),
+        ("trained parameters", f"{parameters:,}"),
+    ]
+    if config.get("use_rslora"):
+        rows.append(("scale", "alpha / sqrt(rank) (rsLoRA)"))
+    if config.get("use_dora"):
+        rows.append(("variant", "DoRA"))
+    if config.get("modules_to_save"):
+        rows.append(("trained whole", ", ".join(f"`{name}`" for name in config["modules_to_save"])))
+    if run.data:
+        rows.append(("data", run.data))
+    if run.step is not None:
+        rows.append(("optimizer steps", f"{run.step:,}"))
+    rows += run.notes.items()
+    return ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows if value)]
+
+
+def _results(run: RunFacts) -> list[str]:
+    metrics = {name: value for name, value in run.metrics.items() if math.isfinite(value)}
+    if not metrics and not run.curve:
+        return []
+    lines = ["## Results"]
+    if metrics:
+        lines += ["", "| metric | value |", "|---|---|", *(f"| {_cell(n)} | {v:.6g} |" for n, v in metrics.items())]
+    if run.curve:
+        lines += ["", f"![training curve]({run.curve})"]
+    return lines
+
+
+def _loading(config: Mapping[str, Any], base: str | None, module: str, run: RunFacts) -> list[str]:
     onto = f"`{base}`" if base else "the base model"
     within = f", or the LightningModule that holds it (as `{module}`)" if module else ""
-    lines += [
-        "",
-        "## Load it",
-        "",
-        f"`model` is {onto}{within}; `folder` is this folder.",
-        "",
-        "```python",
-        "from lightning_lora import load_adapter",
-        "",
-        "load_adapter(model, folder)",
-        "```",
-        "",
-        "With PEFT, onto the base model itself:",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "",
-        "model = PeftModel.from_pretrained(model, folder)",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    where = f'"{run.repo_id}"' if run.repo_id else "folder"
+    means = "" if run.repo_id else "; `folder` is this folder"
+    lines = ["## Load it", "", f"`model` is {onto}{within}{means}."]
+    lines += _code("from lightning_lora import load_adapter", "", f"load_adapter(model, {where})")
+    lines += ["", "With PEFT, onto the base model itself:"]
+    lines += _code("from peft import PeftModel", "", f"model = PeftModel.from_pretrained(model, {where})")
+    task = config.get("task_type")
+    if base and task in _TASKS:
+        auto = _TASKS[task][1]
+        lines += ["", "With transformers:"]
+        lines += _code(
+            f"from transformers import {auto}",
+            "",
+            f'model = {auto}.from_pretrained("{base}")',
+            f"model.load_adapter({where})",
+        )
+    # vLLM reads plain low-rank pairs only.
+    plain = not any(config.get(key) for key in ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices"))
+    if base and task == "CAUSAL_LM" and plain and config.get("bias", "none") == "none":
+        most = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
+        limit = next((rank for rank in _VLLM_RANKS if rank >= most), most)
+        name = run.repo_id.rpartition("/")[2] if run.repo_id else "adapter"
+        path = run.repo_id or "FOLDER"
+        lines += ["", "With vLLM:"]
+        command = f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}={path}"
+        lines += _code(command, language="bash")
+    return lines
+
+
+def _code(*lines: str, language: str = "python") -> list[str]:
+    return ["", f"```{language}", *lines, "```"]
+
+
+def _targets(targets: Any) -> str:
+    if isinstance(targets, str):
+        return f"`{targets}`" if len(targets) <= 60 else "a regular expression"
+    names = [f"`{name}`" for name in targets or ()]
+    return ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:12])} and {len(names) - 12} more"
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")
 
 
 def _at(revision: str | None) -> str:
     return f" at `{revision}`" if revision else ""
 
 
-def _varied(pattern: Mapping[str, Any]) -> str:
+def _varied(pattern: Mapping[str, Any] | None) -> str:
     return f" (others in {len(pattern)} modules)" if pattern else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from lightning_lora.engine import (
     LoRAConfig,
     adapter_tensors,
     adapters,
-    base_fingerprint,
     inject,
     injections,
     load_adapter_state_dict,
@@ -29,11 +27,11 @@ from lightning_lora.engine import (
 )
 from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.layers.linear import OutProjectionLoRA
+from lightning_lora.engine.state import check_same_base, describe_base
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import (
     AdapterFormatError,
     AdapterStateError,
-    BaseMismatchError,
     ConfigError,
     TargetError,
     closest,
@@ -41,14 +39,14 @@ from lightning_lora.errors import (
 )
 from lightning_lora.hub.atomic import write_folder
 from lightning_lora.hub.card import model_card
+from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.layout import layout_of, member, names_of_tensors, tensor_named
 from lightning_lora.hub.matching import Fit, fit
-from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, exact_targets, from_peft, to_peft
-from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS, check_folder, open_tensors, read_config
+from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, exact_targets, to_peft
+from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SAME_ONCE_ROUNDED = {"torch.float32", "torch.float64", "torch.bfloat16"}
 
 
 def save_adapter(
@@ -103,8 +101,7 @@ def save_adapter(
     note = {
         "version": lightning_lora.__version__,
         "module": module,
-        "base_fingerprint": _fingerprint(model, root),
-        "base_dtypes": _dtypes(root),
+        **describe_base(model, root),
     }
     header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
     trained = sum(t.numel() for t in adapter_tensors(model).values())
@@ -127,8 +124,18 @@ def save_adapter(
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, check_base: bool = True) -> InjectionReport:
-    """Adapt `model` as the adapter in `folder` says and load its tensors, whether this package or PEFT wrote it.
+def load_adapter(
+    model: nn.Module,
+    folder_or_repo: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    check_base: bool = True,
+    **pulling: Any,
+) -> InjectionReport:
+    """Adapt `model` as the adapter in a folder says and load its tensors, whether this package or PEFT wrote it.
+
+    A folder that exists is that folder. Anything else that looks like "user/name" is pulled from the Hub, at
+    `revision`; further arguments are those of `pull_adapter`, whose errors are raised too.
 
     `model` is the base itself or what holds it, such as a LightningModule. Strict: raises AdapterFormatError for a
     folder of another layout, a config with a field that cannot be honoured, and every tensor that is missing,
@@ -142,9 +149,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, check_base
             f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
             "Call remove(model) or merge(model) first."
         )
-    folder = Path(folder)
+    from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
+
+    folder = adapter_folder(folder_or_repo, revision, **pulling)
     check_folder(folder)
-    config = from_peft(read_config(folder), str(folder / CONFIG))
+    config = checked_config(folder)
     with open_tensors(folder) as file:
         try:
             plan = fit(model, config, file.header, where=str(folder))
@@ -159,7 +168,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, check_base
     try:
         load_adapter_state_dict(model, _on(model, plan, values))
         if check_base:
-            _check_base(model, plan.root, note, folder)
+            check_same_base(model, note, plan.root, what=f"The adapter in {folder}")
     except BaseException:
         remove(model)
         raise
@@ -170,23 +179,6 @@ def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, 
     """`values`, named relative to the root, by the names that the engine uses on `model`."""
     names = names_of_tensors(model)
     return {names[id(tensor_named(plan.root, name))]: value for name, value in values.items()}
-
-
-def _check_base(model: nn.Module, root: nn.Module, note: Mapping[str, Any], folder: Path) -> None:
-    theirs = note.get("base_fingerprint")
-    if theirs is None:
-        return
-    now, then = set(_dtypes(root)), set(note.get("base_dtypes", ()))
-    # The fingerprint is of values rounded to bfloat16; a base rounded to float16 first, or quantized, has others.
-    if now != then and not now | then <= _SAME_ONCE_ROUNDED:
-        return
-    ours = _fingerprint(model, root)
-    if ours != theirs:
-        raise BaseMismatchError(
-            f"The adapter in {folder} was trained on another base: the fingerprint of its weights is {theirs}, "
-            f"that of this {type(root).__name__} is {ours}. Load the base that it was trained on, or, if you know "
-            "that this one will do, pass check_base=False."
-        )
 
 
 def _only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
@@ -276,26 +268,3 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
                 f"metadata holds {key!r}: {value!r}. It maps strings to strings, and 'format' and {NOTE!r} are taken."
             )
     return checked
-
-
-def _dtypes(root: nn.Module) -> list[str]:
-    ours = {id(t) for _, m in adapters(root) for t in (m.lora_A, m.lora_B)}
-    return sorted({str(p.dtype) for p in root.parameters() if id(p) not in ours})
-
-
-def _fingerprint(model: nn.Module, root: nn.Module) -> str:
-    """The base's fingerprint, the same whether the base was adapted by itself or inside of another module."""
-    if root is model:
-        return base_fingerprint(root)
-    # The engine asks the module itself which tensors are trained whole; that record lies on `model`, so a shallow copy
-    # of the root (same tensors, same children) carries one in its own names.
-    trained = {id(t): t for t in adapter_tensors(model).values()}
-    names = names_of_tensors(root)
-    factors = {id(t) for _, m in adapters(root) for t in (m.lora_A, m.lora_B)}
-    view = copy.copy(root)
-    view.__dict__["lora_injection"] = Injection(
-        config=_only_injection(model)[1].config,
-        was_trainable=frozenset(),
-        originals={names[i]: t for i, t in trained.items() if i not in factors},
-    )
-    return base_fingerprint(view)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.inject import _trained_whole
+from lightning_lora.engine.inject import tensors_trained_whole
 from lightning_lora.engine.layers import FACTORS, geometry_of
 from lightning_lora.engine.targets import Selection, name_matches, select
 from lightning_lora.errors import AdapterFormatError, listed
@@ -71,7 +71,7 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
     selection = select(root, relative)
     if not _has_bias(root, selection, config.bias):
         relative = replace(relative, bias="none")
-    whole = _trained_whole(root, relative, selection)
+    whole = tensors_trained_whole(root, relative, selection)
     layout = layout_of(root, {t.name: t.module for t in selection.targets}, whole.values())
     ranks = {t.name: config.rank_of(t.name) for t in selection.targets}
     alphas = {t.name: config.alpha_of(t.name) for t in selection.targets}

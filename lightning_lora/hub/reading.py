@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +72,17 @@ def check_folder(folder: Path) -> None:
     if not missing:
         return
     there = sorted(path.name for path in folder.iterdir())
-    foreign = next((meaning for name, meaning in _FOREIGN.items() if name in there), None)
-    if foreign is None and any(re.fullmatch(r"adapter_\d+\.pt", name) for name in there):
-        foreign = "a torchtune checkpoint; save it from torchtune in its PEFT format"
+    foreign = foreign_layout(there)
     what = f" It looks like {foreign}." if foreign else f" It holds: {listed(there) or 'nothing'}."
     raise AdapterFormatError(f"{str(folder)!r} lacks {' and '.join(missing)}.{what}")
+
+
+def foreign_layout(names: Collection[str]) -> str | None:
+    """What a folder with these files looks like, where it is none of PEFT's."""
+    foreign = next((meaning for name, meaning in _FOREIGN.items() if name in names), None)
+    if foreign is None and any(re.fullmatch(r"adapter_\d+\.pt", name) for name in names):
+        foreign = "a torchtune checkpoint; save it from torchtune in its PEFT format"
+    return foreign
 
 
 def read_config(folder: Path) -> Any:
@@ -116,7 +122,7 @@ def _header(handle: Any, path: Path) -> Header:
     note = (handle.metadata() or {}).get(NOTE, "{}")
     try:
         note = json.loads(note)
-    except ValueError:
+    except (ValueError, RecursionError):
         note = None
     if not isinstance(note, dict) or not all(isinstance(note.get(k, ""), str) for k in ("module", "base_fingerprint")):
         raise AdapterFormatError(f"{path}: the entry {NOTE!r} of its metadata is not what this package writes there.")

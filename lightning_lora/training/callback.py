@@ -6,15 +6,15 @@ import functools
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora.engine import InjectionReport, LoRAConfig, adapters, inject, injections
 from lightning_lora.engine.optim import check_ratio
-from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, closest, listed
-from lightning_lora.training.checkpoint import fill_in_base
+from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, closest, listed
+from lightning_lora.training.checkpoint import accept_adapters
 from lightning_lora.training.launch import adapt_before_launch
 from lightning_lora.training.randomness import ExactResume
 from lightning_lora.training.strategy import AdapterPolicy, attach, has_adapters
@@ -71,12 +71,13 @@ class LoRACallback(Callback):
         self._policy = AdapterPolicy(lora_plus_ratio, save_adapter, check_base)
         self._resume = ExactResume()
         self._awaits_gradient: dict[str, Any] | None = None
+        self._heard_backward = False
         adapt_before_launch()
 
     # Adapting the model.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._policy.fingerprint = None  # another module, or other base weights, may come with this run
+        self._policy.base = None  # another module, or other base weights, may come with this run
         attach(trainer.strategy, self._policy)
         # Layers may be built by the module's own hooks, which run after this one: adapt after the last of them.
         last = next((h for h in ("configure_model", "setup") if is_overridden(h, pl_module)), None)
@@ -105,26 +106,38 @@ class LoRACallback(Callback):
         present = [injection.config for _, injection in injections(pl_module)]
         if not has_adapters(pl_module):
             self._inject(pl_module)
-        elif present != [self.config] and self.report is None:
+        elif present != [self.config]:
             raise AdapterStateError(
                 f"{type(pl_module).__name__} has adapters already, of another config than this callback's "
-                f"({present[0] if present else 'unknown'}). Call lightning_lora.remove or merge on it first, or give the "
-                "callback the same config."
+                f"({present[0] if present else 'unknown'}). Call lightning_lora.remove or merge on it first, or give "
+                "the callback the same config."
             )
+        accept_adapters(pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                # Averaging copies the module in its own setup: a copy without adapters would not match.
-                average = getattr(callback, "_average_model", None)
-                if isinstance(callback, WeightAveraging) and average is not None and not has_adapters(average):
-                    callback.setup(trainer, pl_module, "fit")
+                if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                    self._adapt_average(callback, trainer, pl_module)
+
+    def _adapt_average(self, callback: Callback, trainer: Trainer, pl_module: LightningModule) -> None:
+        frozen = [name for _, injection in injections(pl_module) for name in injection.frozen_norms]
+        if frozen and isinstance(callback, StochasticWeightAveraging):
+            raise TrainingError(
+                "StochasticWeightAveraging estimates the statistics of batch norms anew, and those of "
+                f"{listed(frozen)} are frozen with the base: it would reset them. Use WeightAveraging or "
+                "EMAWeightAveraging, or name the norms in modules_to_save."
+            )
+        # Averaging copies the module in its own setup: a copy without adapters would not match.
+        average = getattr(callback, "_average_model", None)
+        if average is not None and not has_adapters(average):
+            callback.setup(trainer, pl_module, "fit")
 
     def _inject(self, pl_module: LightningModule) -> None:
         self.report = inject(pl_module, self.config)
-        pl_module.register_load_state_dict_pre_hook(fill_in_base)
         rank_zero_info(str(self.report))
 
     def before_launch(self, trainer: Trainer) -> None:
         """In the process that launches others (ddp_spawn, ddp_fork): adapt the module that they will copy."""
+        attach(trainer.strategy, self._policy)  # for what this process saves after the run, even one that failed
         pl_module = trainer.strategy.lightning_module
         if pl_module is None or has_adapters(pl_module):
             return
@@ -140,9 +153,7 @@ class LoRACallback(Callback):
     def after_launch(self, trainer: Trainer) -> None:
         """Back in that process: the module has its trained adapters, and the Trainer saves no more than them."""
         pl_module = trainer.strategy.lightning_module
-        if pl_module is not None and has_adapters(pl_module):
-            attach(trainer.strategy, self._policy)
-        else:
+        if pl_module is None or not has_adapters(pl_module):
             rank_zero_warn(
                 "The model is built in setup(), which runs in the launched processes only, so the trained adapters did "
                 "not come back to this one. Load them from the checkpoint, or build the model in __init__."
@@ -151,9 +162,11 @@ class LoRACallback(Callback):
     # Said when training starts: an adapter that takes no part in it.
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._awaits_gradient = {name: module for name, module in adapters(pl_module)}
+        self._awaits_gradient = dict(adapters(pl_module))
+        self._heard_backward = False
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._heard_backward = True
         if self._awaits_gradient:
             waiting = self._awaits_gradient.items()
             self._awaits_gradient = {name: m for name, m in waiting if m.lora_A.grad is None and m.lora_B.grad is None}
@@ -178,9 +191,9 @@ class LoRACallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._awaits_gradient is not None:
+        if self._awaits_gradient is not None and self._heard_backward:  # not so where a training_step returned None
             self._report_unused()
-        self._resume.on_train_batch_end()
+        self._resume.on_train_batch_end(trainer, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import os
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
-from lightning_lora.engine import LoRAConfig, adapter_tensors, adapters, base_fingerprint, inject, injections
-from lightning_lora.engine.state import load_adapter_state_dict
-from lightning_lora.errors import BaseMismatchError, CheckpointError, listed
+from lightning_lora.engine import LoRAConfig, adapter_tensors, adapters, inject, injections
+from lightning_lora.engine.state import check_same_base, describe_base, load_adapter_state_dict
+from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -23,11 +29,11 @@ _FORMAT = 1
 Module = TypeVar("Module", bound="LightningModule")
 
 
-def checkpoint_metadata(module: nn.Module, fingerprint: str | None = None) -> dict[str, Any]:
-    """The description of the adapter of `module`; `fingerprint` saves the hashing where it is known."""
+def checkpoint_metadata(module: nn.Module, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The description of the adapter of `module`; `base`, from `describe_base`, saves the hashing where it is known."""
     return {
         "format": _FORMAT,
-        "base_fingerprint": fingerprint or base_fingerprint(module),
+        **(base or describe_base(module)),
         "configs": {name: injection.config.to_dict() for name, injection in injections(module)},
         "scales": {name: adapter.lora.scale for name, adapter in adapters(module)},
     }
@@ -46,26 +52,22 @@ def check_metadata(checkpoint: Mapping[str, Any], module: nn.Module, *, check_ba
                 f"The checkpoint's adapter multiplies its update of {name!r} by {scales[name]:g}, this run's by "
                 f"{adapter.lora.scale:g}: rank, alpha or use_rslora differ. Set them as they were when it was saved."
             )
-    if not check_base:
-        return
-    mine, theirs = base_fingerprint(module), metadata["base_fingerprint"]
     # What is frozen depends on what is adapted: where that differs, the tensors tell it better than the fingerprint.
-    if mine != theirs and set(checkpoint["state_dict"]) == set(adapter_tensors(module)):
-        raise BaseMismatchError(
-            f"The checkpoint's adapter was trained on another base: its fingerprint is {theirs}, that of this "
-            f"{type(module).__name__} is {mine}. Load the base that it was trained on; to go on nevertheless, pass "
-            "check_base=False."
-        )
+    if check_base and set(checkpoint["state_dict"]) == set(adapter_tensors(module)):
+        check_same_base(module, metadata, what="The checkpoint's adapter")
 
 
-def checkpoint_adapter(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_adapter(checkpoint: Any) -> dict[str, Any]:
     """The description of the adapter in `checkpoint`; raises CheckpointError where there is none."""
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"The file holds a {type(checkpoint).__name__}, not a checkpoint of Lightning's.")
     metadata = checkpoint.get(METADATA)
-    if metadata is None:
-        keys = checkpoint.get("state_dict", {})
+    if metadata is None or "state_dict" not in checkpoint:
+        keys = checkpoint.get("state_dict", checkpoint)
         raise CheckpointError(
-            f"The checkpoint holds no adapter (its weights are {listed(keys, 3)}). To start from its weights, load them "
-            "into the model before fitting; ckpt_path is for checkpoints that were saved with LoRACallback."
+            f"The checkpoint holds no adapter (its weights are {listed(map(str, keys), 3)}). To start from its "
+            "weights, load them into the model before fitting; ckpt_path is for checkpoints that were saved with "
+            "LoRACallback."
         )
     if metadata["format"] > _FORMAT:
         raise CheckpointError(
@@ -76,26 +78,70 @@ def checkpoint_adapter(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_from_checkpoint(
-    cls: type[Module], checkpoint_path: Any, *, check_base: bool = True, weights_only: bool | None = None, **kwargs: Any
+    cls: type[Module],
+    checkpoint_path: str | Path,
+    *,
+    check_base: bool = True,
+    map_location: Any = "cpu",
+    weights_only: bool | None = None,
+    **kwargs: Any,
 ) -> Module:
     """`cls.load_from_checkpoint` for a checkpoint that was saved with LoRACallback: base weights come from where `cls`
-    takes them when it is constructed, adapters from the checkpoint.
+    takes them when it is constructed (or in `configure_model`), adapters from the checkpoint.
 
-    `kwargs` are passed on (map_location, hparams_file, and the constructor's arguments). Returns the adapted module.
-    Raises CheckpointError for a checkpoint without adapters, BaseMismatchError where the base is not the one that they
-    were trained on, AdapterFormatError where tensors do not fit.
+    `kwargs` are passed on (hparams_file, and the constructor's arguments). Returns the adapted module, on the device
+    that `map_location` names; `remove` gives back its base. Raises CheckpointError for a file that is no whole
+    checkpoint or holds no adapter, BaseMismatchError where the base is not the one that they were trained on,
+    AdapterFormatError where they do not fit.
     """
-    with warnings.catch_warnings():
-        # Lightning's strict loading cannot know that base weights are left out on purpose: ours checks each tensor.
-        warnings.filterwarnings("ignore", message="Found keys that are (in the model state dict|not in the model)")
-        module = cls.load_from_checkpoint(checkpoint_path, strict=False, weights_only=weights_only, **kwargs)
-    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only is not False)
+    with reading(checkpoint_path):
+        checkpoint = TorchCheckpointIO().load_checkpoint(checkpoint_path, map_location, weights_only)
     metadata = checkpoint_adapter(checkpoint)
+    # Lightning gets the checkpoint without tensors: it would load some past our checks, and into the base.
+    bare = io.BytesIO()
+    torch.save({k: v for k, v in checkpoint.items() if k != "optimizer_states"} | {"state_dict": {}}, bare)
+    bare.seek(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
+        warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
+        # It holds no more than what was read with the user's own weights_only.
+        module = cls.load_from_checkpoint(bare, strict=False, weights_only=False, **kwargs)
     for name, config in metadata["configs"].items():
-        inject(module.get_submodule(name), LoRAConfig(**config))
+        try:
+            inject(module.get_submodule(name), LoRAConfig(**config))
+        except (TargetError, AttributeError) as error:
+            raise AdapterFormatError(
+                f"{checkpoint_path} does not fit {cls.__name__}: {error} If its layers are built in setup(), which "
+                "only a Trainer calls, pass the checkpoint to the Trainer as ckpt_path, or build them in "
+                "configure_model()."
+            ) from error
     check_metadata(checkpoint, module, check_base=check_base)
     load_adapter_state_dict(module, checkpoint["state_dict"])
-    return module
+    accept_adapters(module)
+    return module.to(next(iter(checkpoint["state_dict"].values())).device)
+
+
+@contextmanager
+def reading(path: Any) -> Iterator[None]:
+    """Raises CheckpointError, naming the file, for whatever torch raises on one that is not a whole checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PermissionError) or not os.path.exists(path):
+            raise
+        broken = isinstance(error, (EOFError, OSError)) or "PytorchStreamReader" in str(error)
+        if not broken and zipfile.is_zipfile(path):
+            raise  # torch's own message says what to do, on weights_only for example
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint: it is truncated, or was not written by Lightning. "
+            "Take an earlier one from the same folder."
+        ) from error
+
+
+def accept_adapters(module: nn.Module) -> None:
+    """Let `module.load_state_dict` take an adapter's state dict."""
+    if not any(getattr(hook, "hook", None) is fill_in_base for hook in module._load_state_dict_pre_hooks.values()):
+        module.register_load_state_dict_pre_hook(fill_in_base)
 
 
 def fill_in_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

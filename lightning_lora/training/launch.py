@@ -16,7 +16,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 def adapt_before_launch() -> None:
     """Let every LoRACallback of a Trainer act in the launching process, before and after the run."""
     original = _MultiProcessingLauncher.launch
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "adapts_before"):
         return
 
     @functools.wraps(original)
@@ -29,4 +29,5 @@ def adapt_before_launch() -> None:
             callback.after_launch(trainer)
         return result
 
+    launch.adapts_before = True  # type: ignore[attr-defined]
     _MultiProcessingLauncher.launch = launch  # type: ignore[method-assign]

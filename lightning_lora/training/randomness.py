@@ -29,8 +29,8 @@ def random_state() -> RandomState:
     state: RandomState = {"torch": torch.get_rng_state(), "python": random.getstate()}
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        algorithm, keys, position, has_gauss, gauss = numpy.random.get_state()
-        state["numpy"] = (algorithm, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(gauss))
+        algorithm, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (algorithm, torch.from_numpy(keys.astype("int64")), *rest)
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -104,7 +104,7 @@ class ExactResume:
         seen = _batches_seen(trainer)
         if seen and streams and not stateful:
             rank_zero_warn(
-                f"Resuming in mid-epoch, but an IterableDataset has no position to go back to: it starts from its first "
+                "Resuming in mid-epoch, but an IterableDataset has no position to go back to: it starts from its first "
                 f"batch again though {seen} were seen. Use a stateful loader (torchdata's StatefulDataLoader) for an "
                 "exact resume."
             )
@@ -115,8 +115,8 @@ class ExactResume:
                 next(fetcher.iterator)  # type: ignore[arg-type]
         set_random_state(saved["now"])
         if not seen and not streams:
-            # Between two epochs: the iterator that Lightning made on loading was drawn from other random numbers, or, by
-            # a stateful loader after an epoch's last batch, stands at the very end of that epoch.
+            # Between two epochs: the iterator that Lightning made on loading was drawn from other random numbers, or,
+            # by a stateful loader after an epoch's last batch, stands at the very end of that epoch.
             fetcher.iterator = _made_at_first_use(fetcher.combined_loader)
         if trainer.fit_loop.restarted_mid_epoch:
             # Other hooks, and Lightning when it makes up for a validation, still draw before the first batch.
@@ -133,8 +133,8 @@ class ExactResume:
         if trainer.fit_loop._data_fetcher is not None:  # another loader, where loaders are made anew for each epoch
             self._watch(trainer.fit_loop._data_fetcher.combined_loader)
 
-    def on_train_batch_end(self) -> None:
-        self.after_batch = random_state()
+    def on_train_batch_end(self, trainer: Trainer, batch_idx: int) -> None:
+        self.after_batch = random_state() if _validation_may_follow(trainer, batch_idx) else None
 
     def on_validation_end(self) -> None:
         # Validation draws random numbers, for its loader's seed at least. Were they to count, a run resumed from a
@@ -177,6 +177,14 @@ def _items(iterator: Iterator[Any]) -> Iterator[Any]:
     end = object()
     while (item := next(iterator, end)) is not end:  # a for loop would call iter() on it, and so start it anew
         yield item
+
+
+def _validation_may_follow(trainer: Trainer, batch_idx: int) -> bool:
+    """Not where it surely does not: numpy takes 50 us to tell its state, too much to ask after every batch."""
+    every = trainer.val_check_batch
+    if not isinstance(every, int) or trainer.check_val_every_n_epoch is None:
+        return True
+    return (batch_idx + 1) % every == 0 or trainer.is_last_batch or trainer.should_stop
 
 
 def _batches_seen(trainer: Trainer) -> int:

@@ -7,35 +7,42 @@ user chose. It stays after the run, so that a later `trainer.save_checkpoint` wr
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
-import zipfile
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.engine import adapter_state_dict, adapter_tensors, adapters, injections
+from lightning_lora.engine.layers.frozen import freeze_statistics, has_running_statistics
 from lightning_lora.engine.optim import fit_optimizers, lora_plus
-from lightning_lora.engine.state import load_adapter_state_dict
+from lightning_lora.engine.state import describe_base, load_adapter_state_dict
 from lightning_lora.engine.swap import swapped_class
-from lightning_lora.errors import CheckpointError, TrainingError
+from lightning_lora.errors import CheckpointError, TrainingError, listed
 from lightning_lora.hub import save_adapter
-from lightning_lora.training.checkpoint import METADATA, check_metadata, checkpoint_metadata
+from lightning_lora.training.checkpoint import (
+    METADATA,
+    check_metadata,
+    checkpoint_adapter,
+    checkpoint_metadata,
+    reading,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     _Host = Strategy
+    _IOHost = TorchCheckpointIO
 else:
-    _Host = ABC  # Strategy's own base: only then do the layouts agree, and Python allows the swap
+    _Host = _IOHost = ABC  # their own base: only then do the layouts agree, and Python allows the swap
 
 
 @dataclass
@@ -45,8 +52,8 @@ class AdapterPolicy:
     lora_plus_ratio: float | None = None
     save_adapter: bool = True
     check_base: bool = True
-    fingerprint: str | None = None
-    """Of the base, once it was needed; frozen weights do not change."""
+    base: dict[str, Any] | None = None
+    """What tells the base from others, once it was needed; frozen weights do not change."""
 
 
 class AdapterStrategy(_Host):
@@ -59,6 +66,8 @@ class AdapterStrategy(_Host):
         module = self.lightning_module
         if module is None or not has_adapters(module):
             return
+        check_all_is_saved(module)
+        freeze_new_norms(module)
         report = fit_optimizers(self.optimizers, module)
         rank_zero_info(f"LoRA optimizer: {report}.")
         if self.lora.lora_plus_ratio is not None:
@@ -80,55 +89,71 @@ class AdapterStrategy(_Host):
         load_adapter_state_dict(module, checkpoint["state_dict"])
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        try:
-            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        except (EOFError, zipfile.BadZipFile) as error:
-            raise _unreadable(checkpoint_path) from error
-        except RuntimeError as error:
-            if "PytorchStreamReader" not in str(error) and "zip archive" not in str(error):
-                raise
-            raise _unreadable(checkpoint_path) from error
-        except pickle.UnpicklingError as error:
-            if "Weights only" in str(error):  # torch's own message says what to do
-                raise
-            raise _unreadable(checkpoint_path) from error
+        with reading(checkpoint_path):
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        if self.lightning_module is not None and has_adapters(self.lightning_module):
+            checkpoint_adapter(checkpoint)
+        return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         module = self.lightning_module
         if module is None or not has_adapters(module):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        own = adapter_tensors(module)
-        # Other callbacks put whole models into a checkpoint: WeightAveraging its average, and the current one beside it.
-        for key in ("state_dict", "current_model_state"):
-            if key in checkpoint:
-                checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name in own}
+        # Other callbacks put whole models in: WeightAveraging its average, and the current one beside it.
+        own = adapter_tensors(module).keys()
+        checkpoint.update({key: without_base(value, own) for key, value in checkpoint.items()})
         checkpoint[METADATA] = self._metadata(module)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
         path = str(filepath)
-        # A plain file is written beside its name and renamed; other kinds of storage have their own ways.
-        if not _is_local(path) or type(self.checkpoint_io) is not TorchCheckpointIO:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            if self.lora.save_adapter and self.is_global_zero and not _is_local(path):
-                rank_zero_warn(f"No adapter folder was written beside {path}: it is not a local file.")
-                return
-        else:
-            with _written_beside(path, self.is_global_zero) as beside:
-                super().save_checkpoint(checkpoint, beside, storage_options)
         # Hidden files are the learning-rate and batch-size finders' own.
-        if self.lora.save_adapter and self.is_global_zero and not Path(path).name.startswith("."):
+        if not self.lora.save_adapter or not self.is_global_zero or Path(path).name.startswith("."):
+            return
+        if is_local(path):
             save_adapter(module, adapter_folder(path), tensors=checkpoint["state_dict"])
+        else:
+            rank_zero_warn(f"No adapter folder was written beside {path}: it is not a local file.")
 
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
-        if self.is_global_zero and _is_local(str(filepath)):
+        if self.lora.save_adapter and self.is_global_zero and is_local(str(filepath)):
             folder = adapter_folder(str(filepath))
             if (folder / "adapter_config.json").exists():
                 shutil.rmtree(folder)
 
     def _metadata(self, module: nn.Module) -> dict[str, Any]:
-        metadata = checkpoint_metadata(module, self.lora.fingerprint)
-        self.lora.fingerprint = metadata["base_fingerprint"]
-        return metadata
+        self.lora.base = self.lora.base or describe_base(module)
+        return checkpoint_metadata(module, self.lora.base)
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        io = super().checkpoint_io
+        # The one that writes the file: a wrapper, such as AsyncCheckpointIO, may get another with each call.
+        writer: Any = io
+        while isinstance(writer, _WrappingCheckpointIO):
+            writer = writer.checkpoint_io
+        if type(writer) is TorchCheckpointIO:
+            writer.__class__ = swapped_class("Whole", WholeFileIO, TorchCheckpointIO)
+        return io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+
+class WholeFileIO(_IOHost):
+    """Mixin in front of Lightning's plain CheckpointIO: a file is there whole, or not at all.
+
+    Lightning writes it to the folder for temporary files first and moves it, which is a copy where that is on another
+    file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if not is_local(str(path)):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with _written_beside(str(path)) as beside:
+            super().save_checkpoint(checkpoint, beside, storage_options)
 
 
 def attach(strategy: Strategy, policy: AdapterPolicy) -> None:
@@ -156,29 +181,57 @@ def adapter_folder(checkpoint_path: str) -> Path:
     return Path(checkpoint_path.removesuffix(".ckpt") + "-adapter")
 
 
+def without_base(value: Any, own: Set[str]) -> Any:
+    """`value` with every state dict of the adapted model in it, however deep, reduced to `own`, the adapter's."""
+    if not isinstance(value, dict):
+        return value
+    if own <= value.keys():
+        return {name: tensor for name, tensor in value.items() if name in own}
+    inside = {key: without_base(inner, own) for key, inner in value.items()}
+    return value if all(inside[key] is inner for key, inner in value.items()) else inside
 
-def _is_local(path: str) -> bool:
+
+def check_all_is_saved(module: nn.Module) -> None:
+    """Raise TrainingError for a parameter that would be trained but is no part of the adapter: it would be lost."""
+    saved = {id(t) for t in adapter_tensors(module).values()}
+    lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in saved]
+    if lost:
+        raise TrainingError(
+            f"{listed(lost)} would be trained, but not saved with the adapter: made or unfrozen after the model was "
+            "adapted. To train it too, name its module in modules_to_save; under ddp_spawn, ddp_fork and ddp_notebook, "
+            "layers must be built in __init__ or configure_model, not in setup."
+        )
+
+
+def freeze_new_norms(module: nn.Module) -> None:
+    """Freeze the statistics of norms that came in the place of frozen ones: Trainer(sync_batchnorm=True) makes new."""
+    for root, injection in injections(module):
+        for name in injection.frozen_norms:
+            norm = module.get_submodule(root).get_submodule(name)
+            if has_running_statistics(norm):
+                freeze_statistics(norm)
+
+
+def is_local(path: str) -> bool:
     return "://" not in path or path.startswith("file://")
 
 
 @contextmanager
-def _written_beside(path: str, is_writer: bool) -> Iterator[str]:
+def _written_beside(path: str) -> Iterator[str]:
     """A path beside `path` to write to; it takes the place of `path` once it is whole, and is gone if it never is."""
     beside = f"{path}.partial"
     try:
         yield beside
-        if is_writer:
-            _flush_to_disk(beside)
-            os.replace(beside, path)
+        _flush_to_disk(beside)
+        os.replace(beside, path)
     except OSError as error:
         raise CheckpointError(
             f"The checkpoint {path} could not be written ({error.strerror or error}). "
             "Earlier checkpoints are as they were. Free some space, or check the folder's permissions."
         ) from error
     finally:
-        if is_writer:
-            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                os.remove(beside)
+        with suppress(OSError):
+            os.remove(beside)
 
 
 def _flush_to_disk(path: str) -> None:
@@ -187,12 +240,3 @@ def _flush_to_disk(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _unreadable(path: Any) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is not a whole checkpoint: it is truncated, or was not written by Lightning. "
-        "Resume from an earlier one in the same folder."
-    )
-
-

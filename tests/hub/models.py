@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
 from lightning_lora import adapter_state_dict
@@ -169,6 +169,13 @@ def edit_tensors(folder: Path, change: Any) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
+
+
+def changed_tensors(files: dict[str, bytes], change: Any) -> dict[str, bytes]:
+    """The tensors in `files` (name -> content), edited by `change(tensors)`."""
+    tensors = load(files["adapter_model.safetensors"])
+    change(tensors)
+    return {"adapter_model.safetensors": save(tensors, {"format": "pt"})}
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,217 @@
+"""Pushes beside the training: a daemon thread with a short queue, in which the newest replaces what waits.
+
+Nothing here blocks or raises into the training. Of the jobs that wait, the newest, the best and the final one are kept;
+a Hub that is away is tried again, later and later, until the end of the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from huggingface_hub import CommitInfo
+
+from lightning_lora.errors import (
+    HubAccessError,
+    HubError,
+    HubNotFoundError,
+    HubUnavailableError,
+    LightningLoRAError,
+)
+from lightning_lora.hub.calls import pause, without_progress_bars
+from lightning_lora.hub.card import RunFacts
+from lightning_lora.hub.push import Push
+from lightning_lora.hub.reading import TENSORS
+from lightning_lora.hub.repository import HubRepository
+from lightning_lora.hub.staging import Staged
+
+log = logging.getLogger(__name__)
+
+LINGER = 0.25
+"""Seconds that a job waits for another one of the same step: `best.ckpt` and `last.ckpt` are one commit."""
+BACK_OFF = 1.0
+"""Seconds before the second try; twice as many before each further one."""
+LONGEST_BACK_OFF = 300.0
+
+
+@dataclass
+class Job:
+    """One checkpoint that is to be pushed."""
+
+    staged: Staged
+    run: RunFacts
+    step: int
+    title: str
+    description: str = ""
+    tag: str | None = None
+    source: str | None = None
+    """The adapter folder that it was copied from; it may be gone by now."""
+    is_best: bool = False
+    is_final: bool = False
+    error: LightningLoRAError | None = None
+    """Why it is not on the Hub."""
+    commit: CommitInfo | None = None
+    push: Push | None = field(default=None, repr=False)
+    tries: int = 0
+    not_before: float = 0.0
+
+
+class BackgroundPusher:
+    """`put` jobs; `flush` waits for them, at most so long; `close` gives back those that are not on the Hub."""
+
+    def __init__(self, repository: HubRepository, linger: float | None = None) -> None:
+        self.repository = repository
+        self.commits: list[CommitInfo] = []
+        """Those made so far."""
+        self.refused: HubError | None = None
+        """Why the Hub will not take any more."""
+        self._linger = LINGER if linger is None else linger
+        self._change = threading.Condition()
+        self._waiting: list[Job] = []
+        self._active: Job | None = None
+        self._failed: list[Job] = []
+        self._done: dict[int, str] = {}
+        """Step -> the sha256 of the tensors that were pushed."""
+        self._flushing = self._closed = self._holding = False
+        threading.Thread(target=self._work, name="lightning_lora push", daemon=True).start()
+
+    def put(self, job: Job) -> None:
+        """Push `job`, in place of one of the same step, and of those that nothing distinguishes any more."""
+        with self._change:
+            if not job.is_final and self._is_known(job):
+                job.staged.discard()
+                return
+            for other in [j for j in self._waiting if j.step == job.step]:
+                job.is_best |= other.is_best
+                job.is_final |= other.is_final
+                self._drop(other)
+            job.not_before = time.monotonic() + self._linger
+            self._waiting.append(job)
+            self._drop_superseded()
+            self._change.notify_all()
+
+    def _is_known(self, job: Job) -> bool:
+        """Whether this very adapter is on the Hub, or on its way."""
+        tensors = job.staged.digests[TENSORS].sha256
+        for other in (*self._waiting, self._active):
+            if other is not None and (other.step, other.staged.digests[TENSORS].sha256) == (job.step, tensors):
+                if job.is_best and not other.is_best:
+                    other.is_best, other.title = True, job.title
+                return True
+        return self._done.get(job.step) == tensors
+
+    def _drop_superseded(self) -> None:
+        self._waiting.sort(key=lambda job: job.step)
+        bests = [job for job in (*self._waiting, self._active) if job is not None and job.is_best]
+        best = max(bests, key=lambda job: job.step, default=None)
+        for job in self._waiting[:-1]:
+            if not job.is_final and job is not best:
+                self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        self._waiting.remove(job)
+        job.staged.discard()
+
+    def hold(self) -> None:
+        """Begin nothing until the next `flush`: what is put before that may replace what waits now."""
+        with self._change:
+            self._holding = True
+
+    def flush(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until nothing waits any more, for `seconds` at most, or until `until()`; returns whether all is done."""
+        end = time.monotonic() + seconds
+        with self._change:
+            self._flushing, self._holding = True, False
+            for job in self._waiting:
+                job.not_before, job.tries = 0.0, 0
+            self._change.notify_all()
+            while not self._is_idle() and time.monotonic() < end and not until():
+                self._change.wait(min(0.5, max(0.0, end - time.monotonic())))
+            self._flushing = False
+            return self._is_idle()
+
+    def _is_idle(self) -> bool:
+        return self._active is None and (not self._waiting or self.refused is not None)
+
+    def close(self) -> list[Job]:
+        """Take no more; returns what is not on the Hub, oldest first. Its staged copies are the caller's."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+            active = [] if self._active is None else [self._active]
+            left = [*self._failed, *active, *self._waiting]
+            for job in left:
+                job.error = job.error or self.refused or HubUnavailableError("There was no time left to push it.")
+            self._waiting, self._failed = [], []
+            return sorted(left, key=lambda job: job.step)
+
+    @property
+    def size(self) -> int:
+        """Bytes that wait."""
+        with self._change:
+            return sum(job.staged.size for job in (*self._waiting, self._active) if job is not None)
+
+    # In the thread.
+
+    def _work(self) -> None:
+        with without_progress_bars():
+            while (job := self._next()) is not None:
+                error = self._attempt(job)
+                with self._change:
+                    self._active = None
+                    if not self._closed:
+                        self._settle(job, error)
+                    self._change.notify_all()
+
+    def _next(self) -> Job | None:
+        with self._change:
+            while not self._closed:
+                # The oldest first, so that the history is in the order of the steps.
+                may = self._waiting and self.refused is None and not self._holding
+                job = self._waiting[0] if may else None
+                wait = None if job is None else job.not_before - time.monotonic()
+                if job is not None and wait is not None and (wait <= 0 or (self._flushing and job.tries == 0)):
+                    self._waiting.remove(job)
+                    self._active = job
+                    return job
+                self._change.wait(wait)
+            return None
+
+    def _attempt(self, job: Job) -> LightningLoRAError | None:
+        try:
+            if job.commit is None:
+                job.push = job.push or Push(self.repository, job.staged, job.run, job.title, job.description)
+                job.commit = job.push.attempt()
+            if job.tag is not None and self.repository.tag(job.tag, job.commit.oid, job.title) is not None:
+                # The tag of another run.
+                self.repository.tag(f"{job.tag}-{job.commit.oid[:7]}", job.commit.oid, job.title)
+        except LightningLoRAError as error:
+            return error
+        except BaseException as error:
+            log.debug("push of step %d", job.step, exc_info=True)
+            return HubError(f"The push failed with {type(error).__name__}: {error}")
+        return None
+
+    def _settle(self, job: Job, error: LightningLoRAError | None) -> None:
+        job.error = error
+        if error is None:
+            assert job.commit is not None
+            self.commits.append(job.commit)
+            self._done[job.step] = job.staged.digests[TENSORS].sha256
+            job.staged.discard()
+        elif isinstance(error, HubUnavailableError):
+            back_off = min(BACK_OFF * 2.0 ** min(job.tries, 32), LONGEST_BACK_OFF)
+            job.tries += 1
+            job.not_before = time.monotonic() + (pause(error, back_off) or 0.0)
+            self._waiting.append(job)
+            self._drop_superseded()
+        elif isinstance(error, (HubAccessError, HubNotFoundError)):
+            self.refused = error
+            log.warning("Nothing more is pushed to %s in this run: %s", self.repository, error)
+            self._waiting.append(job)
+            self._drop_superseded()
+        else:
+            self._failed.append(job)

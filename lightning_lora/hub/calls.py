@@ -1,0 +1,176 @@
+"""Calls to the Hub that end: each has a deadline, and fails as one of our errors, final or worth another try.
+
+The client of huggingface_hub sets no timeout on whoami, create_repo, uploads and commits, and does not repeat most of
+them: a hung server would hold a run for as long as it likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from lightning_lora.errors import (
+    ConfigError,
+    HubAccessError,
+    HubError,
+    HubNotFoundError,
+    HubUnavailableError,
+    LightningLoRAError,
+)
+
+T = TypeVar("T")
+
+DEADLINE = 30.0
+"""Seconds after which a call without a payload counts as hung."""
+SLOWEST = 250_000
+"""Bytes per second below which an upload counts as hung."""
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds between one try and the next; there is one try more than waits."""
+LONGEST_WAIT = 60.0
+"""Seconds that a server's Retry-After is believed."""
+
+# A request that timed out at the server, that came too fast, or that the server failed at.
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 525)
+
+
+class StaleError(HubUnavailableError):
+    """Somebody else's commit came first: look at the head again."""
+
+
+def within(seconds: float, doing: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """`call(*args, **kwargs)`, in a daemon thread that is left to itself after `seconds` and cannot hold the
+    process's exit. `doing` ends the sentence "... while" of an error.
+
+    Raises HubError (HubAccessError for 401 and 403, HubUnavailableError where another try may help).
+    """
+    answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((call(*args, **kwargs), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+    threading.Thread(target=run, name="lightning_lora hub call", daemon=True).start()
+    try:
+        value, error = answer.get(timeout=max(seconds, 0.0))
+    except queue.Empty:
+        raise HubUnavailableError(f"The Hub did not answer within {seconds:.3g} s while {doing}.") from None
+    if error is not None:
+        raise translated(error, doing) from error
+    return value  # type: ignore[return-value]
+
+
+def retried(attempt: Callable[[], T], *, until: float | None = None) -> T:
+    """`attempt()`, again after a growing wait where it raises HubUnavailableError; `until` (time.monotonic) ends it."""
+    for wait in [*WAITS, None]:
+        try:
+            return attempt()
+        except HubUnavailableError as error:
+            seconds = pause(error, wait)
+            if seconds is None or (until is not None and time.monotonic() + seconds >= until):
+                raise
+            time.sleep(seconds)
+    raise AssertionError
+
+
+def pause(error: HubUnavailableError, wait: float | None) -> float | None:
+    """Seconds to wait after `error` where the back-off says `wait`; None where there is no further try."""
+    if wait is None or isinstance(error, StaleError):
+        return wait and 0.0
+    return max(wait, min(error.retry_after or 0.0, LONGEST_WAIT))
+
+
+def translated(error: BaseException, doing: str) -> LightningLoRAError:
+    """The error of ours that says what `error`, of huggingface_hub or below, means for the user."""
+    if isinstance(error, LightningLoRAError):
+        return error
+    if isinstance(error, LocalTokenNotFoundError):
+        return HubAccessError(
+            f"There is no token for the Hub, needed for {doing}. Log in with `hf auth login`, or set HF_TOKEN."
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError(f"The Hub is out of reach for {doing}: HF_HUB_OFFLINE is set. Unset it to go online.")
+    if isinstance(error, HFValidationError):
+        return ConfigError(str(error))
+    causes = list(_causes(error))  # the LFS path wraps what happened in a RuntimeError
+    http = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if http is not None:
+        return _of_status(http, doing)
+    last = causes[-1]
+    what = f"{type(last).__name__}: {last}"
+    if isinstance(last, (TypeError, AttributeError, AssertionError, LookupError)):
+        return HubError(f"Something failed that should not while {doing}, with {what}")
+    # Connections that were refused, reset or cut; Xet's own errors, which have no common class.
+    return HubUnavailableError(f"The Hub could not be reached while {doing} ({what}).")
+
+
+def _of_status(http: HfHubHTTPError, doing: str) -> HubError:
+    status = http.response.status_code
+    said = f" The Hub says: {http.server_message}" if http.server_message else ""
+    if status in (409, 412):
+        return StaleError(f"The repository changed while {doing}.{said}")
+    if status in _TRANSIENT:
+        unavailable = HubUnavailableError(f"The Hub answered with status {status} while {doing}.{said}")
+        with contextlib.suppress(KeyError, ValueError):
+            unavailable.retry_after = float(http.response.headers["Retry-After"])
+        return unavailable
+    if isinstance(http, RepositoryNotFoundError) and status in (401, 404):
+        return HubNotFoundError(
+            f"The Hub knows no such repository, or this token may not see it (status {status}), while {doing}. Check "
+            f"the name, and the token with `hf auth whoami`.{said}"
+        )
+    if status == 401:
+        return HubAccessError(
+            f"The Hub refused the token (status 401) while {doing}: it is wrong, expired or revoked. Log in with "
+            f"`hf auth login`, or set HF_TOKEN.{said}"
+        )
+    if status == 403:
+        return HubAccessError(
+            f"The token may not do this (status 403): {doing}. Make one with write access at "
+            f"https://huggingface.co/settings/tokens, or ask an owner of the repository.{said}"
+        )
+    return HubError(f"The Hub refused with status {status} while {doing}.{said or f' {http}'}")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """`error`, and below it what it was raised from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """No bars of the client's, which would be drawn through the Trainer's."""
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+class Api(HfApi):
+    """The client; the card is checked by `check_card`, not once more by create_commit, which turns what the Hub only
+    advises into Python warnings."""
+
+    def _validate_yaml(self, *_: Any, **__: Any) -> None:
+        return None

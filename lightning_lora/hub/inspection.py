@@ -1,0 +1,162 @@
+"""What can be wrong with an adapter that somebody else made, found without the model and before anything is built.
+
+Whether it fits a model is checked when it is loaded, against that model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_lora.engine import LoRAConfig
+from lightning_lora.errors import AdapterFormatError, listed
+from lightning_lora.hub import peft
+from lightning_lora.hub.reading import CONFIG, TENSORS, Header, check_folder, open_tensors, read_config
+from lightning_lora.hub.regexes import MOST_WAYS, ways
+
+LARGEST_SCALE = 1e4
+"""Of alpha / rank. Adapters in use have less than 100; far above, every output is noise or not finite."""
+LARGEST_CONFIG = 8 << 20
+"""Bytes. One that names a rank for each of ten thousand modules has one."""
+_LONGEST_NAME = 1000
+_MOST_ENTRIES = 10_000
+_MOST_TENSORS = 100_000
+
+# What PEFT writes for a module that is adapted; some of it only for variants of LoRA.
+_FACTOR = re.compile(r"(^|\.)(lora_(embedding_)?[AB]|lora_magnitude_vector|token_adapter\.\w+)(\.(weight|bias))?$")
+_FIRST_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?A(\.weight)?$")
+# PEFT also saves these, unchanged, where it believes that the vocabulary grew; loading compares them with the model's.
+_VOCABULARY = re.compile(r"(^|\.)(\w*emb\w*|wte|lm_head|shared|output)\.(base_layer\.)?(weight|bias)$")
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise AdapterFormatError unless `folder` holds an adapter that is safe to load onto the model that it fits."""
+    check_folder(folder)
+    config = checked_config(folder)
+    where = str(folder / TENSORS)
+    with open_tensors(folder) as file:
+        check_header(config, file.header, where)
+        # One by one: none is larger than the file, whose header was checked.
+        broken = [key for key in file.header.shapes if not _is_finite(file[key])]
+    if broken:
+        raise AdapterFormatError(f"{where} holds values that are not finite, in {listed(broken)}.")
+
+
+def checked_config(folder: Path) -> LoRAConfig:
+    """The config in `folder`. Raises AdapterFormatError for one that `from_peft` refuses, one of an absurd size or
+    scale, and one with a regular expression that could keep the matcher busy for ever."""
+    path = folder / CONFIG
+    size = path.stat().st_size
+    if size > LARGEST_CONFIG:
+        raise AdapterFormatError(f"{path} has {size:,} bytes; a config has at most {LARGEST_CONFIG:,}.")
+    data = read_config(folder)
+    if isinstance(data, Mapping):
+        for field, value in data.items():
+            if isinstance(value, (list, dict)) and len(value) > _MOST_ENTRIES:
+                raise AdapterFormatError(f"{path}: {field} has {len(value):,} entries, more than {_MOST_ENTRIES:,}.")
+        for field, expression in _expressions(data):
+            _check_expression(field, expression, str(path))
+    config = peft.from_peft(data, str(path))
+    largest = max([config.alpha, *config.alpha_pattern.values()])
+    rank = min([config.rank, *config.rank_pattern.values()])
+    scale = largest / (math.sqrt(rank) if config.use_rslora else rank)
+    if scale > LARGEST_SCALE:
+        raise AdapterFormatError(
+            f"{path}: lora_alpha is {largest:g} and r is {rank}, so the update would be multiplied by {scale:g}. "
+            f"More than {LARGEST_SCALE:g} is no adapter that was trained."
+        )
+    return config
+
+
+def check_header(config: LoRAConfig, header: Header, where: str) -> None:
+    """Raise AdapterFormatError, beginning with `where`, for a tensor that is no part of an adapter, and for ranks in
+    `config` that the tensors do not have."""
+    if len(header.shapes) > _MOST_TENSORS:
+        raise AdapterFormatError(f"{where} holds {len(header.shapes):,} tensors, more than any adapter.")
+    foreign, kinds, ranks = [], [], {}
+    for key, shape in header.shapes.items():
+        plain = peft.plain_key(key)
+        if len(key) > _LONGEST_NAME or not key.startswith(peft.PREFIX) or not _is_expected(plain, config):
+            foreign.append(key[:_LONGEST_NAME])
+        elif _FACTOR.search(plain) and not (header.floating[key] and 0 < len(shape) <= 5):
+            kinds.append(key)
+        if _FIRST_FACTOR.search(plain) and shape:
+            ranks[key] = shape[0]
+    if foreign:
+        raise AdapterFormatError(
+            f"{where} holds what is no part of an adapter: {listed(foreign)}. Such a tensor would overwrite a weight "
+            "of the base. Ask its author for a file with the adapter alone."
+        )
+    if kinds:
+        raise AdapterFormatError(f"{where} holds {listed(kinds)}, which is of a type or a shape that no adapter has.")
+    if not ranks:
+        raise AdapterFormatError(f"{where} holds no LoRA factor, only {listed(header.shapes)}.")
+    most, patterns = max(ranks.values()), {**config.rank_pattern, **config.alpha_pattern}
+    above = {entry: rank for entry, rank in config.rank_pattern.items() if rank > most}
+    # With patterns, the rank beside them may be that of no module.
+    if not config.rank_pattern:
+        above = {key: config.rank for key, rows in ranks.items() if config.rank > rows}
+    if above:
+        name, rank = next(iter(above.items()))
+        raise AdapterFormatError(
+            f"{where} does not fit its {CONFIG}: that has rank {rank} for {name}, the tensors have at most {most}."
+        )
+    if len(patterns) > max(256, 2 * len(ranks)):
+        raise AdapterFormatError(
+            f"{where} does not fit its {CONFIG}: {len(patterns):,} patterns for {len(ranks):,} adapted modules."
+        )
+
+
+def _is_expected(key: str, config: LoRAConfig) -> bool:
+    if _FACTOR.search(key) or _VOCABULARY.search(key) or peft.is_untrained_original(key):
+        return True
+    name = peft.base_name(key)
+    if config.bias != "none" and name.endswith("bias"):
+        return True
+    return _is_inside(name, config.modules_to_save or ())
+
+
+def _is_inside(name: str, entries: Collection[str]) -> bool:
+    parts = name.split(".")
+    return any(peft.ends_with(entries, ".".join(parts[:i])) for i in range(1, len(parts)))
+
+
+def _expressions(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The fields of a config that PEFT reads as regular expressions, as they are matched."""
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(data.get(field), str):
+            yield field, data[field]
+    pattern = data.get("layers_pattern")
+    for entry in [pattern] if isinstance(pattern, str) else pattern if isinstance(pattern, list) else []:
+        if isinstance(entry, str):
+            yield "layers_pattern", entry
+            yield "layers_pattern", rf"(?:^|.*?\.){entry}\.(\d+)\."
+    for field in ("rank_pattern", "alpha_pattern"):
+        if isinstance(data.get(field), Mapping):
+            for entry in data[field]:
+                yield field, entry
+                yield field, rf"(.*\.)?({entry})$"
+
+
+def _check_expression(field: str, expression: str, where: str) -> None:
+    shown = expression if len(expression) <= 80 else f"{expression[:80]}..."
+    try:
+        many = ways(expression)
+    except ValueError as error:
+        raise AdapterFormatError(
+            f"{where}: {field} holds {shown!r}, which is not a regular expression: {error}."
+        ) from error
+    if many > MOST_WAYS:
+        raise AdapterFormatError(
+            f"{where}: {field} holds the regular expression {shown!r}, which can take practically for ever to match "
+            "(it repeats what repeats, or refers back). Write the names of the modules as a list."
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

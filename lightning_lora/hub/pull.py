@@ -1,0 +1,229 @@
+"""Pull an adapter from the Hub: one commit of it, nothing but the adapter, checked before it is handed out."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from lightning_lora.errors import (
+    AdapterFormatError,
+    ConfigError,
+    HubNotFoundError,
+    HubUnavailableError,
+    listed,
+)
+from lightning_lora.hub.cache import CachedRepository, copy_files, link_or_copy
+from lightning_lora.hub.download import Remote, RemoteFile, checksum
+from lightning_lora.hub.inspection import LARGEST_CONFIG, check_adapter, checked_config
+from lightning_lora.hub.reading import CARD, CONFIG, TENSORS, foreign_layout
+
+MAX_BYTES = 4 << 30
+"""An adapter of rank 64 for every linear layer of a model with 70 billion parameters has about 3 GB."""
+_FILES = [CONFIG, CARD, TENSORS]  # the small ones first: a config that is refused costs no download of tensors
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REQUIRED = [CONFIG, TENSORS]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What was pulled."""
+
+    folder: Path
+    repo_id: str
+    commit: str
+    files: dict[str, int]
+    """Name -> bytes."""
+    fetched: bool
+    """Whether anything came over the network, and not from the cache."""
+
+
+def pull_adapter(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    max_bytes: int = MAX_BYTES,
+    timeout: float = 60.0,
+) -> Path:
+    """Fetch the adapter in the repository `repo_id` and check it; returns the folder that it lies in.
+
+    `revision` (a branch, a tag or a commit; by default "main") is resolved to a commit first, which everything comes
+    from. Only adapter_config.json, adapter_model.safetensors and README.md are fetched, into the cache of
+    huggingface_hub (`cache_dir`), and copied to `local_dir` where that is given. Checked are: sizes before the download
+    (tensors: `max_bytes`), checksums after it, the config (types, ranges, no field that changes the base, no regular
+    expression that hangs), and the tensors (names, types, ranks, finite values). Whether it fits a model is checked by
+    `load_adapter`.
+
+    Offline (`local_files_only`, HF_HUB_OFFLINE, or a Hub that is out of reach) what was pulled before is checked again
+    and handed out. `token` and `endpoint` are those of huggingface_hub unless given. `timeout` is in seconds, for an
+    answer with all its repetitions; a download has a second more for each 16 kB.
+
+    Raises HubNotFoundError, HubAccessError (a token that is wrong or not let in), HubUnavailableError (offline and not
+    in the cache; no answer in time), HubIntegrityError (another checksum than the Hub's), AdapterFormatError for what
+    is no adapter or one that is not safe, ConfigError for an argument that cannot be, CheckpointError where the disk
+    fails. Nothing that failed a check is left in the cache.
+    """
+    return pull(
+        repo_id,
+        revision,
+        token=token,
+        endpoint=endpoint,
+        cache_dir=cache_dir,
+        local_dir=local_dir,
+        local_files_only=local_files_only,
+        max_bytes=max_bytes,
+        timeout=timeout,
+    ).folder
+
+
+def pull(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    max_bytes: int = MAX_BYTES,
+    timeout: float = 60.0,
+) -> Pulled:
+    """`pull_adapter`, with what it did."""
+    revision = "main" if revision is None else revision
+    _check_arguments(repo_id, revision, timeout)
+    cache = CachedRepository(repo_id, cache_dir)
+    offline = local_files_only or constants.is_offline_mode()
+    # A commit never changes: what was pulled of it needs no answer from the Hub.
+    known = cache.commit_of(revision)
+    found = _from_cache(cache, repo_id, known) if known and (offline or known == revision) else None
+    if found is None and offline:
+        raise HubUnavailableError(_offline(repo_id, revision, cache, known))
+    if found is None:
+        remote = Remote(repo_id, endpoint=endpoint, token=token, timeout=timeout)
+        try:
+            commit = remote.commit_of(revision)
+        except HubUnavailableError as error:
+            found = _from_cache(cache, repo_id, known) if known else None
+            if found is None:
+                raise
+            said = str(error).rstrip(".")
+            warnings.warn(f"{said}. The adapter that was pulled earlier is used: commit {known}.", stacklevel=3)
+        else:
+            found = _fetch(remote, cache, commit, max_bytes)
+            cache.remember(revision, commit)
+    if local_dir is None:
+        return found
+    folder = Path(local_dir).expanduser()
+    # The config last: a folder without one is no adapter yet.
+    copy_files([found.folder / name for name in (TENSORS, CARD, CONFIG) if name in found.files], folder)
+    return Pulled(folder, repo_id, found.commit, found.files, found.fetched)
+
+
+def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
+    """A folder that exists as it is, what looks like an id on the Hub pulled with the `options` of `pull_adapter`."""
+    folder = Path(folder_or_repo)
+    if folder.exists():
+        if revision is not None:
+            raise ConfigError(f"{str(folder)!r} is a folder here, which has no revision {revision!r}. Leave it out.")
+        return folder
+    if not isinstance(folder_or_repo, str) or not _ID.fullmatch(folder_or_repo):
+        return folder
+    try:
+        return pull_adapter(folder_or_repo, revision, **options)
+    except (HubNotFoundError, HubUnavailableError) as error:
+        raise type(error)(f"There is no folder {folder_or_repo!r} here, nor can it be pulled: {error}") from error
+
+
+def _check_arguments(repo_id: str, revision: str, timeout: float) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{repo_id!r} is not the id of a repository, which looks like 'user/name': {error}"
+        ) from error
+    parts = revision.split("/") if isinstance(revision, str) else [""]
+    if any(part in ("", ".", "..") or re.search(r"[\0\\:]", part) for part in parts):
+        raise ConfigError(f"revision is a branch, a tag or a commit, not {revision!r}.")
+    if not timeout > 0:
+        raise ConfigError(f"timeout is a number of seconds above 0, not {timeout!r}.")
+
+
+def _from_cache(cache: CachedRepository, repo_id: str, commit: str) -> Pulled | None:
+    """What was pulled earlier, checked again; None where the cache has not all of it, or not as it was."""
+    folder = cache.snapshot(commit)
+    try:
+        there = [name for name in _FILES if (folder / name).exists()]
+        if not all(name in there for name in _REQUIRED) or not all(cache.is_whole(folder / name) for name in there):
+            return None
+    except OSError:
+        return None
+    check_adapter(folder)
+    return Pulled(folder, repo_id, commit, {name: (folder / name).stat().st_size for name in there}, fetched=False)
+
+
+def _offline(repo_id: str, revision: str, cache: CachedRepository, known: str | None) -> str:
+    what = f"{repo_id} at {revision!r} is not in the cache ({cache.folder})"
+    if known is not None and (cache.snapshot(known) / TENSORS).exists():
+        what = f"What the cache holds of {repo_id} at {revision!r} ({cache.snapshot(known)}) is incomplete or damaged"
+    return f"{what}, and the Hub may not be asked: local_files_only or HF_HUB_OFFLINE is set. Pull it once online."
+
+
+def _fetch(remote: Remote, cache: CachedRepository, commit: str, max_bytes: int) -> Pulled:
+    files = remote.listed(commit, _FILES)
+    missing = [name for name in _REQUIRED if name not in files]
+    if missing:
+        there = remote.names(commit)
+        foreign = foreign_layout(there)
+        what = f"It looks like {foreign}." if foreign else f"It holds: {listed(sorted(there)) or 'nothing'}."
+        raise AdapterFormatError(f"{remote.repo_id} at {commit} lacks {' and '.join(missing)}. {what}")
+    for file in files.values():
+        _check_size(remote, file, max_bytes)
+    fetched = False
+    with cache.staging() as staged:
+        for name in (name for name in _FILES if name in files):
+            file, blob = files[name], cache.blob(files[name].checksum)
+            if blob.is_file() and blob.stat().st_size == file.size and checksum(blob, file.checksum) == file.checksum:
+                link_or_copy(blob, staged / name)
+            else:
+                remote.fetch(commit, file, staged / name)
+                fetched = True
+            if name == CONFIG:
+                with _about(remote, commit, staged):
+                    checked_config(staged)
+        with _about(remote, commit, staged):
+            check_adapter(staged)
+        folder = cache.keep(staged, commit, {name: file.checksum for name, file in files.items()})
+    return Pulled(folder, remote.repo_id, commit, {name: files[name].size for name in _FILES if name in files}, fetched)
+
+
+@contextmanager
+def _about(remote: Remote, commit: str, staged: Path) -> Iterator[None]:
+    """Errors about files in `staged` name the repository instead: the folder will be gone."""
+    try:
+        yield
+    except AdapterFormatError as error:
+        raise AdapterFormatError(str(error).replace(str(staged), f"{remote.repo_id}@{commit[:12]}")) from error
+
+
+def _check_size(remote: Remote, file: RemoteFile, max_bytes: int) -> None:
+    most, how = LARGEST_CONFIG, ""
+    if file.name == TENSORS:
+        most, how = max_bytes, " If that is right, pass a larger max_bytes=."
+    if file.size > most:
+        raise AdapterFormatError(
+            f"{file.name} of {remote.repo_id} has {file.size:,} bytes, more than the {most:,} that are fetched.{how}"
+        )

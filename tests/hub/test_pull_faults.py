@@ -1,0 +1,91 @@
+"""Pulling over a network that breaks: what passes is survived, what does not ends in time, nothing false is kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lightning_lora import pull_adapter
+from lightning_lora.errors import HubIntegrityError, HubNotFoundError, HubUnavailableError
+from tests.hub.models import changed_tensors
+
+pytestmark = pytest.mark.usefixtures("short_waits")
+ID = "user/adapter"
+TENSORS_URL = "/-/cdn/"
+CONFIG_URL = "adapter_config.json"
+
+
+@pytest.mark.parametrize("path", [TENSORS_URL, CONFIG_URL, "/revision/", "/paths-info/"])
+@pytest.mark.parametrize("kind", ["reset", "reset_download", "truncate", "hang", 429, 500, 503])
+def test_a_fault_that_passes_is_survived(hub, repository, files, kind, path):
+    fault = hub.fail(kind, path=path, times=1 if kind == "hang" else 3, **({"retry_after": 0.1} if kind == 429 else {}))
+    folder = pull_adapter(ID, timeout=1.5 if kind == "hang" else 20)
+    assert fault.hits == fault.times
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
+@pytest.mark.parametrize("path", [TENSORS_URL, CONFIG_URL, "README.md"])
+def test_a_flipped_bit_is_fetched_again(hub, repository, files, path):
+    fault = hub.fail("flip", path=path)
+    folder = pull_adapter(ID)
+    assert fault.hits == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
+@pytest.mark.parametrize("path", [TENSORS_URL, CONFIG_URL, "README.md"])
+def test_content_that_stays_another_is_refused_and_not_kept(hub, cached, repository, path):
+    hub.fail("flip", path=path, times=100)
+    with pytest.raises(HubIntegrityError, match="another checksum"):
+        pull_adapter(ID)
+    assert not cached(), "nothing is left that could be taken for an adapter"
+
+
+@pytest.mark.parametrize("path", [TENSORS_URL, CONFIG_URL, "/revision/", "/paths-info/"])
+@pytest.mark.parametrize("kind", ["hang", "drip", "reset", 500])
+def test_a_fault_that_does_not_pass_ends_in_time(hub, cached, repository, kind, path):
+    hub.fail(kind, path=path, times=100, seconds=0.3 if kind == "drip" else 3600)
+    begun = time.monotonic()
+    with pytest.raises(HubUnavailableError):
+        pull_adapter(ID, timeout=0.6)
+    assert time.monotonic() - begun < 4
+    assert not cached()
+
+
+def test_a_wait_that_is_longer_than_the_deadline_is_not_waited_for(hub, repository):
+    hub.fail(429, path="/revision/", times=100, retry_after=600)
+    begun = time.monotonic()
+    with pytest.raises(HubUnavailableError, match=r"429.*600 s"):
+        pull_adapter(ID, timeout=5)
+    assert time.monotonic() - begun < 2
+
+
+def test_a_download_goes_on_where_it_was_cut(hub, files):
+    large = changed_tensors(files, lambda t: t.update({"base_model.model.embed.weight": torch.randn(500_000)}))
+    hub.create_repo(ID, files={**files, **large})
+    fault = hub.fail("reset_download", path=TENSORS_URL, times=3)
+    folder = pull_adapter(ID)
+    assert (folder / "adapter_model.safetensors").read_bytes() == large["adapter_model.safetensors"]
+    assert fault.hits == 3
+    assert [r.status for r in hub.requested(TENSORS_URL)] == [200, 206, 206, 206]
+
+
+def test_a_repository_that_goes_away_in_the_middle_is_said_and_nothing_is_kept(hub, cached, repository):
+    hub.fail(404, path="adapter_model.safetensors", times=100)
+    with pytest.raises(HubNotFoundError, match=f"does not know {ID} at '{hub.commits(ID)[0].oid}'"):
+        pull_adapter(ID)
+    assert not cached()
+
+
+def test_a_hung_server_does_not_hold_the_exit(hub, repository, tmp_path):
+    hub.fail("hang", path=TENSORS_URL, times=100)
+    code = f"from lightning_lora import pull_adapter; pull_adapter({ID!r}, timeout=1)"
+    environment = {**os.environ, **hub.environment(tmp_path)}
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert "HubUnavailableError" in done.stderr
+    assert time.monotonic() - begun < 30
