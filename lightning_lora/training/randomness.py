@@ -90,13 +90,12 @@ class ExactResume:
                 f"The checkpoint holds the random state of {len(ranks)} processes and this run has "
                 f"{trainer.world_size}: it goes on from other random numbers than the run that was interrupted."
             )
-            ranks = None
         if ranks is None:
             if not stateful and not streams:
                 fetcher.iterator = _made_at_first_use(fetcher.combined_loader)
             return
 
-        saved = ranks[trainer.global_rank]
+        saved = ranks[trainer.global_rank % len(ranks)]
         pending = trainer.fit_loop._combined_loader_states_to_load
         if pending:  # Lightning loads the state of stateful loaders after a checkpoint in mid-epoch only
             fetcher.combined_loader._load_state_dicts(pending)

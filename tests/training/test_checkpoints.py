@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -128,15 +127,15 @@ class Fails(Callback):
             raise ValueError("stop")
 
 
+# Lightning's, where an OnExceptionCheckpoint is there: it looks for what that saved before.
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=None.*was called without a model", "ignore:.*no last checkpoint")
 @pytest.mark.parametrize("kind", ["OnExceptionCheckpoint", "save_on_exception"])
 def test_what_is_saved_on_an_exception_holds_no_base_weight_and_resumes(kind: str, tmp_path: Path) -> None:
     saver: Callback = OnExceptionCheckpoint(tmp_path)
     if kind == "save_on_exception":
         saver = ModelCheckpoint(tmp_path, save_on_exception=True)
     run = trainer(LoRACallback(rank=2), saver, Fails(), max_epochs=1)
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="stop"):
-        warnings.filterwarnings("ignore", "`.fit.ckpt_path=None.` was called without a model")  # with the first kind
-        warnings.filterwarnings("ignore", '.fit.ckpt_path="last". is set, but there is no last checkpoint')
+    with pytest.raises(ValueError, match="stop"):
         run.fit(Lit())
     (path,) = checkpoints(tmp_path)
     assert read(path)["global_step"] == 3
@@ -255,11 +254,6 @@ def test_peft_gives_the_same_outputs_from_the_folder_of_a_language_model(average
     plain.load_state_dict(weights)
     theirs = peft.PeftModel.from_pretrained(plain, folder).eval()(input_ids=tokens).logits
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
-    assert (
-        not torch.allclose(theirs, plain.get_base_model()(input_ids=tokens).logits)
-        if hasattr(plain, "get_base_model")
-        else True
-    )
 
 
 def test_what_the_learning_rate_finder_saves_leaves_no_folder(tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""LightningCLI makes the optimizer from the base's parameters, before anything is adapted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_lora import LoRACallback
+from lightning_lora.engine import adapters
+
+from .lit import Lit
+
+# Between Lightning and jsonargparse.
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+CONFIG = """
+seed_everything: 1
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_epochs: 1
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  callbacks:
+    - class_path: lightning_lora.LoRACallback
+      init_args:
+        rank: 4
+        lora_plus_ratio: 4
+        target_modules: ["0", "3"]
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fit.py"])
+
+
+def run(tmp_path: Path, config: str, *arguments: str) -> LightningCLI:
+    path = tmp_path / "config.yaml"
+    path.write_text(config)
+    return LightningCLI(
+        Plain, save_config_callback=None, args=["fit", "--config", str(path), *arguments], auto_configure_optimizers=True
+    )
+
+
+class Plain(Lit):
+    """Leaves its optimizer to the command line."""
+
+    configure_optimizers = Lit.__mro__[1].configure_optimizers  # type: ignore[attr-defined, assignment]
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adagrad"])
+def test_an_optimizer_of_the_command_line_trains_the_adapters(tmp_path: Path, optimizer: str) -> None:
+    cli = run(tmp_path, CONFIG, "--optimizer", optimizer, "--optimizer.lr", "0.05", "--lr_scheduler", "ExponentialLR",
+              "--lr_scheduler.gamma", "0.9")  # fmt: skip
+    layers = dict(adapters(cli.model))
+    assert list(layers) == ["net.0", "net.3"]
+    assert all(m.lora.rank == 4 and bool(m.lora_B.abs().sum() > 0) for m in layers.values())
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, LoRACallback)]
+    assert callback.config.rank == 4
+    (group,) = cli.trainer.optimizers[0].param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in cli.model.parameters() if p.requires_grad}
+
+
+def test_a_misspelt_setting_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, CONFIG.replace("rank: 4", "rnak: 4"))
+    assert "rnak" in capsys.readouterr().err

@@ -1,0 +1,417 @@
+"""Pushing while training goes on: nothing blocks it, changes it or kills it, and the Hub gets what matters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.utils import _http
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load
+
+from lightning_lora import HubPush, LoRACallback, LoRAConfig, push_adapter
+from lightning_lora.engine import adapter_state_dict
+from lightning_lora.errors import ConfigError, HubAccessError, HubNotFoundError, HubUnavailableError
+from lightning_lora.hub import background, calls
+from lightning_lora.testing import HubServer
+from lightning_lora.testing.plugin import hub
+
+from .lit import Lit, trainer
+
+__all__ = ["hub"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # httpx, of the client's way to upload
+    # Connections on which the server hangs are left to themselves.
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
+]
+REPO = "user/run"
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "WAITS", (0.01,) * 5)
+    monkeypatch.setattr(background, "LINGER", 0.2)
+    monkeypatch.setattr(background, "BACK_OFF", 0.01)
+    monkeypatch.setattr(_http, "time", types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+
+
+class Calls(pl.Callback):
+    """Calls a function after the validation of each epoch, when its checkpoint was saved."""
+
+    def __init__(self, function: Callable[[pl.Trainer], Any]) -> None:
+        self.function = function
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.function(trainer)
+
+
+def checkpoints(folder: Path, **settings: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, **{"monitor": "val_loss", "save_top_k": -1, "save_last": True, **settings})
+
+
+def titles(hub: HubServer, revision: str = "main") -> list[str]:
+    """From the oldest to the newest, without the one that made the repository; checks that each is whole."""
+    commits = hub.commits(REPO, revision)
+    for commit, parent in zip(commits, [*commits[1:], None]):
+        assert commit.parent == (parent and parent.oid)
+        if parent is not None:
+            assert set(FILES) <= set(commit.files)
+            assert all("lora_" in key for key in load(commit.files[FILES[2]].content)), "no base weight"
+    return [commit.title for commit in reversed(commits)][1:]
+
+
+def steps(hub: HubServer) -> list[int]:
+    return [int(title.split()[1].rstrip(":")) for title in titles(hub)]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+# What arrives.
+
+
+def test_each_checkpoint_and_the_end_are_one_commit_each(hub: HubServer, tmp_path: Path) -> None:
+    saved = checkpoints(tmp_path)
+    each_arrives = Calls(lambda trainer: wait_for(lambda: len(titles(hub)) > trainer.current_epoch - 1))
+    callback = LoRACallback(rank=2, push=HubPush(REPO, tag_checkpoints=True))
+    module = Lit()
+    trainer(callback, each_arrives, saved, max_epochs=3).fit(module)
+    assert steps(hub) == [5, 10, 15]
+    assert "val_loss" in titles(hub)[0]
+    assert titles(hub)[-1].startswith("Step 15 (best so far, final): val_loss")
+    message = hub.commits(REPO)[0].message
+    assert "epoch: 3" in message
+    assert "val_loss: " in message
+    assert hub.repo(REPO).private
+    assert set(hub.repo(REPO).tags) == {"step-5", "step-10", "step-15"}
+    pushed = load(hub.files(REPO)["adapter_model.safetensors"])
+    trained = adapter_state_dict(module)
+    assert torch.equal(pushed["base_model.model.0.lora_B.weight"], trained["net.0.lora_B"])
+    assert list(hub.files(REPO)) == [*FILES, "training.png"]
+    card = hub.files(REPO)["README.md"].decode()
+    assert "model-index" in card
+    assert "![training curve](training.png)" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("save_adapter", [True, False])
+def test_the_final_adapter_is_pushed_where_no_checkpoint_is_saved_at_the_end(
+    hub: HubServer, tmp_path: Path, save_adapter: bool
+) -> None:
+    saved = checkpoints(tmp_path, monitor=None, every_n_train_steps=4, save_last=False)
+    module = Lit()
+    callback = LoRACallback(rank=2, push=HubPush(REPO), save_adapter=save_adapter)
+    trainer(callback, saved, max_epochs=1).fit(module)
+    assert steps(hub)[-1] == 5
+    pushed = load(hub.files(REPO)["adapter_model.safetensors"])
+    assert torch.equal(pushed["base_model.model.0.lora_B.weight"], adapter_state_dict(module)["net.0.lora_B"])
+
+
+def test_of_those_that_wait_the_newest_the_best_and_the_final_one_are_pushed(hub: HubServer, tmp_path: Path) -> None:
+    gate = hub.fail(503, path="/revision/main", times=10_000)
+    losses = iter([0.5, 0.1, 0.4, 0.3, 0.2])
+
+    class Scripted(Lit):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", torch.tensor(self.value))
+
+        def on_validation_epoch_start(self) -> None:
+            self.value = next(losses) if not self.trainer.sanity_checking else 9.0
+
+    def open_at_the_end(trainer: pl.Trainer) -> None:
+        if trainer.current_epoch == 4:
+            gate.times = 0
+
+    saved = checkpoints(tmp_path)
+    trainer(LoRACallback(rank=2, push=HubPush(REPO)), Calls(open_at_the_end), saved, max_epochs=5).fit(Scripted())
+    assert steps(hub) == [10, 25]
+    assert "(best so far): val_loss 0.1" in titles(hub)[0]
+    assert "best so far | step 10" in hub.files(REPO)["README.md"].decode()
+
+
+def test_only_the_best_ones_are_pushed_where_that_is_asked_for(hub: HubServer, tmp_path: Path) -> None:
+    callback = LoRACallback(rank=2, push=HubPush(REPO, every="best"))
+    saved = checkpoints(tmp_path, mode="max")  # so that the first is the best
+    trainer(callback, saved, max_epochs=3).fit(Lit())
+    assert steps(hub) == [5]
+
+
+def test_only_the_end_is_pushed_where_that_is_asked_for(hub: HubServer, tmp_path: Path) -> None:
+    callback = LoRACallback(rank=2, push=HubPush(REPO, every="end"))
+    trainer(callback, checkpoints(tmp_path), max_epochs=3).fit(Lit())
+    assert steps(hub) == [15]
+
+
+def test_pull_requests_take_all_commits_of_a_run(hub: HubServer, tmp_path: Path) -> None:
+    arrived = Calls(
+        lambda trainer: wait_for(lambda: bool(hub.repo(REPO).pull_requests)) if trainer.current_epoch else None
+    )
+    callback = LoRACallback(rank=2, push=HubPush(REPO, create_pr=True))
+    trainer(callback, arrived, checkpoints(tmp_path), max_epochs=3).fit(Lit())
+    assert list(hub.repo(REPO).pull_requests) == [1]
+    assert titles(hub) == []
+    assert len(titles(hub, "refs/pr/1")) >= 2
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_pushed_checkpoint_resumes_the_run(hub: HubServer, tmp_path: Path) -> None:
+    whole, half, resumed = Lit(), Lit(), Lit()
+    pl.seed_everything(3, verbose=False)
+    trainer(LoRACallback(rank=2), checkpoints(tmp_path / "whole"), max_epochs=4).fit(whole)
+    pl.seed_everything(3, verbose=False)
+    push = HubPush(REPO, push_checkpoints=True, tag_checkpoints=True)
+    trainer(LoRACallback(rank=2, push=push), checkpoints(tmp_path / "half"), max_epochs=2).fit(half)
+    for reference in (f"hf://{REPO}@step-10", f"hf://{REPO}"):
+        resumed = Lit()
+        trainer(LoRACallback(rank=2), checkpoints(tmp_path / "half"), max_epochs=4).fit(resumed, ckpt_path=reference)
+        assert torch.equal(torch.stack(resumed.losses), torch.stack(whole.losses[10:]))
+    with pytest.raises(HubNotFoundError, match=r"adapter_config\.json"):
+        trainer(LoRACallback(rank=2), max_epochs=4).fit(Lit(), ckpt_path=f"hf://{REPO}/other.ckpt")
+
+
+# What does not change.
+
+
+def test_losses_and_random_states_are_the_same_bits_with_and_without(hub: HubServer, tmp_path: Path) -> None:
+    def run(push: HubPush | None) -> tuple[Any, ...]:
+        pl.seed_everything(7, verbose=False)
+        module = Lit()
+        arrives = Calls(lambda trainer: time.sleep(0.4))
+        trainer(LoRACallback(rank=2, push=push), arrives, checkpoints(tmp_path / str(push is None)), max_epochs=3).fit(
+            module
+        )
+        return torch.stack(module.losses), torch.get_rng_state(), np.random.get_state()[1].tolist()
+
+    with_push, without = run(HubPush(REPO)), run(None)
+    assert len(titles(hub)) > 1
+    assert torch.equal(with_push[0], without[0])
+    assert torch.equal(with_push[1], without[1])
+    assert with_push[2] == without[2]
+
+
+def test_training_never_waits_for_a_hub_that_hangs(hub: HubServer, tmp_path: Path) -> None:
+    hub.fail("hang", path="/preupload/", times=99)
+    ended: list[float] = []
+
+    class Ends(pl.Callback):
+        def on_train_end(self, *_: Any) -> None:
+            ended.append(time.monotonic())
+
+    started = time.monotonic()
+    push = HubPush(REPO, deadline=60, wait=0.5)
+    trainer(LoRACallback(rank=2, push=push), Ends(), checkpoints(tmp_path), max_epochs=3).fit(Lit())
+    assert ended[0] - started < 5
+    assert time.monotonic() - ended[0] < 3
+
+
+# Before the first step.
+
+
+def refused(push: HubPush, error: type[Exception], words: str) -> None:
+    module = Lit()
+    with pytest.raises(error, match=words):
+        trainer(LoRACallback(rank=2, push=push), max_epochs=1).fit(module)
+    assert not module.losses
+
+
+def test_what_will_not_be_allowed_is_said_before_the_first_step(hub: HubServer) -> None:
+    hub.create_repo(REPO)
+    refused(HubPush(REPO, token="hf_wrong"), HubAccessError, "401")
+    refused(HubPush(REPO, token=hub.read_token), HubAccessError, "write access")
+    hub.fail(400, path="/api/validate-yaml")
+    refused(HubPush(REPO), Exception, "refuses the card")
+    hub.fail("hang", path="/auth-check", times=9)
+    refused(HubPush(REPO, deadline=0.3), HubUnavailableError, "did not answer within")
+    refused(HubPush(REPO, every="best"), ConfigError, "ModelCheckpoint")
+    assert titles(hub) == []
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning", "ignore:It is recommended to use `self.log")
+def test_under_two_processes_only_the_first_talks(hub: HubServer, tmp_path: Path) -> None:
+    settings = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False, "max_epochs": 1}
+    trainer(LoRACallback(rank=2, push=HubPush(REPO)), checkpoints(tmp_path), **settings).fit(Lit())
+    assert len(hub.requested("/whoami-v2")) == 1
+    assert steps(hub) == [5]
+    with pytest.raises(Exception, match="401"):
+        trainer(LoRACallback(rank=2, push=HubPush(REPO, token="hf_wrong")), **settings).fit(Lit())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"every": "epoch"}, {"wait": -1}, {"wait": "60"}, {"repo_id": "a b"}, {"datasets": "squad"}, {"private": "no"}],
+)
+def test_settings_that_cannot_be_are_refused_when_they_are_made(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        HubPush(**{"repo_id": REPO, **settings})
+
+
+def test_the_callback_takes_no_other_push() -> None:
+    with pytest.raises(ConfigError, match="HubPush"):
+        LoRACallback(rank=2, push=REPO)  # type: ignore[arg-type]
+
+
+def test_a_token_is_not_shown() -> None:
+    assert "hf_secret" not in repr(HubPush(REPO, token="hf_secret"))
+
+
+def test_callbacks_that_push_can_be_copied_and_pickled(hub: HubServer, tmp_path: Path) -> None:
+    callback = LoRACallback(LoRAConfig(rank=2), push=HubPush(REPO))
+    trainer(callback, max_epochs=1).fit(Lit())
+    for again in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        trainer(again, max_epochs=1).fit(Lit())
+
+
+def test_a_fast_dev_run_does_not_touch_the_hub(hub: HubServer) -> None:
+    trainer(LoRACallback(rank=2, push=HubPush(REPO)), fast_dev_run=True).fit(Lit())
+    trainer(LoRACallback(rank=2, push=HubPush(REPO))).validate(Lit(), verbose=False)
+    assert not hub.requests
+
+
+# What could not be pushed.
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_what_was_not_pushed_is_said_with_the_command_that_pushes_it(
+    hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fault = hub.fail(403, path="/commit/", times=99)
+    module = Lit()
+    trainer(LoRACallback(rank=2, push=HubPush(REPO)), checkpoints(tmp_path), max_epochs=2).fit(module)
+    assert fault.hits == 1, "at once final"
+    (message,) = said(caplog)
+    assert "403" in message
+    command = shlex.split(message.rpartition("Push it with: ")[2])
+    assert command[:2] == ["lightning-lora", "push"]
+    settings = dict(part.split("=", 1) for part in command[2:])
+    fault.times = 0
+    push_adapter(settings["adapter"].strip("'"), settings["repo_id"])
+    pushed = load(hub.files(REPO)["adapter_model.safetensors"])
+    assert torch.equal(pushed["base_model.model.0.lora_B.weight"], adapter_state_dict(module)["net.0.lora_B"])
+
+
+def test_what_was_not_pushed_is_kept_where_its_folder_is_gone(
+    hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.fail(403, path="/commit/", times=99)
+    callback = LoRACallback(rank=2, push=HubPush(REPO), save_adapter=False)
+    trainer(callback, max_epochs=1, default_root_dir=tmp_path).fit(Lit())
+    assert f"adapter={tmp_path}/step5-not-pushed-adapter" in said(caplog)[0]
+    assert push_adapter(tmp_path / "step5-not-pushed-adapter", REPO, dry_run=True)
+
+
+def test_a_hub_that_comes_back_gets_what_waited(hub: HubServer, tmp_path: Path) -> None:
+    hub.fail("reset", path="/revision/", times=3)
+    hub.fail("lost_response", path="/commit/", times=1)
+    trainer(LoRACallback(rank=2, push=HubPush(REPO)), checkpoints(tmp_path), max_epochs=2).fit(Lit())
+    assert steps(hub) == [10]
+
+
+def test_an_adapter_that_cannot_be_pushed_does_not_end_the_run(
+    hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Diverges(Lit):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                self.net[0].lora_A.fill_(float("nan"))
+
+    trainer(LoRACallback(rank=2, push=HubPush(REPO)), checkpoints(tmp_path), max_epochs=1).fit(Diverges())
+    assert "not finite" in said(caplog)[0]
+    assert titles(hub) == []
+
+
+# Ends that nobody planned.
+
+
+def test_after_an_exception_what_was_saved_is_pushed(hub: HubServer, tmp_path: Path) -> None:
+    class Fails(Lit):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 2:
+                raise RuntimeError("out of something")
+
+    with pytest.raises(RuntimeError, match="out of something"):
+        trainer(LoRACallback(rank=2, push=HubPush(REPO)), checkpoints(tmp_path), max_epochs=5).fit(Fails())
+    assert steps(hub)[-1] == 10
+
+
+def start(hub: HubServer, tmp_path: Path, *, epochs: int = 100, seconds: float = 0.1) -> subprocess.Popen[str]:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), "PYTHONPATH": str(root)}
+    arguments = [hub.endpoint, str(tmp_path / "checkpoints"), str(epochs), str(seconds)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.training.pushing_run", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_its_last_checkpoint_on_the_hub(
+    hub: HubServer, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(hub, tmp_path)
+    wait_for(lambda: ("model", REPO) in hub.repositories and len(titles(hub)) >= 1, seconds=60)
+    hub.fail("lost_response", path="/commit/")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert "done" not in output
+    newest = max((tmp_path / "checkpoints").glob("*-adapter"), key=lambda path: path.stat().st_mtime)
+    assert steps(hub) == sorted(set(steps(hub)))
+    assert hub.files(REPO)["adapter_model.safetensors"] == (newest / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_hub_that_hangs_does_not_hold_the_exit_of_the_process(hub: HubServer, tmp_path: Path) -> None:
+    hub.fail("hang", path="/lfs/|/commit/", times=999)
+    process = start(hub, tmp_path, epochs=2, seconds=0)
+    wait_for(lambda: bool(hub.requested("/lfs/")), seconds=60)
+    started = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "done" in output
+    assert "Push it with: lightning-lora push " in output
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["/preupload/", "/lfs/", "/commit/"])
+def test_a_run_that_is_killed_in_mid_push_leaves_a_history_to_go_on_from(
+    hub: HubServer, tmp_path: Path, path: str
+) -> None:
+    hub.fail("hang", path=path, after=2)
+    process = start(hub, tmp_path)
+    wait_for(lambda: any(fault.hits for fault in hub.faults), seconds=60)
+    process.kill()
+    process.communicate(timeout=60)
+    before = titles(hub)
+    newest = max((tmp_path / "checkpoints").glob("*-adapter"), key=lambda folder: folder.stat().st_mtime)
+    push_adapter(newest, REPO, message="Step 999: by hand")
+    assert titles(hub) == [*before, "Step 999: by hand"]
+    assert json.loads(hub.files(REPO)["adapter_config.json"])["r"] == 2
