@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_lora.errors import closest
 
-COMMANDS = ("train", "evaluate", "predict", "demo", "pull")
+COMMANDS = ("train", "evaluate", "predict", "demo", "push", "pull")
 
 USAGE = """\
 usage: lightning-lora COMMAND [group=option ...] [key=value ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -110,7 +111,12 @@ class LoRAConfig:
 
 def pattern_matches(key: str, name: str) -> bool:
     """Whether the rank or alpha pattern `key` holds for the module called `name` (PEFT's rule)."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return _pattern_of(key).match(name) is not None
+
+
+@functools.cache  # re's own cache holds 512 and is then emptied: an adapter may have a pattern for each module
+def _pattern_of(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

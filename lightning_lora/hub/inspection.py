@@ -21,6 +21,7 @@ from lightning_lora.hub.regexes import MOST_WAYS, ways
 
 LARGEST_SCALE = 1e4
 """Of alpha / rank. Adapters in use have less than 100; far above, every output is noise or not finite."""
+LARGEST_RANK = 1 << 24
 LARGEST_CONFIG = 8 << 20
 """Bytes. One that names a rank for each of ten thousand modules has one."""
 _LONGEST_NAME = 1000
@@ -62,6 +63,8 @@ def checked_config(folder: Path) -> LoRAConfig:
         for field, expression in _expressions(data):
             _check_expression(field, expression, str(path))
     config = peft.from_peft(data, str(path))
+    if max([config.rank, *config.rank_pattern.values()]) > LARGEST_RANK:
+        raise AdapterFormatError(f"{path}: r, or a rank in rank_pattern, is larger than any layer.")
     largest = max([config.alpha, *config.alpha_pattern.values()])
     rank = min([config.rank, *config.rank_pattern.values()])
     scale = largest / (math.sqrt(rank) if config.use_rslora else rank)

@@ -106,7 +106,7 @@ def pull(
     revision = "main" if revision is None else revision
     _check_arguments(repo_id, revision, timeout)
     cache = CachedRepository(repo_id, cache_dir)
-    offline = local_files_only or constants.is_offline_mode()
+    offline = local_files_only or constants.HF_HUB_OFFLINE
     # A commit never changes: what was pulled of it needs no answer from the Hub.
     known = cache.commit_of(revision)
     found = _from_cache(cache, repo_id, known) if known and (offline or known == revision) else None

@@ -82,6 +82,14 @@ def test_a_second_pull_fetches_only_what_changed(hub, repository):
     assert [r.path.rpartition("/")[2] for r in hub.requested("/resolve/")] == ["README.md"]
 
 
+@pytest.mark.parametrize("status", [404, 405])
+def test_a_mirror_that_lists_only_trees_will_do(hub, repository, files, status):
+    hub.page_size = 2
+    hub.fail(status, path="/paths-info/")
+    folder = pull_adapter(ID)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
 # The cache, and no network.
 
 

@@ -14,7 +14,12 @@ from lightning_lora import pull_adapter
 from lightning_lora.errors import HubIntegrityError, HubNotFoundError, HubUnavailableError
 from tests.hub.models import changed_tensors
 
-pytestmark = pytest.mark.usefixtures("short_waits")
+pytestmark = [
+    pytest.mark.usefixtures("short_waits"),
+    # Connections on which the server hangs are left to themselves.
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
+]
 ID = "user/adapter"
 TENSORS_URL = "/-/cdn/"
 CONFIG_URL = "adapter_config.json"

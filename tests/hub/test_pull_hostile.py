@@ -49,6 +49,12 @@ HOSTILE = {
     "an infinite alpha": (lambda f: config_with(f, lora_alpha=float("inf")), "finite number"),
     "an unknown field": (lambda f: config_with(f, run_this="rm"), "unknown field 'run_this'"),
     "another method": (lambda f: config_with(f, peft_type="LOHA"), "peft_type is 'LOHA'"),
+    "a rank that no layer has": (lambda f: config_with(f, r=10**400), "larger than any layer"),
+    "a list without an end": (lambda f: config_with(f, modules_to_save=["fc"] * 20_000), "has 20,000 entries"),
+    "a note that is nested": (
+        lambda f: header_with(f, lambda h: h["__metadata__"].update(lightning_lora="[" * 100_000)),
+        "entry 'lightning_lora' of its metadata",
+    ),
     "more patterns than modules": (
         lambda f: config_with(f, rank_pattern={f"fc{i}": 2 for i in range(1000)}),
         "1,000 patterns for 1 adapted",

@@ -394,3 +394,32 @@ def test_text_in_the_folder_is_pushed_and_does_not_replace_that_on_the_hub(hub: 
         card = hub.files(REPO)["README.md"].decode()
         assert card.count("Written on the Hub.") == card.count("Written in the folder.") == 1
         assert card.count("| rank | 2 |") == 1
+
+
+# Over Xet.
+
+
+@pytest.fixture
+def xet(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+
+
+@pytest.mark.usefixtures("xet")
+@pytest.mark.parametrize("kind", [None, "reset", "lost_response"])
+def test_over_xet_it_is_one_commit_too(hub: HubServer, folder: Path, kind: str | None) -> None:
+    if kind is not None:
+        hub.fail(kind, method="POST", path="/commit/main")
+    push_adapter(folder, REPO, message="once")
+    assert hub.requested("/xorbs/")
+    assert titles(hub) == ["once"]
+    assert hub.files(REPO)["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("xet")
+@pytest.mark.parametrize("kind", [404, "hang"])
+def test_where_xet_does_not_work_it_goes_over_lfs(hub: HubServer, folder: Path, kind: Any) -> None:
+    hub.fail(kind, path="/xet-write-token/", times=999)
+    push_adapter(folder, REPO, message="once", deadline=2)
+    assert hub.requested("/lfs/", "PUT")
+    assert titles(hub) == ["once"]

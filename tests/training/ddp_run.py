@@ -1,6 +1,6 @@
 """Trains under one or two processes on the same global batches; run as a script, it is what `strategy="ddp"` launches.
 
-    python ddp_run.py STRATEGY DEVICES STYLE OUT [CHECKPOINT]
+python ddp_run.py STRATEGY DEVICES STYLE OUT [CHECKPOINT]
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from training.lit import Lit, data, trainer  # noqa: E402
-
-from lightning_lora import LoRACallback  # noqa: E402
-from lightning_lora.engine import adapter_state_dict  # noqa: E402
+from lightning_lora import LoRACallback
+from lightning_lora.engine import adapter_state_dict
+from training.lit import Lit, data, trainer
 
 BATCH, BATCHES = 8, 5
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from lightning_lora import LoRACallback, LoRAConfig, inject, remove
 from lightning_lora.engine import Adapter, adapter_state_dict, adapters
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError
-
 from lightning_lora.training.strategy import AdapterPolicy, attach
 
 from .lit import STYLES, BuiltInConfigureModel, BuiltInSetup, Lit, OverridesSetup, net, trainer
@@ -42,7 +41,8 @@ def test_a_module_of_any_style_is_adapted_and_trained(style: type[Lit]) -> None:
     assert callback.report.head == "net.5"
     assert moved(module)
     for (name, p), q in zip(net().named_parameters(), base.parameters()):
-        assert torch.equal(module.net.get_parameter(name), p) and torch.equal(p, q), "the base has not moved"
+        assert torch.equal(p, q)
+        assert torch.equal(module.net.get_parameter(name), p), "the base has not moved"
     remove(module)
     assert all(torch.equal(a, b) for a, b in zip(module.net.state_dict().values(), base.state_dict().values()))
 
@@ -93,7 +93,7 @@ def test_settings_are_a_config_or_its_fields() -> None:
     assert LoRACallback(rank=4, alpha=2).config == LoRACallback(LoRAConfig(rank=4, alpha=2.0)).config
     with pytest.raises(ConfigError, match="not both: rank"):
         LoRACallback(LoRAConfig(), rank=4)
-    with pytest.raises(ConfigError, match="'rnak'. Did you mean 'rank'"):
+    with pytest.raises(ConfigError, match=r"'rnak'\. Did you mean 'rank'"):
         LoRACallback(rnak=4)
     with pytest.raises(ConfigError, match="config is a LoRAConfig, not a int"):
         LoRACallback(8)  # type: ignore[arg-type]

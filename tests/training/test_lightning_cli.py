@@ -43,9 +43,7 @@ def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tmp_path: Path, config: str, *arguments: str) -> LightningCLI:
     path = tmp_path / "config.yaml"
     path.write_text(config)
-    return LightningCLI(
-        Plain, save_config_callback=None, args=["fit", "--config", str(path), *arguments], auto_configure_optimizers=True
-    )
+    return LightningCLI(Plain, save_config_callback=None, args=["fit", "--config", str(path), *arguments])
 
 
 class Plain(Lit):

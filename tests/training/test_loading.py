@@ -43,7 +43,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "extra": (lambda c: key(c).update({"net.9.lora_A": torch.ones(1)}), r"unexpected: net\.9\.lora_A"),
     "a base weight": (lambda c: key(c).update({"net.5.bias": torch.ones(3)}), r"unexpected: net\.5\.bias"),
     "shape": (lambda c: key(c).update({"net.0.lora_A": torch.ones(3, 8)}), r"net\.0\.lora_A has shape \(3, 8\)"),
-    "not finite": (lambda c: key(c)["net.0.lora_A"].fill_(torch.nan), r"net\.0\.lora_A holds values that are not finite"),
+    "not finite": (lambda c: key(c)["net.0.lora_A"].fill_(torch.nan), r"lora_A holds values that are not finite"),
     "not a tensor": (lambda c: key(c).update({"net.0.lora_A": 1.0}), r"net\.0\.lora_A is a float"),
     "empty": (lambda c: key(c).clear(), r"missing: net\.0\.lora_A"),
 }

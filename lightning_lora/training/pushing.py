@@ -1,0 +1,337 @@
+"""Push to the Hub while training goes on, as a `HubPush` says: the hooks that LoRACallback and its strategy call."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shlex
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_lora.errors import ConfigError, HubError, LightningLoRAError
+from lightning_lora.hub.background import BackgroundPusher, Job
+from lightning_lora.hub.card import RunFacts, base_id
+from lightning_lora.hub.curve import curve_picture
+from lightning_lora.hub.push import in_words, stage_model
+from lightning_lora.hub.reading import CARD, CONFIG, TENSORS
+from lightning_lora.hub.repository import HubRepository
+from lightning_lora.hub.staging import PICTURE, Staged, stage
+from lightning_lora.training.push import HubPush
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+WAIT_ON_EXCEPTION = 20.0
+"""Seconds: whoever sends SIGTERM kills soon after, often in 30."""
+
+
+class Pushing:
+    """The pushes of one run after another. Everything but `check` and `start` never raises.
+
+    All of a run's processes call `check` and `start`; the rest does nothing but in the first.
+    """
+
+    def __init__(self, settings: HubPush) -> None:
+        if not isinstance(settings, HubPush):
+            raise ConfigError(f"push is a HubPush, such as HubPush('user/name'), not {settings!r}.")
+        self.settings = settings
+        self._forget()
+
+    def _forget(self) -> None:
+        self.unpushed: list[Job] = []
+        """What is not on the Hub after the run."""
+        self._repository: HubRepository | None = None
+        self._queue: BackgroundPusher | None = None
+        self._history: list[tuple[int, dict[str, float]]] = []
+        self._held: Job | None = None
+        self._best: Job | None = None
+        self._last: tuple[int, str, str | None] | None = None
+        self._first_step = 0
+        self._root = Path()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"settings": self.settings}  # copied with its callback, to processes and by deepcopy: threads are not
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.settings = state["settings"]
+        self._forget()
+
+    # Before the first step.
+
+    def check(self, trainer: Trainer) -> None:
+        """Raise, in every process, unless token, repository and permission are as the pushes will need them."""
+        self._forget()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.settings.every == "best" and not any(_monitors(callback) for callback in _savers(trainer)):
+            raise ConfigError("every='best' needs a ModelCheckpoint that monitors a metric.")
+        repository = HubRepository(self.settings)
+        _in_first_process(trainer, repository.check)
+        self._repository = repository
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise, in every process, unless the adapter's card is one that the Hub takes; then start the worker."""
+        repository = self._repository
+        if repository is None:
+            return
+        self._first_step, self._root = trainer.global_step, Path(trainer.default_root_dir)
+
+        def check_card() -> None:
+            staged = stage_model(pl_module)
+            try:
+                repository.check_card(staged.card(self._facts(trainer, {})))
+            finally:
+                staged.discard()
+
+        _in_first_process(trainer, check_card)
+        if trainer.is_global_zero:
+            self._queue = BackgroundPusher(repository)
+            rank_zero_info(f"Adapters are pushed to {repository}, in the background.")
+
+    # While training goes on.
+
+    def record(self, trainer: Trainer) -> None:
+        """Note the metrics of a validation, for the picture in the card."""
+        if self._queue is not None:
+            self._history.append((trainer.global_step, _metrics(trainer)))
+
+    def on_checkpoint_saved(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        path: str,
+        adapter: str | os.PathLike[str] | None,
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Push what was saved: the folder `adapter` beside the checkpoint `path`, or `tensors` where there is none."""
+        if self._queue is None:
+            return
+        with _told():
+            is_best = any(_monitors(callback) and callback.best_model_path == path for callback in _savers(trainer))
+            if self.settings.every == "best" and not is_best:
+                return
+            checkpoint = path if self.settings.push_checkpoints and os.path.isfile(path) else None
+            if adapter is not None:
+                staged = stage(adapter, checkpoint=checkpoint)
+            else:
+                staged = stage_model(pl_module, tensors=tensors)
+            job = self._job(trainer, staged, adapter, is_best=is_best)
+            self._last = None if adapter is None else (job.step, str(adapter), checkpoint)
+            if is_best:
+                self._best = job
+            if self.settings.every == "end":
+                if self._held is not None:
+                    self._held.staged.discard()
+                self._held = job
+            else:
+                self._queue.put(job)
+
+    def _job(
+        self, trainer: Trainer, staged: Staged, source: Any, *, is_best: bool = False, is_final: bool = False
+    ) -> Job:
+        metrics, step = _metrics(trainer), trainer.global_step
+        self._history.append((step, metrics))
+        if is_final and (picture := curve_picture(self._history, _monitored(trainer))):
+            staged = staged.with_file(PICTURE, picture)
+        kinds = [word for word, holds in (("best so far", is_best), ("final", is_final)) if holds]
+        kind = f" ({', '.join(kinds)})" if kinds else ""
+        lines = [f"epoch: {trainer.current_epoch}", f"step: {step}", *(f"{n}: {v:.8g}" for n, v in metrics.items())]
+        return Job(
+            staged,
+            self._facts(trainer, metrics, step),
+            step,
+            title=f"Step {step}{kind}{in_words(metrics)}",
+            description="\n".join(lines),
+            tag=f"step-{step}" if self.settings.tag_checkpoints else None,
+            source=None if source is None else os.path.abspath(source),
+            is_best=is_best,
+            is_final=is_final,
+        )
+
+    def _facts(self, trainer: Trainer, metrics: Mapping[str, float], step: int | None = None) -> RunFacts:
+        data, datasets = self.settings.data, list(self.settings.datasets)
+        path = base_id(getattr(getattr(trainer.datamodule, "source", None), "path", None))  # type: ignore[attr-defined]
+        if not datasets and path and not os.path.splitext(path)[1]:
+            datasets = [path]
+        notes = {} if step is None else {"epochs": str(trainer.current_epoch)}
+        best = self._best
+        if best is not None and best.step != step:
+            revision = f", revision `{best.commit.oid}`" if best.commit is not None else ""
+            notes["best so far"] = f"step {best.step}{in_words(best.run.metrics)}{revision}"
+        return RunFacts(
+            repo_id=self._repository.repo_id if self._repository else None,
+            metrics=metrics,
+            step=step,
+            data=data or (datasets[0] if datasets else None),
+            datasets=datasets,
+            notes=notes,
+            front_matter=self.settings.card,
+        )
+
+    # At the end.
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Push the final adapter, and wait for all that waits."""
+        queue = self._queue
+        if queue is None:
+            return
+        queue.hold()  # the last checkpoint, if it waits, and the final adapter are one commit
+        with _told():
+            if self.settings.every != "best" and trainer.global_step > self._first_step:
+                step, folder, checkpoint = self._last or (-1, "", None)
+                if step == trainer.global_step and os.path.isdir(folder):
+                    kept = checkpoint if checkpoint and os.path.isfile(checkpoint) else None
+                    staged, source = stage(folder, checkpoint=kept), folder
+                else:
+                    staged, source = stage_model(pl_module), None
+                is_best = self._best is not None and self._best.step == trainer.global_step
+                queue.put(self._job(trainer, staged, source, is_best=is_best, is_final=True))
+            if self._held is not None:
+                self._held.staged.discard()
+        self._end(queue, self.settings.wait + queue.size / 1e6, _soon_after_sigterm(trainer))
+
+    def abort(self) -> None:
+        """After an exception or a signal: push the checkpoints that wait, as far as the time allows."""
+        queue = self._queue
+        if queue is None:
+            return
+        if self._held is not None:
+            queue.put(self._held)
+        self._end(queue, min(self.settings.wait, WAIT_ON_EXCEPTION))
+
+    def _end(self, queue: BackgroundPusher, seconds: float, stop: Callable[[], bool] = lambda: False) -> None:
+        self._queue = self._held = None
+        with _told():
+            with _interruptible():
+                try:
+                    queue.flush(seconds, stop)
+                except KeyboardInterrupt:
+                    log.warning("No longer waiting for the Hub.")
+            self.unpushed = queue.close()
+            if queue.commits:
+                rank_zero_info(f"Pushed {len(queue.commits)} commits, the last one is {queue.commits[-1].commit_url}")
+            for job in self.unpushed:
+                command = self._command(self._kept(job))
+                log.error(
+                    "Step %d was not pushed to %s: %s\nPush it with: %s", job.step, queue.repository, job.error, command
+                )
+
+    def _kept(self, job: Job) -> Path:
+        """A folder that still holds the adapter of `job`: the one beside the checkpoint, or a new one."""
+        try:
+            if job.source is not None and Path(job.source).is_dir():
+                staged = stage(job.source)
+                staged.discard()
+                if staged.digests[TENSORS] == job.staged.digests[TENSORS]:
+                    job.staged.discard()
+                    return Path(job.source)
+            root = Path(job.source).parent if job.source is not None else self._root
+            kept = root / f"step{job.step}-not-pushed-adapter"
+            kept.mkdir(parents=True, exist_ok=True)
+            for name in (CONFIG, TENSORS):
+                shutil.copyfile(job.staged.folder / name, kept / name)
+            (kept / CARD).write_text(job.staged.card(job.run), encoding="utf-8")
+        except (OSError, LightningLoRAError):
+            return job.staged.folder
+        job.staged.discard()
+        return kept
+
+    def _command(self, folder: Path) -> str:
+        to = self.settings
+        parts = [f"adapter={folder}", f"repo_id={self._repository.repo_id if self._repository else to.repo_id}"]
+        parts += [f"branch={to.branch}"] if to.branch else []
+        parts += ["private=false"] if not to.private else []
+        parts += ["create_pr=true"] if to.create_pr else []
+        parts += [f"endpoint={to.endpoint}"] if to.endpoint else []
+        return f"lightning-lora push {' '.join(_quoted(part) for part in parts)}"
+
+
+def _quoted(override: str) -> str:
+    """Hydra reads "=" inside a value as the start of another unless it is quoted."""
+    name, _, value = override.partition("=")
+    return shlex.quote(f"{name}='{value}'" if "=" in value or "," in value else override)
+
+
+def _in_first_process(trainer: Trainer, action: Callable[[], None]) -> None:
+    """`action()` in the first process; what it raises is raised in each, or the others would wait for it for ever."""
+    error: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    said = error if error is None or isinstance(error, LightningLoRAError) else HubError(f"{error}")
+    said = trainer.strategy.broadcast(said)
+    if said is not None:
+        raise error or said
+
+
+def _savers(trainer: Trainer) -> list[Any]:
+    return list(trainer.checkpoint_callbacks)
+
+
+def _monitors(callback: Any) -> bool:
+    return getattr(callback, "monitor", None) is not None
+
+
+def _monitored(trainer: Trainer) -> str | None:
+    return next((callback.monitor for callback in _savers(trainer) if _monitors(callback)), None)
+
+
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    """What was logged last, the monitored metric first, then those of validation."""
+    values: dict[str, float] = {}
+    for name, value in trainer.callback_metrics.items():
+        if value.numel() == 1 and math.isfinite(number := value.item()):
+            values[name] = float(number)
+    for name in [name for name in values if name.endswith("_step") and name.removesuffix("_step") in values]:
+        del values[name]
+    monitored = _monitored(trainer)
+    order = sorted(values, key=lambda name: (name != monitored, not name.startswith("val"), name))
+    return {name: values[name] for name in order}
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """An exception is said, and training goes on."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, LightningLoRAError)
+        log.error("Nothing was pushed of this: %s", error, exc_info=None if known else error)
+
+
+def _soon_after_sigterm(trainer: Trainer) -> Callable[[], bool]:
+    since: list[float] = []
+
+    def stop() -> bool:
+        if trainer.received_sigterm:
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() - since[0] > WAIT_ON_EXCEPTION
+
+    return stop
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the wait, where Lightning has turned it off already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)

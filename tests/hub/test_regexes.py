@@ -1,0 +1,62 @@
+"""Expressions as people write them pass, and take no time; those that hang the matcher do not pass."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from lightning_lora.hub.regexes import MOST_WAYS, ways
+
+WRITTEN = [
+    "q_proj",
+    r".*\.(q_proj|v_proj)",
+    r"model\.layers\.(\d+)\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+    r"^(?!.*vision).*(q_proj|v_proj)$",
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|k_proj|v_proj|o_proj"
+    r"|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))",
+    r".*\.layers\.([0-9]|1[0-9]|2[0-3])\.attn\..*",
+    r"(?:model\.)?layers\.\d{1,2}\.\w+\.[qv]_proj",
+    r"transformer\.h\.\d+\.(attn\.c_attn|mlp\.c_(fc|proj))",
+    "|".join(re.escape(f"model.layers.{i}.self_attn.q_proj") for i in range(1000)),
+]
+NAMES = ["model.layers.17.self_attn.rotary", "a" * 100, "text.text.attn.attn.dense.dense." * 3, "layers." * 14 + "q"]
+HANGING = [
+    r"(a+)+$",
+    r"(.*)*x",
+    r"(a|aa)+$",
+    r"(.|.)*x",
+    r"(a?){40}a{40}",
+    r"(\w+\.?)*!",
+    r"([^.]+\.?)+\d!",
+    r".*.*.*.*.*.*x",
+    r"(.*a){25}",
+    "a?" * 60 + "a" * 60,
+    r"(a)\1*",
+    r"(()){999999999}",
+    r"(?=(a+)+$)a*",
+    r"((a{1,50}){1,50}){1,50}b",
+    r"(ab|cd|ab)*x",
+]
+
+
+@pytest.mark.parametrize("expression", WRITTEN)
+def test_what_people_write_passes_and_is_fast(expression):
+    assert ways(expression) <= MOST_WAYS
+    begun = time.perf_counter()
+    for name in NAMES:
+        re.fullmatch(expression, name)
+    # The limit promises about 20 ms for a name; a busy machine is given ten times that.
+    assert time.perf_counter() - begun < 0.2 * len(NAMES)
+
+
+@pytest.mark.parametrize("expression", HANGING)
+def test_what_hangs_does_not_pass(expression):
+    assert ways(expression) > MOST_WAYS
+
+
+@pytest.mark.parametrize("expression", ["(", "a)", "[", "(" * 5000 + ")" * 5000, "a{99999999999}"])
+def test_what_is_no_expression_is_said(expression):
+    with pytest.raises(ValueError):
+        ways(expression)

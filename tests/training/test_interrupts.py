@@ -1,0 +1,127 @@
+"""Whatever stops a run, the last good checkpoint still loads, and no half file has a checkpoint's name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+
+from lightning_lora import LoRACallback
+from lightning_lora.errors import CheckpointError
+
+from .lit import Lit, trainer
+
+SCRIPT = Path(__file__).with_name("interrupted_run.py")
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+
+
+def assert_all_whole(folder: Path) -> list[Path]:
+    """Every checkpoint and adapter folder in `folder` loads; returns the checkpoints, oldest first."""
+    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert checkpoints
+    for path in checkpoints:
+        assert torch.load(path)["state_dict"]
+    for adapter in folder.glob("*-adapter"):
+        assert load_file(adapter / "adapter_model.safetensors")
+    return checkpoints
+
+
+def resume(folder: Path, path: Path) -> None:
+    saver = ModelCheckpoint(folder / "resumed", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    step = torch.load(path)["global_step"]
+    run = trainer(LoRACallback(rank=2), saver, max_epochs=-1, max_steps=step + 2)
+    run.fit(Lit(), ckpt_path=str(path))
+    assert run.global_step == step + 2
+
+
+@pytest.mark.parametrize("moment", ["at-work", "saving"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_whole_checkpoints(how: signal.Signals, moment: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / moment).exists():
+            assert run.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        run.send_signal(how)
+        run.wait(timeout=30)
+    finally:
+        run.kill()
+    assert run.returncode != 0 or how is signal.SIGTERM, "Lightning ends fit() in peace on SIGTERM"
+    newest = assert_all_whole(tmp_path)[-1]
+    left = list(tmp_path.glob("*.partial"))
+    assert not left or how is signal.SIGKILL
+    resume(tmp_path, newest)
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "adapter folder"])
+def test_a_disk_that_fills_is_said_and_leaves_what_was_there(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, calls = os.fsync, 0
+
+    def full_later(descriptor: int) -> None:
+        nonlocal calls
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        calls += path.endswith(".partial")
+        if calls > 1 and path.endswith(".partial") == (where == "checkpoint"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_later)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        trainer(LoRACallback(rank=2), saver, max_epochs=1).fit(Lit())
+    monkeypatch.undo()
+    assert assert_all_whole(tmp_path)[0].name == "step=1.ckpt"
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".partial")] == []
+    assert [p.name for p in tmp_path.glob("*-adapter")] == ["step=1-adapter"]
+    resume(tmp_path, tmp_path / "step=1.ckpt")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small disk needs root")
+def test_a_small_disk_that_really_fills_keeps_the_checkpoints_that_fitted(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        saver = ModelCheckpoint(disk, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            trainer(LoRACallback(rank=2), saver, max_epochs=10).fit(Lit())
+        assert len(assert_all_whole(disk)) >= 2
+        assert list(disk.glob("*.partial")) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_said(tmp_path: Path) -> None:
+    run = trainer(LoRACallback(rank=2), max_epochs=1)
+    run.fit(Lit())
+    tmp_path.chmod(0o500)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        run.save_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_a_path_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    run = trainer(LoRACallback(rank=2), max_epochs=1)
+    run.fit(Lit())
+    with pytest.raises(CheckpointError, match="could not be written"):
+        run.save_checkpoint(tmp_path / "file" / "x.ckpt")
+    assert (tmp_path / "file").read_text() == "not a folder"
