@@ -17,11 +17,11 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from lightning_lora.cli.commands import docstring
 from lightning_lora.cli.composition import CONFIG_MODULE, rehearsal, with_pluses
 from lightning_lora.cli.cores import wait_without_spinning
 from lightning_lora.cli.explain import explain, explain_composition
 from lightning_lora.cli.finished_run import with_finished_run
-from lightning_lora.cli.main import docstring
 from lightning_lora.cli.schema import checked
 from lightning_lora.cli.sweep import record_failure
 from lightning_lora.errors import ConfigError

@@ -7,13 +7,13 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor, nn
 
-import lightning_lora
 from lightning_lora.engine import (
     Injection,
     InjectionReport,
@@ -99,7 +99,7 @@ def save_adapter(
     given = tensors or {}
     values = {k: given.get(member(module, name), tensor_named(root, name)) for k, name in layout.written_keys().items()}
     note = {
-        "version": lightning_lora.__version__,
+        "version": version("lightning-lora"),
         "module": module,
         **describe_base(model, root),
     }

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lightning_lora.cli.main import COMMANDS, docstring
+from lightning_lora.cli.commands import COMMANDS, docstring
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
