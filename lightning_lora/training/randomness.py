@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 RandomState = dict[str, Any]
+Restart = dict[str, Any]
+"""How often a loader was started again within an epoch, and the random state when it last was."""
 
 
 def random_state() -> RandomState:
@@ -57,6 +59,10 @@ class ExactResume:
     def __init__(self) -> None:
         self.epoch_start: RandomState | None = None
         """The random state just before the running epoch's iterator was made."""
+        self.restarts: dict[int, Restart] = {}
+        """The last one in the running epoch of each of several loaders, by its place among them."""
+        self.replayed: dict[int, Restart] = {}
+        """Those to make again while batches are skipped."""
         self.after_batch: RandomState | None = None
         self.saved: list[dict[str, Any]] | None = None
         """What a checkpoint brought, of each process, until it has been put back."""
@@ -64,7 +70,7 @@ class ExactResume:
         """The state to put back when the next epoch starts, after resuming between two."""
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"epoch_start": self.epoch_start, "now": random_state()}
+        own = {"epoch_start": self.epoch_start, "restarts": self.restarts, "now": random_state()}
         # Every process has its own generators: rank 0 saves them all.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks: list[Any] = [None] * torch.distributed.get_world_size()
@@ -109,9 +115,14 @@ class ExactResume:
             )
         elif seen and not stateful and saved["epoch_start"] is not None:
             set_random_state(saved["epoch_start"])
+            self.replayed = saved["restarts"]
             iter(fetcher)
             for _ in range(seen):  # past the fetcher, which adds what was seen to its count by itself
                 next(fetcher.iterator)  # type: ignore[arg-type]
+            self.replayed = {}
+        every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if every:  # Lightning counts from the epoch in which it resumes, not from the last one that loaded anew
+            trainer.fit_loop._last_train_dl_reload_epoch -= trainer.fit_loop._last_train_dl_reload_epoch % every
         set_random_state(saved["now"])
         if not seen and not streams:
             # Between two epochs: the iterator that Lightning made on loading was drawn from other random numbers, or,
@@ -156,9 +167,30 @@ def _watched_class(base_class: type[CombinedLoader]) -> type[CombinedLoader]:
         # How many numbers were drawn depends on the loader, on workers and prefetching, and on resuming: make it one.
         set_random_state(before)
         torch.empty((), dtype=torch.int64).random_()
+        if len(self.flattened) > 1:  # the shorter ones start again when they are through, in mid-epoch
+            self.lora_resume.restarts = {}
+            self._iterator.iterables = [_Restarting(*item, self.lora_resume) for item in enumerate(self.flattened)]
         return iterator
 
     return type(f"Watched{base_class.__name__}", (base_class,), {"__iter__": __iter__})
+
+
+class _Restarting:
+    """A loader whose iterators are all but the first of an epoch."""
+
+    def __init__(self, place: int, loader: Any, resume: ExactResume) -> None:
+        self.place, self.loader, self.resume, self.count = place, loader, resume, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.count += 1
+        before = self.resume.replayed.get(self.place)
+        if before is not None and before["count"] == self.count:
+            set_random_state(before["state"])
+        self.resume.restarts[self.place] = {"count": self.count, "state": random_state()}
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
 
 def _made_at_first_use(loader: CombinedLoader) -> Iterator[Any]:
