@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_lora.errors import listed
+
 
 @dataclass(frozen=True)
 class AdaptedModule:
@@ -49,7 +51,7 @@ class InjectionReport:
         lines = aligned([("module", "kind", "weight", "rank", "scale", "parameters"), *rows], right=(3, 4, 5))
         lines += [f"{m.name}: {m.note}" for m in self.modules if m.note]
         if self.trained_whole:
-            lines.append(f"trained whole: {', '.join(self.trained_whole)}")
+            lines.append(f"trained whole: {listed(self.trained_whole)}")
         if self.head is not None:
             lines.append(f"taken for the output head, and so not adapted: {self.head}")
         count = len(self.modules)

@@ -24,7 +24,6 @@ from lightning_lora.errors import (
 from lightning_lora.hub.calls import pause, without_progress_bars
 from lightning_lora.hub.card import RunFacts
 from lightning_lora.hub.push import Push
-from lightning_lora.hub.reading import TENSORS
 from lightning_lora.hub.repository import HubRepository
 from lightning_lora.hub.staging import Staged
 
@@ -74,7 +73,7 @@ class BackgroundPusher:
         self._active: Job | None = None
         self._failed: list[Job] = []
         self._done: dict[int, str] = {}
-        """Step -> the sha256 of the tensors that were pushed."""
+        """Step -> the hash of the tensors that were pushed."""
         self._flushing = self._closed = self._holding = False
         threading.Thread(target=self._work, name="lightning_lora push", daemon=True).start()
 
@@ -95,13 +94,12 @@ class BackgroundPusher:
 
     def _is_known(self, job: Job) -> bool:
         """Whether this very adapter is on the Hub, or on its way."""
-        tensors = job.staged.digests[TENSORS].sha256
         for other in (*self._waiting, self._active):
-            if other is not None and (other.step, other.staged.digests[TENSORS].sha256) == (job.step, tensors):
+            if other is not None and (other.step, other.staged.values) == (job.step, job.staged.values):
                 if job.is_best and not other.is_best:
                     other.is_best, other.title = True, job.title
                 return True
-        return self._done.get(job.step) == tensors
+        return self._done.get(job.step) == job.staged.values
 
     def _drop_superseded(self) -> None:
         self._waiting.sort(key=lambda job: job.step)
@@ -200,7 +198,7 @@ class BackgroundPusher:
         if error is None:
             assert job.commit is not None
             self.commits.append(job.commit)
-            self._done[job.step] = job.staged.digests[TENSORS].sha256
+            self._done[job.step] = job.staged.values
             job.staged.discard()
         elif isinstance(error, HubUnavailableError):
             back_off = min(BACK_OFF * 2.0 ** min(job.tries, 32), LONGEST_BACK_OFF)

@@ -49,6 +49,8 @@ class Staged:
     """The name of the base inside the model that was trained, or ""."""
     modules: int
     parameters: int
+    values: str
+    """A hash of the tensors: two files with the same ones differ where their metadata comes in another order."""
     text: str | None
     """The card in the folder that it was copied from, which may hold the user's own text."""
     digests: dict[str, Digest] = field(default_factory=dict)
@@ -105,6 +107,7 @@ def stage(source: str | os.PathLike[str], *, checkpoint: str | os.PathLike[str] 
             module=note.get("module", ""),
             modules=len(adapted_names(map(plain_key, shapes))),
             parameters=sum(math.prod(shape) for shape in shapes.values()),
+            values=_hash_of_values(folder / TENSORS),
             text=text,
             digests={path.name: digest_of(path) for path in sorted(folder.iterdir())},
         )
@@ -158,3 +161,13 @@ def digest_of(path: Path) -> Digest:
             sha256.update(block)
             git.update(block)
     return Digest(size, sha256.hexdigest(), git.hexdigest())
+
+
+def _hash_of_values(path: Path) -> str:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        values = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        while block := file.read(1 << 20):
+            values.update(block)
+    return values.hexdigest()

@@ -16,6 +16,8 @@ from lightning_lora.engine.optim import check_ratio
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, closest, listed
 from lightning_lora.training.checkpoint import accept_adapters
 from lightning_lora.training.launch import adapt_before_launch
+from lightning_lora.training.push import HubPush
+from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.randomness import ExactResume
 from lightning_lora.training.strategy import AdapterPolicy, attach, has_adapters
 
@@ -38,6 +40,7 @@ class LoRACallback(Callback):
         config: LoRAConfig | None = None,
         *,
         lora_plus_ratio: float | None = None,
+        push: HubPush | None = None,
         save_adapter: bool = True,
         check_base: bool = True,
         **config_fields: Any,
@@ -46,6 +49,7 @@ class LoRACallback(Callback):
         Args:
             config: What to adapt, and how.
             lora_plus_ratio: The learning rate of every B as a multiple of its group's (LoRA+, arXiv:2402.12354).
+            push: Push to the Hub while training goes on: `HubPush("user/my-adapter")`.
             save_adapter: Write an adapter folder in PEFT's format beside each checkpoint: `best-adapter/` beside
                 `best.ckpt`.
             check_base: Refuse a checkpoint that was trained on another base.
@@ -58,7 +62,7 @@ class LoRACallback(Callback):
         known = LoRAConfig.__dataclass_fields__
         for name in config_fields:
             if name not in known:
-                near = closest(name, [*known, "lora_plus_ratio", "save_adapter", "check_base"])
+                near = closest(name, [*known, "lora_plus_ratio", "push", "save_adapter", "check_base"])
                 raise ConfigError(
                     f"LoRACallback has no setting {name!r}. "
                     + (f"Did you mean {listed(map(repr, near))}?" if near else f"It has: {listed(known, 99)}.")
@@ -68,7 +72,9 @@ class LoRACallback(Callback):
         self.config = config or LoRAConfig(**config_fields)
         self.report: InjectionReport | None = None
         """What was adapted, once it was."""
-        self._policy = AdapterPolicy(lora_plus_ratio, save_adapter, check_base)
+        self._policy = AdapterPolicy(
+            lora_plus_ratio, save_adapter, check_base, Pushing(push) if push is not None else None
+        )
         self._resume = ExactResume()
         self._awaits_gradient: dict[str, Any] | None = None
         self._heard_backward = False
@@ -78,6 +84,8 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._policy.base = None  # another module, or other base weights, may come with this run
+        if self._policy.push is not None and stage == "fit":
+            self._policy.push.check(trainer)
         attach(trainer.strategy, self._policy)
         # Layers may be built by the module's own hooks, which run after this one: adapt after the last of them.
         last = next((h for h in ("configure_model", "setup") if is_overridden(h, pl_module)), None)
@@ -162,6 +170,8 @@ class LoRACallback(Callback):
     # Said when training starts: an adapter that takes no part in it.
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._policy.push is not None:
+            self._policy.push.start(trainer, pl_module)
         self._awaits_gradient = dict(adapters(pl_module))
         self._heard_backward = False
 
@@ -198,6 +208,12 @@ class LoRACallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._resume.on_validation_end()
+            if self._policy.push is not None:
+                self._policy.push.record(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._policy.push is not None:
+            self._policy.push.finish(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": self._resume.state_dict()}

@@ -109,7 +109,6 @@ class Pushing:
 
     def on_checkpoint_saved(
         self,
-        trainer: Trainer,
         pl_module: LightningModule,
         path: str,
         adapter: str | os.PathLike[str] | None,
@@ -119,6 +118,7 @@ class Pushing:
         if self._queue is None:
             return
         with _told():
+            trainer = pl_module.trainer
             is_best = any(_monitors(callback) and callback.best_model_path == path for callback in _savers(trainer))
             if self.settings.every == "best" and not is_best:
                 return
@@ -234,7 +234,7 @@ class Pushing:
             if job.source is not None and Path(job.source).is_dir():
                 staged = stage(job.source)
                 staged.discard()
-                if staged.digests[TENSORS] == job.staged.digests[TENSORS]:
+                if staged.values == job.staged.values:
                     job.staged.discard()
                     return Path(job.source)
             root = Path(job.source).parent if job.source is not None else self._root

@@ -28,6 +28,7 @@ from lightning_lora.engine.state import describe_base, load_adapter_state_dict
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import CheckpointError, TrainingError, listed
 from lightning_lora.hub import save_adapter
+from lightning_lora.hub.resume import local_checkpoint
 from lightning_lora.training.checkpoint import (
     METADATA,
     check_metadata,
@@ -38,6 +39,8 @@ from lightning_lora.training.checkpoint import (
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+    from lightning_lora.training.pushing import Pushing
 
     _Host = Strategy
     _IOHost = TorchCheckpointIO
@@ -52,6 +55,7 @@ class AdapterPolicy:
     lora_plus_ratio: float | None = None
     save_adapter: bool = True
     check_base: bool = True
+    push: Pushing | None = None
     base: dict[str, Any] | None = None
     """What tells the base from others, once it was needed; frozen weights do not change."""
 
@@ -89,8 +93,8 @@ class AdapterStrategy(_Host):
         load_adapter_state_dict(module, checkpoint["state_dict"])
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        with reading(checkpoint_path):
-            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        with local_checkpoint(checkpoint_path) as path, reading(checkpoint_path):
+            checkpoint = super().load_checkpoint(path, weights_only=weights_only)
         if self.lightning_module is not None and has_adapters(self.lightning_module):
             checkpoint_adapter(checkpoint)
         return checkpoint
@@ -107,12 +111,21 @@ class AdapterStrategy(_Host):
         super().save_checkpoint(checkpoint, filepath, storage_options)
         path = str(filepath)
         # Hidden files are the learning-rate and batch-size finders' own.
-        if not self.lora.save_adapter or not self.is_global_zero or Path(path).name.startswith("."):
+        if not self.is_global_zero or Path(path).name.startswith("."):
             return
-        if is_local(path):
-            save_adapter(module, adapter_folder(path), tensors=checkpoint["state_dict"])
-        else:
+        folder = adapter_folder(path) if self.lora.save_adapter and is_local(path) else None
+        if folder is not None:
+            save_adapter(module, folder, tensors=checkpoint["state_dict"])
+        elif self.lora.save_adapter:
             rank_zero_warn(f"No adapter folder was written beside {path}: it is not a local file.")
+        if self.lora.push is not None:
+            self.lora.push.on_checkpoint_saved(module, path, folder, checkpoint["state_dict"])
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        # Here, since every callback's on_exception has been: ModelCheckpoint may save in its own.
+        if self.lora.push is not None:
+            self.lora.push.abort()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)

@@ -401,7 +401,7 @@ def test_a_hub_that_hangs_does_not_hold_the_exit_of_the_process(hub: HubServer, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["/preupload/", "/lfs/", "/commit/"])
+@pytest.mark.parametrize("path", ["/lfs/", "/commit/"])
 def test_a_run_that_is_killed_in_mid_push_leaves_a_history_to_go_on_from(
     hub: HubServer, tmp_path: Path, path: str
 ) -> None:
