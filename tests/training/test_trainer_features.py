@@ -56,7 +56,7 @@ def same_base(module: Lit, seed: int = 0) -> bool:
         {"strategy": SingleDeviceStrategy(device=torch.device("cpu"))},
         {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value", "accumulate_grad_batches": 2},
     ],
-    ids=str,
+    ids="-".join,
 )
 @pytest.mark.filterwarnings("ignore:You requested to overfit", "ignore:.*barebones", "ignore:You are running in")
 def test_a_setting_of_the_trainer_leaves_training_as_it_is(settings: dict[str, Any]) -> None:
