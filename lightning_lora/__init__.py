@@ -25,6 +25,9 @@ _HOME = {
     "load_adapter_state_dict": "lightning_lora.engine",
     "save_adapter": "lightning_lora.hub",
     "load_adapter": "lightning_lora.hub",
+    "AdapterBank": "lightning_lora.hub.bank",
+    "combine_adapters": "lightning_lora.hub.combine",
+    "export_adapter": "lightning_lora.hub.export",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push",
     "HubPush": "lightning_lora.training.push",
@@ -34,12 +37,15 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterBank",
     "HubPush",
     "InjectionReport",
     "LightningLoRAError",
     "LoRACallback",
     "LoRAConfig",
     "adapter_state_dict",
+    "combine_adapters",
+    "export_adapter",
     "inject",
     "load_adapter",
     "load_adapter_state_dict",
@@ -65,6 +71,9 @@ if TYPE_CHECKING:
     )
     from lightning_lora.errors import LightningLoRAError
     from lightning_lora.hub import load_adapter, save_adapter
+    from lightning_lora.hub.bank import AdapterBank
+    from lightning_lora.hub.combine import combine_adapters
+    from lightning_lora.hub.export import export_adapter
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push import push_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint

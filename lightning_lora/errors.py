@@ -5,6 +5,7 @@
     ├── TargetError (ValueError)            a pattern that matches nothing, a module that cannot be adapted
     ├── AdapterStateError (RuntimeError)    adapters where there must be none, none where there must be some
     ├── AdapterFormatError (ValueError)     a folder or a state dict that is not an adapter of this model
+    ├── BankError (RuntimeError)            a bank that has no such adapter, no room, or is used by others just now
     ├── BaseMismatchError (ValueError)      an adapter that was trained on another base
     ├── CheckpointError (RuntimeError)      a checkpoint that is truncated, foreign, or could not be written
     ├── TrainingError (RuntimeError)        a training set-up under which adapters would silently not train
@@ -28,6 +29,7 @@ from collections.abc import Iterable
 __all__ = [
     "AdapterFormatError",
     "AdapterStateError",
+    "BankError",
     "BaseMismatchError",
     "CheckpointError",
     "ConfigError",
@@ -62,6 +64,10 @@ class AdapterStateError(LightningLoRAError, RuntimeError):
 
 class AdapterFormatError(LightningLoRAError, ValueError):
     """A folder or a state dict that is not an adapter of this model."""
+
+
+class BankError(LightningLoRAError, RuntimeError):
+    """The bank has no such adapter, no room for it, or is used by others just now."""
 
 
 class BaseMismatchError(LightningLoRAError, ValueError):

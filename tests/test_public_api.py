@@ -7,9 +7,13 @@ import pytest
 import lightning_lora
 
 NAMES = [
+    "AdapterBank",
+    "HubPush",
     "LoRACallback",
     "LoRAConfig",
     "adapter_state_dict",
+    "combine_adapters",
+    "export_adapter",
     "inject",
     "load_adapter",
     "load_adapter_state_dict",
@@ -17,6 +21,7 @@ NAMES = [
     "merge",
     "merged",
     "pull_adapter",
+    "push_adapter",
     "remove",
     "save_adapter",
 ]

@@ -34,9 +34,11 @@ def launch(command: str, arguments: list[str]) -> int:
     shown and kept for its table, so that the other jobs run.
     """
     wait_without_spinning()
+    module = import_module(f"lightning_lora.cli.{command}")
+    if hasattr(module, "overrides"):  # of a command with flags of its own
+        arguments = module.overrides(arguments)
     # argparse, which Hydra reads with, takes no flag between two overrides.
     arguments = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
-    module = import_module(f"lightning_lora.cli.{command}")
     if "--help" in arguments or "-h" in arguments:
         print(docstring(command), end="\n\n")
     program = str(Path(sys.argv[0]).absolute())

@@ -118,24 +118,30 @@ def check_same_base(
 
     Where it cannot be told, because one of them was rounded to float16 or quantized, nothing is raised.
     """
-    theirs = description.get("base_fingerprint")
-    now = {str(p.dtype) for _, p in _base_parameters(model, root)}
-    dtypes = description.get("base_dtypes")
-    then = set(map(str, dtypes)) if isinstance(dtypes, list) else now
+    if description.get("base_fingerprint") is not None:
+        compare_bases(description, describe_base(model, root), what=what, model=type(root or model).__name__)
+
+
+def compare_bases(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str, model: str) -> None:
+    """Raise BaseMismatchError where two descriptions are not of one base, as `check_same_base` does."""
+    theirs, ours = then.get("base_fingerprint"), now["base_fingerprint"]
+    dtypes = then.get("base_dtypes")
+    after = set(now["base_dtypes"])
+    before = set(map(str, dtypes)) if isinstance(dtypes, list) else after
     # The fingerprint is of values rounded to bfloat16; a base rounded to float16 first, or quantized, has others.
-    if theirs is None or (now != then and not now | then <= _SAME_ONCE_ROUNDED):
+    if theirs is None or (before != after and not before | after <= _SAME_ONCE_ROUNDED):
         return
-    ours = base_fingerprint(model, root)
     if ours != theirs:
         raise BaseMismatchError(
             f"{what} was trained on another base: the fingerprint of its weights is {theirs}, that of this "
-            f"{type(root or model).__name__} is {ours}. Load the base that it was trained on, or, if you know that "
+            f"{model} is {ours}. Load the base that it was trained on, or, if you know that "
             "this one will do, pass check_base=False."
         )
 
 
 def _base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
     """The parameters of `root` that are no part of the adapter of `model`, by name."""
-    ours = {id(t) for t in adapter_tensors(model).values()}
+    adapted = any(True for _ in adapters(model))
+    ours = {id(t) for t in adapter_tensors(model).values()} if adapted else set()
     named = (root or model).named_parameters()
     return sorted(((name, p) for name, p in named if id(p) not in ours), key=lambda item: item[0])

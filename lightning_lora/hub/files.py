@@ -71,7 +71,7 @@ def save_adapter(
     AdapterStateError where `inject` was not called on `model` or inside it, ConfigError for an argument that cannot be,
     CheckpointError where the folder cannot be written; what was there before is then still there.
     """
-    owner, injection = _only_injection(model)
+    owner, injection = only_injection(model)
     module, root = adapter_root(model)
     adapted: dict[str, nn.Module] = dict(adapters(root))
     factors = {id(t) for m in adapted.values() for t in (m.lora_A, m.lora_B)}
@@ -181,7 +181,8 @@ def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, 
     return {names[id(tensor_named(plan.root, name))]: value for name, value in values.items()}
 
 
-def _only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
+def only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
+    """The one module that `inject` was called on, and its record; raises AdapterStateError where there is not one."""
     found = list(injections(model))
     if len(found) == 1:
         return model.get_submodule(found[0][0]), found[0][1]

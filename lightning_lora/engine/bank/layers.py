@@ -1,0 +1,104 @@
+"""A layer that a bank serves keeps its identity, its weight and its state-dict keys: its class is swapped.
+
+What it holds besides is its cell, which is no parameter and no buffer: checkpoints of the base stay the base's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lightning_lora.engine.bank.cells import CELLS, Cell, cell_kind
+from lightning_lora.engine.bank.routing import Routes
+from lightning_lora.engine.inject import reads_weight
+from lightning_lora.engine.layers.base import check_swappable
+from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.targets import Target
+from lightning_lora.errors import AdapterStateError, TargetError
+
+if TYPE_CHECKING:
+    _Host = nn.Module
+else:
+    _Host = object
+
+
+class Banked(_Host):
+    """Beside its own class: its output with the updates that are in use where it is called."""
+
+    bank_cell: Cell
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Tensor = super().forward(x, *args, **kwargs)
+        cell = self.bank_cell
+        if torch.compiler.is_compiling():
+            torch.ops.lightning_lora.banked(base, x, cell.key)
+            return base
+        routing = cell.routes.current()
+        return base if routing is None else routing.apply(cell, base, x)
+
+
+# An operation of its own, which the compiler does not look into: which rows use what is asked when the graph runs.
+@torch.library.custom_op("lightning_lora::banked", mutates_args=("base",))
+def _banked(base: Tensor, x: Tensor, key: int) -> None:
+    cell = CELLS[key]
+    routing = cell.routes.current()
+    if routing is not None:
+        output = routing.apply(cell, base, x)
+        if output is not base:
+            base.copy_(output)
+
+
+@_banked.register_fake
+def _(base: Tensor, x: Tensor, key: int) -> None:
+    return None
+
+
+def check_bankable(target: Target) -> None:
+    """Raise TargetError where the layer would not be reached by what it is called with."""
+    child = target.name.rpartition(".")[2]
+    check_swappable(target.module, target.name)
+    if isinstance(target.module, NonDynamicallyQuantizableLinear):
+        raise TargetError(
+            f"{target.name!r} is the out_proj of an nn.MultiheadAttention, which reads its weight and never calls it: "
+            "a bank cannot serve it. Leave it out with exclude_modules."
+        )
+    if reads_weight(target.parent, child) and torch.backends.mha.get_fastpath_enabled():
+        raise TargetError(
+            f"{target.name!r}: the fast path of {type(target.parent).__name__} reads its weight and does not call it. "
+            "Turn that off first: torch.backends.mha.set_fastpath_enabled(False)."
+        )
+    cell_kind(target.module, target.name)
+
+
+def attach(module: Any, cell: Cell) -> None:
+    """Let `cell` serve `module`, in place."""
+    module.__dict__.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
+    module.__dict__["bank_cell"] = cell
+    base_class: Any = type(module)
+    module.__class__ = swapped_class("Banked", Banked, base_class)
+
+
+def check_detachable(module: Any) -> None:
+    """Raise AdapterStateError where `detach` would take off more than the bank."""
+    if "base_class" not in type(module).__dict__:
+        raise AdapterStateError(
+            f"{module.bank_cell.name!r} changed its class to {type(module).__name__} since the bank was made (by a "
+            "parametrization, or by inject): undo that first."
+        )
+
+
+def detach(module: Any) -> None:
+    """Undo `attach`."""
+    module.__dict__.pop("forward", None)
+    del module.__dict__["bank_cell"]
+    module.__class__ = type(module).base_class
+
+
+def new_cell(target: Target, routes: Routes) -> Cell:
+    cell = cell_kind(target.module, target.name)(target.name, target.module, routes)
+    attention = getattr(target.parent, "self_attn", None)
+    cell.takes_sequence_first = isinstance(attention, nn.MultiheadAttention) and not attention.batch_first
+    return cell

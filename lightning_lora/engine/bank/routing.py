@@ -1,0 +1,151 @@
+"""Which rows of a batch use which adapter, resolved once and read by every layer.
+
+A routing belongs to the thread, or to the asyncio task, that entered `bank.use`: others do not see it. Layers ask for
+it when they run, also from inside a compiled graph, so a graph does not depend on it.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import AdapterStateError
+
+if TYPE_CHECKING:
+    from lightning_lora.engine.bank.cells import Cell, Factors
+
+InUse: TypeAlias = "tuple[tuple[Routes, Routing], ...]"
+_IN_USE: ContextVar[InUse] = ContextVar("lightning_lora_bank", default=())
+"""The routing of each bank: there is hardly ever more than one."""
+
+FEW_POSITIONS = 4
+"""Up to so many positions of a row, reading each adapter once is worth gathering the rows that share it."""
+
+
+class Routes:
+    """The routings of one bank."""
+
+    def current(self) -> Routing | None:
+        """The one in use where this is called."""
+        for routes, routing in _IN_USE.get():
+            if routes is self:
+                return routing
+        return None
+
+    def enter(self, routing: Routing | None) -> Token[InUse]:
+        """Use `routing` here from now on; give what this returns to `leave`."""
+        others = tuple(entry for entry in _IN_USE.get() if entry[0] is not self)
+        return _IN_USE.set(others if routing is None else ((self, routing), *others))
+
+    @staticmethod
+    def leave(token: Token[InUse]) -> None:
+        _IN_USE.reset(token)
+
+
+class Routing:
+    """What the rows of a batch use."""
+
+    def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        """`base`, the output of the cell's layer for x, with the updates. May write into `base`."""
+        raise NotImplementedError
+
+    def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        """The same, in the precision of `base`, whatever autocast says."""
+        if x.is_floating_point() and x.dtype != base.dtype:
+            x = x.to(base.dtype)
+        if torch.is_autocast_enabled(base.device.type):
+            with torch.autocast(base.device.type, enabled=False):
+                return self.add(cell, base, x)
+        return self.add(cell, base, x)
+
+
+class One(Routing):
+    """All rows use the adapter in `slot`."""
+
+    def __init__(self, slot: int, rank: int, has_gain: bool) -> None:
+        self._slot, self._rank, self._has_gain = slot, rank, has_gain
+        self._factors: dict[int, Factors] = {}
+
+    def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        if self._has_gain:
+            base = cell.rescaled(base, cell.gain[self._slot])
+        factors = self._factors.get(cell.key)
+        if factors is None or factors[0].dtype != base.dtype:
+            factors = tuple(t.to(base.dtype) for t in cell.one(self._slot, self._rank))
+            self._factors[cell.key] = factors
+        return cell.add_one(base, x, factors)
+
+
+class Rows(Routing):
+    """Row i uses the adapter in `slots[i]`. What it gathers from the slab it keeps, for all steps of a generation."""
+
+    def __init__(self, slots: list[int], rank: int, has_gain: bool, device: torch.device) -> None:
+        self.count, self._rank, self._has_gain = len(slots), rank, has_gain
+        self.index = torch.tensor(slots, device=device)
+        self._factors: dict[tuple[int, torch.dtype, bool], Factors] = {}
+        self._groups = Groups.of(slots, device)
+
+    def groups(self, positions: int) -> Groups | None:
+        """How to bring rows with the same adapter together, where that pays."""
+        return self._groups if positions <= FEW_POSITIONS else None
+
+    def factors(self, cell: Cell, dtype: torch.dtype, groups: Groups | None = None) -> Factors:
+        key = (cell.key, dtype, groups is not None)
+        found = self._factors.get(key)
+        if found is None:
+            index = self.index if groups is None else groups.index
+            found = self._factors[key] = tuple(t.to(dtype) for t in cell.many(index, self._rank))
+        return found
+
+    def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        if not cell.is_batched(x) or x.shape[0] % self.count:
+            raise AdapterStateError(
+                f"bank.use was given {self.count} rows, and {cell.name!r} got an input of shape {tuple(x.shape)}. "
+                "Name one adapter for each row of the batch, or one for all of it."
+            )
+        if cell.takes_sequence_first:
+            raise AdapterStateError(
+                f"{cell.name!r} is called with the sequence first, so its rows cannot be told apart: build the layer with "
+                "batch_first=True, or use one adapter for the whole batch."
+            )
+        if self._has_gain:
+            base = cell.rescaled(base, cell.gain[self.index])
+        return cell.add_rows(base, x, self)
+
+
+class Groups:
+    """Rows of the same adapter brought together, each group padded to the length of the longest."""
+
+    def __init__(self, index: Tensor, order: Tensor, back: Tensor) -> None:
+        self.index = index
+        """The slot of each group."""
+        self._order, self._back = order, back
+
+    @staticmethod
+    def of(slots: list[int], device: torch.device) -> Groups | None:
+        """None where each row has an adapter of its own, or padding would take more than it saves."""
+        members: dict[int, list[int]] = {}
+        for row, slot in enumerate(slots):
+            members.setdefault(slot, []).append(row)
+        longest = max(map(len, members.values()))
+        if len(members) == len(slots) or len(members) * longest > 2 * len(slots):
+            return None
+        order: list[int] = []
+        back = [0] * len(slots)
+        for rows in members.values():
+            for place, row in enumerate(rows):
+                back[row] = len(order) + place
+            order += rows + rows[:1] * (longest - len(rows))
+        index, at, where = (torch.tensor(values, device=device) for values in (list(members), order, back))
+        return Groups(index, at, where)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """(rows, positions, n) -> (groups, longest * positions, n)"""
+        return x.index_select(0, self._order).view(len(self.index), -1, x.shape[-1])
+
+    def scattered(self, update: Tensor) -> Tensor:
+        """The way back: (groups, longest * positions, n) -> (rows, positions, n)"""
+        return update.view(len(self._order), -1, update.shape[-1]).index_select(0, self._back)

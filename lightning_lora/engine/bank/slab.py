@@ -1,0 +1,94 @@
+"""One flat slab holds every adapter of a bank: a row for each, in which every layer has its place.
+
+A layer's stacked factors are strided views of the slab. So what is loaded, evicted or cleared is one contiguous row,
+whatever the number of layers, and a forward reads its factors where they lie.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
+"""Layer -> the shapes of A, B and gain of one adapter, as they lie in the slab."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a bank takes; `str` says it."""
+
+    slots: int
+    layers: int
+    max_rank: int
+    dtype: torch.dtype
+    device: torch.device
+    bytes_per_adapter: int
+
+    @property
+    def bytes(self) -> int:
+        """On the device: a row for each slot, and one that stays zero for rows of the bare base."""
+        return (self.slots + 1) * self.bytes_per_adapter
+
+    def __str__(self) -> str:
+        return (
+            f"{self.slots} slots of {_in_units(self.bytes_per_adapter)} ({self.layers} layers, rank up to "
+            f"{self.max_rank}, {str(self.dtype).removeprefix('torch.')}): {_in_units(self.bytes)} on {self.device}"
+        )
+
+
+class Slab:
+    """`rows` adapters with room for the tensors of `shapes`; `views` are (rows, *shape) each."""
+
+    def __init__(self, shapes: Shapes, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.width = width_of(shapes)
+        with torch.inference_mode(False):  # or it could only be written in inference mode
+            self.data = _zeros(rows * self.width, dtype, device).view(rows, self.width)
+        self.views: dict[str, tuple[Tensor, ...]] = {}
+        start = 0
+        for name, parts in shapes.items():
+            views = []
+            for shape in parts:
+                size = math.prod(shape)
+                views.append(self.data[:, start : start + size].unflatten(1, shape))
+                start += size
+            self.views[name] = tuple(views)
+
+
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(count, dtype=dtype, device=device)
+    # Pages that nobody has written take no memory yet: a slot is paid for when it is filled.
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
+
+
+def width_of(shapes: Shapes) -> int:
+    """Elements of one row."""
+    return sum(math.prod(shape) for parts in shapes.values() for shape in parts)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated on `device`; None where it cannot be known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            facts: dict[str, Any] = {line.partition(":")[0]: line.split()[1] for line in file}
+        return int(facts["MemAvailable"]) * 1024
+    except (OSError, LookupError, ValueError):
+        return None
+
+
+def _in_units(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"

@@ -1,0 +1,161 @@
+"""Which adapter lies in which slot: who comes, who makes room, who is in use and stays.
+
+Bookkeeping is done with the lock held; the copies between a slot and a store are not, so whoever uses other adapters
+does not wait for them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from lightning_lora.engine.bank.routing import One
+from lightning_lora.engine.bank.slab import Slab
+from lightning_lora.engine.bank.tiers import HostStore
+from lightning_lora.errors import BankError, closest, listed
+
+
+@dataclass
+class Entry:
+    """An adapter in the bank."""
+
+    name: str
+    rank: int
+    has_gain: bool
+    slot: int | None = None
+    """Where it lies in the slab; None while it is in a store."""
+    users: int = 0
+    """How many `use` are open."""
+    pinned: bool = False
+    moving: bool = False
+    """On its way between a slot and a store: who needs it waits."""
+    gone: bool = False
+    """Removed or replaced while it was in use: its slot is free when the last one leaves."""
+    one: One | None = field(default=None, repr=False)
+    """The routing of a batch that uses it alone, made once."""
+
+
+class Slots:
+    """The rows of `slab` but the last, which stays zero, and the entries that lie in them or in `store`."""
+
+    def __init__(self, slab: Slab, capacity: int, store: HostStore) -> None:
+        self.slab = slab
+        self.capacity = capacity
+        self.entries: OrderedDict[str, Entry] = OrderedDict()
+        """The longest unused first."""
+        self.change = threading.Condition()
+        """The lock; who waits is told when an entry has moved."""
+        self._store = store
+        self._free = list(range(capacity))[::-1]
+        self._written: set[int] = set()
+
+    def entry(self, name: str) -> Entry:
+        """Raises BankError where there is none."""
+        entry = self.entries.get(name)
+        if entry is None:
+            near = closest(str(name), self.entries)
+            hint = f" Did you mean {listed(map(repr, near))}?" if near else f" It has {len(self.entries)} others."
+            raise BankError(f"The bank has no adapter {name!r}.{hint}")
+        return entry
+
+    def settled(self, name: str) -> Entry:
+        """The entry, once nobody moves it."""
+        while (entry := self.entry(name)).moving:
+            self.change.wait()
+        return entry
+
+    def resident(self, name: str) -> Entry:
+        """The entry in a slot, from now on the last one used; brings it there."""
+        entry = self.settled(name)
+        if entry.slot is None:
+            slot, leaving = self.take_slot(name, makes_room=True)
+            entry.moving = True
+            self.change.release()
+            try:
+                self.move_out(leaving, slot)
+                self.slab.data[slot].copy_(self._store.take(name))
+                entry.slot = slot
+            finally:
+                self.change.acquire()
+                entry.moving = False
+                if entry.slot is None:
+                    self.give_back(slot)
+                self._written.add(slot)
+                self.change.notify_all()
+        self.entries.move_to_end(name)
+        return entry
+
+    def take_slot(self, name: str, *, makes_room: bool) -> tuple[int, Entry | None]:
+        """A slot that is free, or that of the longest unused adapter, which is to leave it first, by `move_out`.
+
+        `makes_room` says that the one who asks, `name`, comes out of the store. Raises BankError where there is none.
+        """
+        if self._free:
+            return self._free.pop(), None
+        for other in self.entries.values():
+            if other.slot is not None and not (other.users or other.pinned or other.moving):
+                if not makes_room and not self._store.has_room():
+                    break
+                slot, other.slot, other.one, other.moving = other.slot, None, None, True
+                return slot, other
+        kept = sum(1 for other in self.entries.values() if other.users or other.pinned)
+        raise BankError(
+            f"No room for {name!r}: of {self.capacity} slots, {kept} are in use or pinned, and for the others "
+            "host_capacity is too small and no disk is given. Raise one of them, or remove an adapter."
+            if kept < self.capacity
+            else f"No room for {name!r}: all of the {self.capacity} slots are in use or pinned. Raise capacity."
+        )
+
+    def move_out(self, leaving: Entry | None, slot: int) -> None:
+        """Copy what lies in `slot` to the store. Without the lock."""
+        if leaving is None:
+            return
+        try:
+            self._store.put(leaving.name, self.slab.data[slot])
+        except BaseException:
+            leaving.slot = slot  # it stays, and the slot is not the asker's
+            raise
+        finally:
+            with self.change:
+                leaving.moving = False
+                self.change.notify_all()
+
+    def clear(self, slot: int) -> None:
+        """Make it zeros, as a fresh one is."""
+        if slot in self._written:
+            self.slab.data[slot].zero_()
+        self._written.add(slot)
+
+    def give_back(self, slot: int) -> None:
+        """The slot is free, unless somebody stayed in it."""
+        if all(entry.slot != slot for entry in self.entries.values()):
+            self._free.append(slot)
+
+    def add(self, entry: Entry, slot: int) -> None:
+        """The entry lies in `slot`, and is the last one used."""
+        entry.slot, entry.moving = slot, False
+        self.entries[entry.name] = entry
+        self.change.notify_all()
+
+    def remove(self, entry: Entry) -> None:
+        """Take it out; its slot is free now, or when the last user leaves."""
+        del self.entries[entry.name]
+        entry.gone, entry.one = True, None
+        if entry.slot is None:
+            self._store.drop(entry.name)
+        elif not entry.users:
+            self._free.append(entry.slot)
+        self.change.notify_all()
+
+    def leave(self, entries: list[Entry]) -> None:
+        """One user less of each."""
+        with self.change:
+            for entry in entries:
+                entry.users -= 1
+                if entry.gone and not entry.users and entry.slot is not None:
+                    self._free.append(entry.slot)
+
+    def busy(self) -> list[str]:
+        """The names of those in use."""
+        return [entry.name for entry in self.entries.values() if entry.users or entry.moving]

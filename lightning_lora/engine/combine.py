@@ -1,0 +1,173 @@
+"""Several low-rank updates of one module become one: added, compressed, or voted on.
+
+Each adapter i changes the weight by dW_i = s_i B_i A_i and enters with a weight w_i, as the task vector w_i dW_i
+(Ilharco et al. 2023, arXiv:2212.04089: adding them is task arithmetic, w = -1 is negation). All methods are functions
+of these products. None adds up the factors by themselves, as PEFT's "linear" does: (B_1 + B_2)(A_1 + A_2) has the terms
+B_1 A_2 and B_2 A_1, which no adapter learned.
+
+    sum         sum w_i dW_i, exact, of rank sum r_i
+    svd         the best approximation of that sum of rank r (Eckart and Young 1936); no dW is formed
+    ties        trim, elect sign, disjoint mean (Yadav et al. 2023, arXiv:2306.01708), cut to rank r
+    dare        drop and rescale, then add (Yu et al. 2024, arXiv:2311.03099), cut to rank r
+    dare_ties   drop and rescale, then elect sign and disjoint mean, cut to rank r
+
+An adapter that does not touch the module has no term. To a sum that is a zero; in a disjoint mean it has no vote and
+does not count, as the paper treats each entry that was trimmed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one adapter changes in a module: weight * scale * B A. Leading dimensions (groups of a convolution) are
+    products of their own."""
+
+    A: Tensor  # (..., r, in)
+    B: Tensor  # (..., out, r)
+    scale: float
+    weight: float
+
+    def dense(self) -> Tensor:  # (..., out, in)
+        """The product, in float32 or wider."""
+        dtype = torch.promote_types(torch.promote_types(self.A.dtype, self.B.dtype), torch.float32)
+        return self.weight * self.scale * (self.B.to(dtype) @ self.A.to(dtype))
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The combination as a pair B A, its scale in it."""
+
+    A: Tensor  # (..., r, in)
+    B: Tensor  # (..., out, r)
+    norm: float
+    """Frobenius norm of the combination before it was cut to rank r."""
+    error: float
+    """Frobenius norm of what was cut off, relative to `norm`: from the singular values left out."""
+
+
+def combine(
+    terms: Sequence[Term],
+    method: str,
+    *,
+    rank: int | None = None,
+    density: float = 1.0,
+    generator: Generator | None = None,
+) -> Combined:
+    """The combination of `terms`, of one module, by a method of METHODS.
+
+    `rank` is the most that the result has, by default the largest of the terms; "sum" takes none. `density` is the
+    share of each dW that trimming and dropping keep; `generator` (on the CPU) draws what is dropped.
+    """
+    if method == "sum":
+        return concatenated(terms)
+    rank = rank or max(term.A.shape[-2] for term in terms)
+    if method == "svd":
+        return compressed(terms, rank)
+    return truncated(DENSE[method](terms, density, generator), rank)
+
+
+# On the factors, in float64: they are thin.
+
+
+def concatenated(terms: Sequence[Term]) -> Combined:
+    """sum w s B A = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]: exact."""
+    A = torch.cat([term.A.double() for term in terms], dim=-2)
+    B = torch.cat([term.weight * term.scale * term.B.double() for term in terms], dim=-1)
+    return Combined(A, B, product_norm(B, A), error=0.0)
+
+
+def compressed(terms: Sequence[Term], rank: int) -> Combined:
+    """The best approximation of the sum of rank `rank`: with B = Q_B R_B and A^T = Q_A R_A, the singular values of B A
+    are those of R_B R_A^T, a matrix as small as the ranks of the terms together."""
+    whole = concatenated(terms)
+    Q_B, R_B = torch.linalg.qr(whole.B)
+    Q_A, R_A = torch.linalg.qr(whole.A.mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return _cut(Q_B @ U, S, Vh @ Q_A.mT, rank)
+
+
+def product_norm(B: Tensor, A: Tensor) -> float:
+    """||B A||_F of thin factors. Not from Gram matrices, which would lose half of the digits where products cancel."""
+    R_B = torch.linalg.qr(B, mode="r").R
+    R_A = torch.linalg.qr(A.mT, mode="r").R
+    return float((R_B @ R_A.mT).norm())
+
+
+def product_change(B: Tensor, A: Tensor, new_B: Tensor, new_A: Tensor) -> float:
+    """||B A - B' A'||_F for factors of the same shapes, as that of (B - B') A + B' (A - A'): no difference of products,
+    so factors that are equal give 0."""
+    return product_norm(torch.cat([B - new_B, new_B], dim=-1), torch.cat([A, A - new_A], dim=-2))
+
+
+# On dW itself, one module at a time, in float32 or wider.
+
+
+def truncated(matrix: Tensor, rank: int) -> Combined:
+    """The best approximation of `matrix` (..., out, in) of rank `rank`.
+
+    By a full SVD (4096 x 4096: about 15 s on one core): a randomised one is faster, and off by a share that nobody
+    would know, where the spectrum is as flat as trimming and dropping make it.
+    """
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return _cut(U, S, Vh, rank)
+
+
+def ties(terms: Sequence[Term], density: float, generator: Generator | None = None) -> Tensor:
+    """Trim each w_i dW_i, then `disjoint_mean` (arXiv:2306.01708, algorithm 1).
+
+    The paper's lambda is a weight that all terms share. Trimming is by module, not by model.
+    """
+    return disjoint_mean(torch.stack([trimmed(term.dense(), density) for term in terms]))
+
+
+def dare(terms: Sequence[Term], density: float, generator: Generator | None = None) -> Tensor:
+    """The sum of w_i dW_i with entries dropped at random and the others rescaled (arXiv:2311.03099)."""
+    return torch.stack([dropped(term.dense(), density, generator) for term in terms]).sum(0)
+
+
+def dare_ties(terms: Sequence[Term], density: float, generator: Generator | None = None) -> Tensor:
+    """As `ties`, with `dropped` in the place of `trimmed`: DARE before another method of merging (arXiv:2311.03099)."""
+    return disjoint_mean(torch.stack([dropped(term.dense(), density, generator) for term in terms]))
+
+
+DENSE: dict[str, Callable[[Sequence[Term], float, Generator | None], Tensor]] = {
+    "ties": ties,
+    "dare": dare,
+    "dare_ties": dare_ties,
+}
+"""Methods on dW itself, which take a density."""
+METHODS = ("sum", "svd", *DENSE)
+
+
+def trimmed(matrix: Tensor, density: float) -> Tensor:
+    """`matrix` with all but the share `density` of its entries, the largest in magnitude, set to zero."""
+    entries = matrix.flatten()
+    kept = entries.abs().topk(max(1, round(density * len(entries)))).indices
+    return torch.zeros_like(entries).index_copy_(0, kept, entries[kept]).view_as(matrix)
+
+
+def dropped(matrix: Tensor, density: float, generator: Generator | None = None) -> Tensor:
+    """`matrix` with each entry kept with probability `density` and divided by it, else zero: the same on average."""
+    kept = torch.rand(matrix.shape, generator=generator) < density
+    return torch.where(kept, matrix / density, 0.0)
+
+
+def disjoint_mean(matrices: Tensor) -> Tensor:  # (terms, ...) -> (...)
+    """Of each entry, the mean of those values that have the sign of their sum; zero where the sum is zero
+    (arXiv:2306.01708, algorithm 1)."""
+    agrees = matrices.sign() == matrices.sum(0).sign()
+    return torch.where(agrees, matrices, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def _cut(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Combined:
+    root = S[..., :rank].sqrt()  # shared evenly, so that neither factor loses more when it is rounded
+    norm = float(S.norm())
+    error = float(S[..., rank:].norm()) / norm if norm else 0.0
+    return Combined(root[..., :, None] * Vh[..., :rank, :], U[..., :, :rank] * root[..., None, :], norm, error)

@@ -1,0 +1,258 @@
+"""AdapterBank: the engine's bank, filled from folders, from the Hub, from state dicts and from models."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_lora.engine import LoRAConfig, adapters
+from lightning_lora.engine.bank import Bank, LayerFactors
+from lightning_lora.engine.state import compare_bases, describe_base
+from lightning_lora.errors import AdapterFormatError, ConfigError, TargetError, listed
+from lightning_lora.hub import peft
+from lightning_lora.hub.inspection import checked_config
+from lightning_lora.hub.matching import Fit, fit
+from lightning_lora.hub.reading import Header, TensorFile, check_folder, open_tensors
+from lightning_lora.hub.roots import adapter_root
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Which keys of a file are one layer's."""
+
+    A: str
+    B: str
+    magnitude: str | None
+    scale: float
+
+
+class AdapterBank(Bank):
+    """Hundreds of adapters on one base that runs: `with bank.use("legal"): model(...)`, or row by row.
+
+    The model's targeted layers are swapped in place; `close` swaps them back. An adapter takes a row of one slab of
+    memory, so adding and using one costs the same however many there are. `capacity` of them have a slot beside the
+    model; up to `host_capacity` others wait in the processor's memory (no limit by default), and what goes beyond that
+    in files in the folder `disk`, the longest unused first. They come back when they are used, or before, by
+    `prefetch`. What the slots take is `plan`, whose text says it; it is checked against what is free.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity: int = 64,
+        max_rank: int = 16,
+        *,
+        target_modules: str | list[str] = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        dtype: torch.dtype | None = None,
+        host_capacity: int | None = None,
+        disk: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """
+        Args:
+            model: The base, or what holds it, such as a LightningModule.
+            capacity: Adapters that have a slot at the same time.
+            max_rank: The largest rank that fits. Memory grows with it; smaller ranks take no more time for it.
+            target_modules: All layers that any of the adapters adapts, by the rules of LoRAConfig.
+            exclude_modules: Layers that none of them adapts.
+            dtype: Of the slots; None is the base's. An adapter in a wider one is rounded.
+            host_capacity: Adapters that wait in the processor's memory; None sets no limit.
+            disk: A folder for those beyond that; None keeps none there.
+
+        Raises ConfigError for a number that cannot be, TargetError for a layer that cannot be served,
+        AdapterStateError where `model` has adapters or a bank, BankError where the slots do not fit into memory.
+        """
+        store = None if disk is None else DiskStore(Path(disk))
+        super().__init__(
+            model,
+            capacity,
+            max_rank,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            dtype=dtype,
+            host_capacity=host_capacity,
+            store=store,
+        )
+        self._names = {id(cell.module): name for name, cell in self._cells.items()}
+        self._fits: dict[Any, tuple[nn.Module, dict[str, _Part]]] = {}
+        self._bases: dict[int, dict[str, Any]] = {}
+
+    def add(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
+        *,
+        revision: str | None = None,
+        config: LoRAConfig | None = None,
+        replace: bool = False,
+        check_base: bool = True,
+        **pulling: Any,
+    ) -> None:
+        """Add an adapter: a folder in PEFT's format, "user/name" on the Hub (at `revision`; further arguments are those
+        of `pull_adapter`), a state dict of PEFT's keys or of `adapter_state_dict` (with its `config`), or a model that
+        has adapters, such as one that was just trained.
+
+        With `replace` it takes the place of one of the same name; batches that run with that one end as they began.
+        Raises AdapterFormatError for what does not fit the model or the bank, BaseMismatchError where it was trained on
+        another base (unless `check_base=False`), BankError where there is no room or the name is taken, and the errors
+        of `pull_adapter`. The bank is then as it was.
+        """
+        if not replace:
+            self.check_new(name)  # before anything is fetched
+        if isinstance(source, nn.Module):
+            factors = self._of_model(source)
+        elif isinstance(source, Mapping):
+            factors = self._of_state_dict(source, config)
+        else:
+            factors = self._of_folder(source, revision, check_base, pulling)
+        self.put(name, factors, replace=replace)
+
+    def _of_folder(
+        self, source: str | os.PathLike[str], revision: str | None, check_base: bool, pulling: dict[str, Any]
+    ) -> dict[str, LayerFactors]:
+        folder = Path(source)
+        if pulling or revision is not None or not folder.exists():
+            from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
+
+            folder = adapter_folder(source, revision, **pulling)
+        check_folder(folder)
+        config = checked_config(folder)
+        with open_tensors(folder) as file:
+            root, parts = self._parts(config, file.header, str(folder))
+            if check_base and file.header.note:
+                self._check_base(file.header.note, root, str(folder))
+            return _read(parts, file)
+
+    def _of_state_dict(self, tensors: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, LayerFactors]:
+        if config is None:
+            raise ConfigError("A state dict does not say its scale: give its config=LoRAConfig(...) too.")
+        foreign = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
+        if foreign or not tensors:
+            raise AdapterFormatError(f"The state dict holds {listed(foreign) or 'nothing'}, which is no tensor.")
+        if not all(key.startswith(peft.PREFIX) for key in tensors):
+            tensors = self._as_peft(tensors)
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        floating = {key: value.is_floating_point() for key, value in tensors.items()}
+        _, parts = self._parts(config, Header(shapes, floating, {}), "The state dict")
+        return _read(parts, tensors)
+
+    def _as_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of the engine's names under PEFT's, relative to the root."""
+        prefix, root = adapter_root(self.model)
+        embeddings = {name for name, module in root.named_modules() if isinstance(module, nn.Embedding)}
+        renamed = {}
+        for key, value in tensors.items():
+            plain = key.removeprefix(f"{prefix}.") if prefix else key
+            module = plain.rpartition(".")[0]
+            renamed[peft.tensor_key(plain, {module}, embeddings)] = value
+        return renamed
+
+    def _of_model(self, model: nn.Module) -> dict[str, LayerFactors]:
+        from lightning_lora.hub.files import only_injection
+
+        _, injection = only_injection(model)
+        if injection.trained_whole:
+            raise AdapterFormatError(_WHOLE.format(what="The model", names=listed(injection.trained_whole)))
+        prefix, _ = adapter_root(model)
+        ours, _ = adapter_root(self.model)
+        factors = {}
+        for name, module in adapters(model):
+            relative = name.removeprefix(f"{prefix}.") if prefix else name
+            magnitude = getattr(module, "lora_magnitude_vector", None)
+            factors[f"{ours}.{relative}" if ours else relative] = LayerFactors(
+                module.lora_A.detach(), module.lora_B.detach(), module.lora.scale, magnitude
+            )
+        return factors
+
+    def _parts(self, config: LoRAConfig, header: Header, where: str) -> tuple[nn.Module, dict[str, _Part]]:
+        """The root of the file's names, and which keys are which layer's. Files of one kind are matched once."""
+        key = (repr(config), tuple(header.shapes.items()), header.note.get("module"))
+        if key not in self._fits:
+            try:
+                plan = fit(self.model, config, header, where=where)
+            except TargetError as error:
+                raise AdapterFormatError(f"{where} does not fit {type(self.model).__name__}: {error}") from error
+            if len(self._fits) >= 64:
+                self._fits.pop(next(iter(self._fits)))
+            self._fits[key] = (plan.root, self._layers(plan, config))
+        return self._fits[key]
+
+    def _layers(self, plan: Fit, config: LoRAConfig) -> dict[str, _Part]:
+        tensors: dict[str, dict[str, str]] = {}
+        for name, (key, *_) in plan.sources.items():
+            module, _, last = name.rpartition(".")
+            tensors.setdefault(module, {})[last] = key
+        whole = [module for module, parts in tensors.items() if "lora_A" not in parts]
+        if whole or plan.kept:
+            raise AdapterFormatError(_WHOLE.format(what=plan.where, names=listed([*whole, *plan.kept])))
+        layers = {}
+        for module, parts in tensors.items():
+            target = plan.root.get_submodule(module)
+            name = self._names.get(id(target), module)
+            magnitude = parts.get("lora_magnitude_vector")
+            layers[name] = _Part(parts["lora_A"], parts["lora_B"], magnitude, config.scale_of(module))
+        return layers
+
+    def _check_base(self, note: Mapping[str, Any], root: nn.Module, where: str) -> None:
+        if id(root) not in self._bases:  # read once: the weights do not change while the bank serves
+            self._bases[id(root)] = describe_base(self.model, root)
+        compare_bases(note, self._bases[id(root)], what=f"The adapter in {where}", model=type(root).__name__)
+
+
+_WHOLE = (
+    "{what} holds what was trained whole (modules_to_save, biases): {names}. A bank serves low-rank updates of its "
+    "layers alone; use load_adapter for this one."
+)
+
+
+def _read(parts: Mapping[str, _Part], tensors: TensorFile | Mapping[str, Tensor]) -> dict[str, LayerFactors]:
+    return {
+        name: LayerFactors(
+            tensors[part.A],
+            tensors[part.B],
+            part.scale,
+            None if part.magnitude is None else tensors[part.magnitude],
+        )
+        for name, part in parts.items()
+    }
+
+
+class DiskStore:
+    """Rows of the slab as safetensors files, read by mapping them into memory; they are gone when the bank is."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="bank-", dir=folder))
+        except OSError as error:
+            raise ConfigError(f"disk={str(folder)!r} cannot be written to: {error.strerror or error}.") from error
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def put(self, name: str, row: Tensor) -> None:
+        path = self._path(name)
+        beside = path.with_suffix(".tmp")
+        save_file({"row": row.contiguous()}, beside)
+        os.replace(beside, path)
+
+    def take(self, name: str) -> Tensor:
+        with safe_open(self._path(name), framework="pt") as file:
+            row: Tensor = file.get_tensor("row")
+        return row
+
+    def drop(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"

@@ -1,0 +1,114 @@
+"""The weights of a base by the names of its modules: from a module, or one by one from safetensors, without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError, closest, listed
+from lightning_lora.hub.calls import translated
+from lightning_lora.hub.roots import adapter_root
+
+Base = nn.Module | str | os.PathLike[str]
+"""A module, a safetensors file, a folder with some (as transformers saves a model), or a model's id on the Hub."""
+
+WeightOf = Callable[[str], Tensor]
+"""The tensor called so in the base (`model.layers.0.mlp.up_proj.weight`); raises AdapterFormatError where none is."""
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_INDEX = ".index.json"
+
+
+def weights_of(base: Base, revision: str | None = None) -> WeightOf:
+    """Reads weights of `base`; `revision` is that of a model on the Hub, of which only safetensors are fetched.
+
+    Raises ConfigError for what is no base, CheckpointError for files that cannot be read, and HubError and its
+    children for a model that cannot be fetched.
+    """
+    if isinstance(base, nn.Module):
+        return _of_module(base)
+    path = Path(base).expanduser()
+    if not path.exists():
+        path = _fetched(base, revision)
+    return _of_files(path)
+
+
+def _of_module(model: nn.Module) -> WeightOf:
+    root = adapter_root(model)[1]
+    # Names in an adapter are relative to the base inside a LightningModule; the whole's own names also count.
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(root.named_parameters())}
+    tensors |= dict(root.named_parameters(remove_duplicate=False))
+
+    def weight(name: str) -> Tensor:
+        if name not in tensors:
+            raise _absent(name, list(tensors), f"The base, a {type(root).__name__},")
+        return tensors[name].detach().cpu()
+
+    return weight
+
+
+def _of_files(path: Path) -> WeightOf:
+    where: dict[str, Path] = {}
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    index = next(iter(sorted(path.glob(f"*.safetensors{_INDEX}"))), None) if path.is_dir() else None
+    if index is not None:
+        try:
+            files = [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not an index of safetensors: {error}.") from error
+    if not files:
+        raise ConfigError(f"base={str(path)!r} has no safetensors. Pass the model itself, or a folder that has some.")
+    for file in files:
+        with _opened(file) as handle:
+            where |= dict.fromkeys(handle.keys(), file)
+
+    def weight(name: str) -> Tensor:
+        key = _key(name, where)
+        if key is None:
+            raise _absent(name, list(where), f"The base in {path}")
+        with _opened(where[key]) as handle:
+            tensor: Tensor = handle.get_tensor(key)
+            return tensor
+
+    return weight
+
+
+def _key(name: str, keys: dict[str, Path]) -> str | None:
+    """The key for `name`: files of a bare model lack the prefix that a head puts before its names, or have it more."""
+    if name in keys:
+        return name
+    near = [key for key in keys if key.endswith(f".{name}") or name.endswith(f".{key}")]
+    return near[0] if len(near) == 1 else None
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} could not be read as safetensors: {error}.") from error
+
+
+def _absent(name: str, names: list[str], what: str) -> AdapterFormatError:
+    near = closest(name, names)
+    hint = f" Did you mean {listed(map(repr, near))}?" if near else ""
+    return AdapterFormatError(
+        f"{what} has no weight {name!r}.{hint} Pass the model itself as base= if its file has other names than it."
+    )
+
+
+def _fetched(base: str | os.PathLike[str], revision: str | None) -> Path:
+    if not isinstance(base, str) or not _ID.fullmatch(base):
+        raise ConfigError(f"base={str(base)!r} is no folder and no file here, nor an id on the Hub.")
+    patterns = ["*.safetensors", f"*.safetensors{_INDEX}"]
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise translated(error, f"fetching the base {base!r}, of which there is no folder here") from error

@@ -1,0 +1,398 @@
+"""Adapters into one adapter, without a model: folders or ids on the Hub in, a folder in PEFT's format out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine, product_change
+from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
+from lightning_lora.hub import peft
+from lightning_lora.hub.atomic import write_folder
+from lightning_lora.hub.card import RunFacts, base_id, model_card
+from lightning_lora.hub.combine_report import CombinedModule, CombineReport, shown_error
+from lightning_lora.hub.compatibility import check_bases, check_combinable, groups_of
+from lightning_lora.hub.inspection import LARGEST_SCALE
+from lightning_lora.hub.parts import Pair, Parts, parts_of
+from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS
+
+# What PEFT and others call them -> what to say.
+_ELSEWHERE = {
+    "cat": "That is 'sum' here.",
+    "task_arithmetic": "That is 'sum' here, or 'svd' for a smaller rank.",
+    "linear": "Adding up factors mixes the A of one adapter with the B of another; 'sum' adds the updates, exactly.",
+    "ties_svd": "That is 'ties' here.",
+    "dare_linear": "That is 'dare' here.",
+    "dare_linear_svd": "That is 'dare' here.",
+    "dare_ties_svd": "That is 'dare_ties' here.",
+}
+
+
+def combine_adapters(
+    sources: Sequence[str | os.PathLike[str]],
+    target_folder: str | os.PathLike[str],
+    *,
+    weights: Sequence[float],
+    method: str = "sum",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    check_base: bool = True,
+) -> CombineReport:
+    """Combine the adapters `sources` (folders in PEFT's format, or ids on the Hub), each times its weight, into one in
+    `target_folder`.
+
+    Every method works on the updates of the weights, dW = scale * B A, module by module; their definitions are in
+    lightning_lora/engine/combine.py. A negative weight takes away what an adapter learned; one with weight 0 is left
+    out.
+
+    `method` is "sum" (the weighted sum, exact, with the sum of the ranks), "svd" (the closest to that sum with `rank`),
+    or, on a base that several skills are to share, "ties", "dare" or "dare_ties". These keep the share `density` of
+    each update, in (0, 1], and are cut to `rank` as well, which costs more than it does for "svd". `rank` is by default
+    the largest of the adapters; `seed` is that of what DARE drops. What was cut off is in the report.
+
+    Ranks, alphas, targets, scalings and precisions may differ: computed in float32 or wider, saved in the widest of the
+    files. Modules and biases that were trained whole must be the same in all. Everything is checked before anything is
+    computed. Raises AdapterFormatError for an adapter that is damaged or cannot be combined (DoRA, other shapes),
+    BaseMismatchError where two were trained on different bases (`check_base=False` combines them all the same),
+    ConfigError for an argument that cannot be, HubError for what cannot be fetched, CheckpointError where files cannot
+    be read or written.
+    """
+    weights = _checked_weights(sources, weights)
+    _check_method(method, rank, density, seed)
+    target = Path(target_folder).expanduser()
+    used = [(source, weight) for source, weight in zip(sources, weights) if weight]
+    folders = [adapter_folder(os.path.expanduser(source)) for source, _ in used]
+    _check_target(target, [*folders, *(Path(source).expanduser() for source in sources)])
+    names = _names([source for source, _ in used])
+    adapters = {name: parts_of(folder) for name, folder in zip(names, folders)}
+    weight_of = {name: weight for name, (_, weight) in zip(names, used)}
+    check_combinable(adapters, weight_of)
+    if check_base:
+        check_bases(adapters)
+    modules = list(dict.fromkeys(module for parts in adapters.values() for module in parts.pairs))
+    _check_rank(rank, modules, adapters)
+
+    generator = torch.Generator().manual_seed(seed)
+    combined = {module: _combined(module, adapters, weight_of, method, rank, density, generator) for module in modules}
+    written = _written(combined, adapters, weight_of, method)
+    first = next(iter(adapters.values()))
+    keys = first.tensor_keys(written.pairs)
+    tensors = {key: t for m, pair in written.pairs.items() for key, t in zip(keys[m], (pair.A, pair.B))}
+    tensors |= _whole(adapters, written.pairs)
+    config = _config(adapters, written)
+    settings = {"rank": rank, "density": density, "seed": seed if method.startswith("dare") else None}
+    how = ", ".join([method, *(f"{key} {value:g}" for key, value in settings.items() if value is not None)])
+    report = CombineReport(
+        folder=target,
+        method=how,
+        adapters=tuple(weight_of.items()),
+        modules=written.report,
+        alpha=written.alpha,
+        notes=tuple(_notes(first, config)),
+    )
+    # The name of the base inside the model that was trained, where it was the same in all.
+    module = _common([parts.note.get("module") or "" for parts in adapters.values()]) or ""
+    header = _header(adapters, module, report)
+    files = {
+        CARD: _card(config, report, module, sum(t.numel() for t in tensors.values())).encode(),
+        TENSORS: save({key: t.contiguous().clone() for key, t in sorted(tensors.items())}, header),
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+    }
+    write_folder(target, files)
+    return report
+
+
+# Arguments.
+
+
+def _checked_weights(sources: Any, weights: Any) -> list[float]:
+    if isinstance(sources, (str, os.PathLike)) or not sources:
+        raise ConfigError(f"The adapters to combine are a list of folders or ids on the Hub, not {sources!r}.")
+    if strange := [source for source in sources if not isinstance(source, (str, os.PathLike))]:
+        raise ConfigError(f"The adapters to combine are folders or ids on the Hub; {strange[0]!r} is neither.")
+    if isinstance(weights, (int, float, str)) or len(weights) != len(sources):
+        raise ConfigError(f"weights has a number for each of the {len(sources)} adapters; {weights!r} has not.")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ConfigError(f"weights holds {weight!r}, which is not a finite number.")
+    if not any(weights):
+        raise ConfigError(f"weights is {list(weights)!r}: nothing would be left.")
+    return [float(weight) for weight in weights]
+
+
+def _check_method(method: Any, rank: Any, density: Any, seed: Any) -> None:
+    if method not in METHODS:
+        near = closest(str(method), METHODS, count=1)
+        hint = _ELSEWHERE.get(str(method)) or (f"Did you mean {near[0]!r}?" if near else "")
+        raise ConfigError(f"method is one of {listed(map(repr, METHODS))}, not {method!r}. {hint}".rstrip())
+    if rank is not None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ConfigError(f"rank is a whole number of at least 1, not {rank!r}.")
+        if method == "sum":
+            raise ConfigError(f"'sum' is exact and has the sum of the ranks: for rank={rank}, use method='svd'.")
+    if method not in DENSE and density is not None:
+        raise ConfigError(f"density is a setting of {listed(map(repr, DENSE))}; {method!r} keeps everything.")
+    if method in DENSE and density is None:
+        raise ConfigError(f"{method!r} needs a density, the share of each update that is kept: TIES took 0.2.")
+    is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
+    if density is not None and not (is_number and 0 < density <= 1):
+        raise ConfigError(f"density is a share above 0 and at most 1, not {density!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed is a whole number from 0 on, not {seed!r}.")
+
+
+def _check_target(target: Path, folders: list[Path]) -> None:
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{str(target)!r} is a file: an adapter is written as a folder. Choose another name.")
+    if target.exists() and any(folder.exists() and os.path.samefile(folder, target) for folder in folders):
+        raise ConfigError(f"The combination would replace one of its adapters: choose another than {str(target)!r}.")
+
+
+def _check_rank(rank: int | None, modules: list[str], adapters: Mapping[str, Parts]) -> None:
+    for module in modules if rank is not None else ():
+        groups = groups_of(_any_pair(module, adapters))
+        if rank is not None and rank % groups:
+            raise ConfigError(f"rank={rank} is no multiple of {groups}, the groups of the convolution {module!r}.")
+
+
+def _names(sources: list[str | os.PathLike[str]]) -> list[str]:
+    """What to call the adapters on the card, which others read: an id on the Hub, or the name of a folder alone."""
+    names: list[str] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        name = str(source)
+        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            path = path.absolute()
+            # Every run calls its own "adapter".
+            name = f"{path.parent.name}/{path.name}" if path.name == "adapter" else path.name
+        again = sum(other == name or other.startswith(f"{name} (") for other in names)
+        names.append(f"{name} ({again + 1})" if again else name)
+    return names
+
+
+# Modules.
+
+
+def _any_pair(module: str, adapters: Mapping[str, Parts]) -> Pair:
+    return next(parts.pairs[module] for parts in adapters.values() if module in parts.pairs)
+
+
+def _combined(
+    module: str,
+    adapters: Mapping[str, Parts],
+    weights: Mapping[str, float],
+    method: str,
+    rank: int | None,
+    density: float | None,
+    generator: Generator,
+) -> Combined:
+    terms = [_term(parts.pairs[module], weights[name]) for name, parts in adapters.items() if module in parts.pairs]
+    groups = terms[0].A.shape[0]
+    most = None if rank is None else rank // groups
+    return combine(terms, method, rank=most, density=density or 1.0, generator=generator)
+
+
+def _term(pair: Pair, weight: float) -> Term:
+    """As (groups, r, in) and (groups, out, r), whatever the geometry."""
+    groups = groups_of(pair)
+    A = pair.A.reshape(groups, pair.rank // groups, -1)
+    B = pair.B.reshape(groups, pair.B.shape[0] // groups, -1)
+    return Term(A, B, pair.scale, weight)
+
+
+class _Written(NamedTuple):
+    pairs: dict[str, Pair]
+    alpha: float
+    report: dict[str, CombinedModule]
+
+
+def _written(
+    combined: Mapping[str, Combined], adapters: Mapping[str, Parts], weights: Mapping[str, float], method: str
+) -> _Written:
+    """The combinations in the precision of the file, with one alpha, since many programs read no alpha_pattern."""
+    dtypes = [t.dtype for parts in adapters.values() for pair in parts.pairs.values() for t in (pair.A, pair.B)]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    ranks = _ranks(combined, adapters)
+    alpha = _alpha(combined, adapters, weights, method, ranks)
+    pairs, report, overflowing = {}, {}, []
+    for module, c in combined.items():
+        like, rank = _any_pair(module, adapters), ranks[module]
+        groups, scale = groups_of(like), alpha / ranks[module]
+        A, B = c.A.to(dtype), (c.B.double() / scale).to(dtype)
+        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+            overflowing.append(module)
+        rounded = product_change(c.B.double(), c.A.double(), scale * B.double(), A.double())
+        more = rank // groups - A.shape[-2]
+        A, B = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
+        pairs[module] = Pair(
+            A=A.reshape(rank, *like.A.shape[1:]),
+            B=B.reshape(like.B.shape[0], rank // groups, *like.B.shape[2:]),
+            alpha=alpha,
+            scale=scale,
+            is_embedding=like.is_embedding,
+        )
+        report[module] = CombinedModule(
+            ranks=tuple(parts.pairs[module].rank if module in parts.pairs else None for parts in adapters.values()),
+            rank=rank,
+            norm=c.norm,
+            error=c.error + (rounded / c.norm if c.norm else 0.0),
+        )
+    if overflowing:
+        raise AdapterFormatError(
+            f"The combination has values in {listed(overflowing)} that are too large for "
+            f"{str(dtype).removeprefix('torch.')}, the precision of its adapters: take smaller weights. Nothing was "
+            "written."
+        )
+    return _Written(pairs, alpha, report)
+
+
+def _ranks(combined: Mapping[str, Combined], adapters: Mapping[str, Parts]) -> dict[str, int]:
+    """The ranks to write. Where each adapter has one rank for all modules, so has the combination, padded with zeros:
+    vLLM and others ignore a rank_pattern, and then scale wrongly. Else each module has its own."""
+    own = {module: c.A.shape[0] * c.A.shape[-2] for module, c in combined.items()}
+    if any(len({pair.rank for pair in parts.pairs.values()}) > 1 for parts in adapters.values()):
+        return own
+    most = max(own.values())
+    return {module: rank if most % combined[module].A.shape[0] else most for module, rank in own.items()}
+
+
+def _alpha(
+    combined: Mapping[str, Combined],
+    adapters: Mapping[str, Parts],
+    weights: Mapping[str, float],
+    method: str,
+    ranks: Mapping[str, int],
+) -> float:
+    """The alpha with which the most B are written as they were read, or but for a power of two: a file in bfloat16
+    then loses nothing. One adapter times 1 keeps its own, times -1 changes the sign of its B alone."""
+    if method == "sum":
+        scales = [
+            (module, abs(pair.scale * weights[name]))
+            for name, parts in adapters.items()
+            for module, pair in parts.pairs.items()
+        ]
+    else:
+        scales = [(module, 1.0) for module in combined]
+    # Thirteen digits: 0.7 * 2 * 16 is to read 22.4.
+    wanted = Counter(float(f"{scale * ranks[module]:.13g}") for module, scale in scales)
+    allowed = [alpha for alpha in wanted if 0 < alpha / min(ranks.values()) <= LARGEST_SCALE]
+
+    def left_alone(alpha: float) -> tuple[int, int, bool, float]:
+        powers = sum(count for other, count in wanted.items() if math.frexp(other / alpha)[0] == 0.5)
+        return powers, wanted[alpha], alpha.is_integer(), -alpha
+
+    return max(allowed, key=left_alone) if allowed else float(max(ranks.values()))
+
+
+# What is written beside the pairs.
+
+
+def _whole(adapters: Mapping[str, Parts], pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+    """What was trained whole, and weights of the base that PEFT wrote as well: the same in all adapters that have it.
+
+    A key depends on which modules are adapted, and the combination adapts more than each adapter does.
+    """
+    found: dict[str, Tensor] = {}
+    for parts in adapters.values():
+        for key, tensor in {**parts.saved, **parts.biases, **parts.base}.items():
+            found.setdefault(peft.tensor_key(peft.base_name(key), pairs, ()), tensor)
+    return found
+
+
+def _config(adapters: Mapping[str, Parts], written: _Written) -> dict[str, Any]:
+    every = list(adapters.values())
+    first = every[0]
+    targets, selection = _targets(every, sorted(written.pairs))
+    based = [(base_id(p.data.get("base_model_name_or_path")), p.data.get("revision")) for p in every]
+    base, revision = next(((name, revision) for name, revision in based if name), (None, None))
+    if any(r != revision for name, r in based if name):
+        revision = None
+    ranks = {module: pair.rank for module, pair in written.pairs.items()}
+    config = peft.to_peft(
+        LoRAConfig(
+            rank=max(ranks.values()),
+            alpha=written.alpha,
+            dropout=_common([p.config.dropout for p in every]) or 0.0,
+            bias=first.config.bias,
+        ),
+        ranks=ranks,
+        alphas=dict.fromkeys(ranks, written.alpha),
+        target_modules=targets,
+        modules_to_save=first.data.get("modules_to_save"),
+        fan_in_fan_out=any(p.data.get("fan_in_fan_out") for p in every),
+        task_type=_common([p.data.get("task_type") for p in every]),
+        base_model=base,
+        revision=revision,
+    )
+    return {**config, **selection}
+
+
+_SELECTION = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def _targets(every: list[Parts], modules: list[str]) -> tuple[str | list[str], dict[str, Any]]:
+    """target_modules for `modules`, all that one of the adapters adapts, and the fields that restrict it."""
+    entries = [parts.config.target_modules for parts in every]
+    fields = [{field: getattr(parts.config, field) for field in _SELECTION} for parts in every]
+    lists = [entry for entry in entries if isinstance(entry, list)]
+    if len(lists) == len(every) and not any(any(f.values()) for f in fields):
+        return sorted({name for names in lists for name in names}), {}
+    if all(entry == entries[0] and field == fields[0] for entry, field in zip(entries, fields)):
+        return entries[0], {field: every[0].data.get(field) for field in _SELECTION}
+    # As a list, "fc" would mean every module of the model that ends so.
+    return "|".join(re.escape(name) for name in modules) or "^$", {}
+
+
+def _common(values: list[Any]) -> Any:
+    """What all of `values` are, else None."""
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def _header(adapters: Mapping[str, Parts], module: str, report: CombineReport) -> dict[str, str]:
+    base = next((parts.note for parts in adapters.values() if parts.note.get("base_fingerprint")), {})
+    note = {
+        "version": version("lightning-lora"),
+        "module": module,
+        **{key: base[key] for key in ("base_fingerprint", "base_dtypes") if key in base},
+        "combined": {"method": report.method, "adapters": [list(entry) for entry in report.adapters]},
+    }
+    return {"format": "pt", NOTE: json.dumps(note, sort_keys=True)}
+
+
+def _card(config: Mapping[str, Any], report: CombineReport, module: str, parameters: int) -> str:
+    facts = RunFacts(
+        notes={
+            "combined from": ", ".join(f"{weight:g} x `{name}`" for name, weight in report.adapters),
+            "combined by": report.method,
+            "error": f"{shown_error(report.error)} of the combination (Frobenius norm)",
+        }
+    )
+    return model_card(config, modules=len(report.modules), parameters=parameters, module=module, run=facts)
+
+
+def _notes(first: Parts, config: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if first.saved or first.biases:
+        names = sorted(peft.base_name(key) for key in (*first.saved, *first.biases))
+        notes.append(f"trained whole and the same in all, so kept without a weight: {listed(names)}")
+    if config["rank_pattern"]:
+        notes.append(
+            "the ranks of the modules differ, which vLLM and LoRAX would get wrong: for them, run lightning-lora export"
+        )
+    return notes

@@ -1,0 +1,73 @@
+"""What each program that serves adapters can do, and what it gets wrong without a word: one row each.
+
+Read in their own sources: vLLM 0.33.0, LoRAX a7394ba, llama.cpp 0b03ada (converter) and 215841f (runtime), peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_lora.errors import ConfigError, closest, listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consumer:
+    """The capabilities of one consumer. A field that is off is a reason to rewrite, or else to refuse."""
+
+    title: str
+    layout_of_peft: bool = False
+    """Reads everything that PEFT writes: patterns, rsLoRA, DoRA, convolutions, whole modules, biases."""
+    one_rank: bool = False
+    """Every module has to have the same rank."""
+    ranks: tuple[int, ...] | None = None
+    """The ranks under which it computes what it should; None where any will do."""
+    most_rank: int | None = None
+    """No larger rank is taken; None where any is."""
+    embeddings: bool = True
+    """Adapts embeddings."""
+    heads: tuple[str, ...] = ()
+    """The modules that it takes whole, at most one of them."""
+    every_layer: bool = False
+    """A kind of module is adapted in every layer of the model, or in none."""
+    transposed: bool = True
+    """Adapts transformers' Conv1D (GPT-2), whose weight is stored (in, out)."""
+    needs_base_id: bool = False
+    """Looks for the base under the id in the config."""
+
+
+CONSUMERS: dict[str, Consumer] = {
+    # lora/peft_helper.py: rank_pattern and alpha_pattern are read since 0.33 at the latest; before, they were dropped
+    # and every module got lora_alpha / r. Refuses lora_bias, any bias, DoRA, and whole modules other than a head for
+    # classification (lora/lora_model.py; before, any). config/lora.py: --max-lora-rank ends at 512. lora_weights.py
+    # stacks the experts of a layer, which asks for one rank. lora/utils.py: lora_A, lora_B and lora_embedding_A, _B are
+    # the only tensors; keys with "base_layer" pass its check and are then taken for something else.
+    "vllm": Consumer(title="vLLM", one_rank=True, most_rank=512, heads=("classifier", "score")),
+    # server/lorax_server/adapters/lora.py: one scale for all; layers are stacked, so ranks are equal; a kind of module
+    # that one layer lacks is dropped in all layers, and tensors of another name are never looked at, both silently.
+    # r is set to the padded rank (8, or a multiple of 16: utils/punica.py) after the first kind of module is loaded, so
+    # that the others get another scale unless r was such a rank; 128 is the largest of its kernels for decoding.
+    "lorax": Consumer(
+        title="LoRAX",
+        one_rank=True,
+        ranks=(8, 16, 32, 64, 128),
+        most_rank=128,
+        embeddings=False,
+        every_layer=True,
+    ),
+    # src/llama-adapter.h: the scale is lora_alpha / (the rank of the tensor), and 1 where lora_alpha is 0; rsLoRA and
+    # alpha_pattern are dropped. convert_lora_to_gguf.py exits on what is no A or B, except for norms, which the runtime
+    # then skips. The converter transposes Conv1D's weights, and the adapter's A and B with them.
+    "llama.cpp": Consumer(title="llama.cpp", transposed=False, needs_base_id=True),
+    # tuners/lora: what it writes itself it also reads, but its own sort_keys reorders patterns that overlap.
+    "peft": Consumer(title="PEFT", layout_of_peft=True),
+}
+
+
+def consumer_called(name: str) -> Consumer:
+    """The row for `name`. Raises ConfigError, with the closest name, for one that there is not."""
+    key = name.lower() if isinstance(name, str) else name
+    if key not in CONSUMERS:
+        near = closest(str(key), CONSUMERS, count=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"There is no export for {name!r}, only for {listed(map(repr, CONSUMERS))}.{hint}")
+    return CONSUMERS[key]

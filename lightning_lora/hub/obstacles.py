@@ -1,0 +1,104 @@
+"""What stands against an export, found before anything is written: each as a sentence that says how to go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from lightning_lora.errors import AdapterFormatError, listed
+from lightning_lora.hub import peft
+from lightning_lora.hub.base_weights import WeightOf
+from lightning_lora.hub.consumers import Consumer
+from lightning_lora.hub.low_rank import Spectrum
+from lightning_lora.hub.parts import Parts
+from lightning_lora.hub.reading import CONFIG
+
+
+def refuse(problems: list[str]) -> None:
+    if problems:
+        raise AdapterFormatError("; ".join(problems))
+
+
+def unclear(parts: Parts) -> list[str]:
+    """PEFT sorts the patterns that it saves; where that changed their meaning for a rank, nobody knows the alphas."""
+    if not (parts.repaired and parts.ambiguous):
+        return []
+    return [
+        f"its patterns were saved in another order than they were trained in (the rank of {parts.repaired[0]!r} shows "
+        f"it), so which entry of alpha_pattern was meant for {listed(map(repr, parts.ambiguous))} is not known: "
+        f"correct alpha_pattern in {CONFIG} by hand"
+    ]
+
+
+def unsupported(parts: Parts, row: Consumer, weight: WeightOf | None) -> list[str]:
+    """What `row` can neither compute nor have rewritten."""
+    keys = parts.tensor_keys(parts.pairs)
+    inner = [n for n in parts.pairs if ".base_layer." in keys[n][0] or not n]
+    shapes = [n for n, pair in parts.pairs.items() if not pair.is_matrix]
+    words = [n for n, pair in parts.pairs.items() if pair.is_embedding]
+    heads = {head_of(key) for key in parts.saved}
+    merge = "merge the adapter into its base and serve that"
+    problems = []
+    if shapes:
+        problems.append(f"{row.title} has no adapters for convolutions ({listed(shapes)}): {merge}")
+    if inner:
+        problems.append(f"{row.title} adapts no module inside of an adapted one ({listed(map(repr, inner))}): {merge}")
+    if words and not row.embeddings:
+        problems.append(f"{row.title} would silently leave out the embeddings ({listed(words)}): {merge}")
+    if parts.saved and (len(heads) > 1 or not heads <= set(row.heads)):
+        takes = f" other than {' or '.join(row.heads)}, by itself" if row.heads else ""
+        names = listed(sorted({peft.base_name(key).rpartition(".")[0] for key in parts.saved}))
+        what = f"modules that were trained whole{takes} (modules_to_save: {names})"
+        problems.append(f"{row.title} takes no {what}: {merge}")
+    if parts.biases:
+        problems.append(f"{row.title} takes no trained biases ({listed(map(peft.base_name, parts.biases))}): {merge}")
+    if parts.data.get("fan_in_fan_out") and not row.transposed:
+        problems.append(
+            f"{row.title}'s converter turns the factors of Conv1D layers around as if they were weights: {merge}"
+        )
+    if parts.is_dora and weight is None:
+        problems.append(f"{row.title} has no DoRA, and to rewrite it takes the base's weights: pass base=")
+    return problems
+
+
+def head_of(key: str) -> str:
+    """The last part of the name of the module whose parameter `key` is."""
+    return peft.base_name(key).rpartition(".")[0].rpartition(".")[2]
+
+
+def other_base(parts: Parts, weight: WeightOf | None) -> list[str]:
+    """Weights of the base in the file can be left out where they are the base's own: servers skip them."""
+    problems = []
+    for key, tensor in parts.base.items():
+        name = peft.base_name(key)
+        if weight is None:
+            problems.append(
+                f"the file has the base's {name}, which servers leave out: pass base= so that it can be compared"
+            )
+            continue
+        theirs = weight(name)
+        narrower = min((tensor.dtype, theirs.dtype), key=lambda d: d.itemsize)
+        if tensor.shape != theirs.shape or not torch.equal(tensor.to(narrower), theirs.to(narrower)):
+            problems.append(f"the file has a {name} of its own, other than the base's, which servers leave out")
+    return problems
+
+
+def refuse_loss(
+    spectra: Mapping[str, Spectrum], cuts: Mapping[str, int], row: Consumer, most: float, tolerance: float
+) -> None:
+    errors = {name: s.left_out(cuts[name]) for name, s in spectra.items()}
+    if not errors or max(errors.values()) <= tolerance:
+        return
+    worst = max(errors, key=errors.__getitem__)
+    whole = math.sqrt(sum(s.norm**2 for s in spectra.values()))
+    total = math.sqrt(sum((errors[n] * s.norm) ** 2 for n, s in spectra.items())) / whole
+    needed = max(s.rank_for(tolerance) for s in spectra.values())
+    takes = f" ({row.title} takes at most {int(most)} here)" if needed > most else ""
+    raise AdapterFormatError(
+        f"DoRA rescales the rows of the weights, which no low rank can do exactly: at rank {max(cuts.values())} "
+        f"{total:.2g} of the update is lost, {errors[worst]:.2g} of that of {worst!r}, more than "
+        f"tolerance={tolerance:g}. That takes rank {needed}{takes}. Pass rank= or tolerance= to decide otherwise, or "
+        "merge the adapter into its base and serve that"
+    )
