@@ -108,8 +108,8 @@ class Rows(Routing):
             )
         if cell.takes_sequence_first:
             raise AdapterStateError(
-                f"{cell.name!r} is called with the sequence first, so its rows cannot be told apart: build the layer with "
-                "batch_first=True, or use one adapter for the whole batch."
+                f"{cell.name!r} is called with the sequence first, so its rows cannot be told apart: build the layer "
+                "with batch_first=True, or use one adapter for the whole batch."
             )
         if self._has_gain:
             base = cell.rescaled(base, cell.gain[self.index])

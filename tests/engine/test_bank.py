@@ -1,0 +1,193 @@
+"""Every row of a bank's batch gets what the single adapter alone gives, over every layer of tests/cases.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import CASES, Case
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.engine import adapters, inject
+from lightning_lora.engine.bank import Bank, LayerFactors
+from lightning_lora.errors import AdapterStateError
+from tests.engine.bank_models import MOST, close_to, factors_of, served, small
+
+REFUSED = ("linear-bias-all", "linear-bias-lora-only", "linear-modules-to-save", "multihead-attention")
+SERVED = [case for case in CASES if case.name not in REFUSED and case.name != "transformer-encoder-layer"]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def variants(case: Case, count: int) -> dict[str, nn.Module]:
+    """Models of the case with adapters of their own; every other one is one rank lower where the layer allows it."""
+    models = {}
+    for i in range(count):
+        model = case.model()
+        inject(model, case.lora_config())
+        generator = torch.Generator().manual_seed(i)
+        for _, module in adapters(model):
+            for factor in (module.lora_A, module.lora_B):
+                factor.copy_(torch.randn(factor.shape, generator=generator) * 0.3)
+        models[f"a{i}"] = model.eval()
+    return models
+
+
+def bank_of(model: nn.Module, case: Case, capacity: int = 8, **settings: object) -> Bank:
+    config = case.lora_config()
+    return Bank(model.eval(), capacity, MOST, target_modules=config.target_modules, **settings)
+
+
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_one_adapter_for_all_rows_gives_what_it_gives_alone(case: Case):
+    models = variants(case, 3)
+    base, x = case.model(), case.input()
+    plain = base.eval()(x)
+    bank = bank_of(base, case)
+    for name, model in models.items():
+        bank.put(name, factors_of(model))
+    for name, model in models.items():
+        with bank.use(name):
+            assert close_to(base(x), model(x))
+            assert not torch.allclose(base(x), plain, atol=1e-3)
+    assert base(x).equal(plain)
+    with bank.use(None):
+        assert base(x).equal(plain)
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_every_row_gets_its_own_adapter(case: Case, repeat: int):
+    models = variants(case, 4)
+    base = case.model().eval()
+    x = torch.cat([case.input(), case.input().flip(0)])  # more rows than the smallest case has
+    names: list[str | None] = [("a2", None, "a0", "a3", "a0")[i % 5] for i in range(len(x))]
+    x = x.repeat_interleave(repeat, 0)  # as generate() repeats the rows, beam by beam
+    alone = [(base if name is None else models[name]) for name in names for _ in range(repeat)]
+    exact = torch.cat([model(row[None]) for model, row in zip(alone, x)])
+    bank = bank_of(base, case)
+    for name, model in models.items():
+        bank.put(name, factors_of(model))
+    with bank.use(names):
+        assert close_to(base(x), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bank_on_a_half_precision_base_computes_as_exactly_as_the_single_adapter(dtype: torch.dtype):
+    base, factors, _ = small(4)
+    base.to(dtype)
+    x, names = torch.randn(4, 64, 6).to(dtype), ["a3", "a1", "a0", "a2"]
+
+    def alone(name: str, row: Tensor) -> Tensor:
+        """By the formula, in the precision of `row`."""
+        for layer, module in base.named_children():
+            y = F.linear(row, *(p.to(row.dtype) for p in module.parameters()))
+            values = factors[name].get(layer)
+            if values is not None:
+                A, B = values.A.to(row.dtype), values.B.to(row.dtype)
+                y = y + values.scale * F.linear(F.linear(row, A), B)
+            row = y.tanh() if layer == "first" else y
+        return row
+
+    exact = torch.stack([alone(name, row.double()) for name, row in zip(names, x)])
+    plain = torch.stack([alone(name, row) for name, row in zip(names, x)])
+    bank = served(base, 4, MOST)
+    assert bank.plan.dtype is dtype
+    for name, part in factors.items():
+        bank.put(name, part)
+    with bank.use(names):
+        output = base(x)
+    assert output.dtype is dtype
+    # No worse than twice what plain PyTorch loses at this dtype.
+    assert (output.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
+
+
+def test_autocast_is_followed():
+    base, factors, _ = small(3)
+    bank = served(base, 3, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(3, 6)
+    for names in ("a1", ["a0", "a1", "a2"]):
+        with bank.use(names):
+            exact = base(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                output = base(x)
+        assert output.dtype is torch.bfloat16
+        torch.testing.assert_close(output.float(), exact, rtol=0.03, atol=0.03 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("case", [c for c in SERVED if c.mergeable], ids=lambda case: case.name)
+def test_a_folded_weight_gives_what_the_adapter_gives(case: Case):
+    (model,) = variants(case, 1).values()
+    base, x = case.model(), case.input()
+    plain = base.eval()(x)
+    bank = bank_of(base, case)
+    bank.put("a", factors_of(model))
+    if case.name == "linear-subclass":  # known to be one only by trying
+        with pytest.raises(AdapterStateError, match="forward of its own"), bank.folded("a"):
+            pass
+    elif case.name != "embedding-scaled":
+        with bank.folded("a"):
+            assert close_to(base(x), model(x))
+    assert base(x).equal(plain)
+
+
+def test_compiled_once_it_serves_every_routing(monkeypatch: pytest.MonkeyPatch):
+    base, factors, alone = small(3)
+    bank = served(base, 3, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    compiled = torch.compile(base, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 6)
+    plain = compiled(x)
+    for name in ("a0", "a2"):
+        with bank.use(name):
+            assert close_to(compiled(x), alone[name](x))
+    with bank.use(["a2", None, "a1"]):
+        assert close_to(compiled(x), torch.stack([alone["a2"](x)[0], plain[1], alone["a1"](x)[2]]))
+    assert compiled(x).equal(plain)
+    torch._dynamo.reset()
+
+
+def test_gradients_pass_through_to_what_comes_before():
+    base, factors, alone = small(2)
+    bank = served(base, 2, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    with torch.enable_grad():
+        x = torch.randn(2, 6, requires_grad=True)
+        exact = torch.autograd.grad(sum(alone[f"a{i}"](x[i]).square().sum() for i in range(2)), x)[0]
+        with bank.use(["a0", "a1"]):
+            found = torch.autograd.grad(base(x).square().sum(), x)[0]
+    assert close_to(found, exact)
+
+
+def test_rows_of_a_sequence_first_layer_are_refused(monkeypatch: pytest.MonkeyPatch):
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for batch_first in (True, False):
+            layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first).eval()
+            bank = Bank(layer, target_modules=["linear1", "linear2"])
+            bank.put("a", {"linear1": LayerFactors(torch.randn(1, 8), torch.randn(12, 1), 1.0)})
+            x = torch.randn(2, 2, 8)
+            plain = layer(x)
+            with bank.use("a"):
+                adapted = layer(x)
+                assert not torch.allclose(adapted, plain)
+            if batch_first:
+                with bank.use(["a", None]):
+                    torch.testing.assert_close(layer(x), torch.stack([adapted[0], plain[1]]))
+            else:
+                with bank.use(["a", None]), pytest.raises(AdapterStateError, match="batch_first"):
+                    layer(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

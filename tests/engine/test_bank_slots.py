@@ -1,0 +1,243 @@
+"""Who has a slot, who waits, who may leave: under eviction, threads and errors nobody gets another's adapter."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine import LoRAConfig, inject
+from lightning_lora.engine.bank import Bank, LayerFactors
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, BankError, ConfigError, TargetError
+from tests.engine.bank_models import MOST, Small, close_to, served, small
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def test_the_base_keeps_its_keys_its_identity_and_its_bits():
+    base, factors, _ = small(2)
+    layer, keys, x = base.first, list(base.state_dict()), torch.randn(2, 6)
+    before = base(x)
+    bank = served(base, 2, MOST)
+    bank.put("a0", factors["a0"])
+    with bank.use("a0"):
+        base(x)
+    assert list(base.state_dict()) == keys
+    assert isinstance(base.first, nn.Linear)
+    bank.close()
+    assert base.first is layer
+    assert type(layer) is nn.Linear
+    assert vars(layer).keys() == vars(nn.Linear(1, 1)).keys()
+    assert base(x).equal(before)
+
+
+def test_beyond_the_slots_the_longest_unused_waits_in_memory_and_then_in_the_store():
+    class Shelf(dict[str, Tensor]):
+        def put(self, name: str, row: Tensor) -> None:
+            self[name] = row.clone()
+
+        def take(self, name: str) -> Tensor:
+            return self[name]
+
+        def drop(self, name: str) -> None:
+            del self[name]
+
+    base, factors, alone = small(12)
+    shelf, x = Shelf(), torch.randn(3, 6)
+    bank = served(base, 3, MOST, host_capacity=2, store=shelf)
+    for name, part in factors.items():
+        bank.put(name, part)
+    assert len(bank) == 12
+    assert bank.resident == ["a9", "a10", "a11"]
+    assert set(shelf) == {f"a{i}" for i in range(7)}
+    bank.pin("a11")
+    for i in (*range(12), 3, 0, 11, 7):
+        with bank.use(f"a{i}"):
+            assert close_to(base(x), alone[f"a{i}"](x))
+        assert "a11" in bank.resident
+        assert len(bank.resident) == 3
+    bank.prefetch("a1", "a2").result()
+    assert {"a1", "a2", "a11"} == set(bank.resident)
+    for name in bank.names:
+        bank.remove(name)
+    assert not len(bank)
+    assert not bank.resident
+
+
+def test_more_in_use_than_there_are_slots_is_an_error_that_changes_nothing():
+    base, factors, alone = small(4)
+    bank = served(base, 2, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(3, 6)
+    with pytest.raises(BankError, match="all of the 2 slots are in use"), bank.use(["a0", "a1", "a2"]):
+        pass
+    with bank.use(["a3", "a1", "a3"]):
+        assert close_to(base(x)[1], alone["a1"](x)[1])
+    full = served(Small(), 1, MOST, host_capacity=0)
+    full.put("a0", factors["a0"])
+    with pytest.raises(BankError, match=r"No room for 'a1'.*host_capacity"):
+        full.put("a1", factors["a1"])
+    assert full.resident == ["a0"]
+
+
+def test_a_batch_keeps_what_it_entered_with_while_others_replace_and_remove_it():
+    base, factors, alone = small(3)
+    bank = served(base, 2, MOST)
+    bank.put("legal", factors["a0"])
+    x = torch.randn(3, 6)
+    with bank.use("legal"):
+        bank.put("legal", factors["a1"], replace=True)
+        assert close_to(base(x), alone["a0"](x))
+        with bank.use("legal"):
+            assert close_to(base(x), alone["a1"](x))
+        bank.remove("legal")
+        assert close_to(base(x), alone["a0"](x))
+        bank.put("other", factors["a2"])
+        with bank.use(["other", None, "other"]):
+            assert close_to(base(x)[0], alone["a2"](x)[0])
+        assert close_to(base(x), alone["a0"](x))
+    assert bank.names == ["other"]
+    bank.put("again", factors["a1"])
+    assert set(bank.resident) == {"other", "again"}
+
+
+def test_threads_with_different_adapters_do_not_see_each_others():
+    base, factors, alone = small(10)
+    bank = served(base, 4, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(3, 6)
+    exact = {name: model(x) for name, model in alone.items()}
+    wrong: list[str] = []
+
+    def serve(thread: int) -> None:
+        with torch.no_grad():
+            for step in range(60):
+                name = f"a{(7 * thread + 3 * step) % 9}"
+                with bank.use(name):
+                    for _ in range(3):
+                        if not close_to(base(x), exact[name]):
+                            wrong.append(name)
+                if thread == 0:  # meanwhile others come and go
+                    bank.put("a9", factors[f"a{step % 9}"], replace=True)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    with bank.use(None):
+        assert len(bank) == 10
+
+
+def test_folding_gives_the_adapter_at_the_bases_own_cost_and_undoes_itself_exactly():
+    base, factors, alone = small(2)
+    bank = served(base, 2, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(3, 6)
+    plain, weight = base(x), base.first.weight
+    with bank.folded("a1"):
+        assert close_to(base(x), alone["a1"](x))
+        with bank.use("a1"):
+            assert close_to(base(x), alone["a1"](x))
+        with bank.use(["a1"] * 3):
+            assert close_to(base(x), alone["a1"](x))
+        with pytest.raises(BankError, match="'a1' is folded"), bank.use("a0"):
+            pass
+        with pytest.raises(BankError, match="folded into the base"):
+            bank.remove("a1")
+    assert base.first.weight is weight
+    assert base(x).equal(plain)
+    with bank.use("a0"), pytest.raises(BankError, match="'a0' is in use"), bank.folded("a1"):
+        pass
+    assert base(x).equal(plain)
+
+
+def test_bad_input_is_named_and_changes_nothing():
+    base, factors, _ = small(2)
+    bank = served(base, 2, MOST)
+    bank.put("legal", factors["a0"])
+    good = factors["a1"]["first"]
+    with pytest.raises(BankError, match=r"no adapter 'legl'\. Did you mean 'legal'"), bank.use("legl"):
+        pass
+    with pytest.raises(BankError, match="no adapter 'code'"), bank.use(["legal", "code"]):
+        pass
+    with pytest.raises(BankError, match="empty list"), bank.use([]):
+        pass
+    with pytest.raises(BankError, match="already"):
+        bank.put("legal", factors["a1"])
+    with pytest.raises(AdapterFormatError, match=r"it adapts third, which this bank does not serve.*'third'"):
+        bank.put("x", {"third": good})
+    with pytest.raises(AdapterFormatError, match=r"rank 5.*max_rank=4"):
+        bank.put("x", {"first": LayerFactors(torch.ones(5, 6), torch.ones(8, 5), 1.0)})
+    with pytest.raises(AdapterFormatError, match=r"B of shape \(8, 3\) where the model has \(8, 2\)"):
+        bank.put("x", {"first": LayerFactors(torch.ones(2, 6), torch.ones(8, 3), 1.0)})
+    with pytest.raises(AdapterFormatError, match="not finite"):
+        bank.put("x", {"first": LayerFactors(good.A, good.B * float("nan"), 1.0)})
+    with pytest.raises(AdapterFormatError, match="adapts nothing"):
+        bank.put("x", {})
+    with bank.use(["legal", None]), pytest.raises(AdapterStateError, match=r"given 2 rows, and 'first'.*\(3, 6\)"):
+        base(torch.randn(3, 6))
+    with pytest.raises(AdapterStateError, match="close"):
+        copy.deepcopy(base)
+    with pytest.raises(AdapterStateError, match="cannot be copied or pickled"):
+        pickle.dumps(bank)
+    assert bank.names == ["legal"]
+    assert len(bank._slots._free) == 1
+
+
+def test_a_model_that_cannot_be_served_is_refused_before_anything_is_changed():
+    adapted = Small()
+    inject(adapted, LoRAConfig(rank=2))
+    with pytest.raises(AdapterStateError, match="has adapters already"):
+        Bank(adapted)
+    base = Small()
+    bank = Bank(base)
+    with pytest.raises(AdapterStateError, match="A bank serves first"):
+        Bank(base)
+    with bank.use(None), pytest.raises(ConfigError, match="capacity is 0"):
+        Bank(Small(), 0)
+    with pytest.raises(BankError, match="does not fit"):
+        Bank(Small(), 10**12)
+    encoder = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    with pytest.raises(TargetError, match="fast path"):
+        Bank(encoder, target_modules=["linear1"])
+    with pytest.raises(TargetError, match="out_proj"):
+        Bank(encoder, target_modules=["out_proj"])
+    assert type(encoder.linear1) is nn.Linear
+
+
+def test_the_plan_is_what_is_taken():
+    base, _, _ = small(1)
+    bank = served(base, 5, MOST)
+    assert bank.plan.bytes == bank._slots.slab.data.nbytes
+    # A and B of rank 4 for 6 x 8 and 8 x 4, and a gain for each output
+    assert bank.plan.bytes_per_adapter == 4 * (4 * (6 + 8) + 8 + 4 * (8 + 4) + 4)
+    assert str(bank.plan).startswith("5 slots of 464 bytes (2 layers, rank up to 4, float32): 2.72 KiB on cpu")
+
+
+def test_what_is_added_and_removed_for_long_takes_no_more_memory():
+    base, factors, alone = small(6)
+    bank = served(base, 2, MOST, host_capacity=2)
+    x = torch.randn(2, 6)
+    for step in range(300):
+        name = f"a{step % 6}"
+        if len(bank) == 4:
+            bank.remove(bank.names[step % 4])
+        bank.put(f"{step}", factors[name])
+        with bank.use([f"{step}", None]):
+            assert close_to(base(x)[0], alone[name](x)[0])
+    assert len(bank._slots._free) + len(bank.resident) == 2
+    assert len(bank._slots._store) + len(bank.resident) == len(bank)
