@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lightning_lora.hub.consumers import CONSUMERS
+
 BEGIN = "<!-- lightning_lora writes between this mark and the next one anew. Your own text is kept outside. -->"
 END = "<!-- lightning_lora: end -->"
 
@@ -31,7 +33,6 @@ _TASKS = {
     "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
     "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
 }
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def _loading(config: Mapping[str, Any], base: str | None, module: str, run: RunF
     plain = not any(config.get(key) for key in ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices"))
     if base and task == "CAUSAL_LM" and plain and config.get("bias", "none") == "none":
         most = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
-        limit = next((rank for rank in _VLLM_RANKS if rank >= most), most)
+        limit = next((rank for rank in CONSUMERS["vllm"].limits if rank >= most), most)
         name = run.repo_id.rpartition("/")[2] if run.repo_id else "adapter"
         path = run.repo_id or "FOLDER"
         lines += ["", "With vLLM:"]

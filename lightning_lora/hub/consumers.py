@@ -23,6 +23,11 @@ class Consumer:
     """The ranks under which it computes what it should; None where any will do."""
     most_rank: int | None = None
     """No larger rank is taken; None where any is."""
+    limits: tuple[int, ...] = ()
+    """What its own limit on ranks can be set to; without a word from its user it is `usual_limit`."""
+    usual_limit: int | None = None
+    flag: str = ""
+    """What sets that limit."""
     embeddings: bool = True
     """Adapts embeddings."""
     heads: tuple[str, ...] = ()
@@ -41,7 +46,15 @@ CONSUMERS: dict[str, Consumer] = {
     # classification (lora/lora_model.py; before, any). config/lora.py: --max-lora-rank ends at 512. lora_weights.py
     # stacks the experts of a layer, which asks for one rank. lora/utils.py: lora_A, lora_B and lora_embedding_A, _B are
     # the only tensors; keys with "base_layer" pass its check and are then taken for something else.
-    "vllm": Consumer(title="vLLM", one_rank=True, most_rank=512, heads=("classifier", "score")),
+    "vllm": Consumer(
+        title="vLLM",
+        one_rank=True,
+        most_rank=512,
+        limits=(8, 16, 32, 64, 128, 256, 320, 512),
+        usual_limit=16,
+        flag="--max-lora-rank",
+        heads=("classifier", "score"),
+    ),
     # server/lorax_server/adapters/lora.py: one scale for all; layers are stacked, so ranks are equal; a kind of module
     # that one layer lacks is dropped in all layers, and tensors of another name are never looked at, both silently.
     # r is set to the padded rank (8, or a multiple of 16: utils/punica.py) after the first kind of module is loaded, so

@@ -277,7 +277,11 @@ def _notes(parts: Parts, row: Consumer, config: Mapping[str, Any], modules: Mapp
         notes.append(f"{CONFIG} names no base on the Hub: give {row.title}'s converter its folder, with --base")
     if row.needs_base_id and any(m.is_embedding for m in modules.values()):
         notes.append(f"{row.title} cannot run an adapted embedding that is tied to the output head")
-    if row.ranks is not None and (largest := max(m.rank for m in modules.values())) < 64:
+    largest = max(m.rank for m in modules.values())
+    if row.usual_limit is not None and largest > row.usual_limit:
+        limit = next(rank for rank in row.limits if rank >= largest)
+        notes.append(f"start {row.title} with {row.flag} {limit}: otherwise it takes ranks up to {row.usual_limit}")
+    if row.ranks is not None and largest < 64:
         many = f"{row.title} on more than {largest // 8} GPU{'s' if largest > 8 else ''}"
         notes.append(f"{many}: export again with rank= of at least 8 for each, or it gets the scales wrong")
     if parts.ambiguous:

@@ -49,28 +49,33 @@ def check_adapter(folder: Path) -> None:
 
 
 def checked_config(folder: Path) -> LoRAConfig:
-    """The config in `folder`. Raises AdapterFormatError for one that `from_peft` refuses, one of an absurd size or
-    scale, and one with a regular expression that could keep the matcher busy for ever."""
+    """The config in `folder`, of a size that a config has; raises AdapterFormatError as `check_config` does."""
     path = folder / CONFIG
     size = path.stat().st_size
     if size > LARGEST_CONFIG:
         raise AdapterFormatError(f"{path} has {size:,} bytes; a config has at most {LARGEST_CONFIG:,}.")
-    data = read_config(folder)
+    return check_config(read_config(folder), str(path))
+
+
+def check_config(data: Any, where: str) -> LoRAConfig:
+    """The config that `data`, the content of an `adapter_config.json`, is. Raises AdapterFormatError, beginning with
+    `where`, for one that `from_peft` refuses, one of an absurd size or scale, and one with a regular expression that
+    could keep the matcher busy for ever."""
     if isinstance(data, Mapping):
         for field, value in data.items():
             if isinstance(value, (list, dict)) and len(value) > _MOST_ENTRIES:
-                raise AdapterFormatError(f"{path}: {field} has {len(value):,} entries, more than {_MOST_ENTRIES:,}.")
+                raise AdapterFormatError(f"{where}: {field} has {len(value):,} entries, more than {_MOST_ENTRIES:,}.")
         for field, expression in _expressions(data):
-            _check_expression(field, expression, str(path))
-    config = peft.from_peft(data, str(path))
+            _check_expression(field, expression, where)
+    config = peft.from_peft(data, where)
     if max([config.rank, *config.rank_pattern.values()]) > LARGEST_RANK:
-        raise AdapterFormatError(f"{path}: r, or a rank in rank_pattern, is larger than any layer.")
+        raise AdapterFormatError(f"{where}: r, or a rank in rank_pattern, is larger than any layer.")
     largest = max([config.alpha, *config.alpha_pattern.values()])
     rank = min([config.rank, *config.rank_pattern.values()])
     scale = largest / (math.sqrt(rank) if config.use_rslora else rank)
     if scale > LARGEST_SCALE:
         raise AdapterFormatError(
-            f"{path}: lora_alpha is {largest:g} and r is {rank}, so the update would be multiplied by {scale:g}. "
+            f"{where}: lora_alpha is {largest:g} and r is {rank}, so the update would be multiplied by {scale:g}. "
             f"More than {LARGEST_SCALE:g} is no adapter that was trained."
         )
     return config

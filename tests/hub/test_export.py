@@ -425,6 +425,8 @@ def test_a_damaged_adapter_is_refused(case, folder, tmp_path):
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"use_dora": True}, "magnitude is missing"),
         ({"use_dora": True, "alpha_pattern": {"(a+)+": 3}}, "for ever"),
+        ({"use_dora": True, "rank_pattern": {"(a+)+": 3}}, "for ever"),
+        ({"use_dora": 1}, "use_dora is 1"),
         ({"alpha_pattern": {"(a+)+": 3}}, "for ever"),
     ],
 )
@@ -469,6 +471,11 @@ def test_the_config_has_every_field_of_peft_and_the_card_says_what_it_is_for(fol
     edit_config(folder, base_model_name_or_path=str(tmp_path))
     assert "--base" in str(export_adapter(folder, tmp_path / "b", "llama.cpp"))
     assert str(tmp_path) not in (tmp_path / "b" / "adapter_config.json").read_text()
+
+
+def test_a_rank_above_what_vllm_takes_unasked_comes_with_the_flag_that_it_needs(folder, tmp_path):
+    assert "--max-lora-rank" not in str(export_adapter(folder, tmp_path / "b", "vllm", rank=16))
+    assert "start vLLM with --max-lora-rank 32" in str(export_adapter(folder, tmp_path / "b", "vllm", rank=17))
 
 
 def test_lorax_gets_zeros_where_a_kind_of_module_lacks_a_layer(tmp_path):
