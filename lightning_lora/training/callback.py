@@ -14,12 +14,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_lora.engine import InjectionReport, LoRAConfig, adapters, inject, injections
 from lightning_lora.engine.optim import check_ratio
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, closest, listed
+from lightning_lora.training.buffers import watch_buffers
 from lightning_lora.training.checkpoint import accept_adapters
 from lightning_lora.training.launch import adapt_before_launch
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.randomness import ExactResume
-from lightning_lora.training.strategy import AdapterPolicy, attach, has_adapters
+from lightning_lora.training.strategy import AdapterPolicy, attach, check_only_adapters, has_adapters, unfrozen
 
 
 class LoRACallback(Callback):
@@ -78,6 +79,7 @@ class LoRACallback(Callback):
         self._resume = ExactResume()
         self._awaits_gradient: dict[str, Any] | None = None
         self._heard_backward = False
+        self._held = 0
         adapt_before_launch()
 
     # Adapting the model.
@@ -172,8 +174,10 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._policy.push is not None:
             self._policy.push.start(trainer, pl_module)
+        watch_buffers(pl_module)
         self._awaits_gradient = dict(adapters(pl_module))
         self._heard_backward = False
+        self._held = 0
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._heard_backward = True
@@ -181,13 +185,18 @@ class LoRACallback(Callback):
             waiting = self._awaits_gradient.items()
             self._awaits_gradient = {name: m for name, m in waiting if m.lora_A.grad is None and m.lora_B.grad is None}
 
-    def _report_unused(self) -> None:
+    def _report_unused(self, pl_module: LightningModule) -> None:
         unused, self._awaits_gradient = self._awaits_gradient, None
         if unused:
             rank_zero_warn(
                 f"{len(unused)} adapters received no gradient in the first batch: {listed(unused)}. Their layers are "
                 "not called, or their outputs do not reach the loss, so they will not train. Leave them out with "
                 "exclude_modules if that is meant."
+            )
+        if awake := unfrozen(pl_module):
+            rank_zero_warn(
+                f"{listed(awake)} was frozen, and requires grad again: something unfroze it when training started. No "
+                "optimizer holds it, so it does not train, but its gradients take time and memory."
             )
 
     # Exact resumption.
@@ -198,11 +207,17 @@ class LoRACallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resume.on_train_epoch_start(trainer)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        held = sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        if held != self._held:
+            check_only_adapters(trainer.optimizers, pl_module)
+            self._held = held
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._awaits_gradient is not None and self._heard_backward:  # not so where a training_step returned None
-            self._report_unused()
+            self._report_unused(pl_module)
         self._resume.on_train_batch_end(trainer, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

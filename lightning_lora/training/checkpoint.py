@@ -18,6 +18,7 @@ from torch import nn
 from lightning_lora.engine import LoRAConfig, adapter_tensors, adapters, inject, injections
 from lightning_lora.engine.state import check_same_base, describe_base, load_adapter_state_dict
 from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
+from lightning_lora.training.buffers import restore_buffers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -117,6 +118,7 @@ def load_from_checkpoint(
             ) from error
     check_metadata(checkpoint, module, check_base=check_base)
     load_adapter_state_dict(module, checkpoint["state_dict"])
+    restore_buffers(module, metadata.get("buffers", {}))
     accept_adapters(module)
     return module.to(next(iter(checkpoint["state_dict"].values())).device)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lora.engine import adapter_state_dict, adapter_tensors, adapters, injections
 from lightning_lora.engine.layers.frozen import freeze_statistics, has_running_statistics
@@ -29,6 +30,7 @@ from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import CheckpointError, TrainingError, listed
 from lightning_lora.hub import save_adapter
 from lightning_lora.hub.resume import local_checkpoint
+from lightning_lora.training.buffers import changed_buffers, restore_buffers
 from lightning_lora.training.checkpoint import (
     METADATA,
     check_metadata,
@@ -91,6 +93,7 @@ class AdapterStrategy(_Host):
             return
         check_metadata(checkpoint, module, check_base=self.lora.check_base)
         load_adapter_state_dict(module, checkpoint["state_dict"])
+        restore_buffers(module, checkpoint[METADATA].get("buffers", {}))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         with local_checkpoint(checkpoint_path) as path, reading(checkpoint_path):
@@ -136,7 +139,10 @@ class AdapterStrategy(_Host):
 
     def _metadata(self, module: nn.Module) -> dict[str, Any]:
         self.lora.base = self.lora.base or describe_base(module)
-        return checkpoint_metadata(module, self.lora.base)
+        metadata = checkpoint_metadata(module, self.lora.base)
+        if buffers := changed_buffers(module):
+            metadata["buffers"] = buffers
+        return metadata
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
@@ -206,14 +212,33 @@ def without_base(value: Any, own: Set[str]) -> Any:
 
 def check_all_is_saved(module: nn.Module) -> None:
     """Raise TrainingError for a parameter that would be trained but is no part of the adapter: it would be lost."""
-    saved = {id(t) for t in adapter_tensors(module).values()}
-    lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in saved]
+    lost = unfrozen(module)
     if lost:
         raise TrainingError(
             f"{listed(lost)} would be trained, but not saved with the adapter: made or unfrozen after the model was "
             "adapted. To train it too, name its module in modules_to_save; under ddp_spawn, ddp_fork and ddp_notebook, "
             "layers must be built in __init__ or configure_model, not in setup."
         )
+
+
+def check_only_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
+    """Raise TrainingError for a parameter of `module` that an optimizer got after `setup_optimizers` made it right."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    saved = {id(t) for t in adapter_tensors(module).values()}
+    held = (id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    lost = [names[key] for key in held if key in names and key not in saved]
+    if lost:
+        raise TrainingError(
+            f"{listed(lost)} came into an optimizer while training went on, but not into the adapter: it would be "
+            "trained, and not saved. Take out what unfreezes it (a BackboneFinetuning callback, for example), or name "
+            "its module in modules_to_save."
+        )
+
+
+def unfrozen(module: nn.Module) -> list[str]:
+    """The names of parameters of the base that require grad."""
+    saved = {id(t) for t in adapter_tensors(module).values()}
+    return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in saved]
 
 
 def freeze_new_norms(module: nn.Module) -> None:

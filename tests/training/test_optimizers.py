@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from lightning.pytorch.callbacks import BackboneFinetuning
+from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
@@ -215,3 +216,41 @@ def test_a_step_that_raises_leaves_no_scaled_group_in_the_state_dict() -> None:
 def test_a_ratio_that_cannot_be_is_an_error(ratio: Any) -> None:
     with pytest.raises(ConfigError, match="lora_plus_ratio"):
         LoRACallback(lora_plus_ratio=ratio)
+
+
+def test_a_weight_of_the_base_that_joins_an_optimizer_later_is_an_error_before_it_is_trained() -> None:
+    class Unfreezes(Lit):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.net[0].weight.requires_grad_(True)
+                self.optimizers().optimizer.add_param_group({"params": [self.net[0].weight], "lr": 1.0})
+
+    module = Unfreezes()
+    before = module.net[0].weight.detach().clone()
+    with pytest.raises(TrainingError, match=r"net\.0\.weight came into an optimizer while training went on"):
+        trainer(LoRACallback(rank=2), max_epochs=3).fit(module)
+    assert torch.equal(module.net[0].weight, before)
+
+
+def test_backbone_finetuning_beside_adapters_is_an_error() -> None:
+    class Parts(Lit):
+        def build(self, seed: int) -> None:
+            whole = net(seed)
+            self.backbone, self.net = whole[:5], nn.Sequential(whole[5])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.backbone(x))
+
+    callbacks = [LoRACallback(rank=2, target_modules=["net.0"]), BackboneFinetuning(unfreeze_backbone_at_epoch=1)]
+    with pytest.raises(TrainingError, match=r"backbone\.0\.weight.* came into an optimizer.*BackboneFinetuning"):
+        trainer(*callbacks, max_epochs=3).fit(Parts())
+
+
+def test_a_base_that_is_unfrozen_when_training_starts_is_named_once() -> None:
+    class Unfreezes(Lit):
+        def on_train_start(self) -> None:
+            self.unfreeze()
+
+    with pytest.warns(UserWarning, match=r"net\.0\.weight.* was frozen, and requires grad again") as said:
+        trainer(LoRACallback(rank=2), max_epochs=2).fit(Unfreezes())
+    assert sum("requires grad again" in str(w.message) for w in said) == 1
