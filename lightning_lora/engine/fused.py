@@ -1,0 +1,231 @@
+"""y = W x + b + s B A x as one step of autograd, at little more than the cost of W x alone.
+
+Written with torch's own functions, the update costs four passes over tensors of the output's or the input's size (the
+product with B, its scaling, the sum, and in the backward pass the sum of two gradients of x), and with dropout a mask,
+a copy of x without what is dropped, and as many random numbers as x has elements. Here the products are added in place
+into memory that this step has just made itself; kept for the backward pass are x, which the gradient of A needs, and
+H = A x; and dropout draws the gaps between dropped elements, so that it takes as many random numbers, and keeps as many
+positions, as elements are dropped.
+
+The formulation with torch's own functions is used wherever something looks into the computation: torch.compile, whose
+code generator fuses it itself and chooses what to keep; torch.func's transforms; forward-mode differentiation; tracing;
+and tensor subclasses, whose operations are their own.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+_under_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """W x + b + scale * B A drop(x) for a W that is frozen; x is (..., in), W (out, in), A (rank, in), B (out, rank).
+
+    `dropout` is the probability with which an element of x is left out of the update; 0 outside of training. A and B
+    are used in x's dtype, or in that of autocast.
+    """
+    if W.requires_grad or not _can_fuse(x, W, A, B):
+        return _plain(x, F.linear(x, W, b), A, B, scale, dropout)
+    y: Tensor = _Linear.apply(x, None, W, b, A, B, scale, dropout)[0]
+    return y
+
+
+def add_update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """base + scale * B A drop(x), for a layer that computes `base` from x in a way of its own.
+
+    `base` is left as it is: what made it, or a hook that saw it, may need it.
+    """
+    if not _can_fuse(x, base, A, B):
+        return _plain(x, base, A, B, scale, dropout)
+    y: Tensor = _Linear.apply(x, base, None, None, A, B, scale, dropout)[0]
+    return y
+
+
+def _can_fuse(*tensors: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _under_torch_func():
+        return False
+    return all(
+        type(t) in (Tensor, nn.Parameter) and forward_ad.unpack_dual(t).tangent is None and not t.is_complex()
+        for t in tensors
+    )
+
+
+def _plain(x: Tensor, base: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+    x = F.dropout(x, dropout) if dropout else x
+    update = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+    # Not torch.add(..., alpha=scale): torch 2.13's inductor fuses it with B's product and loses the alpha.
+    return base + scale * update.to(base.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """The output, from either W or `base`, and H. Inside, all is in matrices: X (n, in), Y and G (n, out), H (rank, n).
+
+    H and its gradient lie with the rank first, and the gradient of B is computed as its transpose: a CPU multiplies
+    narrow matrices up to eight times as fast that way round. H is an output so that the gradient of a gradient finds
+    its way through it without x, which is not kept where A is frozen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor | None,
+        W: Tensor | None,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        dtype = _compute_dtype(x)
+        with _no_autocast(x):
+            x_ = x.to(dtype)
+            X = _matrix(x_)
+            dropped = _draw(X, dropout) if dropout else None
+            if dropped is not None:
+                scale = scale / (1 - dropout)
+            H = A.to(dtype) @ _without(X, dropped).T
+            if W is not None:
+                y = F.linear(x_, W.to(dtype), None if b is None else b.to(dtype))
+                y.view(X.shape[0], W.shape[0]).addmm_(H.T, B.to(dtype).T, alpha=scale)
+            else:
+                assert base is not None
+                y = _sum(base, H, B.to(dtype), scale)
+        needs_x, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs_A else None,
+            W if needs_x else None,
+            A if needs_x else None,
+            B if needs_x or needs_A else None,
+            H if needs_B else None,
+            dropped if needs_x or needs_A else None,
+        )
+        ctx.scale, ctx.dtype, ctx.shape = scale, dtype, x.shape
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, base, b, A, B)]
+        return y, H
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, grad_H: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Each step has a gradient itself where autograd asks for it (create_graph), those in place too.
+        x, W, A, B, H, dropped = ctx.saved_tensors
+        needs_x, needs_base, _, needs_b, needs_A, needs_B, *_ = ctx.needs_input_grad
+        x_dtype, base_dtype, b_dtype, A_dtype, B_dtype = ctx.dtypes
+        dtype, scale = ctx.dtype, ctx.scale
+        grad_x = grad_base = grad_b = grad_A = grad_B = None
+        some = g if g is not None else grad_H
+        if some is None:
+            return (None,) * 8
+        with _no_autocast(some):
+            G = None if g is None else _matrix(g).to(dtype)
+            if G is not None:
+                assert g is not None
+                grad_base = g.to(base_dtype) if needs_base else None
+                grad_b = G.sum(0).to(b_dtype) if needs_b else None
+                if needs_B:
+                    grad_B = (H @ G).T.to(B_dtype, memory_format=torch.contiguous_format).mul_(scale)
+            if needs_x or needs_A:
+                if G is not None:
+                    # The scale waits for products that are wider, or that can take it along.
+                    from_y = B.to(dtype).T @ G.T
+                    grad_H, scale = (from_y, scale) if grad_H is None else (grad_H + scale * from_y, 1.0)
+                else:
+                    scale = 1.0
+                assert grad_H is not None
+                if needs_A:
+                    grad_A = (grad_H @ _without(_matrix(x).to(dtype), dropped)).to(A_dtype).mul_(scale)
+                if needs_x:
+                    through_W = None if G is None or W is None else G @ W.to(dtype)
+                    grad_X = _add_through_A(through_W, grad_H.T, A.to(dtype), scale, dropped)
+                    grad_x = grad_X.view(ctx.shape).to(x_dtype)
+        return grad_x, grad_base, None, grad_b, grad_A, grad_B, None, None
+
+
+def _add_through_A(grad: Tensor | None, grad_H: Tensor, A: Tensor, scale: float, dropped: Tensor | None) -> Tensor:
+    """grad + scale * grad_H A, in the memory of `grad`; the sum is left as it was where x was dropped."""
+    if grad is None:
+        return _without(grad_H @ A, dropped) * scale
+    if dropped is None:
+        return grad.addmm_(grad_H, A, alpha=scale)
+    if dropped.dtype == torch.bool:
+        return grad.add_(_without(grad_H @ A, dropped), alpha=scale)
+    # Positions are few: what lies there is set aside while the rest is added in place.
+    at = dropped.long()
+    aside = grad.view(-1).index_select(0, at)
+    grad.addmm_(grad_H, A, alpha=scale)
+    grad.view(-1).index_copy_(0, at, aside)
+    return grad
+
+
+# Dropout. What is dropped are the positions of elements in X, or a mask where that is smaller.
+
+
+def _draw(X: Tensor, p: float) -> Tensor:
+    """Which elements of X are dropped, each with probability p, by the generator of X's device."""
+    if X.device.type != "cpu":
+        # How many positions there are is known only when they are drawn, and a GPU should not wait for the answer.
+        return torch.empty(X.shape, dtype=torch.bool, device=X.device).bernoulli_(p)
+    size = X.numel()
+    at = _rare_positions(size, min(p, 1 - p))
+    if 4 * p <= 1:  # four bytes each, against one for each element
+        return at.to(torch.int32) if size < 2**31 else at
+    mask = torch.full((size,), p > 0.5, dtype=torch.bool, device="cpu")
+    return mask.index_fill_(0, at, p <= 0.5).view(X.shape)
+
+
+def _rare_positions(size: int, p: float) -> Tensor:
+    """Positions in range(size), in order, each there with probability p on its own: gaps between them are geometric."""
+    mean = size * p
+    count = int(mean + _DEVIATIONS * math.sqrt(mean)) + 16
+    gaps = torch.rand(count, dtype=torch.float32, device="cpu").neg_().log1p_().mul_(1 / math.log1p(-max(p, 1e-30)))
+    at = gaps.clamp_max_(size).long().add_(1).cumsum_(0).sub_(1)
+    last = int(at[-1])
+    if last < size - 1:  # once in a billion times
+        return torch.cat([at, _rare_positions(size - last - 1, p).add_(last + 1)])
+    return at[: int(torch.searchsorted(at, size))]
+
+
+_DEVIATIONS = 6.0
+"""How many standard deviations more gaps are drawn at once than are expected."""
+
+
+def _without(X: Tensor, dropped: Tensor | None) -> Tensor:
+    """X with zeros where it was dropped, in memory of its own; X itself if nothing was."""
+    if dropped is None:
+        return X
+    if dropped.dtype == torch.bool:
+        return X.masked_fill(dropped, 0)
+    return X.reshape(-1).index_fill(0, dropped.long(), 0).view(X.shape)
+
+
+def _sum(base: Tensor, H: Tensor, B: Tensor, scale: float) -> Tensor:
+    """base + scale * (B H)^T, in memory of its own."""
+    if base.dtype == B.dtype:
+        return torch.addmm(_matrix(base), H.T, B.T, alpha=scale).view(base.shape)
+    return base + scale * (H.T @ B.T).view(base.shape).to(base.dtype)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What torch computes a product with x in: autocast narrows all but float64."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The dtypes are chosen already; autocast would choose again, and in the backward pass by what holds there."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
