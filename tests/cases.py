@@ -58,6 +58,8 @@ class Case:
     peft: str = ""
     """Why PEFT is no oracle here; empty where it is one."""
     mergeable: bool = True
+    differentiable: bool = True
+    """Whether the gradient is that of the output: not so in DoRA, which takes the norm for a constant."""
 
     def lora_config(self) -> LoRAConfig:
         return LoRAConfig(**{"rank": 2, "alpha": 3.0, "target_modules": ["layer"], **self.config})
@@ -92,12 +94,17 @@ def randomise(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, tensor in adapter_tensors(model).items():
-            if name.endswith(("lora_A", "lora_B")):
+            if name.endswith(("lora_A", "lora_B", "lora_B_bias")):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+            elif name.endswith("lora_magnitude_vector"):
+                tensor.mul_(1 + torch.rand(tensor.shape, generator=generator))
 
 
 def reference(model: nn.Module) -> nn.Module:
-    """A plain float64 model with the weights W + s B A, by the formula and no code of ours; not for grouped layers."""
+    """A plain float64 model with the weights W + s B A, by the formula and no code of ours; not for grouped layers.
+
+    DoRA: m (W + s B A) / ||W + s B A||, the norm taken over all but the output's dimension.
+    """
     plain = copy.deepcopy(model).double()
     for module in list(plain.modules()):
         if not isinstance(module, Adapter):
@@ -106,10 +113,21 @@ def reference(model: nn.Module) -> nn.Module:
         change = module.lora.scale * torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1))
         if isinstance(module, (nn.Embedding, Conv1D)):
             change = change.T
-        for name in ("lora_A", "lora_B"):
+        V = W + change.view(W.shape)
+        out = 1 if isinstance(module, (nn.Embedding, Conv1D)) else 0
+        if (m := module._parameters.get("lora_magnitude_vector")) is not None:
+            others = tuple(d for d in range(V.dim()) if d != out)
+            V = (
+                V
+                / V.square().sum(others, keepdim=True).sqrt()
+                * m.view([-1 if d == out else 1 for d in range(V.dim())])
+            )
+        if (b := module._parameters.get("lora_B_bias")) is not None:
+            module.bias = nn.Parameter(module.bias + module.lora.scale * b)
+        for name in module.lora_names:
             del module._parameters[name]
         module.__class__ = type(module).base_class
-        module.weight = nn.Parameter(W + change.view(W.shape))
+        module.weight = nn.Parameter(V.detach())
     return plain
 
 
@@ -122,8 +140,27 @@ def _linear(**options: Any) -> Callable[[], dict[str, nn.Module]]:
     return lambda: {"layer": nn.Linear(8, 6, **options), "act": nn.Tanh(), "head": nn.Linear(6, 3)}
 
 
+def _embedding(**options: Any) -> dict[str, nn.Module]:
+    return {"layer": nn.Embedding(11, 6, **options), "head": nn.Linear(6, 3)}
+
+
 _PADS = "PEFT pads A's input with zeros, whatever the base's padding_mode"
 _BOTH = ["layer", "head"]
+_DORA = {
+    "linear",
+    "linear-without-bias",
+    "linear-rslora",
+    "transformers-conv1d",
+    "embedding",
+    "embedding-scaled",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv2d-stride-padding",
+    "conv2d-padding-same-reflect-dilated",
+    "multihead-attention",
+    "transformer-encoder-layer",
+}
 
 CASES = [
     Case("linear", _linear(), (5, 8)),
@@ -140,10 +177,10 @@ CASES = [
     Case("linear-bias-lora-only", _linear(), (5, 8), {"bias": "lora_only"}),
     Case("linear-modules-to-save", _linear(), (5, 8), {"modules_to_save": ["head"]}),
     Case("transformers-conv1d", lambda: {"layer": Conv1D(6, 8), "act": nn.Tanh()}, (5, 3, 8)),
-    Case("embedding", lambda: {"layer": nn.Embedding(11, 6), "head": nn.Linear(6, 3)}, (5, 4)),
+    Case("embedding", _embedding, (5, 4)),
     Case(
         "embedding-padding-idx",
-        lambda: {"layer": nn.Embedding(11, 6, padding_idx=0), "head": nn.Linear(6, 3)},
+        lambda: _embedding(padding_idx=0),
         (5, 4),
         {"target_modules": _BOTH},
     ),
@@ -179,6 +216,22 @@ CASES = [
         (2, 5, 8),
         {"target_modules": "all-linear"},
         peft="PEFT wraps out_proj, which nobody calls",
+    ),
+]
+
+CASES += [
+    Case(
+        f"{case.name}-dora", case.layers, case.shape, {**case.config, "use_dora": True}, case.peft, differentiable=False
+    )
+    for case in CASES
+    if case.mergeable and case.name in _DORA
+] + [
+    Case("linear-lora-bias", _linear(), (5, 8), {"lora_bias": True}),
+    Case("conv2d-lora-bias", _conv(2, stride=2), (2, 4, 7, 7), {"lora_bias": True}),
+    Case("linear-freeze-a", _linear(), (5, 8), {"freeze_a": True}, peft="PEFT has it as an optimizer"),
+    Case("embedding-freeze-a", _embedding, (5, 4), {"freeze_a": True}, peft="PEFT has it as an optimizer"),
+    Case(
+        "linear-rank-and-module-dropout", _linear(), (5, 8), {"rank_dropout": 0.5, "module_dropout": 0.1}, peft="none"
     ),
 ]
 

@@ -49,10 +49,21 @@ class LoRAConfig:
     """Modules that are trained whole and saved with the adapter, such as a new head: a list of name endings."""
     bias: Bias = "none"
     """Biases that are trained as well: "none", "all", or "lora_only" (those of adapted layers)."""
+    lora_bias: bool = False
+    """B has a bias, which is trained and scaled with it."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps large ranks learning (Kalajdzievski 2023, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train the size of each output's weights apart from their direction (Liu et al. 2024, arXiv:2402.09353)."""
+    freeze_a: bool = False
+    """Train B alone; A stays as it starts (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303): less is kept in memory."""
+    rank_dropout: float = 0.0
+    """Probability with which each of an adapter's ranks is left out of a forward in training; the mean stays."""
+    module_dropout: float = 0.0
+    """Probability with which a whole adapter is left out of a forward in training; the mean stays."""
     init: str = "kaiming"
-    """How A starts: "kaiming" (uniform, as in the reference code) or "gaussian" (as in the paper); B starts at zero."""
+    """How A and B start: a name in `lightning_lora.engine.inits.INITS`, such as "kaiming" (A uniform, as in the
+    reference code, B zero). Whatever it is, the adapted model starts equal to its base."""
     adapter_dtype: AdapterDtype = "float32"
     """Precision of A and B on a half-precision base: "float32" master weights, or "base" for the base's own."""
 
@@ -70,9 +81,10 @@ class LoRAConfig:
         set_(self, "layers_to_transform", _layers(self.layers_to_transform))
         _check_rank("rank", self.rank)
         set_(self, "alpha", _alpha("alpha", self.alpha))
-        set_(self, "dropout", _number("dropout", self.dropout))
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is a probability in [0, 1), not {self.dropout!r}.")
+        for name in ("dropout", "rank_dropout", "module_dropout"):
+            set_(self, name, _number(name, getattr(self, name)))
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} is a probability in [0, 1), not {getattr(self, name)!r}.")
         set_(self, "rank_pattern", _pattern("rank_pattern", self.rank_pattern))
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{key!r}]", rank)
@@ -81,8 +93,10 @@ class LoRAConfig:
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("init", self.init, INITS)
         _check_choice("adapter_dtype", self.adapter_dtype, get_args(AdapterDtype))
-        if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"use_rslora is True or False, not {self.use_rslora!r}.")
+        for name in ("lora_bias", "use_rslora", "use_dora", "freeze_a"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is True or False, not {getattr(self, name)!r}.")
+        self._check_combinations()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern has no effect without layers_to_transform. Give both, or neither.")
         is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
@@ -91,6 +105,10 @@ class LoRAConfig:
                 "layers_to_transform cannot be combined with a regular expression in target_modules: "
                 "put the layer numbers into the expression, or give target_modules as a list."
             )
+
+    def _check_combinations(self) -> None:
+        if self.use_dora and self.lora_bias:
+            raise ConfigError("lora_bias has no meaning with use_dora, which rescales weights: use one of the two.")
 
     def rank_of(self, name: str) -> int:
         """The rank for the module called `name`."""

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.layers import WeightReadLinearLoRA, geometry_of
+from lightning_lora.engine.layers import DoRA, WeightReadLinearLoRA, geometry_of
 from lightning_lora.engine.layers.base import (
     Adapter,
     AdapterSpec,
@@ -26,6 +25,7 @@ from lightning_lora.engine.layers.base import (
     swap,
     swap_back,
 )
+from lightning_lora.engine.layers.fresh import fresh_tensors
 from lightning_lora.engine.layers.frozen import (
     FrozenNorm,
     freeze_statistics,
@@ -94,13 +94,13 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
             if has_running_statistics(module) and id(module) not in saved_modules
         ),
     )
-    factors = [_fresh_factors(target.module, geometry, spec, config) for target, geometry, spec in plan]
+    tensors = [fresh_tensors(target.module, geometry, spec, config) for target, geometry, spec in plan]
     # Nothing below can fail for a reason in the model or the config.
     trained = {id(t) for t in whole.values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
-    for (target, geometry, spec), (A, B) in zip(plan, factors):
-        swap(target.module, geometry, spec, A, B)
+    for (target, geometry, spec), own in zip(plan, tensors):
+        swap(target.module, (DoRA, geometry) if config.use_dora else geometry, spec, own)
     for name in injection.frozen_norms:
         freeze_statistics(model.get_submodule(name))
     model.__dict__[_RECORD] = injection
@@ -207,11 +207,15 @@ def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], Adapter
         alpha=config.alpha_of(target.name),
         scale=config.scale_of(target.name),
         dropout=config.dropout,
+        rank_dropout=config.rank_dropout,
+        module_dropout=config.module_dropout,
         keeps_precision=config.adapter_dtype == "float32",
     )
-    check_swappable(target.module, target.name)
+    mixin: type[Adapter] = DoRA if config.use_dora else geometry
+    check_swappable(target.module, target.name, geometry)
     try:
         geometry.check(target.module, spec)
+        mixin.check_variant(target.module, config)
     except TargetError as error:
         raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
     return geometry, spec
@@ -220,22 +224,6 @@ def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], Adapter
 def _is_wasteful(module: nn.Module, geometry: type[Adapter], rank: int) -> bool:
     A, B = geometry.shapes(module, rank)
     return rank > min(math.prod(A[1:]), B[0])
-
-
-def _fresh_factors(
-    module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig
-) -> tuple[nn.Parameter, nn.Parameter]:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    # A quantized weight is stored as integers; its adapters are float32.
-    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
-    if config.adapter_dtype == "float32":
-        dtype = torch.promote_types(dtype, torch.float32)
-    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can never be trained
-        # Device and dtype are explicit: Lightning injects inside contexts that change both defaults.
-        A, B = (torch.empty(s, dtype=dtype, device=weight.device) for s in geometry.shapes(module, spec.rank))
-        geometry.initialise(A, B, INITS[config.init])
-        return nn.Parameter(A), nn.Parameter(B)
 
 
 def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
@@ -293,27 +281,27 @@ def _report(model: nn.Module, injection: Injection, selection: Selection) -> Inj
     for target in selection.targets:
         module = target.module
         assert isinstance(module, Adapter)
-        weight = module._parameters.get("weight")
-        shape = tuple(weight.shape) if weight is not None else (module.lora_B.shape[0], module.lora_A.shape[1])
-        notes = []
-        if _is_wasteful(module, type(module).mixin, module.lora.rank):
-            notes.append(f"rank {module.lora.rank} is above the smaller side of the weight")
-        if target.aliases:
-            notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")
-        tied = [name for name, user in users.get(id(weight), ()) if user is not module]
-        if tied:
-            notes.append(f"shares its weight with {', '.join(tied)}: only this module's use of it is adapted")
-        rows.append(
-            AdaptedModule(
-                name=target.name,
-                kind=type(module).base_class.__name__,
-                shape=shape,
-                rank=module.lora.rank,
-                scale=module.lora.scale,
-                parameters=module.lora_A.numel() + module.lora_B.numel(),
-                note="; ".join(notes),
+        for pair in module.lora_pairs(target.name):
+            weight = module._parameters.get(pair.parameter)
+            notes = []
+            if pair.spec.rank > min(math.prod(pair.A.shape[1:]), pair.B.shape[0]):
+                notes.append(f"rank {pair.spec.rank} is above the smaller side of the weight")
+            if target.aliases:
+                notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")
+            tied = [name for name, user in users.get(id(weight), ()) if user is not module]
+            if tied:
+                notes.append(f"shares its weight with {', '.join(tied)}: only this module's use of it is adapted")
+            rows.append(
+                AdaptedModule(
+                    name=pair.name,
+                    kind=type(module).base_class.__name__,
+                    shape=pair.shape,
+                    rank=pair.spec.rank,
+                    scale=pair.spec.scale,
+                    parameters=sum(t.numel() for t in module.lora_trained(pair)),
+                    note="; ".join(notes),
+                )
             )
-        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     return InjectionReport(

@@ -8,12 +8,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections, release, weight_users
-from lightning_lora.engine.layers.base import Adapter, adapters, check_removable, swap_back
+from lightning_lora.engine.layers.base import Adapter, adapters, check_removable, pairs, swap_back
 from lightning_lora.errors import AdapterStateError, listed
 
 
@@ -31,22 +32,33 @@ def merge(model: nn.Module) -> None:
             f"inject was called on a module around this {type(model).__name__}: merge that one, all at once."
         )
     users = weight_users(model)
-    tied = {id(p): [name for name, user in users[id(p)] if user is not module] for module, p in mergeable}
-    if any(tied.values()):  # said before anything is changed, since a warning can be made an error
+    tied = {
+        id(p): [name for name, user in users[id(p)] if user is not module]
+        for module in mergeable
+        for p in module._parameters.values()
+        if p is not None
+    }
+    changed = {id(pair.module._parameters.get(pair.parameter)) for pair in pairs(model)}
+    if any(tied[key] for key in changed if key in tied):  # said before anything is changed: a warning can be an error
+        names = (name for key in changed for name in tied.get(key, ()))
         warnings.warn(
-            f"Merging unties a weight that is shared with {listed(n for names in tied.values() for n in names)}: only "
+            f"Merging unties a weight that is shared with {listed(names)}: only "
             "one of its users was adapted. Save the model with its weights untied (in transformers: "
             "config.tie_word_embeddings=False).",
             stacklevel=2,
         )
-    for module, parameter in mergeable:
-        weight = _merged_weight(module)
-        if tied[id(parameter)]:  # the others keep the weight that they share
-            module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        else:
-            with torch.no_grad():
-                parameter.copy_(weight)
+    for module in mergeable:
+        values, attributes = _merged(module)
         swap_back(module)
+        for name, value in values.items():
+            parameter = module._parameters[name]
+            assert parameter is not None
+            if tied[id(parameter)] or parameter.shape != value.shape:  # the others keep the weight that they share
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            else:
+                with torch.no_grad():
+                    parameter.copy_(value)
+        vars(module).update(attributes)
     for owner, injection in records:
         release(owner, injection)
 
@@ -57,41 +69,37 @@ def merged(model: nn.Module) -> Iterator[None]:
     speed; outside, all is as it was, bit for bit. Raises AdapterStateError as `merge` does."""
     undo = []
     try:
-        for module, parameter in _mergeable(model):
-            weight = nn.Parameter(_merged_weight(module), requires_grad=False)
-            undo.append((module, parameter, swap_back(module)))
-            module._parameters["weight"] = weight
+        for module in _mergeable(model):
+            values, attributes = _merged(module)
+            before = {name: module._parameters[name] for name in values}, {n: getattr(module, n) for n in attributes}
+            undo.append((module, *before, swap_back(module)))
+            for name, value in values.items():
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            vars(module).update(attributes)
         yield
     finally:
-        for module, parameter, swap_again in undo:
-            module._parameters["weight"] = parameter
+        for module, parameters, attributes, swap_again in undo:
+            module._parameters.update(parameters)
+            vars(module).update(attributes)
             swap_again()
 
 
-def _mergeable(model: nn.Module) -> list[tuple[Adapter, nn.Parameter]]:
-    """The adapted layers, each with the weight that its adapter goes into. Raises before anything is changed."""
+def _mergeable(model: nn.Module) -> list[Adapter]:
+    """The adapted layers. Raises before anything is changed."""
     check_removable(model)
     found = []
     for name, module in adapters(model):
-        weight = module._parameters.get("weight")
-        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1:
-            raise AdapterStateError(
-                f"{name!r} ({type(module).base_class.__name__}) cannot be merged: its weight is quantized or computed "
-                "from other parameters. Use the adapter unmerged, or load the base in full precision."
-            )
         try:
             module.check_mergeable()
         except AdapterStateError as error:
             raise AdapterStateError(f"{name!r}: {error}") from None
-        found.append((module, weight))
+        found.append(module)
     if not found:
         raise AdapterStateError(f"{type(model).__name__} has no adapters to merge.")
     return found
 
 
-def _merged_weight(module: Adapter) -> Tensor:
-    """W + scale * B A, computed in float32 or wider, whatever autocast says, and rounded once."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        return (weight + module.delta_weight()).to(weight.dtype)
+def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The parameters and attributes of the layer with its adapter in them."""
+    with torch.no_grad():
+        return module.merged_parameters(), module.merged_attributes()

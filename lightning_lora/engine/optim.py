@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_lora.engine.layers import adapters
+from lightning_lora.engine.layers import adapters, pairs
 from lightning_lora.errors import ConfigError, TrainingError, listed
 
 
@@ -105,7 +105,7 @@ def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
         raise TrainingError(
             "lora_plus_ratio cannot be used with LBFGS, which has one learning rate for all parameters."
         )
-    _LoRAPlus(optimizer, {id(module.lora_B) for _, module in adapters(model)}, float(ratio))
+    _LoRAPlus(optimizer, {id(pair.B) for pair in pairs(model)}, float(ratio))
 
 
 def check_ratio(ratio: object) -> None:
@@ -173,9 +173,11 @@ def _heirs(model: nn.Module, orphans: dict[int, nn.Parameter]) -> dict[int, list
     """For each frozen parameter of an adapted layer, the layer's A and B that no optimizer holds."""
     heirs: dict[int, list[nn.Parameter]] = {}
     for _, module in adapters(model):
-        own = [p for p in (module.lora_A, module.lora_B) if id(p) in orphans]
+        tensors = (getattr(module, name) for name in module.lora_names)
+        own = [p for p in tensors if id(p) in orphans]
+        ours = {id(getattr(module, name)) for name in module.lora_names}
         for p in module.parameters(recurse=False):
-            if own and not p.requires_grad:
+            if own and not p.requires_grad and id(p) not in ours:
                 heirs.setdefault(id(p), []).extend(own)
     return heirs
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections
-from lightning_lora.engine.layers import FACTORS, adapters
+from lightning_lora.engine.layers import adapters
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
 
 _SAMPLE = 1 << 20
@@ -18,12 +18,14 @@ _SAME_ONCE_ROUNDED = {"torch.float32", "torch.float64", "torch.bfloat16"}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors that make up the adapter of `model`, by name: `<module>.lora_A`, `<module>.lora_B`, and what is
-    trained whole under its own name. Raises AdapterStateError where the model has no adapters."""
+    """The live tensors that make up the adapter of `model`, by name: `<module>.lora_A`, `<module>.lora_B` (and what its
+    variant has besides), and what is trained whole under its own name.
+
+    Raises AdapterStateError where the model has no adapters."""
     tensors: dict[str, Tensor] = {}
     for name, module in adapters(model):
         prefix = f"{name}." if name else ""
-        tensors |= {prefix + factor: getattr(module, factor) for factor in FACTORS}
+        tensors |= {prefix + own: getattr(module, own) for own in module.lora_names}
     if not tensors:
         raise AdapterStateError(f"{type(model).__name__} has no adapters: call inject(model, config) first.")
     for root, injection in injections(model):

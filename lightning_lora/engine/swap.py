@@ -12,7 +12,7 @@ from typing import Any
 
 @functools.cache
 def swapped_class(prefix: str, mixin: Any, base_class: Any) -> Any:
-    """The subclass of `base_class` with `mixin` in front, named `prefix` and the base's name.
+    """The subclass of `base_class` with `mixin` (or a tuple of them) in front, named `prefix` and the base's name.
 
     It knows the two as its attributes `mixin` and `base_class`.
     """
@@ -23,7 +23,8 @@ def swapped_class(prefix: str, mixin: Any, base_class: Any) -> Any:
         "mixin": mixin,
         "base_class": base_class,
     }
-    return type(f"{prefix}{base_class.__name__}", (mixin, base_class), namespace)
+    mixins = mixin if isinstance(mixin, tuple) else (mixin,)
+    return type(f"{prefix}{base_class.__name__}", (*mixins, base_class), namespace)
 
 
 def _reduce(self: Any, prefix: str, protocol: Any) -> Any:

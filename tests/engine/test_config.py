@@ -27,7 +27,12 @@ BAD = {
     "alpha_pattern": [None, [], 3, {"": 1}, {1: 1}, {"(": 1}, *({"q_proj": alpha} for alpha in NOT_AN_ALPHA)],
     "modules_to_save": ["head", 7, [""], [7], {"head": 1}, True],
     "bias": ["some", None, True, "ALL", 0, []],
+    "lora_bias": [1, "yes", None],
     "use_rslora": [1, "yes", None],
+    "use_dora": [0, "no", None],
+    "freeze_a": [1, "A", None],
+    "rank_dropout": [1.0, 1, -0.1, math.nan, "0.1", True, None],
+    "module_dropout": [1.0, 2, -0.1, math.inf, "0.1", False, None],
     "init": ["xavier", None, True, 3],
     "adapter_dtype": ["float16", None, "bf16", 32],
 }

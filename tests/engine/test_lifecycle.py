@@ -22,7 +22,7 @@ from lightning_lora.engine import (
     merged,
     remove,
 )
-from lightning_lora.engine.inits import INITS
+from lightning_lora.engine.inits import INITS, Init
 from lightning_lora.errors import AdapterStateError
 
 CONFIG = LoRAConfig(rank=2, target_modules=["a"])
@@ -112,12 +112,13 @@ def test_gradients_of_what_is_frozen_again_are_dropped():
 def test_an_initialiser_that_fails_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch):
     calls = []
 
-    def fails_the_second_time(A: torch.Tensor) -> None:
-        calls.append(A)
+    def fails_the_second_time(rank: int, d_in: int) -> torch.Tensor:
+        calls.append(rank)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
+        return torch.zeros(rank, d_in)
 
-    monkeypatch.setitem(INITS, "kaiming", fails_the_second_time)
+    monkeypatch.setitem(INITS, "kaiming", Init(fails_the_second_time, frozenset(("rank", "d_in"))))
     model = nested()
     model.body.out.weight.requires_grad_(False)
     before = snapshot(model)

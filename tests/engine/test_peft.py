@@ -33,6 +33,8 @@ def peft_config(config: LoRAConfig, **more: Any) -> LoraConfig:
         modules_to_save=config.modules_to_save,
         bias=config.bias,
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
         **more,
     )
 
@@ -56,6 +58,10 @@ def pairs(model: nn.Module, peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]
             else:
                 other = getattr(wrapped, f"lora_{factor}")["default"].weight
             together[f"{name}.lora_{factor}"] = getattr(module, f"lora_{factor}"), other
+        if (magnitude := module._parameters.get("lora_magnitude_vector")) is not None:
+            together[f"{name}.magnitude"] = magnitude, wrapped.lora_magnitude_vector["default"].weight
+        if (bias := module._parameters.get("lora_B_bias")) is not None:
+            together[f"{name}.bias"] = bias, wrapped.lora_B["default"].bias
     known = {id(ours) for ours, _ in together.values()}
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in known:
@@ -75,7 +81,7 @@ def both(case: Case) -> tuple[nn.Module, Any, dict[str, tuple[Tensor, Tensor]]]:
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(own) for own, _ in together.values()}
     with torch.no_grad():
         for ours, other in together.values():
-            other.copy_(ours)
+            other.copy_(ours.view_as(other))  # PEFT shapes the magnitudes of a convolution as its output
     return model, peft_model, together
 
 
@@ -110,13 +116,14 @@ def test_outputs_and_gradients_are_those_of_peft(case: Case):
     with torch.no_grad():
         for ours, other in together.values():
             ours.copy_(torch.randn_like(ours) * 0.3)
-            other.copy_(ours)
+            other.copy_(ours.view_as(other))
     ours, theirs = model(case.input()), peft_model(case.input())
     torch.testing.assert_close(ours, theirs)
     ours.square().sum().backward()
     theirs.square().sum().backward()
     for name, (own, other) in together.items():
-        torch.testing.assert_close(own.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+        assert own.grad is not None
+        torch.testing.assert_close(own.grad.view_as(other), other.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])

@@ -13,11 +13,11 @@ every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 
 
 def factor_dtypes(model: nn.Module) -> set[torch.dtype]:
-    return {p.dtype for _, module in adapters(model) for p in (module.lora_A, module.lora_B)}
+    return {getattr(module, name).dtype for _, module in adapters(model) for name in module.lora_names}
 
 
 def base_dtypes(model: nn.Module) -> set[torch.dtype]:
-    factors = {id(p) for _, module in adapters(model) for p in (module.lora_A, module.lora_B)}
+    factors = {id(getattr(module, name)) for _, module in adapters(model) for name in module.lora_names}
     return {p.dtype for p in model.parameters() if id(p) not in factors}
 
 

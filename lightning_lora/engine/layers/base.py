@@ -12,7 +12,7 @@ nn.Linear, quantized or otherwise derived, is found through its parents and keep
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +25,10 @@ from lightning_lora.errors import AdapterStateError, TargetError
 
 FACTORS = ("lora_A", "lora_B")
 """The names under which a module holds its A and its B."""
+START = ("lora_A0", "lora_B0")
+"""Those of the frozen A and B that an initialiser began with, where B A was not zero: the update leaves them out."""
+MAGNITUDE = "lora_magnitude_vector"
+BIAS = "lora_B_bias"
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,39 @@ class AdapterSpec:
     alpha: float
     scale: float
     dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
     keeps_precision: bool = True
     """A and B stay in float32 when the model is cast to a narrower dtype (master weights)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One low-rank update: the parameter that it changes, and its factors as they are just now."""
+
+    name: str
+    """That of the module, or of the parameter where the module has several that are adapted."""
+    module: Adapter
+    parameter: str
+    spec: AdapterSpec
+    suffix: str
+    """What the names of its tensors end in."""
+
+    @property
+    def A(self) -> nn.Parameter:
+        factor: nn.Parameter = getattr(self.module, f"lora_A{self.suffix}")
+        return factor
+
+    @property
+    def B(self) -> nn.Parameter:
+        factor: nn.Parameter = getattr(self.module, f"lora_B{self.suffix}")
+        return factor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter that it changes."""
+        weight = self.module._parameters.get(self.parameter)
+        return tuple(weight.shape) if weight is not None else (self.B.shape[0], self.A.shape[1])
 
 
 if TYPE_CHECKING:
@@ -49,23 +84,34 @@ class Adapter(_Host):
     """What every adapted layer is, beside its own class: `isinstance(module, Adapter)` tells which ones are ours."""
 
     geometries: ClassVar[dict[type[nn.Module], type[Adapter]]] = {}
-    mixin: ClassVar[type[Adapter]]
+    mixin: ClassVar[Any]
     base_class: ClassVar[type[nn.Module]]
 
     lora: AdapterSpec
+    lora_names: tuple[str, ...]
+    """The names under which it holds the tensors of its adapter."""
     lora_A: nn.Parameter  # noqa: N815
     lora_B: nn.Parameter  # noqa: N815
+    lora_A0: Tensor  # noqa: N815
+    lora_B0: Tensor  # noqa: N815
 
     def __init_subclass__(cls, adapts: type[nn.Module] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if adapts is not None:
             Adapter.geometries[adapts] = cls
 
-    # What a geometry defines.
+    # What a geometry defines. Its names must not be those of a class that it adapts: `check_swappable` refuses that.
+
+    draws_b: ClassVar[bool] = False
+    """Whether it is A that starts at zero, and B that is drawn."""
 
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
         """Raise TargetError if `module` cannot be adapted with `spec`; called before anything is changed."""
+
+    @classmethod
+    def check_variant(cls, module: Any, config: Any) -> None:
+        """The same for what the LoRAConfig `config` asks for beside the geometry."""
 
     @staticmethod
     def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -73,21 +119,44 @@ class Adapter(_Host):
         raise NotImplementedError
 
     @staticmethod
-    def initialise(A: Tensor, B: Tensor, init: Callable[[Tensor], object]) -> None:
-        """Fill fresh factors so that the update starts at zero."""
-        init(A)
-        nn.init.zeros_(B)
+    def dimensions_after_channels(module: Any) -> int:
+        """How many dimensions of an output come after its channels."""
+        return 0
+
+    @staticmethod
+    def matrix(module: Any, W: Tensor) -> Tensor:
+        """A weight of `module` as the matrix (out, in) that B A changes; a view where that is possible."""
+        return W
+
+    @staticmethod
+    def from_matrix(module: Any, M: Tensor) -> Tensor:
+        """Undo `matrix`."""
+        return M
+
+    @classmethod
+    def by_output(cls, module: Any, W: Tensor) -> Tensor:
+        """A weight of `module` as a matrix with a row for each output."""
+        return cls.matrix(module, W)
+
+    @classmethod
+    def from_output(cls, module: Any, M: Tensor) -> Tensor:
+        """Undo `by_output`."""
+        return cls.from_matrix(module, M)
 
     def update(self, x: Tensor) -> Tensor:
         """B A x for a layer input x, without the scale; shaped as the layer's output."""
         raise NotImplementedError
 
     def check_mergeable(self) -> None:
-        """Raise AdapterStateError if this layer's update cannot be written as a change of its weight."""
-
-    def delta_weight(self) -> Tensor:
-        """scale * B A, shaped as the layer's weight, in the precision of the factors (float32 at least)."""
-        raise NotImplementedError
+        """Raise AdapterStateError if this layer's update cannot be written as a change of its parameters."""
+        weight = self._parameters.get("weight")
+        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1:
+            raise AdapterStateError(
+                f"a {type(self).base_class.__name__} cannot be merged: its weight is quantized or computed "
+                "from other parameters. Use the adapter unmerged, or load the base in full precision."
+            )
+        if self._parameters.get(BIAS) is not None and self._parameters.get("bias") is None:
+            raise AdapterStateError("it has no bias that could take in that of B (lora_bias). Use it unmerged.")
 
     # What all of them share.
 
@@ -102,11 +171,69 @@ class Adapter(_Host):
     def lora_dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.lora.dropout, self.training) if self.lora.dropout else x
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B, float32 or wider."""
-        A, B = self.lora_A, self.lora_B
+    def factors(self, *, dropped: bool = True) -> tuple[Tensor, Tensor]:
+        """A and B as they enter the update: with what is `dropped` in this forward, if it trains, and with the frozen
+        start, if there is one, as further ranks: s (B A - B0 A0) = s [B, -B0] [A; A0]."""
+        A: Tensor = self.lora_A
+        B: Tensor = self.lora_B
+        if "lora_A0" in self._buffers:
+            A, B = torch.cat([A, self.lora_A0.to(A.dtype)]), torch.cat([B, -self.lora_B0.to(B.dtype)], dim=1)
+        if dropped and self.training and (self.lora.rank_dropout or self.lora.module_dropout):
+            A = A * self._kept_ranks(A)
+        return A, B
+
+    def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and B's bias, if it has one, as they enter the update in this forward, in `dtype`."""
+        A, B = self.factors()
+        bias = self._parameters.get(BIAS)
+        return A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _kept_ranks(self, A: Tensor) -> Tensor:
+        """A factor for each row of A: 0 where it is dropped in this forward, and such that the mean is 1."""
+        whole, each = self.lora.module_dropout, self.lora.rank_dropout
+        keep = torch.rand(self.lora.rank, device=A.device, dtype=torch.float32) >= each
+        keep = keep & (torch.rand(1, device=A.device, dtype=torch.float32) >= whole)
+        keep = keep.repeat(A.shape[0] // self.lora.rank)  # a frozen start goes with the ranks that began as it
+        return (keep.to(A.dtype) / ((1 - each) * (1 - whole))).view(-1, *(1,) * (A.dim() - 1))
+
+    def delta_weight(self, *, dropped: bool = False) -> Tensor:
+        """scale * B A, shaped as the layer's weight, in the precision of the factors (float32 at least)."""
+        A, B = self.factors(dropped=dropped)
         dtype = torch.promote_types(A.dtype, torch.float32)
-        return A.to(dtype), B.to(dtype)
+        return self.from_matrix(self, self.lora.scale * (B.flatten(1).to(dtype) @ A.flatten(1).to(dtype)))
+
+    def adapted_weight(self, *, dropped: bool = False) -> Tensor:
+        """The weight with the adapter in it, in float32 or wider, whatever autocast says."""
+        W = self.dense_weight()
+        with torch.autocast(W.device.type, enabled=False):
+            return W + self.delta_weight(dropped=dropped)
+
+    def dense_weight(self) -> Tensor:
+        """The base's own weight, in floating point."""
+        W = self._parameters["weight"]
+        assert W is not None
+        return W
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        """The values with which the layer's own parameters take the adapter in, each in its own precision."""
+        merged = {"weight": self.adapted_weight().to(self.dense_weight().dtype)}
+        mine, bias = self._parameters.get(BIAS), self._parameters.get("bias")
+        if mine is not None and bias is not None:
+            merged["bias"] = (bias + self.lora.scale * mine.to(torch.float32)).to(bias.dtype)
+        return merged
+
+    def merged_attributes(self) -> dict[str, Any]:
+        """The layer's attributes that change with them."""
+        return {}
+
+    def lora_pairs(self, name: str) -> tuple[Pair, ...]:
+        """Its low-rank updates; `name` is the module's."""
+        return (Pair(name, self, "weight", self.lora, ""),)
+
+    def lora_trained(self, pair: Pair) -> list[Tensor]:
+        """The tensors of one of its updates that are trained."""
+        own = (getattr(self, name) for name in self.lora_names if name.endswith(pair.suffix))
+        return [t for t in own if t.requires_grad]
 
     def extra_repr(self) -> str:
         mine = f"rank={self.lora.rank}, scale={self.lora.scale:g}"
@@ -116,8 +243,8 @@ class Adapter(_Host):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if not self.lora.keeps_precision:
             return super()._apply(fn, recurse)
-        own = [self._parameters[name] for name in FACTORS]
-        ours = {id(t) for p in own if p is not None for t in (p, p.grad) if t is not None}
+        own = [getattr(self, name) for name in self.lora_names]
+        ours = {id(t) for p in own for t in (p, p.grad) if t is not None}
 
         def keep_precision(t: Tensor) -> Tensor:
             # `module.to(torch.bfloat16)`, which Lightning's bf16-true does after injection, must not round A and B.
@@ -131,10 +258,10 @@ class Adapter(_Host):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         # A base checkpoint, which knows nothing of A and B, loads strictly after injection as well as before it.
-        is_base_checkpoint = not any(prefix + name in state_dict for name in FACTORS)
+        ours = {prefix + name for name in self.lora_names}
+        is_base_checkpoint = ours.isdisjoint(state_dict)
         found: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, found, *rest)
-        ours = {prefix + name for name in FACTORS}
         missing.extend(key for key in found if not (is_base_checkpoint and key in ours))
 
 
@@ -159,38 +286,54 @@ def _is_wrapped(module: nn.Module) -> bool:
     return forward is not None and not is_own
 
 
-def check_swappable(module: nn.Module, name: str) -> None:
+def check_swappable(module: nn.Module, name: str, mixin: type = Adapter) -> None:
     """Raise TargetError if swapping the class of `module` would not reach its forward, or would clash with it."""
     if _is_wrapped(module):
         raise TargetError(
             f"{name!r} has a forward of its own on the instance, as accelerate's hooks put there, which an adapter "
             f"would never see. Adapt the model first and add hooks after, or {_TAKE_OFF}."
         )
-    taken = [attribute for attribute in (*FACTORS, "lora") if hasattr(module, attribute)]
+    taken = [name for name in _own_names(mixin) if hasattr(module, name)]
     if taken:
         raise TargetError(f"{name!r} ({type(module).__name__}) already has an attribute {taken[0]!r} of its own.")
 
 
-def swap(module: Any, geometry: Any, spec: AdapterSpec, A: nn.Parameter, B: nn.Parameter) -> None:
-    """Make `module` an adapted layer, in place."""
+@functools.cache
+def _own_names(mixin: type) -> tuple[str, ...]:
+    """What the mixin brings and nn.Module has not: a class with such a name would find ours in place of its own."""
+    defined = (name for cls in mixin.__mro__ if issubclass(cls, Adapter) for name in vars(cls))
+    return tuple(
+        dict.fromkeys((*FACTORS, "lora", *(n for n in defined if not hasattr(nn.Module, n) and n != "weight")))
+    )
+
+
+def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Make `module` an adapted layer, in place.
+
+    `mixin` is a geometry, or a tuple of variants and it; `tensors` are its parameters and buffers by name."""
     base_class: Any = type(module)
     module.__dict__.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
-    module.register_parameter("lora_A", A)
-    module.register_parameter("lora_B", B)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(name, tensor)
+        else:
+            module.register_buffer(name, tensor)
     module.__dict__["lora"] = spec
-    module.__class__ = swapped_class("LoRA", geometry, base_class)
+    module.__dict__["lora_names"] = tuple(tensors)
+    module.__class__ = swapped_class("LoRA", mixin, base_class)
 
 
 def swap_back(module: Adapter) -> Callable[[], None]:
     """Undo `swap`: the class that the module had, no factors, its weight untouched. Returns what swaps it again."""
     module_: Any = module
-    geometry, spec, A, B = type(module).mixin, module.lora, module.lora_A, module.lora_B
+    mixin, spec = type(module).mixin, module.lora
+    tensors = {name: getattr(module, name) for name in module.lora_names}
     module_.__dict__.pop("forward", None)
     module_.__class__ = type(module).base_class
-    for name in FACTORS:
-        del module_._parameters[name]
-    del module_.__dict__["lora"]
-    return functools.partial(swap, module_, geometry, spec, A, B)
+    for name in tensors:
+        delattr(module_, name)
+    del module_.__dict__["lora"], module_.__dict__["lora_names"]
+    return functools.partial(swap, module_, mixin, spec, tensors)
 
 
 def check_removable(model: nn.Module) -> None:
@@ -215,3 +358,9 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
             yield name, module
+
+
+def pairs(model: nn.Module) -> Iterator[Pair]:
+    """The low-rank updates of `model`: one for each adapted layer, or for each parameter of it that is adapted."""
+    for name, module in adapters(model):
+        yield from module.lora_pairs(name)

@@ -41,10 +41,12 @@ class ConvLoRA(Adapter):
         x, padding = self.lora_dropout(x), base.padding
         if base.padding_mode != "zeros":  # as the base does: pad first, then convolve without padding
             x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
-        h = self.lora_convolve(x, self.lora_A.to(x.dtype), None, base.stride, padding, base.dilation)
-        return self.lora_convolve(h, self.lora_B.to(x.dtype), groups=base.groups)
+        A, B, bias = self.factors_in(x.dtype)
+        h = self.lora_convolve(x, A, None, base.stride, padding, base.dilation)
+        return self.lora_convolve(h, B, bias, groups=base.groups)
 
     def check_mergeable(self) -> None:
+        super().check_mergeable()
         if has_own_forward(type(self).base_class):
             raise AdapterStateError(
                 f"a {type(self).base_class.__name__} cannot be merged: it has a forward of its own, which may use its "
@@ -57,9 +59,17 @@ class ConvLoRA(Adapter):
                 "while each group of the base reads only its own. Use it unmerged."
             )
 
-    def delta_weight(self) -> Tensor:  # (out, in, *kernel)
-        A, B = self.factors()
-        return self.lora.scale * (B.flatten(1) @ A.flatten(1)).view(B.shape[0], *A.shape[1:])
+    @staticmethod
+    def dimensions_after_channels(module: Any) -> int:
+        return len(module.kernel_size)
+
+    @staticmethod
+    def matrix(module: Any, W: Tensor) -> Tensor:
+        return W.flatten(1)
+
+    @staticmethod
+    def from_matrix(module: Any, M: Tensor) -> Tensor:
+        return M.view(M.shape[0], -1, *module.kernel_size)
 
 
 class Conv1dLoRA(ConvLoRA, adapts=nn.Conv1d):

@@ -23,8 +23,13 @@ class Conv1DLoRA(LinearLoRA):
     def multiply(x: Tensor, W: Tensor) -> Tensor:
         return x @ W
 
-    def delta_weight(self) -> Tensor:  # (in, out)
-        return super().delta_weight().T
+    @staticmethod
+    def matrix(module: Any, W: Tensor) -> Tensor:
+        return W.T
+
+    @staticmethod
+    def from_matrix(module: Any, M: Tensor) -> Tensor:
+        return M.T
 
 
 def register_conv1d() -> type[nn.Module] | None:

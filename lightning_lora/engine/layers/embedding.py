@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,20 +34,22 @@ class EmbeddingLoRA(Adapter, adapts=nn.Embedding):
     def shapes(module: nn.Embedding, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, module.num_embeddings), (module.embedding_dim, rank)
 
+    # As the reference code and PEFT: here A takes the place of the factor that starts at zero.
+    draws_b = True
+
     @staticmethod
-    def initialise(A: Tensor, B: Tensor, init: Callable[[Tensor], object]) -> None:
-        # As the reference code and PEFT: here A takes the place of the factor that starts at zero.
-        nn.init.zeros_(A)
-        nn.init.normal_(B)
+    def matrix(module: Any, W: Tensor) -> Tensor:
+        return W.T
+
+    @staticmethod
+    def from_matrix(module: Any, M: Tensor) -> Tensor:
+        return M.T
 
     def update(self, x: Tensor) -> Tensor:  # (...) of indices -> (..., width)
         base: Any = self
-        found = F.embedding(x, self.lora_A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
-        update = F.linear(found, self.lora_B)
+        A, B = self.factors()
+        found = F.embedding(x, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        update = F.linear(found, B)
         # transformers' scaled embeddings (Gemma, BART) multiply what they look up; the update is scaled with it.
         factor = getattr(self, "embed_scale", None)
         return update if factor is None else update * factor
-
-    def delta_weight(self) -> Tensor:  # (vocabulary, width)
-        A, B = self.factors()
-        return self.lora.scale * (B @ A).T

@@ -23,7 +23,8 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
     def update(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         x = self.lora_dropout(x)
         # In the input's precision: float32 masters on a bfloat16 base compute in bfloat16; autocast casts both.
-        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        A, B, bias = self.factors_in(x.dtype)
+        return F.linear(F.linear(x, A), B, bias)
 
     @staticmethod
     def multiply(x: Tensor, W: Tensor) -> Tensor:
@@ -31,6 +32,7 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
         return F.linear(x, W)
 
     def check_mergeable(self) -> None:
+        super().check_mergeable()
         cls: Any = type(self).base_class
         if not has_own_forward(cls):
             return
@@ -59,10 +61,6 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
                 "Use it unmerged."
             )
 
-    def delta_weight(self) -> Tensor:  # (out, in)
-        A, B = self.factors()
-        return self.lora.scale * (B @ A)
-
 
 class WeightReadLinearLoRA(LinearLoRA):
     """A Linear whose parent reads `weight` in its own kernels: it is shown the adapted weight, W + scale * B A.
@@ -81,14 +79,10 @@ class WeightReadLinearLoRA(LinearLoRA):
 
     @property
     def weight(self) -> Tensor:
-        W = self._parameters["weight"]
-        assert W is not None
-        return (W + self.delta_weight()).to(W.dtype)
+        return self.adapted_weight(dropped=True).to(self.dense_weight().dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        W = self._parameters["weight"]
-        assert W is not None
-        return self.combine(F.linear(x, W, self._parameters["bias"]), self.update(x))
+        return self.combine(F.linear(x, self.dense_weight(), self._parameters["bias"]), self.update(x))
 
 
 class OutProjectionLoRA(WeightReadLinearLoRA, adapts=NonDynamicallyQuantizableLinear):

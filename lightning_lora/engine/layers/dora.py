@@ -1,0 +1,53 @@
+"""DoRA: the size and the direction of a weight are trained apart, for every geometry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine.layers.base import MAGNITUDE, Adapter
+
+
+class DoRA(Adapter):
+    """In front of a geometry: W' = m (W + s B A) / ||W + s B A|| (Liu et al. 2024, arXiv:2402.09353, equation 5).
+
+    The norm is that of the weights of one output, so m, `lora_magnitude_vector`, has a number for each, and starts as
+    the norm of W. No gradient passes through the norm (section 4.3). With g = m / ||W + s B A|| an output is
+    g (W x + s B A x) + b: as in plain LoRA, dropout is on the input of A alone.
+    """
+
+    lora_magnitude_vector: nn.Parameter
+
+    def combine(self, base: Tensor, update: Tensor) -> Tensor:
+        g = self.gain().to(base.dtype).view(-1, *(1,) * self.dimensions_after_channels(self))
+        bias = self._parameters.get("bias")
+        linear = base if bias is None else base - bias.to(base.dtype).view(g.shape)
+        # Not g * linear + bias: a fresh adapter, whose g is 1, must not change a bit.
+        return super().combine(base + (g - 1) * linear, g * update.to(base.dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        is_fresh = not bool(self.lora_A.any()) or not bool(self.lora_B.any())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if is_fresh and prefix + MAGNITUDE not in state_dict:  # a base checkpoint: m starts as the norm of that W
+            with torch.no_grad():
+                self.lora_magnitude_vector.copy_(output_norms(self, self, self.dense_weight()))
+
+    def gain(self) -> Tensor:
+        """g, one number for each output, in float32 or wider."""
+        with torch.no_grad():
+            norm = output_norms(self, self, super().adapted_weight())
+        return self.lora_magnitude_vector.to(norm.dtype) / norm
+
+    def adapted_weight(self, *, dropped: bool = False) -> Tensor:
+        V = self.by_output(self, super().adapted_weight(dropped=dropped))
+        norm = output_norms(self, self, V.detach(), is_by_output=True)
+        return self.from_output(self, (self.lora_magnitude_vector.to(V.dtype) / norm)[:, None] * V)
+
+
+def output_norms(geometry: Any, module: Any, W: Tensor, *, is_by_output: bool = False) -> Tensor:
+    """||W|| over the weights of each output of `module`, in float32 or wider."""
+    with torch.autocast(W.device.type, enabled=False):
+        M = W if is_by_output else geometry.by_output(module, W)
+        return torch.linalg.vector_norm(M.to(torch.promote_types(M.dtype, torch.float32)), dim=1)
