@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from lightning_lora.engine import (
     load_adapter_state_dict,
     remove,
 )
-from lightning_lora.engine.layers import LinearLoRA, register_conv1d
+from lightning_lora.engine.layers import Adapter, AdapterSpec, LinearLoRA, register_conv1d
+from lightning_lora.engine.layers.base import START
 from lightning_lora.engine.layers.linear import OutProjectionLoRA
 from lightning_lora.engine.state import check_same_base, describe_base
 from lightning_lora.engine.targets import name_matches
@@ -42,7 +45,7 @@ from lightning_lora.hub.card import model_card
 from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.layout import layout_of, member, names_of_tensors, tensor_named
 from lightning_lora.hub.matching import Fit, fit
-from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, exact_targets, to_peft
+from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, exact_targets, own_fields, to_peft
 from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
 
@@ -73,12 +76,13 @@ def save_adapter(
     """
     owner, injection = only_injection(model)
     module, root = adapter_root(model)
-    adapted: dict[str, nn.Module] = dict(adapters(root))
-    factors = {id(t) for m in adapted.values() for t in (m.lora_A, m.lora_B)}
-    whole = [t for t in adapter_tensors(model).values() if id(t) not in factors]
-    layout = layout_of(root, adapted, whole)
+    adapted = dict(adapters(root))
+    own = {name: {n: getattr(m, n) for n in m.lora_names} for name, m in adapted.items()}
+    known = {id(t) for tensors_of_module in own.values() for t in tensors_of_module.values()}
+    whole = [t for t in adapter_tensors(model).values() if id(t) not in known]
+    layout = layout_of(root, {name: {n: tuple(t.shape) for n, t in ts.items()} for name, ts in own.items()}, whole)
     saved = _saved_names(root, owner, injection.config)
-    specs: dict[str, Any] = {name: m.lora for name, m in adapted.items()}
+    specs = {name: _plain_spec(m, injection.config) for name, m in adapted.items()}
     inside = tuple(f"{name}." for name in saved)
     others = [n for n, _ in root.named_modules() if n not in specs and n not in saved and not n.startswith(inside)]
 
@@ -97,10 +101,15 @@ def save_adapter(
         revision=revision,
     )
     given = tensors or {}
-    values = {k: given.get(member(module, name), tensor_named(root, name)) for k, name in layout.written_keys().items()}
+
+    def value(name: str) -> Tensor:
+        return given.get(member(module, name), tensor_named(root, name)).detach().cpu()
+
+    values = {key: layout.value_in_file(name, value) for key, name in layout.written_keys().items()}
     note = {
         "version": version("lightning-lora"),
         "module": module,
+        "config": own_fields(injection.config),
         **describe_base(model, root),
     }
     header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
@@ -108,7 +117,7 @@ def save_adapter(
     files = {
         CARD: model_card(config, modules=len(adapted), parameters=trained, module=module).encode(),
         # One by one copied: names that share memory (tied weights) each get their own tensor, as the format asks.
-        TENSORS: save({k: t.detach().cpu().clone().contiguous() for k, t in values.items()}, header),
+        TENSORS: save({k: t.clone().contiguous() for k, t in values.items()}, header),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
     folder = Path(folder)
@@ -195,6 +204,15 @@ def only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
             "called on (under a Trainer, the LightningModule). Names in the folder are relative to the base even so."
         )
     raise AdapterStateError(f"{type(model).__name__} has no adapters to save: call inject(model, config) first.")
+
+
+def _plain_spec(module: Adapter, config: LoRAConfig) -> AdapterSpec:
+    """Rank and alpha of the plain pair that is written for `module`: a frozen start adds as many ranks again."""
+    spec = module.lora
+    if START[0] not in module.lora_names:
+        return spec
+    rank = 2 * spec.rank
+    return replace(spec, rank=rank, alpha=spec.scale * (math.sqrt(rank) if config.use_rslora else rank))
 
 
 def _saved_names(root: nn.Module, owner: nn.Module, config: LoRAConfig) -> list[str]:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.inject import tensors_trained_whole
-from lightning_lora.engine.layers import FACTORS, geometry_of
+from lightning_lora.engine.layers import geometry_of
+from lightning_lora.engine.layers.fresh import tensor_shapes
 from lightning_lora.engine.targets import Selection, name_matches, select
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
-from lightning_lora.hub.layout import Layout, layout_of, member, tensor_named
+from lightning_lora.hub.layout import Layout, Shapes, layout_of, tensor_named
 from lightning_lora.hub.reading import Header, TensorFile
 from lightning_lora.hub.roots import adapter_root
 
@@ -26,6 +27,7 @@ class Fit:
 
     root: nn.Module
     """The module of the model to which the folder's names are relative."""
+    layout: Layout
     config: LoRAConfig
     """What to inject, into the model that was given."""
     sources: dict[str, list[str]]
@@ -47,7 +49,7 @@ class Fit:
                 problems.append(f"{key} holds values that are not finite")
             unequal = [other for other in same if not _equal(file[other], value)]
             problems += [f"{key} and {other} are one tensor in the model, and differ" for other in unequal]
-            values[name] = value
+            values[name] = value.reshape(self.layout.shape(name))
         for key, name in self.base.items():
             if not _equal(file[key], tensor_named(self.root, name)):
                 problems.append(
@@ -67,33 +69,35 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
     `inject` does.
     """
     root = _root(model, header)
+    config = peft.with_own_fields(config, header.note.get("config"), where)
     relative = _for_engine(root, config)
     selection = select(root, relative)
     if not _has_bias(root, selection, config.bias):
         relative = replace(relative, bias="none")
     whole = tensors_trained_whole(root, relative, selection)
-    layout = layout_of(root, {t.name: t.module for t in selection.targets}, whole.values())
     ranks = {t.name: config.rank_of(t.name) for t in selection.targets}
     alphas = {t.name: config.alpha_of(t.name) for t in selection.targets}
-
-    shapes = {name: tuple(tensor_named(root, name).shape) for name in layout.whole}
-    for target in selection.targets:
-        geometry = geometry_of(type(target.module))
-        assert geometry is not None, "select() only returns modules with a geometry"
-        for factor, shape in zip(FACTORS, geometry.shapes(target.module, ranks[target.name])):
-            shapes[member(target.name, factor)] = shape
+    adapted = {t.name: _shapes(t.module, ranks[t.name], config) for t in selection.targets}
+    layout = layout_of(root, adapted, whole.values())
     # PEFT trains every bias but does not write every one: such a one stays as the base has it.
     biases = set(layout.whole) - _inside(selection.saved) if config.bias == "all" else set()
     optional = {name for name in biases if not peft.is_saved_by_peft(name)}
-    sources, base = _sources(layout, header, shapes, root, optional, where)
+    sources, base = _sources(layout, header, root, optional, where)
     return Fit(
         root=root,
+        layout=layout,
         config=_for_model(model, root, relative, selection.saved, ranks, alphas),
         sources=sources,
         base=base,
         kept=sorted(optional.difference(sources)),
         where=where,
     )
+
+
+def _shapes(module: nn.Module, rank: int, config: LoRAConfig) -> Shapes:
+    geometry = geometry_of(type(module))
+    assert geometry is not None, "select() only returns modules with a geometry"
+    return tensor_shapes(module, geometry, rank, config)
 
 
 def _root(model: nn.Module, header: Header) -> nn.Module:
@@ -185,7 +189,6 @@ def _inside(saved: Mapping[str, nn.Module]) -> set[str]:
 def _sources(
     layout: Layout,
     header: Header,
-    shapes: Mapping[str, tuple[int, ...]],
     root: nn.Module,
     optional: set[str],
     where: str,
@@ -202,8 +205,8 @@ def _sources(
             name = keys[plain]
             sources.setdefault(name, []).append(key)
             is_floating = name not in layout.whole or tensor_named(root, name).is_floating_point()
-            if shape != shapes[name]:
-                problems.append(f"{key} has shape {shape} where the model has {shapes[name]}")
+            if shape != layout.shape_in_file(name):
+                problems.append(f"{key} has shape {shape} where the model has {layout.shape_in_file(name)}")
             elif header.floating[key] != is_floating:
                 problems.append(f"{key} is not of the kind of number that the model has there")
         elif peft.is_untrained_original(key):

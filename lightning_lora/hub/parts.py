@@ -140,7 +140,12 @@ def _config(folder: Path) -> tuple[LoRAConfig, Mapping[str, Any]]:
     """DoRA changes no tensor of the pair, so its config is read as one without."""
     data = read_config(folder)
     if not isinstance(data, Mapping) or not data.get("use_dora"):
-        return checked_config(folder), data
+        config = checked_config(folder)
+        if config.lora_bias:
+            raise AdapterFormatError(
+                f"{folder / CONFIG}: lora_bias is True: a bias of B is no low-rank update, so it cannot be rewritten."
+            )
+        return config, data
     if data["use_dora"] is not True:
         raise AdapterFormatError(f"{folder / CONFIG}: use_dora is {data['use_dora']!r}, not true or false.")
     return check_config({**data, "use_dora": False}, str(folder / CONFIG)), data

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.layers import FACTORS
+from lightning_lora.engine.layers.base import BIAS, MAGNITUDE
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 
@@ -77,7 +78,12 @@ _OURS = {
     "modules_to_save": "modules_to_save",
     "bias": "bias",
     "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_bias": "lora_bias",
 }
+
+# What PEFT has no field for: it changes how an adapter is trained on, and no output.
+_OURS_ALONE = ("freeze_a", "rank_dropout", "module_dropout")
 
 # What says where an adapter comes from, or how it started, and changes no output: field -> the types that it may have.
 _WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
@@ -117,6 +123,15 @@ HEADS_OF_TASK = {
 
 # Tensor keys.
 
+# The tensors of an adapted module: ours -> theirs.
+_TENSORS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    BIAS: "lora_B.bias",
+    MAGNITUDE: "lora_magnitude_vector",
+}
+_TENSORS_OF_EMBEDDING = {**_TENSORS, "lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+
 
 def tensor_key(name: str, wrapped: Collection[str], embeddings: Collection[str]) -> str:
     """PEFT's key of the tensor that the engine calls `name` (`<module>.lora_A`, or a parameter's own name).
@@ -124,13 +139,18 @@ def tensor_key(name: str, wrapped: Collection[str], embeddings: Collection[str])
     `wrapped` names the modules that PEFT wraps, `embeddings` those among them that are embeddings.
     """
     module, _, last = name.rpartition(".")
-    is_factor = last in FACTORS and module in wrapped
     path = _expanded(module, wrapped)
-    if not is_factor:
+    if last not in _TENSORS or module not in wrapped:
         return PREFIX + ".".join([*path, last])
     own = path[:-1] if module else path
-    factor = last.replace("lora_", "lora_embedding_") if module in embeddings else f"{last}.weight"
-    return PREFIX + ".".join([*own, factor])
+    return PREFIX + ".".join([*own, (_TENSORS_OF_EMBEDDING if module in embeddings else _TENSORS)[last]])
+
+
+def shape_in_file(name: str, shape: tuple[int, ...], of_A: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which PEFT writes the tensor that the engine calls `name`; `of_A` is that of its module's A."""
+    if name.rpartition(".")[2] == MAGNITUDE and len(of_A) > 2:
+        return (1, *shape, *(1,) * (len(of_A) - 2))  # as the output of the convolution
+    return shape
 
 
 def _expanded(module: str, wrapped: Collection[str]) -> list[str]:
@@ -146,6 +166,7 @@ def _expanded(module: str, wrapped: Collection[str]) -> list[str]:
 def plain_key(key: str) -> str:
     """`key` without what some writers leave in: the adapter's name "default", the infix of modules_to_save."""
     key = re.sub(r"\.(lora_(?:embedding_)?[AB])\.default(?=\.|$)", r".\1", key)
+    key = re.sub(rf"\.{MAGNITUDE}(?:\.default)?(?:\.weight)?$", f".{MAGNITUDE}", key)
     return re.sub(r"\.modules_to_save(?:\.default)?\.", ".", key)
 
 
@@ -207,6 +228,22 @@ def from_peft(data: Any, where: str) -> LoRAConfig:
     return _config(ours, where)
 
 
+def own_fields(config: LoRAConfig) -> dict[str, Any]:
+    """What `config` says that PEFT has no field for, for the metadata of the tensors."""
+    return {field: getattr(config, field) for field in _OURS_ALONE if getattr(config, field)}
+
+
+def with_own_fields(config: LoRAConfig, own: Any, where: str) -> LoRAConfig:
+    """`config` with the `own_fields` that a file has; None are none. Raises AdapterFormatError for others."""
+    own = {} if own is None else own
+    if not isinstance(own, Mapping) or not set(own) <= set(_OURS_ALONE):
+        raise AdapterFormatError(f"{where}: the metadata of its tensors holds {own!r} for a config of this package.")
+    try:
+        return replace(config, **own)
+    except ConfigError as error:
+        raise AdapterFormatError(f"{where}: the metadata of its tensors: {error}") from error
+
+
 def _check_init(init: Any, where: str) -> None:
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise AdapterFormatError(
@@ -260,6 +297,8 @@ def to_peft(
                 "modules_to_save": modules_to_save,
                 "bias": config.bias,
                 "use_rslora": config.use_rslora,
+                "use_dora": config.use_dora,
+                "lora_bias": config.lora_bias,
                 "fan_in_fan_out": fan_in_fan_out,
                 "task_type": task_type,
                 "base_model_name_or_path": base_model,

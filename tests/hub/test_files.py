@@ -284,8 +284,8 @@ def test_tensors_that_do_not_fit_are_named(case, folder):
 CONFIGS = {
     "another-method": ({"peft_type": "LOHA"}, "LOHA"),
     "no-method": ({"peft_type": ...}, "peft_type"),
-    "dora": ({"use_dora": True}, "use_dora is True"),
-    "lora-bias": ({"lora_bias": True}, "lora_bias"),
+    "dora": ({"use_dora": True}, "missing.*lora_magnitude_vector"),
+    "lora-bias": ({"lora_bias": True}, "missing.*lora_B.bias"),
     "parameters": ({"target_parameters": ["experts.w"]}, "target_parameters"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "alora": ({"alora_invocation_tokens": [1]}, "alora"),

@@ -9,8 +9,11 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAConfig, inject, load_adapter, remove, save_adapter
+from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_adapter, remove, save_adapter
+from lightning_lora.engine.inits import INITS, Factors, Init
+from lightning_lora.errors import AdapterFormatError
 from tests.hub.models import assert_same, build, by_peft, edit_config, output, peft_folder, shake, state
 
 # PEFT asks transformers 5 for an attribute that is deprecated there.
@@ -19,6 +22,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ConvNd layer with groups:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*missing adapter keys.*base_model.model.blocks.1:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match:RuntimeWarning"),
+    # PEFT takes its own lora_B.bias for a broken matrix.
+    pytest.mark.filterwarnings("ignore:.*have invalid shape.*lora_B.bias:UserWarning"),
 ]
 
 # float32: the two compute the same products in another order.
@@ -38,6 +43,16 @@ OURS = {
     "linears-bias-lora-only": ("linears", {"bias": "lora_only", "target_modules": ["fc"]}),
     "linears-head": ("linears", {"target_modules": ["fc"], "modules_to_save": ["head"], "bias": "all"}),
     "linears-rslora": ("linears", {"use_rslora": True, "alpha": 2.5, "rank_pattern": {"fc": 3}}),
+    "linears-dora": ("linears", {"use_dora": True, "use_rslora": True}),
+    "linears-lora-bias": ("linears", {"lora_bias": True, "bias": "all"}),
+    "linears-rank-dropout": ("linears", {"freeze_a": True, "rank_dropout": 0.25, "module_dropout": 0.125}),
+    "convolutions-dora": ("convolutions", {"target_modules": ["two", "three"], "use_dora": True}),
+    "convolutions-lora-bias": ("convolutions", {"target_modules": ["one", "two", "three"], "lora_bias": True}),
+    "words-dora": ("words", {"target_modules": ["embed", "fc"], "use_dora": True}),
+    "shared-dora": ("shared", {"use_dora": True}),
+    "gpt2-dora": ("gpt2", {"use_dora": True, "target_modules": ["c_attn", "wpe"]}),
+    "gpt2-lora-bias": ("gpt2", {"lora_bias": True}),
+    "llama-dora": ("llama", {"use_dora": True, "rank_pattern": {"q_proj": 3}, "modules_to_save": ["lm_head"]}),
     "linears-excluded": ("linears", {"target_modules": r".*(0|2|fc)", "exclude_modules": ["0"]}),
     "convolutions": ("convolutions", {"target_modules": ["one", "two", "three"], "rank": 2}),
     "words": ("words", {"target_modules": ["embed", "fc"], "rank": 2}),
@@ -77,6 +92,13 @@ THEIRS = {
     ),
     "llama-head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "classifier": ("classifier", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "linears-dora": ("linears", {"target_modules": ["0", "fc"], "use_dora": True}),
+    "linears-lora-bias": ("linears", {"target_modules": ["0", "fc"], "lora_bias": True, "bias": "lora_only"}),
+    "convolutions-dora": ("convolutions", {"target_modules": ["two", "three", "head"], "use_dora": True}),
+    "convolutions-lora-bias": ("convolutions", {"target_modules": ["one", "two", "three"], "lora_bias": True}),
+    "words-dora": ("words", {"target_modules": ["embed"], "use_dora": True}),
+    "gpt2-dora": ("gpt2", {"target_modules": ["c_attn", "wte"], "use_dora": True, "fan_in_fan_out": True}),
+    "llama-dora": ("llama", {"target_modules": "all-linear", "use_dora": True, "use_rslora": True}),
 }
 
 
@@ -139,6 +161,69 @@ def test_peft_loads_what_we_saved_of_its_own_adapter(case, tmp_path):
     load_adapter(model, tmp_path / "theirs")
     folder = save_adapter(model, tmp_path / "ours")
     torch.testing.assert_close(output(by_peft(base, folder), x), output(model, x), **CLOSE)
+
+
+def _ones(rank: int, d_in: int, d_out: int) -> Factors:
+    return Factors(A=torch.ones(rank, d_in), B=torch.full((d_out, rank), 0.25))
+
+
+STARTED = {
+    "linears": ("linears", {"rank": 3, "rank_pattern": {"fc": 2}, "alpha_pattern": {"fc": 5}}),
+    "linears-rslora": ("linears", {"rank": 3, "use_rslora": True}),
+    "linears-dora": ("linears", {"use_dora": True}),
+    "convolutions": ("convolutions", {"target_modules": ["two", "three"]}),
+    "words": ("words", {"target_modules": ["embed", "fc"]}),
+    "gpt2": ("gpt2", {}),
+}
+
+
+@pytest.mark.parametrize("case", STARTED)
+def test_an_adapter_that_did_not_start_at_zero_is_written_as_a_plain_one_for_the_same_base(case, tmp_path, monkeypatch):
+    monkeypatch.setitem(INITS, "ones", Init(_ones, frozenset(("rank", "d_in", "d_out"))))
+    kind, fields = STARTED[case]
+    base, x = build(kind)
+    model = copy.deepcopy(base)
+    inject(model, LoRAConfig(**{"rank": 2, "init": "ones", **fields}))
+    torch.testing.assert_close(output(model, x), output(base, x), **CLOSE)
+    checkpoint = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    fresh = save_adapter(model, tmp_path / "fresh")
+    shake(model)
+    folder = save_adapter(model, tmp_path / "adapter")
+    expected = output(model, x)
+    assert not torch.allclose(expected, output(base, x), **CLOSE)
+    torch.testing.assert_close(output(by_peft(base, folder), x), expected, **CLOSE)
+    loaded = copy.deepcopy(base)
+    load_adapter(loaded, folder)
+    assert not any("lora_A0" in name for name in adapter_state_dict(loaded))
+    torch.testing.assert_close(output(loaded, x), expected, **CLOSE)
+    # Of a checkpoint's tensors, which are others than the live ones, the same.
+    again = save_adapter(model, tmp_path / "again", tensors=checkpoint)
+    assert_same(*({"tensors": load_file(f / "adapter_model.safetensors")} for f in (fresh, again)))
+
+
+def test_what_peft_has_no_field_for_comes_back_from_the_metadata(tmp_path):
+    base, _ = build("linears")
+    model = copy.deepcopy(base)
+    inject(model, LoRAConfig(rank=2, freeze_a=True, rank_dropout=0.25, module_dropout=0.125))
+    folder = save_adapter(model, tmp_path / "adapter")
+    load_adapter(base, folder)
+    layer = base.fc
+    assert (layer.lora.rank_dropout, layer.lora.module_dropout) == (0.25, 0.125)
+    assert (layer.lora_A.requires_grad, layer.lora_B.requires_grad) == (False, True)
+
+
+@pytest.mark.parametrize("own", [{"rank_dropout": 2}, {"rank": 5}, {"freeze_a": "yes"}, [1], "x"])
+def test_metadata_that_cannot_be_is_refused(own, tmp_path):
+    model, _ = build("linears")
+    inject(model, LoRAConfig(rank=2))
+    folder = save_adapter(model, tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, {"format": "pt", "lightning_lora": json.dumps({"config": own})})
+    remove(model)
+    before = state(model)
+    with pytest.raises(AdapterFormatError, match="metadata"):
+        load_adapter(model, folder)
+    assert_same(before, state(model))
 
 
 def test_the_config_has_exactly_the_fields_of_the_installed_peft(tmp_path):

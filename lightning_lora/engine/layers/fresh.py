@@ -52,6 +52,19 @@ def fresh_tensors(
     return tensors
 
 
+def tensor_shapes(
+    module: nn.Module, geometry: type[Adapter], rank: int, config: LoRAConfig
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of what `fresh_tensors` makes where the update starts at zero by itself, without making it."""
+    A, B = geometry.shapes(module, rank)
+    shapes = {"lora_A": A, "lora_B": B}
+    if config.lora_bias:
+        shapes[BIAS] = B[:1]
+    if config.use_dora:
+        shapes[MAGNITUDE] = B[:1]
+    return shapes
+
+
 def _start(
     module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig, measured: Mapping[str, Tensor]
 ) -> Tensor | Factors:
