@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig, adapters
 from lightning_lora.engine.bank import Bank, LayerFactors
+from lightning_lora.engine.layers import FACTORS
+from lightning_lora.engine.layers.base import BIAS, MAGNITUDE, START
 from lightning_lora.engine.state import compare_bases, describe_base
 from lightning_lora.errors import AdapterFormatError, ConfigError, TargetError, listed
 from lightning_lora.hub import peft
+from lightning_lora.hub.disk import DiskStore
 from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.matching import Fit, fit
-from lightning_lora.hub.reading import Header, TensorFile, check_folder, open_tensors
+from lightning_lora.hub.reading import Header, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
 
 
@@ -34,8 +31,9 @@ class _Part:
 
     A: str
     B: str
-    magnitude: str | None
     scale: float
+    magnitude: str | None
+    bias: str | None
 
 
 class AdapterBank(Bank):
@@ -86,7 +84,7 @@ class AdapterBank(Bank):
             store=store,
         )
         self._names = {id(cell.module): name for name, cell in self._cells.items()}
-        self._fits: dict[Any, tuple[nn.Module, dict[str, _Part]]] = {}
+        self._fits: dict[Any, tuple[Fit, dict[str, _Part]]] = {}
         self._bases: dict[int, dict[str, Any]] = {}
 
     def add(
@@ -130,10 +128,10 @@ class AdapterBank(Bank):
         check_folder(folder)
         config = checked_config(folder)
         with open_tensors(folder) as file:
-            root, parts = self._parts(config, file.header, str(folder))
+            plan, parts = self._parts(config, file.header, str(folder))
             if check_base and file.header.note:
-                self._check_base(file.header.note, root, str(folder))
-            return _read(parts, file)
+                self._check_base(file.header.note, plan.root, str(folder))
+            return _read(plan, parts, file)
 
     def _of_state_dict(self, tensors: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, LayerFactors]:
         if config is None:
@@ -145,8 +143,8 @@ class AdapterBank(Bank):
             tensors = self._as_peft(tensors)
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         floating = {key: value.is_floating_point() for key, value in tensors.items()}
-        _, parts = self._parts(config, Header(shapes, floating, {}), "The state dict")
-        return _read(parts, tensors)
+        plan, parts = self._parts(config, Header(shapes, floating, {}), "The state dict")
+        return _read(plan, parts, tensors)
 
     def _as_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of the engine's names under PEFT's, relative to the root."""
@@ -164,45 +162,51 @@ class AdapterBank(Bank):
 
         _, injection = only_injection(model)
         if injection.trained_whole:
-            raise AdapterFormatError(_WHOLE.format(what="The model", names=listed(injection.trained_whole)))
+            raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(injection.trained_whole)))
         prefix, _ = adapter_root(model)
         ours, _ = adapter_root(self.model)
         factors = {}
         for name, module in adapters(model):
             relative = name.removeprefix(f"{prefix}.") if prefix else name
-            magnitude = getattr(module, "lora_magnitude_vector", None)
+            if foreign := set(module.lora_names).difference(_PARTS, START):
+                raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(sorted(foreign))))
+            A, B = module.factors(dropped=False)
+            magnitude, bias = (getattr(module, part, None) for part in (MAGNITUDE, BIAS))
             factors[f"{ours}.{relative}" if ours else relative] = LayerFactors(
-                module.lora_A.detach(), module.lora_B.detach(), module.lora.scale, magnitude
+                A.detach(), B.detach(), module.lora.scale, magnitude, bias
             )
         return factors
 
-    def _parts(self, config: LoRAConfig, header: Header, where: str) -> tuple[nn.Module, dict[str, _Part]]:
-        """The root of the file's names, and which keys are which layer's. Files of one kind are matched once."""
+    def _parts(self, config: LoRAConfig, header: Header, where: str) -> tuple[Fit, dict[str, _Part]]:
+        """How the file lies on the model, and which keys are which layer's. Files of one kind are matched once."""
         key = (repr(config), tuple(header.shapes.items()), header.note.get("module"))
-        if key not in self._fits:
+        found = self._fits.get(key)
+        if found is None:
             try:
                 plan = fit(self.model, config, header, where=where)
             except TargetError as error:
                 raise AdapterFormatError(f"{where} does not fit {type(self.model).__name__}: {error}") from error
             if len(self._fits) >= 64:
-                self._fits.pop(next(iter(self._fits)))
-            self._fits[key] = (plan.root, self._layers(plan, config))
-        return self._fits[key]
+                self._fits.clear()
+            self._fits[key] = found = (plan, self._layers(plan, config))
+        return found
 
     def _layers(self, plan: Fit, config: LoRAConfig) -> dict[str, _Part]:
         tensors: dict[str, dict[str, str]] = {}
         for name, (key, *_) in plan.sources.items():
             module, _, last = name.rpartition(".")
             tensors.setdefault(module, {})[last] = key
-        whole = [module for module, parts in tensors.items() if "lora_A" not in parts]
+        whole = [f"{module}.{part}" for module, parts in tensors.items() for part in parts if part not in _PARTS]
         if whole or plan.kept:
-            raise AdapterFormatError(_WHOLE.format(what=plan.where, names=listed([*whole, *plan.kept])))
+            raise AdapterFormatError(_NOT_SERVED.format(what=plan.where, names=listed([*whole, *plan.kept])))
         layers = {}
         for module, parts in tensors.items():
             target = plan.root.get_submodule(module)
             name = self._names.get(id(target), module)
-            magnitude = parts.get("lora_magnitude_vector")
-            layers[name] = _Part(parts["lora_A"], parts["lora_B"], magnitude, config.scale_of(module))
+            A, B, magnitude, bias = (parts.get(part) for part in _PARTS)
+            assert A is not None
+            assert B is not None, "`fit` has found both"
+            layers[name] = _Part(A, B, config.scale_of(module), magnitude, bias)
         return layers
 
     def _check_base(self, note: Mapping[str, Any], root: nn.Module, where: str) -> None:
@@ -211,48 +215,24 @@ class AdapterBank(Bank):
         compare_bases(note, self._bases[id(root)], what=f"The adapter in {where}", model=type(root).__name__)
 
 
-_WHOLE = (
-    "{what} holds what was trained whole (modules_to_save, biases): {names}. A bank serves low-rank updates of its "
-    "layers alone; use load_adapter for this one."
+_PARTS = (*FACTORS, MAGNITUDE, BIAS)
+_NOT_SERVED = (
+    "{what} has {names}. A bank serves low-rank updates of its layers, not what was trained whole (modules_to_save, "
+    "biases, tokens) nor parameters that a layer has beside its weight: use load_adapter for this one."
 )
 
 
-def _read(parts: Mapping[str, _Part], tensors: TensorFile | Mapping[str, Tensor]) -> dict[str, LayerFactors]:
+def _read(plan: Fit, parts: Mapping[str, _Part], tensors: Any) -> dict[str, LayerFactors]:
+    """The factors out of an open file, or a state dict."""
+    if plan.base or any(len(keys) > 1 for keys in plan.sources.values()):
+        plan.read(tensors)  # raises where what is in it twice, or in the model as well, is not the same
     return {
         name: LayerFactors(
             tensors[part.A],
             tensors[part.B],
             part.scale,
             None if part.magnitude is None else tensors[part.magnitude],
+            None if part.bias is None else tensors[part.bias],
         )
         for name, part in parts.items()
     }
-
-
-class DiskStore:
-    """Rows of the slab as safetensors files, read by mapping them into memory; they are gone when the bank is."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="bank-", dir=folder))
-        except OSError as error:
-            raise ConfigError(f"disk={str(folder)!r} cannot be written to: {error.strerror or error}.") from error
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-
-    def put(self, name: str, row: Tensor) -> None:
-        path = self._path(name)
-        beside = path.with_suffix(".tmp")
-        save_file({"row": row.contiguous()}, beside)
-        os.replace(beside, path)
-
-    def take(self, name: str) -> Tensor:
-        with safe_open(self._path(name), framework="pt") as file:
-            row: Tensor = file.get_tensor("row")
-        return row
-
-    def drop(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"

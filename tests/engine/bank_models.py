@@ -20,9 +20,13 @@ def factors_of(model: nn.Module) -> dict[str, LayerFactors]:
     """The adapters of `model` as a bank takes them."""
     return {
         name: LayerFactors(
-            m.lora_A.detach(), m.lora_B.detach(), m.lora.scale, getattr(m, "lora_magnitude_vector", None)
+            module.lora_A.detach(),
+            module.lora_B.detach(),
+            module.lora.scale,
+            getattr(module, "lora_magnitude_vector", None),
+            getattr(module, "lora_B_bias", None),
         )
-        for name, m in adapters(model)
+        for name, module in adapters(model)
     }
 
 

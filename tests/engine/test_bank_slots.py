@@ -41,8 +41,11 @@ def test_the_base_keeps_its_keys_its_identity_and_its_bits():
 
 
 def test_beyond_the_slots_the_longest_unused_waits_in_memory_and_then_in_the_store():
+    written: list[str] = []
+
     class Shelf(dict[str, Tensor]):
         def put(self, name: str, row: Tensor) -> None:
+            written.append(name)
             self[name] = row.clone()
 
         def take(self, name: str) -> Tensor:
@@ -67,10 +70,12 @@ def test_beyond_the_slots_the_longest_unused_waits_in_memory_and_then_in_the_sto
         assert len(bank.resident) == 3
     bank.prefetch("a1", "a2").result()
     assert {"a1", "a2", "a11"} == set(bank.resident)
+    assert len(written) == len(set(written)), "what is there already is not written again"
     for name in bank.names:
         bank.remove(name)
     assert not len(bank)
     assert not bank.resident
+    assert not shelf
 
 
 def test_more_in_use_than_there_are_slots_is_an_error_that_changes_nothing():
@@ -223,9 +228,9 @@ def test_the_plan_is_what_is_taken():
     base, _, _ = small(1)
     bank = served(base, 5, MOST)
     assert bank.plan.bytes == bank._slots.slab.data.nbytes
-    # A and B of rank 4 for 6 x 8 and 8 x 4, and a gain for each output
-    assert bank.plan.bytes_per_adapter == 4 * (4 * (6 + 8) + 8 + 4 * (8 + 4) + 4)
-    assert str(bank.plan).startswith("5 slots of 464 bytes (2 layers, rank up to 4, float32): 2.72 KiB on cpu")
+    # A and B of rank 4 for 6 x 8 and 8 x 4, a gain and a shift for each output
+    assert bank.plan.bytes_per_adapter == 4 * (4 * (6 + 8) + 2 * 8 + 4 * (8 + 4) + 2 * 4)
+    assert str(bank.plan).startswith("5 slots of 512 bytes (2 layers, rank up to 4, float32): 3 KiB on cpu")
 
 
 def test_what_is_added_and_removed_for_long_takes_no_more_memory():

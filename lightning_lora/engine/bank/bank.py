@@ -102,7 +102,7 @@ class Bank:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"The name of an adapter is a text, not {name!r}.")
         rank = self._checked(name, factors)
-        has_gain = any(values.magnitude is not None for values in factors.values())
+        is_affine = any(values.is_affine for values in factors.values())
         with self._slots.change:
             self._check_open()
             if not replace:
@@ -117,7 +117,7 @@ class Bank:
                     raise BankError(f"{name!r} was added by another thread at the same time, or is folded just now.")
                 if old is not None:
                     self._slots.remove(old)
-                self._slots.add(Entry(name, rank, has_gain, pinned=old is not None and old.pinned), slot)
+                self._slots.add(Entry(name, rank, is_affine, pinned=old is not None and old.pinned), slot)
         except BaseException:
             with self._slots.change:
                 self._slots.give_back(slot)
@@ -189,7 +189,7 @@ class Bank:
                 entry.users += 1
                 if entry.one is None:
                     assert entry.slot is not None
-                    entry.one = One(entry.slot, entry.rank, entry.has_gain)
+                    entry.one = One(entry.slot, entry.rank, entry.is_affine)
                 return entry.one, [entry]
             return (None, []) if names is None else self._enter_rows(list(names))
 
@@ -217,7 +217,7 @@ class Bank:
         routing = Rows(
             [slot for slot in map(slots.get, names) if slot is not None],
             max(entry.rank for entry in entries),
-            any(entry.has_gain for entry in entries),
+            any(entry.is_affine for entry in entries),
             self._slots.slab.data.device,
         )
         return routing, entries
@@ -245,17 +245,18 @@ class Bank:
                 raise BankError(f"{listed(busy) or self._folded!r} is in use: fold an adapter when it serves alone.")
             entry.users += 1
             self._folded = name
-        weights = [(cell.module, cell.module._parameters["weight"]) for cell in self._cells.values()]
+        cells = list(self._cells.values())
+        before: list[dict[str, Any]] = [dict(cell.module._parameters) for cell in cells]
         try:
             assert entry.slot is not None
             with torch.no_grad():
-                folded = [cell.folded_weight(entry.slot) for cell in self._cells.values()]
-            for (module, _), weight in zip(weights, folded):
-                module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+                folded = [cell.folded(entry.slot) for cell in cells]
+            for cell, parameters in zip(cells, folded):
+                cell.module._parameters.update(parameters)
             yield
         finally:
-            for module, original in weights:
-                module._parameters["weight"] = original
+            for cell, originals in zip(cells, before):
+                cell.module._parameters.update(originals)
             self._folded = None
             self._slots.leave([entry])
 
@@ -295,7 +296,7 @@ class Bank:
     def _allocated(self, device: torch.device) -> Slab:
         slab = Slab(self._shapes, self.capacity + 1, self.plan.dtype, device)
         for name, cell in self._cells.items():
-            cell.A, cell.B, cell.gain = slab.views[name]
+            cell.A, cell.B, cell.gain, cell.shift = slab.views[name]
         return slab
 
     def _a_weight(self) -> Any:

@@ -1,7 +1,8 @@
 """What one layer does with the factors of many adapters: an update for all rows alike, and one for each row its own.
 
 A cell holds views of the slab: A (slots, rank, in), B (slots, rank, out), which lies transposed so that both products
-read it in a stretch, and gain (slots, out), which is zero but for DoRA. The scale is in B.
+read it in a stretch, and gain and shift (slots, out), which are zero but for DoRA and for a bias of B. The scale is
+in B and shift.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from lightning_lora.engine.layers import geometry_of
 from lightning_lora.engine.layers.base import has_own_forward
 from lightning_lora.engine.layers.conv import ConvLoRA
-from lightning_lora.engine.layers.conv1d import Conv1DLoRA
+from lightning_lora.engine.layers.dora import output_norms
 from lightning_lora.engine.layers.embedding import EmbeddingLoRA
 from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, TargetError
@@ -43,6 +44,13 @@ class LayerFactors:
     scale: float
     magnitude: Tensor | None = None
     """DoRA's, one number for each output."""
+    bias: Tensor | None = None
+    """B's, one number for each output."""
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether it changes outputs by a gain or a shift, too."""
+        return self.magnitude is not None or self.bias is not None
 
 
 class Cell:
@@ -55,6 +63,7 @@ class Cell:
     A: Tensor
     B: Tensor
     gain: Tensor
+    shift: Tensor
     takes_sequence_first = False
     """Whether the second dimension of its input is that of the rows, as in torch's transformer layers by default."""
 
@@ -66,6 +75,8 @@ class Cell:
         self.name, self.module, self.routes, self.geometry = name, module, routes, geometry
         self.base_class = type(module)
         self.out: int = geometry.shapes(module, getattr(module, "groups", 1))[1][0]
+        # A forward of its own may return what it keeps, or what autograd needs.
+        self._may_write = not has_own_forward(type(module))
         self.key = next(_KEYS)
         CELLS[self.key] = self
 
@@ -74,10 +85,10 @@ class Cell:
             "A model that an AdapterBank serves cannot be copied or pickled: call bank.close() first."
         )
 
-    # What a kind of layer defines. Factors come in the dtype of `base`, which may be written into.
+    # What a kind of layer defines. Factors come in the dtype of `base`.
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """Of A, B and gain of one adapter, as they lie in the slab."""
+        """Of A, B, gain and shift of one adapter, as they lie in the slab."""
         raise NotImplementedError
 
     def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
@@ -118,62 +129,75 @@ class Cell:
         for what, given, shape in zip("AB", (values.A, values.B), wanted):
             if given.shape != shape:
                 yield f"{self.name} has {what} of shape {tuple(given.shape)} where the model has {tuple(shape)}"
-        if values.magnitude is not None and values.magnitude.numel() != self.out:
-            yield f"{self.name} has {values.magnitude.numel()} magnitudes for {self.out} outputs"
+        for what, vector in (("magnitudes", values.magnitude), ("biases of B", values.bias)):
+            if vector is not None and vector.numel() != self.out:
+                yield f"{self.name} has {vector.numel()} {what} for {self.out} outputs"
 
     def write(self, slot: int, values: LayerFactors) -> None:
         """Write an adapter's part, in which `problems` finds none, into `slot`, which holds zeros."""
+        if values.bias is not None:
+            _copy_scaled(self.shift[slot], values.bias.flatten(), values.scale)
         if values.magnitude is None:
             self.store(slot, values.A, values.B, values.scale)
             return
         # DoRA (arXiv:2402.09353, equation 5) is g (W + s B A) with g = m / ||W + s B A||: here gain and g s B.
         A, B = (t.to(self.A.device, torch.float32) for t in (values.A, values.B))
-        W = self._matrix(AdapterFormatError).float() + values.scale * (B.flatten(1) @ A.flatten(1))
-        g = values.magnitude.to(W).flatten() / torch.linalg.vector_norm(W, dim=1)
+        W = self._dense_weight(AdapterFormatError)
+        change = self.geometry.from_matrix(self.module, values.scale * (B.flatten(1) @ A.flatten(1)))
+        g = values.magnitude.to(self.A.device, torch.float32).flatten() / output_norms(
+            self.geometry, self.module, W + change
+        )
         self.store(slot, A, B * g.view(-1, *(1,) * (B.dim() - 1)), values.scale)
         self.gain[slot].copy_(g - 1)
 
-    def folded_weight(self, slot: int) -> Tensor:
-        """The layer's weight with the adapter in it, rounded once. Raises AdapterStateError where there is none."""
+    def folded(self, slot: int) -> dict[str, nn.Parameter]:
+        """The layer's parameters with the adapter in them. Raises AdapterStateError where they cannot hold it."""
         if has_own_forward(self.base_class):
             raise AdapterStateError(
                 f"{self.name!r} cannot be folded: a {self.base_class.__name__} has a forward of its own, which may use "
                 "its weight in another way. Use the adapter as it is."
             )
-        W, (A, B) = self._matrix(AdapterStateError), self._whole(slot)
+        W, (A, B) = self._dense_weight(AdapterStateError), self._whole(slot)
+        geometry, module = self.geometry, self.module
         with torch.autocast(W.device.type, enabled=False):
-            folded = W * (1 + self.gain[slot].float())[:, None] + B.T.float() @ A.float()
-        weight = self._weight
-        return (folded.T if self._is_transposed else folded).to(weight.dtype).reshape(weight.shape).contiguous()
+            gained = geometry.by_output(module, W.float()) * (1 + self.gain[slot].float())[:, None]
+            changed = geometry.from_output(module, gained) + geometry.from_matrix(module, B.T.float() @ A.float())
+        folded = {"weight": changed.to(W.dtype).contiguous()}
+        if bool(self.shift[slot].any()):
+            bias = module._parameters.get("bias")
+            if bias is None:
+                raise AdapterStateError(
+                    f"{self.name!r} cannot be folded: it has no bias that could take in that of B. Use the adapter as "
+                    "it is."
+                )
+            folded["bias"] = (bias + self.shift[slot].float()).to(bias.dtype)
+        return {name: nn.Parameter(value, requires_grad=False) for name, value in folded.items()}
 
-    def rescaled(self, base: Tensor, gain: Tensor) -> Tensor:
-        """DoRA's base + gain * (base - bias); gain is (out,), or (rows, out) with the rows' own."""
+    def affine(self, base: Tensor, at: int | Tensor) -> Tensor:
+        """base + gain * (base - bias) + shift; `at` is the slot of all rows, or (rows,) with those of each."""
         ones = (1,) * self.channels_last
         bias = self.module._parameters.get("bias")
         linear = base if bias is None else base - bias.to(base.dtype).view(-1, *ones)
-        gain = gain.to(base.dtype).view(*gain.shape, *ones)
-        if gain.dim() > 1 + len(ones):
-            linear = linear.reshape(gain.shape[0], -1, *linear.shape[1:])
-            gain = gain.view(gain.shape[0], *(1,) * (linear.dim() - gain.dim()), *gain.shape[1:])
-        return base + (gain * linear).view(base.shape)
+        gain, shift = (t[at].to(base.dtype) for t in (self.gain, self.shift))
+        if gain.dim() == 1:
+            return base + (gain.view(-1, *ones) * linear + shift.view(-1, *ones))
+        linear = linear.reshape(gain.shape[0], -1, *linear.shape[1:])
+        shape = (gain.shape[0], *(1,) * (linear.dim() - 2 - len(ones)), gain.shape[1], *ones)
+        return base + (gain.view(shape) * linear + shift.view(shape)).view(base.shape)
 
-    @property
-    def _weight(self) -> Any:
-        return self.module._parameters["weight"]
+    def _is_free(self, base: Tensor) -> bool:
+        """Whether the update may be added into `base` where it lies."""
+        return self._may_write and base.is_contiguous() and not base.requires_grad
 
-    @property
-    def _is_transposed(self) -> bool:
-        return issubclass(self.geometry, (Conv1DLoRA, EmbeddingLoRA))
-
-    def _matrix(self, error: type[Exception]) -> Tensor:
-        """The layer's weight as (out, n)."""
-        weight = self._weight
+    def _dense_weight(self, error: type[Exception]) -> Tensor:
+        """The layer's weight, where an adapter can be taken into it."""
+        weight: Any = self.module._parameters["weight"]
         if not weight.is_floating_point() or weight.dtype.itemsize == 1:
             raise error(f"{self.name!r} has quantized weights, which DoRA and folding cannot use.")
         if getattr(self.module, "groups", 1) != 1:
             raise error(f"{self.name!r} is a grouped convolution, of which no weight holds the adapter.")
-        W: Tensor = weight.detach()
-        return W.T if self._is_transposed else W.flatten(1)
+        dense: Tensor = weight.detach()
+        return dense
 
     def _whole(self, slot: int) -> tuple[Tensor, Tensor]:
         """A (rank, n) and B (rank, out) of one adapter."""
@@ -185,7 +209,7 @@ class LinearCell(Cell, serves=LinearLoRA):
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
         size: int = self.geometry.shapes(self.module, rank)[0][1]
-        return (rank, size), (rank, self.out), (self.out,)
+        return (rank, size), (rank, self.out), (self.out,), (self.out,)
 
     def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
         self.A[slot, : A.shape[0]].copy_(A)
@@ -197,7 +221,7 @@ class LinearCell(Cell, serves=LinearLoRA):
     def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
         A, B = factors
         t = torch.mm(x.reshape(-1, A.shape[0]), A)
-        if base.is_contiguous():
+        if self._is_free(base):
             base.view(-1, self.out).addmm_(t, B)
             return base
         return base + torch.mm(t, B).view(base.shape)
@@ -209,12 +233,13 @@ class LinearCell(Cell, serves=LinearLoRA):
         A, B = rows.factors(self, base.dtype, groups)
         if groups is not None:
             update = torch.bmm(torch.bmm(groups.gathered(x), A.transpose(1, 2)), B)
-            return base.add_(groups.scattered(update).view(base.shape))
+            update = groups.scattered(update).view(base.shape)
+            return base.add_(update) if self._is_free(base) else base + update
         if x.shape[1] == 1:  # a matrix times one vector for each row, which reads A as it lies
             t = torch.bmm(A, x.transpose(1, 2)).transpose(1, 2)
         else:
             t = torch.bmm(x, A.transpose(1, 2))
-        if base.is_contiguous():
+        if self._is_free(base):
             base.view(rows.count, -1, self.out).baddbmm_(t, B)
             return base
         return base + torch.bmm(t, B).view(base.shape)
@@ -225,7 +250,7 @@ class EmbeddingCell(Cell, serves=EmbeddingLoRA):
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
         size: int = self.geometry.shapes(self.module, rank)[0][1]
-        return (size, rank), (rank, self.out), (self.out,)
+        return (size, rank), (rank, self.out), (self.out,), (self.out,)
 
     def is_batched(self, x: Tensor) -> bool:
         return x.dim() > 0
@@ -268,7 +293,7 @@ class ConvCell(Cell, serves=ConvLoRA):
         self.channels_last = len(self.module.kernel_size)  # type: ignore[misc]
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        return (rank, self.module.in_channels, *self.module.kernel_size), (rank, self.out), (self.out,)
+        return (rank, self.module.in_channels, *self.module.kernel_size), (rank, self.out), (self.out,), (self.out,)
 
     def is_batched(self, x: Tensor) -> bool:
         return x.dim() == len(self.module.kernel_size) + 2
@@ -306,10 +331,11 @@ class ConvCell(Cell, serves=ConvLoRA):
 def cell_kind(module: nn.Module, name: str) -> type[Cell]:
     """Which cell serves `module`. Raises TargetError where none does."""
     geometry: Any = geometry_of(type(module))
-    kind = next((Cell.kinds[parent] for parent in geometry.__mro__ if parent in Cell.kinds), None)
-    if kind is None:
+    served = next((parent for parent in geometry.__mro__ if parent in Cell.kinds), None)
+    # A geometry that computes its update in another way than the one that it derives from is another one.
+    if served is None or geometry.update is not served.update:
         raise TargetError(f"{name!r}: a {type(module).__name__} cannot be served by a bank.")
-    return kind
+    return Cell.kinds[served]
 
 
 def _copy_scaled(to: Tensor, values: Tensor, scale: float) -> None:

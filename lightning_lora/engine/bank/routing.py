@@ -65,16 +65,17 @@ class Routing:
 class One(Routing):
     """All rows use the adapter in `slot`."""
 
-    def __init__(self, slot: int, rank: int, has_gain: bool) -> None:
-        self._slot, self._rank, self._has_gain = slot, rank, has_gain
+    def __init__(self, slot: int, rank: int, is_affine: bool) -> None:
+        self._slot, self._rank, self._is_affine = slot, rank, is_affine
         self._factors: dict[int, Factors] = {}
 
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        if self._has_gain:
-            base = cell.rescaled(base, cell.gain[self._slot])
+        if self._is_affine:
+            base = cell.affine(base, self._slot)
         factors = self._factors.get(cell.key)
         if factors is None or factors[0].dtype != base.dtype:
-            factors = tuple(t.to(base.dtype) for t in cell.one(self._slot, self._rank))
+            with torch.inference_mode(False):  # kept for others, who may need gradients
+                factors = tuple(t.to(base.dtype) for t in cell.one(self._slot, self._rank))
             self._factors[cell.key] = factors
         return cell.add_one(base, x, factors)
 
@@ -82,8 +83,8 @@ class One(Routing):
 class Rows(Routing):
     """Row i uses the adapter in `slots[i]`. What it gathers from the slab it keeps, for all steps of a generation."""
 
-    def __init__(self, slots: list[int], rank: int, has_gain: bool, device: torch.device) -> None:
-        self.count, self._rank, self._has_gain = len(slots), rank, has_gain
+    def __init__(self, slots: list[int], rank: int, is_affine: bool, device: torch.device) -> None:
+        self.count, self._rank, self._is_affine = len(slots), rank, is_affine
         self.index = torch.tensor(slots, device=device)
         self._factors: dict[tuple[int, torch.dtype, bool], Factors] = {}
         self._groups = Groups.of(slots, device)
@@ -97,7 +98,9 @@ class Rows(Routing):
         found = self._factors.get(key)
         if found is None:
             index = self.index if groups is None else groups.index
-            found = self._factors[key] = tuple(t.to(dtype) for t in cell.many(index, self._rank))
+            with torch.inference_mode(False):  # kept for further forwards, which may need gradients
+                found = tuple(t.to(dtype) for t in cell.many(index, self._rank))
+            self._factors[key] = found
         return found
 
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
@@ -111,8 +114,8 @@ class Rows(Routing):
                 f"{cell.name!r} is called with the sequence first, so its rows cannot be told apart: build the layer "
                 "with batch_first=True, or use one adapter for the whole batch."
             )
-        if self._has_gain:
-            base = cell.rescaled(base, cell.gain[self.index])
+        if self._is_affine:
+            base = cell.affine(base, self.index)
         return cell.add_rows(base, x, self)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
-"""Layer -> the shapes of A, B and gain of one adapter, as they lie in the slab."""
+"""Layer -> the shapes of A, B, gain and shift of one adapter, as they lie in the slab."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Entry:
 
     name: str
     rank: int
-    has_gain: bool
+    is_affine: bool
     slot: int | None = None
     """Where it lies in the slab; None while it is in a store."""
     users: int = 0
@@ -142,9 +142,8 @@ class Slots:
         """Take it out; its slot is free now, or when the last user leaves."""
         del self.entries[entry.name]
         entry.gone, entry.one = True, None
-        if entry.slot is None:
-            self._store.drop(entry.name)
-        elif not entry.users:
+        self._store.drop(entry.name)
+        if entry.slot is not None and not entry.users:
             self._free.append(entry.slot)
         self.change.notify_all()
 

@@ -14,41 +14,52 @@ from torch import Tensor
 
 
 class Store(Protocol):
-    """Keeps rows by name."""
+    """Keeps rows by name. What it raises leaves it as it was."""
 
     def put(self, name: str, row: Tensor) -> None: ...
 
     def take(self, name: str) -> Tensor:
-        """The row, on the CPU; it is not kept any longer than the tensor lives."""
+        """The row, on the CPU. It stays in the store until it is dropped."""
         ...
 
     def drop(self, name: str) -> None: ...
 
 
 class HostStore:
-    """In memory, pinned where that speeds up the way to a GPU; the longest unused go on to `beyond`."""
+    """In memory, pinned where that speeds up the way to a GPU; the longest unused go on to `beyond`.
+
+    What was once written beyond stays there, so that it need not be written when it leaves its slot again.
+    """
 
     def __init__(self, most: int | None, beyond: Store | None) -> None:
         self._most, self._beyond = most, beyond
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
+        self._written: set[str] = set()
         self._lock = threading.Lock()
 
     def has_room(self) -> bool:
         return self._beyond is not None or self._most is None or len(self._rows) < self._most
 
     def put(self, name: str, row: Tensor) -> None:
-        if self._most == 0 and self._beyond is not None:
-            self._beyond.put(name, row.cpu())
-            return
-        copy = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda).copy_(row)
         with self._lock:
-            self._rows[name] = copy
-            while self._beyond is not None and self._most is not None and len(self._rows) > self._most:
+            if name in self._written:
+                return
+            while self._beyond is not None and self._most and len(self._rows) >= self._most:
                 oldest = next(iter(self._rows))
-                self._beyond.put(oldest, self._rows[oldest])
+                self._write(oldest, self._rows[oldest])
                 del self._rows[oldest]
+            if self._beyond is not None and self._most == 0:
+                self._write(name, row.cpu())
+            else:
+                self._rows[name] = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda).copy_(row)
+
+    def _write(self, name: str, row: Tensor) -> None:
+        assert self._beyond is not None
+        self._beyond.put(name, row)
+        self._written.add(name)
 
     def take(self, name: str) -> Tensor:
+        """The row, which is kept here no longer than the tensor lives."""
         with self._lock:
             if name in self._rows:
                 return self._rows.pop(name)
@@ -57,8 +68,11 @@ class HostStore:
 
     def drop(self, name: str) -> None:
         with self._lock:
-            if self._rows.pop(name, None) is None and self._beyond is not None:
+            self._rows.pop(name, None)
+            if name in self._written:
+                assert self._beyond is not None
                 self._beyond.drop(name)
+                self._written.remove(name)
 
     def __len__(self) -> int:
         return len(self._rows)
