@@ -49,6 +49,7 @@ def merge(model: nn.Module) -> None:
         )
     for module in mergeable:
         values, attributes = _merged(module)
+        kind = type(module)
         swap_back(module)
         for name, value in values.items():
             parameter = module._parameters[name]
@@ -59,6 +60,7 @@ def merge(model: nn.Module) -> None:
                 with torch.no_grad():
                     parameter.copy_(value)
         vars(module).update(attributes)
+        kind.parameters_replaced(module)
     for owner, injection in records:
         release(owner, injection)
 
@@ -72,16 +74,19 @@ def merged(model: nn.Module) -> Iterator[None]:
         for module in _mergeable(model):
             values, attributes = _merged(module)
             before = {name: module._parameters[name] for name in values}, {n: getattr(module, n) for n in attributes}
+            kind = type(module)
             undo.append((module, *before, swap_back(module)))
             for name, value in values.items():
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
             vars(module).update(attributes)
+            kind.parameters_replaced(module)
         yield
     finally:
         for module, parameters, attributes, swap_again in undo:
             module._parameters.update(parameters)
             vars(module).update(attributes)
             swap_again()
+            module.parameters_replaced(module)
 
 
 def _mergeable(model: nn.Module) -> list[Adapter]:

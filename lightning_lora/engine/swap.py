@@ -11,17 +11,20 @@ from typing import Any
 
 
 @functools.cache
-def swapped_class(prefix: str, mixin: Any, base_class: Any) -> Any:
+def swapped_class(prefix: str, mixin: Any, base_class: Any, reads: tuple[str, ...] = ()) -> Any:
     """The subclass of `base_class` with `mixin` (or a tuple of them) in front, named `prefix` and the base's name.
 
-    It knows the two as its attributes `mixin` and `base_class`.
+    It knows the two as its attributes `mixin` and `base_class`. An attribute named in `reads` is what the mixin's
+    method `read_attribute` gives for the name.
     """
     namespace = {
+        **{name: _property(name) for name in reads},
         "__module__": base_class.__module__,
         "__doc__": base_class.__doc__,
         "__reduce_ex__": functools.partialmethod(_reduce, prefix),
         "mixin": mixin,
         "base_class": base_class,
+        "reads": reads,
     }
     mixins = mixin if isinstance(mixin, tuple) else (mixin,)
     return type(f"{prefix}{base_class.__name__}", (*mixins, base_class), namespace)
@@ -30,9 +33,16 @@ def swapped_class(prefix: str, mixin: Any, base_class: Any) -> Any:
 def _reduce(self: Any, prefix: str, protocol: Any) -> Any:
     cls = type(self)
     _, (_, *arguments), *rest = cls.base_class.__reduce_ex__(self, 2)
-    return (_remake, (prefix, cls.mixin, cls.base_class, *arguments), *rest)
+    return (_remake, (prefix, cls.mixin, cls.base_class, cls.reads, *arguments), *rest)
 
 
-def _remake(prefix: str, mixin: Any, base_class: Any, *arguments: Any) -> Any:
-    cls = swapped_class(prefix, mixin, base_class)
+def _remake(prefix: str, mixin: Any, base_class: Any, reads: tuple[str, ...], *arguments: Any) -> Any:
+    cls = swapped_class(prefix, mixin, base_class, reads)
     return cls.__new__(cls, *arguments)
+
+
+def _property(name: str) -> Any:
+    def read(self: Any) -> Any:
+        return self.read_attribute(name)
+
+    return property(read)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,6 +29,7 @@ START = ("lora_A0", "lora_B0")
 """Those of the frozen A and B that an initialiser began with, where B A was not zero: the update leaves them out."""
 MAGNITUDE = "lora_magnitude_vector"
 BIAS = "lora_B_bias"
+TENSORS = (*FACTORS, *START, MAGNITUDE, BIAS)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class AdapterSpec:
     module_dropout: float = 0.0
     keeps_precision: bool = True
     """A and B stay in float32 when the model is cast to a narrower dtype (master weights)."""
+    parameters: Mapping[str, AdapterSpec] = field(default_factory=dict)
+    """The numbers of each of its parameters, where parameters are adapted and not what the module computes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +107,8 @@ class Adapter(_Host):
 
     draws_b: ClassVar[bool] = False
     """Whether it is A that starts at zero, and B that is drawn."""
+    companions: ClassVar[tuple[str, ...]] = ()
+    """Names of children that are adapted whenever such a module is a target."""
 
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
@@ -117,6 +122,21 @@ class Adapter(_Host):
     def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B for `module`: A reads the input, B writes the output."""
         raise NotImplementedError
+
+    @classmethod
+    def shapes_of(cls, module: Any, parameter: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The same for one of its parameters."""
+        return cls.shapes(module, rank)
+
+    @staticmethod
+    def parameters_of(module: Any) -> tuple[str, ...]:
+        """The parameters that stand for `module` as a target, where it is they that are adapted."""
+        return ()
+
+    @staticmethod
+    def suffix_of(parameter: str) -> str:
+        """What the names of the tensors end in that adapt `parameter`."""
+        return ""
 
     @staticmethod
     def dimensions_after_channels(module: Any) -> int:
@@ -135,7 +155,7 @@ class Adapter(_Host):
 
     @classmethod
     def by_output(cls, module: Any, W: Tensor) -> Tensor:
-        """A weight of `module` as a matrix with a row for each output."""
+        """A weight of `module` with its last dimension along the weights of one output."""
         return cls.matrix(module, W)
 
     @classmethod
@@ -171,7 +191,7 @@ class Adapter(_Host):
     def lora_dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.lora.dropout, self.training) if self.lora.dropout else x
 
-    def factors(self, *, dropped: bool = True) -> tuple[Tensor, Tensor]:
+    def factors(self, parameter: str = "weight", *, dropped: bool = True) -> tuple[Tensor, Tensor]:
         """A and B as they enter the update: with what is `dropped` in this forward, if it trains, and with the frozen
         start, if there is one, as further ranks: s (B A - B0 A0) = s [B, -B0] [A; A0]."""
         A: Tensor = self.lora_A
@@ -196,21 +216,21 @@ class Adapter(_Host):
         keep = keep.repeat(A.shape[0] // self.lora.rank)  # a frozen start goes with the ranks that began as it
         return (keep.to(A.dtype) / ((1 - each) * (1 - whole))).view(-1, *(1,) * (A.dim() - 1))
 
-    def delta_weight(self, *, dropped: bool = False) -> Tensor:
+    def delta_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         """scale * B A, shaped as the layer's weight, in the precision of the factors (float32 at least)."""
-        A, B = self.factors(dropped=dropped)
+        A, B = self.factors(parameter, dropped=dropped)
         dtype = torch.promote_types(A.dtype, torch.float32)
         return self.from_matrix(self, self.lora.scale * (B.flatten(1).to(dtype) @ A.flatten(1).to(dtype)))
 
-    def adapted_weight(self, *, dropped: bool = False) -> Tensor:
+    def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         """The weight with the adapter in it, in float32 or wider, whatever autocast says."""
-        W = self.dense_weight()
+        W = self.dense_weight(parameter)
         with torch.autocast(W.device.type, enabled=False):
-            return W + self.delta_weight(dropped=dropped)
+            return W + self.delta_weight(parameter, dropped=dropped)
 
-    def dense_weight(self) -> Tensor:
+    def dense_weight(self, parameter: str = "weight") -> Tensor:
         """The base's own weight, in floating point."""
-        W = self._parameters["weight"]
+        W = self._parameters[parameter]
         assert W is not None
         return W
 
@@ -226,14 +246,18 @@ class Adapter(_Host):
         """The layer's attributes that change with them."""
         return {}
 
+    @staticmethod
+    def parameters_replaced(module: Any) -> None:
+        """Called where merging has put another parameter into `module`, for a class that keeps them elsewhere too."""
+
     def lora_pairs(self, name: str) -> tuple[Pair, ...]:
         """Its low-rank updates; `name` is the module's."""
         return (Pair(name, self, "weight", self.lora, ""),)
 
     def lora_trained(self, pair: Pair) -> list[Tensor]:
         """The tensors of one of its updates that are trained."""
-        own = (getattr(self, name) for name in self.lora_names if name.endswith(pair.suffix))
-        return [t for t in own if t.requires_grad]
+        own = (name for name in self.lora_names if name.removesuffix(pair.suffix) in TENSORS)
+        return [t for name in own if (t := getattr(self, name)).requires_grad]
 
     def extra_repr(self) -> str:
         mine = f"rank={self.lora.rank}, scale={self.lora.scale:g}"
@@ -320,7 +344,7 @@ def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tenso
             module.register_buffer(name, tensor)
     module.__dict__["lora"] = spec
     module.__dict__["lora_names"] = tuple(tensors)
-    module.__class__ = swapped_class("LoRA", mixin, base_class)
+    module.__class__ = swapped_class("LoRA", mixin, base_class, tuple(spec.parameters))
 
 
 def swap_back(module: Adapter) -> Callable[[], None]:

@@ -28,11 +28,13 @@ class DoRA(Adapter):
         return super().combine(base + (g - 1) * linear, g * update.to(base.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        is_fresh = not bool(self.lora_A.any()) or not bool(self.lora_B.any())
+        fresh = [pair for pair in self.lora_pairs("") if not bool(pair.A.any()) or not bool(pair.B.any())]
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if is_fresh and prefix + MAGNITUDE not in state_dict:  # a base checkpoint: m starts as the norm of that W
-            with torch.no_grad():
-                self.lora_magnitude_vector.copy_(output_norms(self, self, self.dense_weight()))
+        for pair in fresh:
+            if prefix + MAGNITUDE + pair.suffix not in state_dict:  # a base's: m starts as the norm of that W
+                with torch.no_grad():
+                    m = getattr(self, MAGNITUDE + pair.suffix)
+                    m.copy_(output_norms(self, self, self.dense_weight(pair.parameter)))
 
     def gain(self) -> Tensor:
         """g, one number for each output, in float32 or wider."""
@@ -40,14 +42,15 @@ class DoRA(Adapter):
             norm = output_norms(self, self, super().adapted_weight())
         return self.lora_magnitude_vector.to(norm.dtype) / norm
 
-    def adapted_weight(self, *, dropped: bool = False) -> Tensor:
-        V = self.by_output(self, super().adapted_weight(dropped=dropped))
+    def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
+        V = self.by_output(self, super().adapted_weight(parameter, dropped=dropped))
         norm = output_norms(self, self, V.detach(), is_by_output=True)
-        return self.from_output(self, (self.lora_magnitude_vector.to(V.dtype) / norm)[:, None] * V)
+        m: Tensor = getattr(self, MAGNITUDE + self.suffix_of(parameter))
+        return self.from_output(self, (m.to(V.dtype) / norm)[..., None] * V)
 
 
 def output_norms(geometry: Any, module: Any, W: Tensor, *, is_by_output: bool = False) -> Tensor:
     """||W|| over the weights of each output of `module`, in float32 or wider."""
     with torch.autocast(W.device.type, enabled=False):
         M = W if is_by_output else geometry.by_output(module, W)
-        return torch.linalg.vector_norm(M.to(torch.promote_types(M.dtype, torch.float32)), dim=1)
+        return torch.linalg.vector_norm(M.to(torch.promote_types(M.dtype, torch.float32)), dim=-1)

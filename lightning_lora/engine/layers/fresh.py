@@ -26,16 +26,30 @@ def fresh_tensors(
 
     `measured` are this layer's C and G, where the initialiser asks for them (see `inits`).
     """
-    weight = module.weight
+    if not spec.parameters:
+        return _fresh(module, geometry, "weight", spec, config, measured or {})
+    made = (_fresh(module, geometry, name, part, config, measured or {}) for name, part in spec.parameters.items())
+    return {name: tensor for tensors in made for name, tensor in tensors.items()}
+
+
+def _fresh(
+    module: nn.Module,
+    geometry: type[Adapter],
+    parameter: str,
+    spec: AdapterSpec,
+    config: LoRAConfig,
+    measured: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    weight = getattr(module, parameter)
     assert isinstance(weight, Tensor)
     # A quantized weight is stored as integers; its adapters are float32.
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
     if config.adapter_dtype == "float32":
         dtype = torch.promote_types(dtype, torch.float32)
-    shape_A, shape_B = geometry.shapes(module, spec.rank)
+    shape_A, shape_B = geometry.shapes_of(module, parameter, spec.rank)
     with torch.inference_mode(False), torch.no_grad(), _drawing_on(weight.device):
         # What is made in inference mode can never be trained.
-        start = _start(module, geometry, spec, config, measured or {})
+        start = _start(module, geometry, parameter, spec, config, measured)
         if isinstance(start, Factors):
             A, B = start.A.reshape(shape_A).to(dtype), start.B.reshape(shape_B).to(dtype)
         elif geometry.draws_b and not config.freeze_a:
@@ -49,7 +63,8 @@ def fresh_tensors(
             tensors[BIAS] = nn.Parameter(torch.zeros(shape_B[0], dtype=dtype))
         if config.use_dora:
             tensors[MAGNITUDE] = nn.Parameter(output_norms(geometry, module, weight.detach()).to(dtype))
-    return tensors
+    suffix = geometry.suffix_of(parameter)
+    return {name + suffix: tensor for name, tensor in tensors.items()}
 
 
 def tensor_shapes(
@@ -66,10 +81,15 @@ def tensor_shapes(
 
 
 def _start(
-    module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig, measured: Mapping[str, Tensor]
+    module: nn.Module,
+    geometry: type[Adapter],
+    parameter: str,
+    spec: AdapterSpec,
+    config: LoRAConfig,
+    measured: Mapping[str, Tensor],
 ) -> Tensor | Factors:
     init = INITS[config.init]
-    A, B = geometry.shapes(module, spec.rank)
+    A, B = geometry.shapes_of(module, parameter, spec.rank)
     known: dict[str, Any] = {
         "rank": spec.rank,
         "scale": spec.scale,
@@ -78,10 +98,16 @@ def _start(
         **measured,
     }
     if "W" in init.wants:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        known["W"] = geometry.matrix(module, weight.detach()).to(torch.float32)
-    return init.function(**{name: known[name] for name in init.wants})
+        known["W"] = geometry.matrix(module, getattr(module, parameter).detach()).to(torch.float32)
+    count = A[0] // spec.rank
+    if count == 1:
+        return init.function(**{name: known[name] for name in init.wants})
+    # A stack of matrices: each starts by itself.
+    stack = known.pop("W", [None] * count)
+    starts = [init.function(**{name: {**known, "W": W}[name] for name in init.wants}) for W in stack]
+    if isinstance(starts[0], Factors):
+        return type(starts[0])(A=torch.cat([f.A for f in starts]), B=torch.stack([f.B for f in starts], dim=-1))
+    return torch.cat(starts)
 
 
 @contextmanager
