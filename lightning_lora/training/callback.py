@@ -208,6 +208,7 @@ class LoRACallback(Callback):
         self._resume.on_train_epoch_start(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._resume.on_train_batch_start(trainer)
         held = sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
         if held != self._held:
             check_only_adapters(trainer.optimizers, pl_module)
@@ -219,6 +220,9 @@ class LoRACallback(Callback):
         if self._awaits_gradient is not None and self._heard_backward:  # not so where a training_step returned None
             self._report_unused(pl_module)
         self._resume.on_train_batch_end(trainer, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resume.on_train_epoch_end()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch.utils.data import IterableDataset
 
@@ -68,6 +69,10 @@ class ExactResume:
         """What a checkpoint brought, of each process, until it has been put back."""
         self.boundary: RandomState | None = None
         """The state to put back when the next epoch starts, after resuming between two."""
+        self.epoch_end: RandomState | None = None
+        """The state after the last whole epoch."""
+        self.late: list[GradientAccumulationScheduler] = []
+        """Whoever acts when an epoch starts, of which Lightning tells nobody where it resumes in the middle of one."""
 
     def state_dict(self) -> dict[str, Any]:
         own = {"epoch_start": self.epoch_start, "restarts": self.restarts, "now": random_state()}
@@ -83,7 +88,9 @@ class ExactResume:
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Go on where the checkpoint was saved, or start so that a later checkpoint can."""
-        ranks, self.saved, self.after_batch, self.boundary = self.saved, None, None, None
+        ranks, self.saved = self.saved, None
+        self.after_batch = self.boundary = self.epoch_end = None
+        self.late = []
         fetcher = trainer.fit_loop._data_fetcher
         if fetcher is None:
             return
@@ -121,8 +128,8 @@ class ExactResume:
                 next(fetcher.iterator)  # type: ignore[arg-type]
             self.replayed = {}
         every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-        if every:  # Lightning counts from the epoch in which it resumes, not from the last one that loaded anew
-            trainer.fit_loop._last_train_dl_reload_epoch -= trainer.fit_loop._last_train_dl_reload_epoch % every
+        if every:  # Lightning counts from the epoch of the checkpoint, not from the last one that loaded anew
+            trainer.fit_loop._last_train_dl_reload_epoch = trainer.current_epoch - trainer.current_epoch % every
         set_random_state(saved["now"])
         if not seen and not streams:
             # Between two epochs: the iterator that Lightning made on loading was drawn from other random numbers, or,
@@ -132,6 +139,7 @@ class ExactResume:
             # Other hooks, and Lightning when it makes up for a validation, still draw before the first batch.
             assert fetcher.iterator is not None
             fetcher.iterator = _from_state(saved["now"], fetcher.iterator)
+            self.late = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
         else:
             self.boundary = saved["now"]
         self.after_batch = saved["now"]
@@ -140,8 +148,21 @@ class ExactResume:
         if self.boundary is not None:
             set_random_state(self.boundary)
             self.boundary = None
-        if trainer.fit_loop._data_fetcher is not None:  # another loader, where loaders are made anew for each epoch
-            self._watch(trainer.fit_loop._data_fetcher.combined_loader)
+        fetcher = trainer.fit_loop._data_fetcher
+        if fetcher is None or hasattr(fetcher.combined_loader, "lora_resume"):
+            return
+        # Loaders are made anew for each epoch, with an iterator that nobody uses. It does not count: a run that is
+        # resumed here does not make it.
+        if self.epoch_end is not None:
+            set_random_state(self.epoch_end)
+        self._watch(fetcher.combined_loader)
+
+    def on_train_epoch_end(self) -> None:
+        self.epoch_end = random_state()
+
+    def on_train_batch_start(self, trainer: Trainer) -> None:
+        while self.late:
+            self.late.pop().on_train_epoch_start(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, batch_idx: int) -> None:
         self.after_batch = random_state() if _validation_may_follow(trainer, batch_idx) else None

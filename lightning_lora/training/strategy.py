@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -92,6 +93,8 @@ class AdapterStrategy(_Host):
             super().load_model_state_dict(checkpoint, strict=strict)
             return
         check_metadata(checkpoint, module, check_base=self.lora.check_base)
+        if isinstance(self.precision_plugin, DoublePrecision):  # Lightning widens the module after this, too late for
+            self.precision_plugin.convert_module(module)  # values that float32 would round
         load_adapter_state_dict(module, checkpoint["state_dict"])
         restore_buffers(module, checkpoint[METADATA].get("buffers", {}))
 

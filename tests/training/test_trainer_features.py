@@ -8,7 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -234,12 +240,16 @@ class Several(Lit):
         return loss
 
 
-def run_and_resume(make: Any, folder: Path, steps: Any, **settings: Any) -> None:
+def run_and_resume(
+    make: Any, folder: Path, steps: Any, *, saves: dict[str, int] | None = None, **settings: Any
+) -> None:
     def fit(name: str, ckpt: Path | None = None) -> Any:
         pl.seed_everything(1 if ckpt is None else 7, verbose=False)
         module = make()
-        saver = ModelCheckpoint(folder / name, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-        trainer(LoRACallback(rank=2, dropout=0.1), saver, **{"max_epochs": 3, **settings}).fit(module, ckpt_path=ckpt)
+        often = saves or {"every_n_train_steps": 1}
+        saver = ModelCheckpoint(folder / name, filename="{step}", save_top_k=-1, **often)  # type: ignore[arg-type]
+        run = trainer(LoRACallback(rank=2, dropout=0.1), saver, **{"max_epochs": 3, **settings})
+        run.fit(module, ckpt_path=ckpt)
         return module
 
     whole = fit("whole")
@@ -276,6 +286,31 @@ def test_several_loaders_resume_exactly(mode: str, tmp_path: Path) -> None:
 def test_a_run_resumes_exactly_under_other_settings(settings: dict[str, Any], tmp_path: Path) -> None:
     last = 8 if 3 in (settings.get("limit_train_batches"), settings.get("overfit_batches")) else 10
     run_and_resume(Lit, tmp_path, (1, 3, 5, 6, last), **settings)
+
+
+@pytest.mark.parametrize("saves", [{"every_n_epochs": 1}, {"every_n_train_steps": 5}], ids=str)
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_run_that_makes_its_loaders_anew_resumes_exactly_between_two_epochs(
+    every: int, saves: dict[str, int], tmp_path: Path
+) -> None:
+    run_and_resume(Lit, tmp_path, (5, 10), saves=saves, reload_dataloaders_every_n_epochs=every)
+
+
+def test_a_run_in_double_precision_resumes_exactly(tmp_path: Path) -> None:
+    run_and_resume(Lit, tmp_path, (1, 5, 6), precision="64-true")
+
+
+def test_accumulation_on_a_schedule_resumes_exactly(tmp_path: Path) -> None:
+    pl.seed_everything(1, verbose=False)
+    losses: dict[str, list[float]] = {}
+    for name, ckpt in (("whole", None), ("resumed", tmp_path / "whole" / "step=6.ckpt")):
+        module = Lit()
+        saver = ModelCheckpoint(tmp_path / name, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        trainer(LoRACallback(rank=2), GradientAccumulationScheduler({1: 2}), saver, max_epochs=2).fit(
+            module, ckpt_path=ckpt
+        )
+        losses[name] = [loss.item() for loss in module.losses]
+    assert losses["resumed"] == losses["whole"][7:]  # five steps of one batch, then one of two
 
 
 # Norms.
