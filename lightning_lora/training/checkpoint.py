@@ -27,6 +27,7 @@ METADATA = "lightning_lora"
 """The key under which a checkpoint describes its adapter; plain values only, so torch loads it with weights_only."""
 
 _FORMAT = 1
+_LEFT_OUT = "arguments_left_out"
 Module = TypeVar("Module", bound="LightningModule")
 
 
@@ -38,6 +39,16 @@ def checkpoint_metadata(module: nn.Module, base: Mapping[str, Any] | None = None
         "configs": {name: injection.config.to_dict() for name, injection in injections(module)},
         "scales": {name: adapter.lora.scale for name, adapter in adapters(module)},
     }
+
+
+def leave_out_modules(checkpoint: dict[str, Any]) -> None:
+    """Take modules out of the hyperparameters in `checkpoint` (`save_hyperparameters` keeps every argument of a
+    constructor, such as a backbone): their weights are the base's. Their names go into the description."""
+    given = checkpoint.get("hyper_parameters") or {}
+    names = [name for name, value in given.items() if isinstance(value, nn.Module)]
+    if names:
+        checkpoint["hyper_parameters"] = {name: value for name, value in given.items() if name not in names}
+        checkpoint[METADATA][_LEFT_OUT] = names
 
 
 def check_metadata(checkpoint: Mapping[str, Any], module: nn.Module, *, check_base: bool = True) -> None:
@@ -90,7 +101,8 @@ def load_from_checkpoint(
     """`cls.load_from_checkpoint` for a checkpoint that was saved with LoRACallback: base weights come from where `cls`
     takes them when it is constructed (or in `configure_model`), adapters from the checkpoint.
 
-    `kwargs` are passed on (hparams_file, and the constructor's arguments). Returns the adapted module, on the device
+    `kwargs` are passed on (hparams_file, and the constructor's arguments; one that is a module has to be given, since
+    the checkpoint leaves it out). Returns the adapted module, on the device
     that `map_location` names; `remove` gives back its base. Raises CheckpointError for a file that is no whole
     checkpoint or holds no adapter, BaseMismatchError where the base is not the one that they were trained on,
     AdapterFormatError where they do not fit.
@@ -106,7 +118,17 @@ def load_from_checkpoint(
         warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
         warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
         # It holds no more than what was read with the user's own weights_only.
-        module = cls.load_from_checkpoint(bare, strict=False, weights_only=False, **kwargs)
+        try:
+            module = cls.load_from_checkpoint(bare, strict=False, weights_only=False, **kwargs)
+        except TypeError as error:
+            absent = [name for name in metadata.get(_LEFT_OUT, ()) if name not in kwargs]
+            if not absent:
+                raise
+            raise CheckpointError(
+                f"{checkpoint_path} holds no base weights, so not the module that {cls.__name__} was given as "
+                f"{listed(map(repr, absent))}. Pass it: "
+                f"load_from_checkpoint({cls.__name__}, path, {', '.join(f'{name}=...' for name in absent)})."
+            ) from error
     for name, config in metadata["configs"].items():
         try:
             inject(module.get_submodule(name), LoRAConfig(**config))

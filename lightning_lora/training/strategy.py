@@ -37,6 +37,7 @@ from lightning_lora.training.checkpoint import (
     check_metadata,
     checkpoint_adapter,
     checkpoint_metadata,
+    leave_out_modules,
     reading,
 )
 
@@ -114,6 +115,7 @@ class AdapterStrategy(_Host):
         own = adapter_tensors(module).keys()
         checkpoint.update({key: without_base(value, own) for key, value in checkpoint.items()})
         checkpoint[METADATA] = self._metadata(module)
+        leave_out_modules(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
         path = str(filepath)
         # Hidden files are the learning-rate and batch-size finders' own.

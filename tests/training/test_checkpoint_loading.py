@@ -177,3 +177,26 @@ class Other(Lit):
 def test_another_class_is_refused(saved: Path) -> None:
     with pytest.raises(AdapterFormatError, match=r"missing: body\.0\.lora_A.*unexpected: net\.0\.lora_A"):
         load_from_checkpoint(Other, saved)
+
+
+class Wrapping(Lit):
+    """Is given its network, and keeps it among its settings, as `save_hyperparameters()` does."""
+
+    def __init__(self, backbone: nn.Module, lr: float = 1e-2) -> None:
+        super().__init__(lr=lr)
+        self.save_hyperparameters()
+        self.net = backbone  # type: ignore[assignment]
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'backbone' is an instance of `nn.Module`")
+def test_a_network_among_the_settings_is_no_part_of_the_checkpoint(tmp_path: Path) -> None:
+    run = trainer(LoRACallback(rank=2), max_epochs=1)
+    run.fit(module := Wrapping(net(), lr=0.1))
+    run.save_checkpoint(path := tmp_path / "x.ckpt")
+    assert torch.load(path, weights_only=True)["hyper_parameters"] == {"lr": 0.1, "seed": 0}
+    assert set(module.hparams) == {"lr", "seed", "backbone"}
+    loaded = load_from_checkpoint(Wrapping, path, backbone=net())
+    x = torch.randn(4, 8)
+    assert torch.equal(loaded.eval()(x), module.eval()(x))
+    with pytest.raises(CheckpointError, match=r"given as 'backbone'.*load_from_checkpoint\(Wrapping, path, backbone="):
+        load_from_checkpoint(Wrapping, path)
