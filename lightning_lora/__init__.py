@@ -30,6 +30,7 @@ _HOME = {
     "export_adapter": "lightning_lora.hub.export",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push",
+    "AdapterColumn": "lightning_lora.training.adapter_column",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
     "load_from_checkpoint": "lightning_lora.training",
@@ -38,6 +39,7 @@ _HOME = {
 
 __all__ = [
     "AdapterBank",
+    "AdapterColumn",
     "HubPush",
     "InjectionReport",
     "LightningLoRAError",
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push import push_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
+    from lightning_lora.training.adapter_column import AdapterColumn
     from lightning_lora.training.push import HubPush
 
 

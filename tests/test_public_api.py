@@ -8,6 +8,7 @@ import lightning_lora
 
 NAMES = [
     "AdapterBank",
+    "AdapterColumn",
     "HubPush",
     "LoRACallback",
     "LoRAConfig",

@@ -3,6 +3,7 @@
 lightning-lora predict run=runs/train/2025-01-31_12-00-00      a run's adapter on the data of that run
 lightning-lora predict adapter=FOLDER model=pretrained model.name=ID data=text data.source.path=prompts.txt
 lightning-lora predict adapter=null                            the bare base
+lightning-lora predict adapter=FOLDER adapter_column=COLUMN    each row with the adapter in FOLDER that it names
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from lightning_lora.cli.results import shown
 from lightning_lora.cli.schema import Node
+from lightning_lora.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Settings:
     optimizer: Node
     scheduler: Node
     adapter: str | None
+    adapter_column: str | None
     ckpt_path: str | None
     seed: int | None
     run_dir: str
@@ -36,8 +39,15 @@ class Settings:
 def run(settings: dict[str, Any]) -> None:
     """Predict as `settings` say; writes predictions.jsonl to `run_dir`."""
     from lightning_lora.cli.trained import trained
+    from lightning_lora.training.data.base import SourceData
 
-    trainer, task, data = trained(settings)
+    column = settings["adapter_column"]
+    if column is None:
+        trainer, task, data = trained(settings)
+    else:
+        trainer, task, data = trained(settings, _each_by(column, settings["adapter"]))
+        if isinstance(data, SourceData):
+            data.adapter_column = column
     batches = trainer.predict(task, data, ckpt_path=settings["ckpt_path"]) or []
     # Each process predicts a share of the inputs.
     name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"
@@ -50,6 +60,14 @@ def run(settings: dict[str, Any]) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
     print(f"\npredictions  {shown(path)} ({count:,} lines)")
+
+
+def _each_by(column: str, folder: str | None) -> Any:
+    from lightning_lora.training.adapter_column import AdapterColumn
+
+    if folder is None:
+        raise ConfigError(f"adapter_column={column} needs adapter=FOLDER, the folder in which the adapters lie.")
+    return AdapterColumn(folder, column)
 
 
 def rows(batch: Any) -> Iterator[Any]:

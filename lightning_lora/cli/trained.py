@@ -41,13 +41,17 @@ class LoadedAdapter(pl.Callback):
         setattr(pl_module, last, build_and_load)
 
 
-def trained(settings: dict[str, Any]) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
-    """Trainer, task and data as `settings` describe them; a hook of the Trainer loads the adapter."""
+def trained(
+    settings: dict[str, Any], *callbacks: pl.Callback
+) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
+    """Trainer, task and data as `settings` describe them; a hook of the Trainer loads the adapter, unless `callbacks`
+    are given, which do."""
     quieten()
     use_available_cores()
     if settings["seed"] is not None:
         pl.seed_everything(settings["seed"], workers=True, verbose=False)
     task, data = build(settings, "task"), build(settings, "data")
-    callbacks = [] if settings["adapter"] is None else [LoadedAdapter(settings["adapter"])]
-    trainer = build(settings, "trainer", callbacks=callbacks, logger=False, enable_checkpointing=False)
+    if settings["adapter"] is not None and not callbacks:
+        callbacks = (LoadedAdapter(settings["adapter"]),)
+    trainer = build(settings, "trainer", callbacks=list(callbacks), logger=False, enable_checkpointing=False)
     return trainer, task, data

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning_lora.hub import peft
 from lightning_lora.hub.disk import DiskStore
 from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.matching import Fit, fit
-from lightning_lora.hub.reading import Header, check_folder, open_tensors
+from lightning_lora.hub.reading import CONFIG, Header, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
 
 
@@ -86,6 +87,33 @@ class AdapterBank(Bank):
         self._names = {id(cell.module): name for name, cell in self._cells.items()}
         self._fits: dict[Any, tuple[Fit, dict[str, _Part]]] = {}
         self._bases: dict[int, dict[str, Any]] = {}
+
+    @classmethod
+    def from_folders(
+        cls,
+        model: nn.Module,
+        folders: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str],
+        capacity: int = 64,
+        *,
+        check_base: bool = True,
+        **settings: Any,
+    ) -> AdapterBank:
+        """A bank with room for what these adapters adapt, at their largest rank, and with all of them in it.
+
+        `folders` are adapter folders by name, or one folder that holds them, each under its own name. `settings` are
+        those of AdapterBank. Raises as AdapterBank and `add` do; `model` is then as it was.
+        """
+        named = _named_folders(folders)
+        modules, rank = _adapted(model, named)
+        targets = "|".join(map(re.escape, modules))  # as a list, "fc" would mean every module that ends so
+        bank = cls(model, min(capacity, len(named)), **{"max_rank": rank, "target_modules": targets, **settings})
+        try:
+            for name, folder in named.items():
+                bank.add(name, folder, check_base=check_base)
+        except BaseException:
+            bank.close()
+            raise
+        return bank
 
     def add(
         self,
@@ -179,17 +207,14 @@ class AdapterBank(Bank):
 
     def _parts(self, config: LoRAConfig, header: Header, where: str) -> tuple[Fit, dict[str, _Part]]:
         """How the file lies on the model, and which keys are which layer's. Files of one kind are matched once."""
-        key = (repr(config), tuple(header.shapes.items()), header.note.get("module"))
+        key = _kind(config, header)
         found = self._fits.get(key)
         if found is None:
-            try:
-                plan = fit(self.model, config, header, where=where)
-            except TargetError as error:
-                raise AdapterFormatError(f"{where} does not fit {type(self.model).__name__}: {error}") from error
+            plan = _fitting(self.model, config, header, where)
             if len(self._fits) >= 64:
                 self._fits.clear()
             self._fits[key] = found = (plan, self._layers(plan, config))
-        return found
+        return replace(found[0], where=where), found[1]
 
     def _layers(self, plan: Fit, config: LoRAConfig) -> dict[str, _Part]:
         tensors: dict[str, dict[str, str]] = {}
@@ -220,6 +245,55 @@ _NOT_SERVED = (
     "{what} has {names}. A bank serves low-rank updates of its layers, not what was trained whole (modules_to_save, "
     "biases, tokens) nor parameters that a layer has beside its weight: use load_adapter for this one."
 )
+
+
+def _named_folders(folders: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str]) -> dict[str, Path]:
+    if isinstance(folders, Mapping):
+        named = {name: Path(folder) for name, folder in folders.items()}
+    else:
+        place = Path(folders).expanduser()
+        if not place.is_dir():
+            raise AdapterFormatError(f"There is no folder {str(place)!r}, in which adapters would lie.")
+        named = {path.name: path for path in sorted(place.iterdir()) if (path / CONFIG).is_file()}
+        if not named and (place / CONFIG).is_file():
+            raise AdapterFormatError(f"{str(place)!r} is an adapter itself: give the folder that it lies in.")
+    if not named:
+        raise AdapterFormatError(f"There are no adapters in {str(folders)!r}: each is a folder with {CONFIG}.")
+    return named
+
+
+def _adapted(model: nn.Module, named: Mapping[str, Path]) -> tuple[list[str], int]:
+    """Which modules of `model` the adapters in these folders adapt, and their largest rank."""
+    names = {id(module): name for name, module in model.named_modules()}
+    modules: dict[str, None] = {}
+    rank, kinds = 1, set()
+    for folder in named.values():
+        check_folder(folder)
+        config = checked_config(folder)
+        with open_tensors(folder) as file:
+            header = file.header
+        if (kind := _kind(config, header)) in kinds:
+            continue
+        kinds.add(kind)
+        plan = _fitting(model, config, header, str(folder))
+        for source in plan.sources:
+            layer, _, part = source.rpartition(".")
+            if part in FACTORS:
+                modules[names[id(plan.root.get_submodule(layer))]] = None
+                rank = max(rank, config.rank_of(layer))
+    return list(modules), rank
+
+
+def _kind(config: LoRAConfig, header: Header) -> Any:
+    """What decides how a file lies on a model."""
+    return repr(config), tuple(header.shapes.items()), header.note.get("module")
+
+
+def _fitting(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
+    try:
+        return fit(model, config, header, where=where)
+    except TargetError as error:
+        raise AdapterFormatError(f"{where} does not fit {type(model).__name__}: {error}") from error
 
 
 def _read(plan: Fit, parts: Mapping[str, _Part], tensors: Any) -> dict[str, LayerFactors]:

@@ -29,7 +29,8 @@ class Regression(pl.LightningModule):
         self.log_dict({"val_loss": loss, "val_accuracy": 1 / (1 + loss)})
 
     def predict_step(self, batch, batch_idx):
-        return {"prediction": self.net(batch[0])[:, 0]}
+        x = batch["x"] if isinstance(batch, dict) else batch[0]
+        return {"prediction": self.net(x)[:, 0]}
 
     def configure_optimizers(self):
         return self.optimizer(self.parameters())
@@ -57,3 +58,18 @@ class Sums(pl.LightningDataModule):
         return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=self.batch_size)
 
     val_dataloader = predict_dataloader = train_dataloader
+
+
+class NamedSums(Sums):
+    """Its rows as dicts, every other one naming an adapter."""
+
+    def __init__(self, rows: int = 32, batch_size: int = 8, names: bool = True):
+        super().__init__(rows, batch_size)
+        self.names = names
+
+    def predict_dataloader(self):
+        return DataLoader(self.train_dataloader().dataset, batch_size=self.batch_size, collate_fn=self.named)
+
+    def named(self, rows):
+        batch = {"x": torch.stack([x for x, _ in rows])}
+        return {**batch, "skill": ["sums", ""] * (len(rows) // 2)} if self.names else batch

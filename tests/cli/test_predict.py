@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import pytest
 import torch
 
 from lightning_lora.cli.predict import rows
@@ -25,6 +27,26 @@ def test_the_adapter_is_what_makes_the_difference_to_the_bare_base(cli):
         assert cli("evaluate", f"run={run}", f"adapter={adapter}") == 0
         metrics = json.loads((cli.folder / "metrics.json").read_text())
         assert abs(metrics["val_loss"] - loss) < 1e-6 * max(1, loss)
+
+
+def test_each_row_is_predicted_with_the_adapter_that_a_column_names(cli, tmp_path):
+    assert cli.train("trainer.max_epochs=5", "optimizer.lr=0.05") == 0
+    run = cli.folder
+    shutil.copytree(run / "adapter", tmp_path / "adapters" / "sums")
+    predict = ["predict", f"run={run}", "trainer.enable_progress_bar=false", "data._target_=standin.NamedSums"]
+
+    def predictions(*arguments):
+        assert cli(*predict, *arguments) == 0, cli.err
+        return [json.loads(line)["prediction"] for line in (cli.folder / "predictions.jsonl").read_text().splitlines()]
+
+    mixed = predictions("adapter=adapters", "adapter_column=skill")
+    all_rows, bare = (predictions(f"adapter={a}", "data.names=false") for a in ("adapters/sums", "null"))
+    # Every other row names it. float32: the two compute the same products in another order.
+    assert mixed[::2] == pytest.approx(all_rows[::2], rel=1e-5, abs=1e-5)
+    assert mixed[1::2] == pytest.approx(bare[1::2], rel=1e-5, abs=1e-5)
+    assert abs(all_rows[0] - bare[0]) > 0.01
+    assert cli(*predict, "adapter=null", "adapter_column=skill") == 2
+    assert "needs adapter=FOLDER" in cli.err
 
 
 def test_whatever_a_predict_step_returns_becomes_rows():

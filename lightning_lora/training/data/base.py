@@ -9,10 +9,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_lora.errors import ConfigError, DataError
-from lightning_lora.training.data.source import Source, Splits
+from lightning_lora.training.data.adapter_column import NamedBatch, NamedRows
+from lightning_lora.training.data.source import Source, Splits, require_columns
 
 NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
@@ -35,6 +36,8 @@ class SourceData(pl.LightningDataModule):
         self.source = source
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.adapter_column: str | None = None
+        """When predicting, the column of the rows that names the adapter of each: see AdapterColumn."""
         self._encoded: dict[str, Dataset] = {}
 
     @abstractmethod
@@ -55,7 +58,12 @@ class SourceData(pl.LightningDataModule):
         needed = NEEDED[str(getattr(stage, "value", stage))] if stage is not None else ("train", "validation")
         for split in needed:
             if split not in self._encoded:
-                self._encoded[split] = self.encode(self._rows(split), split)
+                rows = self._rows(split)
+                self._encoded[split] = self.encode(rows, split)
+                if split == "predict" and self.adapter_column is not None:
+                    require_columns(rows, [self.adapter_column], split)
+                    names = rows.with_format(None)[self.adapter_column]
+                    self._encoded[split] = NamedRows(self._encoded[split], list(names), self.adapter_column)
 
     def _rows(self, split: str) -> Any:
         rows = getattr(self.splits, split)
@@ -80,6 +88,9 @@ class SourceData(pl.LightningDataModule):
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
         collate = self.collate_prompts if split == "predict" and self.collate_prompts is not None else self.collate
+        if isinstance(self._encoded[split], NamedRows):
+            assert self.adapter_column is not None
+            collate = NamedBatch(collate or default_collate, self.adapter_column)
         return DataLoader(
             self._encoded[split],
             batch_size=self.batch_size,
