@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
     """
     if W.requires_grad or not _can_fuse(x, W, A, B):
         return _plain(x, F.linear(x, W, b), A, B, scale, dropout)
+    if not torch.is_grad_enabled():
+        return _forward(x, None, W, b, A, B, scale, dropout).y
     y: Tensor = _Linear.apply(x, None, W, b, A, B, scale, dropout)[0]
     return y
 
@@ -45,28 +47,80 @@ def add_update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, drop
     """
     if not _can_fuse(x, base, A, B):
         return _plain(x, base, A, B, scale, dropout)
+    if not torch.is_grad_enabled():
+        return _forward(x, base, None, None, A, B, scale, dropout).y
     y: Tensor = _Linear.apply(x, base, None, None, A, B, scale, dropout)[0]
+    return y
+
+
+def update(x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -> Tensor:
+    """B A drop(x) alone, for a layer that does more with it than add it."""
+    if not _can_fuse(x, A, B):
+        return _plain_update(x, A, B, dropout)
+    if not torch.is_grad_enabled():
+        return _forward(x, None, None, None, A, B, 1.0, dropout).y
+    y: Tensor = _Linear.apply(x, None, None, None, A, B, 1.0, dropout)[0]
     return y
 
 
 def _can_fuse(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _under_torch_func():
         return False
-    return all(
-        type(t) in (Tensor, nn.Parameter) and forward_ad.unpack_dual(t).tangent is None and not t.is_complex()
-        for t in tensors
-    )
+    for t in tensors:
+        if type(t) not in _PLAIN_TENSORS or t.is_complex() or forward_ad.unpack_dual(t).tangent is not None:
+            return False
+    return True
+
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def _plain(x: Tensor, base: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
-    x = F.dropout(x, dropout) if dropout else x
-    update = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
     # Not torch.add(..., alpha=scale): torch 2.13's inductor fuses it with B's product and loses the alpha.
-    return base + scale * update.to(base.dtype)
+    return base + scale * _plain_update(x, A, B, dropout).to(base.dtype)
+
+
+def _plain_update(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
+    x = F.dropout(x, dropout) if dropout else x
+    return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+
+
+class _Forward(NamedTuple):
+    y: Tensor
+    H: Tensor
+    dropped: Tensor | None
+    scale: float
+    """The factor on B H."""
+    dtype: torch.dtype
+    """What was computed in."""
+
+
+def _forward(
+    x: Tensor, base: Tensor | None, W: Tensor | None, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+) -> _Forward:
+    """The output with what W or `base` gives, or with nothing besides."""
+    dtype = _autocast_dtype(x) or x.dtype
+    with _no_autocast(x):
+        x = x.to(dtype)
+        X = _matrix(x)
+        dropped = None
+        if p:
+            dropped, scale = _draw(X, p), scale / (1 - p)
+        H = A.to(dtype) @ _without(X, dropped).T
+        if W is not None:
+            y = F.linear(x, W.to(dtype), None if b is None else b.to(dtype))
+            y.view(X.shape[0], W.shape[0]).addmm_(H.T, B.to(dtype).T, alpha=scale)
+        elif base is not None and base.dtype == dtype:
+            y = torch.addmm(_matrix(base), H.T, B.to(dtype).T, alpha=scale).view(base.shape)
+        else:
+            y = x.new_empty(X.shape[0], B.shape[0]).addmm_(H.T, B.to(dtype).T, beta=0, alpha=scale)
+            y = y.view(*x.shape[:-1], B.shape[0])
+            y = y if base is None else base + y.to(base.dtype)
+    return _Forward(y, H, dropped, scale, dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """The output, from either W or `base`, and H. Inside, all is in matrices: X (n, in), Y and G (n, out), H (rank, n).
+    """The output and H. Inside, all is in matrices: X (n, in), Y and G (n, out), H (rank, n).
 
     H and its gradient lie with the rank first, and the gradient of B is computed as its transpose: a CPU multiplies
     narrow matrices up to eight times as fast that way round. H is an output so that the gradient of a gradient finds
@@ -85,21 +139,7 @@ class _Linear(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        dtype = _compute_dtype(x)
-        with _no_autocast(x):
-            x_ = x.to(dtype)
-            X = _matrix(x_)
-            dropped = _draw(X, dropout) if dropout else None
-            if dropped is not None:
-                scale = scale / (1 - dropout)
-            H = A.to(dtype) @ _without(X, dropped).T
-            if W is not None:
-                y = F.linear(x_, W.to(dtype), None if b is None else b.to(dtype))
-                y.view(X.shape[0], W.shape[0]).addmm_(H.T, B.to(dtype).T, alpha=scale)
-            else:
-                assert base is not None
-                y = _sum(base, H, B.to(dtype), scale)
+        y, H, dropped, ctx.scale, ctx.dtype = _forward(x, base, W, b, A, B, scale, dropout)
         needs_x, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if needs_A else None,
@@ -109,8 +149,8 @@ class _Linear(torch.autograd.Function):
             H if needs_B else None,
             dropped if needs_x or needs_A else None,
         )
-        ctx.scale, ctx.dtype, ctx.shape = scale, dtype, x.shape
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, base, b, A, B)]
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtypes = x.shape, [None if t is None else t.dtype for t in (x, base, b, A, B)]
         return y, H
 
     @staticmethod
@@ -184,7 +224,7 @@ def _draw(X: Tensor, p: float) -> Tensor:
 def _rare_positions(size: int, p: float) -> Tensor:
     """Positions in range(size), in order, each there with probability p on its own: gaps between them are geometric."""
     mean = size * p
-    count = int(mean + _DEVIATIONS * math.sqrt(mean)) + 16
+    count = max(0, int(mean + _DEVIATIONS * math.sqrt(mean))) + 16
     gaps = torch.rand(count, dtype=torch.float32, device="cpu").neg_().log1p_().mul_(1 / math.log1p(-max(p, 1e-30)))
     at = gaps.clamp_max_(size).long().add_(1).cumsum_(0).sub_(1)
     last = int(at[-1])
@@ -206,26 +246,18 @@ def _without(X: Tensor, dropped: Tensor | None) -> Tensor:
     return X.reshape(-1).index_fill(0, dropped.long(), 0).view(X.shape)
 
 
-def _sum(base: Tensor, H: Tensor, B: Tensor, scale: float) -> Tensor:
-    """base + scale * (B H)^T, in memory of its own."""
-    if base.dtype == B.dtype:
-        return torch.addmm(_matrix(base), H.T, B.T, alpha=scale).view(base.shape)
-    return base + scale * (H.T @ B.T).view(base.shape).to(base.dtype)
-
-
 def _matrix(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What torch computes a product with x in: autocast narrows all but float64."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast narrows x to in a product, if it does."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """The dtypes are chosen already; autocast would choose again, and in the backward pass by what holds there."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return nullcontext() if _autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
