@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections, release, weight_users
 from lightning_lora.engine.layers.base import Adapter, adapters, check_removable, pairs, swap_back
+from lightning_lora.engine.storage import can_be_dense, dense, is_plain, stored
 from lightning_lora.errors import AdapterStateError, listed
 
 
@@ -22,8 +23,9 @@ def merge(model: nn.Module) -> None:
     """Bake the adapters into the base weights of `model`; they are gone afterwards, and what was frozen is trainable
     as it was before `inject`.
 
-    A tied weight is untied first, with a warning, since only one of its users was adapted. Raises AdapterStateError
-    where there are no adapters or a layer cannot be merged; nothing is changed then.
+    A tied weight is untied first, with a warning, since only one of its users was adapted. A quantized weight is
+    quantized again, with a warning that says how much of the update is lost in that; one of torchao's becomes a plain
+    one. Raises AdapterStateError where there are no adapters or a layer cannot be merged; nothing is changed then.
     """
     mergeable = _mergeable(model)
     records = [(model.get_submodule(name), injection) for name, injection in injections(model)][::-1]
@@ -47,6 +49,7 @@ def merge(model: nn.Module) -> None:
             "config.tie_word_embeddings=False).",
             stacklevel=2,
         )
+    _warn_of_rounding(model)
     for module in mergeable:
         values, attributes = _merged(module)
         kind = type(module)
@@ -54,8 +57,9 @@ def merge(model: nn.Module) -> None:
         for name, value in values.items():
             parameter = module._parameters[name]
             assert parameter is not None
-            if tied[id(parameter)] or parameter.shape != value.shape:  # the others keep the weight that they share
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            in_place = is_plain(parameter) and parameter.shape == value.shape
+            if tied[id(parameter)] or not in_place:  # the others keep the weight that they share
+                module._parameters[name] = _parameter(value)
             else:
                 with torch.no_grad():
                     parameter.copy_(value)
@@ -68,16 +72,17 @@ def merge(model: nn.Module) -> None:
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
     """Inside, the adapters of `model` are baked into weights of their own, and its layers are the base's own, at their
-    speed; outside, all is as it was, bit for bit. Raises AdapterStateError as `merge` does."""
+    speed; outside, all is as it was, bit for bit. Raises AdapterStateError and warns as `merge` does."""
     undo = []
     try:
+        _warn_of_rounding(model)
         for module in _mergeable(model):
             values, attributes = _merged(module)
             before = {name: module._parameters[name] for name in values}, {n: getattr(module, n) for n in attributes}
             kind = type(module)
             undo.append((module, *before, swap_back(module)))
             for name, value in values.items():
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+                module._parameters[name] = _parameter(value)
             vars(module).update(attributes)
             kind.parameters_replaced(module)
         yield
@@ -105,6 +110,42 @@ def _mergeable(model: nn.Module) -> list[Adapter]:
 
 
 def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The parameters and attributes of the layer with its adapter in them."""
+    """The parameters and attributes of the layer with its adapter in them, stored as its own are."""
+    values, attributes = {}, {}
     with torch.no_grad():
-        return module.merged_parameters(), module.merged_attributes()
+        for name, value in module.merged_parameters().items():
+            own = module._parameters[name]
+            assert own is not None
+            values[name], of_storage = stored(module, value, own)
+            attributes |= of_storage
+        return values, attributes | module.merged_attributes()
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+
+
+def _warn_of_rounding(model: nn.Module) -> None:
+    """Say what quantizing the adapted weights again takes away from the updates, before anything is changed."""
+    lost: dict[str, float] = {}
+    for name, module in adapters(model):
+        for pair in module.lora_pairs(name):
+            own = module._parameters.get(pair.parameter)
+            if own is None or is_plain(own) or not can_be_dense(own):
+                continue
+            with torch.no_grad():
+                before = dense(module, own).float()
+                wanted = module.adapted_weight(pair.parameter).float()
+                value, _ = stored(module, wanted, own)
+                # What a weight is stored as knows its own scales: no module's are asked for.
+                got = dense(nn.Module(), value).float()
+            if not is_plain(value):
+                lost[pair.name] = float((got - wanted).norm() / (wanted - before).norm().clamp(min=1e-30))
+    if lost:
+        worst = max(lost, key=lost.__getitem__)
+        warnings.warn(
+            f"Merging quantizes {len(lost)} adapted weights again, which changes them by up to {lost[worst]:.2g} times "
+            f"their update (Frobenius norm; {worst!r}). To lose nothing, save the adapter and merge it into a base in "
+            "full precision.",
+            stacklevel=3,
+        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import adapters
+from lightning_lora.engine.storage import is_quantized
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
 
 _SAMPLE = 1 << 20
@@ -92,10 +93,13 @@ def base_fingerprint(model: nn.Module, root: nn.Module | None = None) -> str:
 
     Names are relative to `root`, so a base has one fingerprint whether it was adapted by itself or inside of another
     module. Values enter as bfloat16, so the same base loaded in float32 and in bfloat16 has one, too. Tensors of up to
-    2^20 elements enter whole, larger ones by 2^20 evenly spaced elements; buffers do not, since training moves some.
+    2^20 elements enter whole, larger ones by 2^20 evenly spaced elements; buffers do not, since training moves some,
+    nor do quantized weights, whose bytes depend on the device that quantized them.
     """
     digest = hashlib.sha256()
     for name, p in _base_parameters(model, root):
+        if is_quantized(p):
+            continue
         values = p.detach().reshape(-1)
         if p.is_floating_point():
             # By way of float32: a base of float64 that was loaded in float32 was rounded twice as well.
@@ -109,7 +113,8 @@ def base_fingerprint(model: nn.Module, root: nn.Module | None = None) -> str:
 
 def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, Any]:
     """What `check_same_base` needs to know the base of `model` again (or of `root` in it), as plain values."""
-    dtypes = sorted({str(p.dtype) for _, p in _base_parameters(model, root)})
+    base = _base_parameters(model, root)
+    dtypes = sorted({type(p).__name__ if is_quantized(p) else str(p.dtype) for _, p in base})
     return {"base_fingerprint": base_fingerprint(model, root), "base_dtypes": dtypes}
 
 
@@ -130,8 +135,10 @@ def compare_bases(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str,
     dtypes = then.get("base_dtypes")
     after = set(now["base_dtypes"])
     before = set(map(str, dtypes)) if isinstance(dtypes, list) else after
-    # The fingerprint is of values rounded to bfloat16; a base rounded to float16 first, or quantized, has others.
-    if theirs is None or (before != after and not before | after <= _SAME_ONCE_ROUNDED):
+    # The fingerprint is of values rounded to bfloat16; a base rounded to float16 first, or quantized, has others. What
+    # is quantized in both is left out.
+    floating = {dtype for dtype in before | after if dtype.startswith("torch.") or dtype not in before & after}
+    if theirs is None or (before != after and not floating <= _SAME_ONCE_ROUNDED):
         return
     if ours != theirs:
         raise BaseMismatchError(

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
 from lightning_lora.engine.layers import LinearLoRA, geometry_of, register_conv1d
+from lightning_lora.engine.layers.quantized import register_bitsandbytes
 from lightning_lora.errors import TargetError, closest, listed
 
 
@@ -47,6 +48,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     a module that cannot be adapted.
     """
     register_conv1d()
+    register_bitsandbytes()
     names = _names(model)
     saved = _saved_modules(model, config, names)
     inside_saved = {id(m) for module in saved.values() for m in module.modules()}

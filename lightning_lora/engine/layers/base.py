@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_lora.engine.storage import can_be_dense, dense
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import AdapterStateError, TargetError
 
@@ -170,10 +171,10 @@ class Adapter(_Host):
     def check_mergeable(self) -> None:
         """Raise AdapterStateError if this layer's update cannot be written as a change of its parameters."""
         weight = self._parameters.get("weight")
-        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1:
+        if not can_be_dense(weight):
             raise AdapterStateError(
-                f"a {type(self).base_class.__name__} cannot be merged: its weight is quantized or computed "
-                "from other parameters. Use the adapter unmerged, or load the base in full precision."
+                f"a {type(self).base_class.__name__} cannot be merged: its weight is quantized in an unknown way, or "
+                "computed from other parameters. Use the adapter unmerged, or load the base in full precision."
             )
         if self._parameters.get(BIAS) is not None and self._parameters.get("bias") is None:
             raise AdapterStateError("it has no bias that could take in that of B (lora_bias). Use it unmerged.")
@@ -232,7 +233,7 @@ class Adapter(_Host):
         """The base's own weight, in floating point."""
         W = self._parameters[parameter]
         assert W is not None
-        return W
+        return dense(self, W)
 
     def merged_parameters(self) -> dict[str, Tensor]:
         """The values with which the layer's own parameters take the adapter in, each in its own precision."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.layers.base import MAGNITUDE, Adapter
+from lightning_lora.engine.layers.base import MAGNITUDE, Adapter, Pair
+from lightning_lora.engine.storage import can_be_dense, is_quantized
+from lightning_lora.errors import TargetError
 
 
 class DoRA(Adapter):
@@ -20,6 +23,15 @@ class DoRA(Adapter):
 
     lora_magnitude_vector: nn.Parameter
 
+    @classmethod
+    def check_variant(cls, module: Any, config: Any) -> None:
+        weight = module._parameters.get("weight")
+        if weight is not None and not can_be_dense(weight):
+            raise TargetError(
+                f"use_dora needs the numbers that its weight stands for, and {weight.dtype} does not say: train it "
+                "without DoRA, or leave it out with exclude_modules"
+            )
+
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
         g = self.gain().to(base.dtype).view(-1, *(1,) * self.dimensions_after_channels(self))
         bias = self._parameters.get("bias")
@@ -28,13 +40,26 @@ class DoRA(Adapter):
         return super().combine(base + (g - 1) * linear, g * update.to(base.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        fresh = [pair for pair in self.lora_pairs("") if not bool(pair.A.any()) or not bool(pair.B.any())]
+        fresh = self._fresh_pairs()
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        for pair in fresh:
-            if prefix + MAGNITUDE + pair.suffix not in state_dict:  # a base's: m starts as the norm of that W
-                with torch.no_grad():
-                    m = getattr(self, MAGNITUDE + pair.suffix)
-                    m.copy_(output_norms(self, self, self.dense_weight(pair.parameter)))
+        self._measure([p for p in fresh if prefix + MAGNITUDE + p.suffix not in state_dict])  # a base's
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = [is_quantized(p) for p in self._parameters.values() if p is not None]
+        super()._apply(fn, recurse)
+        if before != [is_quantized(p) for p in self._parameters.values() if p is not None]:  # by bitsandbytes, just now
+            self._measure(self._fresh_pairs())
+        return self
+
+    def _fresh_pairs(self) -> list[Pair]:
+        return [pair for pair in self.lora_pairs("") if not bool(pair.A.any()) or not bool(pair.B.any())]
+
+    @torch.no_grad()
+    def _measure(self, pairs: list[Pair]) -> None:
+        """m starts as the norm of W, of that W which is there now."""
+        for pair in pairs:
+            m = getattr(self, MAGNITUDE + pair.suffix)
+            m.copy_(output_norms(self, self, self.dense_weight(pair.parameter)))
 
     def gain(self) -> Tensor:
         """g, one number for each output, in float32 or wider."""

@@ -13,6 +13,7 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS, Factors
 from lightning_lora.engine.layers.base import BIAS, MAGNITUDE, START, Adapter, AdapterSpec
 from lightning_lora.engine.layers.dora import output_norms
+from lightning_lora.engine.storage import dense
 
 
 def fresh_tensors(
@@ -62,7 +63,7 @@ def _fresh(
         if config.lora_bias:
             tensors[BIAS] = nn.Parameter(torch.zeros(shape_B[0], dtype=dtype))
         if config.use_dora:
-            tensors[MAGNITUDE] = nn.Parameter(output_norms(geometry, module, weight.detach()).to(dtype))
+            tensors[MAGNITUDE] = nn.Parameter(output_norms(geometry, module, dense(module, weight).detach()).to(dtype))
     suffix = geometry.suffix_of(parameter)
     return {name + suffix: tensor for name, tensor in tensors.items()}
 

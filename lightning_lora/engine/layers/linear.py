@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.engine.layers.base import Adapter, AdapterSpec, has_own_forward
+from lightning_lora.engine.storage import is_plain
 from lightning_lora.errors import AdapterStateError, TargetError
 
 
@@ -34,11 +35,11 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
     def check_mergeable(self) -> None:
         super().check_mergeable()
         cls: Any = type(self).base_class
-        if not has_own_forward(cls):
-            return
-        # A subclass may do more than multiply by its weight (scale, normalise). Tried with a change D of W's size.
         W = self._parameters["weight"]
         assert W is not None
+        if not has_own_forward(cls) or not is_plain(W):
+            return
+        # A subclass may do more than multiply by its weight (scale, normalise). Tried with a change D of W's size.
         size = self.lora_A.shape[1]
         D = torch.arange(W.numel(), device=W.device).sin().view_as(W).to(W.dtype) * (W.detach().abs().amax() + 1)
         x = torch.arange(2 * size, device=W.device).cos().view(2, size).to(W.dtype)
