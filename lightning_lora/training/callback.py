@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -21,6 +22,10 @@ from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.randomness import ExactResume
 from lightning_lora.training.strategy import AdapterPolicy, attach, check_only_adapters, has_adapters, unfrozen
+
+
+# They put layers of their own in the place of a model's.
+_REPLACES_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
 
 
 class LoRACallback(Callback):
@@ -115,6 +120,8 @@ class LoRACallback(Callback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         present = [injection.config for _, injection in injections(pl_module)]
         if not has_adapters(pl_module):
+            if isinstance(trainer.precision_plugin, _REPLACES_LAYERS):
+                trainer.precision_plugin.convert_module(pl_module)  # later, it would replace what was adapted
             self._inject(pl_module)
         elif present != [self.config]:
             raise AdapterStateError(
