@@ -111,7 +111,8 @@ def _mergeable(model: nn.Module) -> list[Adapter]:
 
 def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The parameters and attributes of the layer with its adapter in them, stored as its own are."""
-    values, attributes = {}, {}
+    values: dict[str, Tensor] = {}
+    attributes: dict[str, Any] = {}
     with torch.no_grad():
         for name, value in module.merged_parameters().items():
             own = module._parameters[name]

@@ -23,7 +23,6 @@ from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.randomness import ExactResume
 from lightning_lora.training.strategy import AdapterPolicy, attach, check_only_adapters, has_adapters, unfrozen
 
-
 # They put layers of their own in the place of a model's.
 _REPLACES_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
 
