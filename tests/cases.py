@@ -35,6 +35,89 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class SelfAttention(nn.Module):
+    """Self-attention of torch, with what its projections may have."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(8, 2, **{"batch_first": True, **options})
+        kdim, vdim = self.layer.kdim, self.layer.vdim
+        self.register_buffer("key", torch.linspace(-1, 1, 8 * kdim).view(8, kdim))
+        self.register_buffer("value", torch.linspace(1, -1, 8 * vdim).view(8, vdim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, T, 8) -> (N, T, 8)
+        # Another key and value than x, so that the three projections are told apart.
+        return self.layer(x, x @ self.key.to(x.dtype), x @ self.value.to(x.dtype), need_weights=False)[0]
+
+
+class Recurrent(nn.Module):
+    """Of a recurrent layer, the outputs alone."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, N, in) -> (T, N, out)
+        return self.layer(x)[0]
+
+
+class Steps(nn.Module):
+    """A recurrent cell, unrolled."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, N, in) -> (N, out)
+        state: Any = None
+        for step in x.unbind():
+            state = self.layer(step, state)
+        return state[0] if isinstance(state, tuple) else state
+
+
+class Decoder(nn.Module):
+    """torch's decoder layer, with what it decodes as its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, T, 8) -> (N, T, 8)
+        return self.layer(x, x.flip(1))
+
+
+class Pairwise(nn.Module):
+    """A bilinear form of an input and its square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 4) -> (N, 3)
+        return self.layer(x, x.square())
+
+
+class Experts(nn.Module):
+    """A mixture in which each row takes all of its experts, as transformers holds them: stacked parameters."""
+
+    def __init__(self, *, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        up, down = torch.randn(3, 6, 4) / 2, torch.randn(3, 4, 6) / 2
+        self.up = nn.Parameter(up.mT.contiguous() if is_transposed else up)
+        self.down = nn.Parameter(down.mT.contiguous() if is_transposed else down)
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 4) -> (N, 4)
+        output = torch.zeros_like(x)
+        for i in range(3):
+            up, down = self.up[i], self.down[i]
+            if self.is_transposed:
+                up, down = up.T, down.T
+            output = output + torch.tanh(x @ up.T + self.bias[i]) @ down.T
+        return output
+
+
 class ScaledEmbedding(nn.Embedding):
     """As in transformers' Gemma."""
 
@@ -94,9 +177,10 @@ def randomise(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, tensor in adapter_tensors(model).items():
-            if name.endswith(("lora_A", "lora_B", "lora_B_bias")):
+            last = name.rpartition(".")[2]
+            if last.startswith(("lora_A", "lora_B")):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-            elif name.endswith("lora_magnitude_vector"):
+            elif last.startswith("lora_magnitude_vector"):
                 tensor.mul_(1 + torch.rand(tensor.shape, generator=generator))
 
 
@@ -108,6 +192,9 @@ def reference(model: nn.Module) -> nn.Module:
     plain = copy.deepcopy(model).double()
     for module in list(plain.modules()):
         if not isinstance(module, Adapter):
+            continue
+        if module.lora.parameters:
+            _with_formula_in_parameters(module)
             continue
         A, B, W = (module._parameters[name].detach() for name in ("lora_A", "lora_B", "weight"))
         change = module.lora.scale * torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1))
@@ -131,6 +218,29 @@ def reference(model: nn.Module) -> nn.Module:
     return plain
 
 
+def _with_formula_in_parameters(module: Any) -> None:
+    values: dict[str, Tensor] = {}
+    for pair in module.lora_pairs(""):
+        A, B, P = pair.A.detach(), pair.B.detach(), module._parameters[pair.parameter].detach()
+        m = module._parameters.get(f"lora_magnitude_vector_{pair.parameter}")
+        is_transposed = P.dim() == 3 and getattr(module, "is_transposed", False)
+        M = P.mT if is_transposed else P
+        if M.dim() == 2:
+            V = M + pair.spec.scale * B @ A
+        else:
+            stacked_A, stacked_B = A.view(len(M), -1, M.shape[2]), B.view(M.shape[1], -1, len(M))
+            V = M + pair.spec.scale * torch.einsum("ore,eri->eoi", stacked_B, stacked_A)
+        if m is not None:
+            over = (1, 2) if isinstance(module, nn.Bilinear) else (-1,)
+            V = m.detach().view(*m.shape, *(1,) * (V.dim() - m.dim())) * V / V.square().sum(over, keepdim=True).sqrt()
+        values[pair.parameter] = V.mT if is_transposed else V
+    for name in module.lora_names:
+        del module._parameters[name]
+    module.__class__ = type(module).base_class
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value.contiguous()))
+
+
 def _conv(dimensions: int, **options: Any) -> Callable[[], dict[str, nn.Module]]:
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
     return lambda: {"layer": kind(4, 6, 3, **options), "act": nn.Tanh()}
@@ -140,12 +250,17 @@ def _linear(**options: Any) -> Callable[[], dict[str, nn.Module]]:
     return lambda: {"layer": nn.Linear(8, 6, **options), "act": nn.Tanh(), "head": nn.Linear(6, 3)}
 
 
+def _steps(kind: Any) -> Callable[[], dict[str, nn.Module]]:
+    return lambda: {"layer": Steps(kind(4, 6))}
+
+
 def _embedding(**options: Any) -> dict[str, nn.Module]:
     return {"layer": nn.Embedding(11, 6, **options), "head": nn.Linear(6, 3)}
 
 
 _PADS = "PEFT pads A's input with zeros, whatever the base's padding_mode"
 _BOTH = ["layer", "head"]
+_NO_DORA = dict.fromkeys(("linear-parameter", "experts", "experts-transposed"), "PEFT has no DoRA for parameters")
 _DORA = {
     "linear",
     "linear-without-bias",
@@ -160,6 +275,15 @@ _DORA = {
     "conv2d-padding-same-reflect-dilated",
     "multihead-attention",
     "transformer-encoder-layer",
+    "linear-parameter",
+    "experts",
+    "experts-transposed",
+    "lstm",
+    "lstm-bidirectional-projected",
+    "LSTMCell",
+    "bilinear",
+    "attention-packed",
+    "attention-separate",
 }
 
 CASES = [
@@ -219,9 +343,77 @@ CASES = [
     ),
 ]
 
+_NO_PEFT = "PEFT has no adapter for it"
+_STACK = {"target_modules": [], "target_parameters": ["layer.up", "layer.down"]}
+CASES += [
+    Case("linear-parameter", _linear(), (5, 8), {"target_modules": ["head"], "target_parameters": ["layer.weight"]}),
+    Case("experts", lambda: {"layer": Experts()}, (40, 4), {**_STACK, "rank_pattern": {"layer.down": 3}}),
+    Case("experts-transposed", lambda: {"layer": Experts(is_transposed=True)}, (40, 4), _STACK),
+    Case("lstm", lambda: {"layer": Recurrent(nn.LSTM(4, 6))}, (3, 2, 4), {"target_modules": ["layer.layer"]}, _NO_PEFT),
+    Case(
+        "lstm-bidirectional-projected",
+        lambda: {"layer": Recurrent(nn.LSTM(4, 6, 2, batch_first=True, bidirectional=True, proj_size=3))},
+        (3, 2, 4),
+        {"target_modules": ["layer.layer"]},
+        _NO_PEFT,
+    ),
+    Case("gru", lambda: {"layer": Recurrent(nn.GRU(4, 6))}, (3, 2, 4), {"target_modules": ["layer.layer"]}, _NO_PEFT),
+    Case(
+        "rnn-without-bias",
+        lambda: {"layer": Recurrent(nn.RNN(4, 6, bias=False))},
+        (3, 2, 4),
+        {"target_modules": ["layer.layer"]},
+        _NO_PEFT,
+    ),
+    *(
+        Case(
+            kind.__name__,
+            _steps(kind),
+            (3, 2, 4),
+            {"target_modules": ["layer.layer"]},
+            _NO_PEFT,
+        )
+        for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+    ),
+    Case("bilinear", lambda: {"layer": Pairwise()}, (5, 4), {"target_modules": ["layer.layer"]}, _NO_PEFT),
+    Case(
+        "attention-packed",
+        lambda: {"layer": SelfAttention()},
+        (2, 5, 8),
+        {"target_modules": ["layer.layer"]},
+        peft="PEFT adds the update of out_proj twice (tests/engine/test_attention.py)",
+    ),
+    Case(
+        "attention-separate",
+        lambda: {"layer": SelfAttention(kdim=6, vdim=4, add_bias_kv=True, add_zero_attn=True)},
+        (2, 5, 8),
+        {"target_modules": ["layer.layer"]},
+        peft="PEFT refuses separate projections",
+    ),
+    Case(
+        "attention-sequence-first",
+        lambda: {"layer": SelfAttention(batch_first=False, bias=False, add_bias_kv=True)},
+        (2, 5, 8),
+        {"target_modules": ["layer.layer"]},
+        peft="PEFT finds no bias_k in its wrapper",
+    ),
+    Case(
+        "transformer-decoder-layer",
+        lambda: {"layer": Decoder()},
+        (2, 5, 8),
+        {"target_modules": ["linear1", "linear2", "self_attn", "multihead_attn"]},
+        peft="PEFT's attention has not all that torch's decoder asks for",
+    ),
+]
+
 CASES += [
     Case(
-        f"{case.name}-dora", case.layers, case.shape, {**case.config, "use_dora": True}, case.peft, differentiable=False
+        f"{case.name}-dora",
+        case.layers,
+        case.shape,
+        {**case.config, "use_dora": True},
+        case.peft or _NO_DORA.get(case.name, ""),
+        differentiable=False,
     )
     for case in CASES
     if case.mergeable and case.name in _DORA

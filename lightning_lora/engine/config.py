@@ -34,7 +34,10 @@ class LoRAConfig:
     """Probability with which an element of an adapter's input is zeroed in training; the base's input is untouched."""
     target_modules: str | list[str] = "all-linear"
     """Modules to adapt: "all-linear" (every linear layer but the output head), a list of name endings, or a regular
-    expression."""
+    expression. May be empty where `target_parameters` are given."""
+    target_parameters: list[str] | None = None
+    """Parameters to adapt wherever their module reads them, such as the experts of a mixture: names or their endings.
+    They come beside `target_modules`."""
     exclude_modules: str | list[str] | None = None
     """Modules that are not adapted though they are targets: a list of name endings, or a regular expression."""
     layers_to_transform: int | list[int] | None = None
@@ -69,15 +72,18 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the one place where a frozen field may be normalised
+        set_(self, "target_parameters", _list_of_names("target_parameters", self.target_parameters))
+        if self.target_modules is None and self.target_parameters:
+            set_(self, "target_modules", [])
         set_(self, "target_modules", _names("target_modules", self.target_modules))
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ConfigError(
                 f"target_modules is {self.target_modules!r}: nothing would be adapted. "
                 "Name modules, or use 'all-linear'."
             )
         set_(self, "exclude_modules", _names("exclude_modules", self.exclude_modules, optional=True))
         set_(self, "layers_pattern", _names("layers_pattern", self.layers_pattern, optional=True, always_regex=True))
-        set_(self, "modules_to_save", _modules_to_save(self.modules_to_save))
+        set_(self, "modules_to_save", _list_of_names("modules_to_save", self.modules_to_save))
         set_(self, "layers_to_transform", _layers(self.layers_to_transform))
         _check_rank("rank", self.rank)
         set_(self, "alpha", _alpha("alpha", self.alpha))
@@ -97,6 +103,8 @@ class LoRAConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, not {getattr(self, name)!r}.")
         self._check_combinations()
+        if self.layers_to_transform is not None and not self.target_modules:
+            raise ConfigError("layers_to_transform chooses among target_modules, and there are none.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern has no effect without layers_to_transform. Give both, or neither.")
         is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
@@ -110,17 +118,17 @@ class LoRAConfig:
         if self.use_dora and self.lora_bias:
             raise ConfigError("lora_bias has no meaning with use_dora, which rescales weights: use one of the two.")
 
-    def rank_of(self, name: str) -> int:
-        """The rank for the module called `name`."""
-        return _first_match(self.rank_pattern, name, self.rank)
+    def rank_of(self, *names: str) -> int:
+        """The rank for the module or the parameter called `names`."""
+        return _first_match(self.rank_pattern, names, self.rank)
 
-    def alpha_of(self, name: str) -> float:
-        """The alpha for the module called `name`."""
-        return _first_match(self.alpha_pattern, name, self.alpha)
+    def alpha_of(self, *names: str) -> float:
+        """The alpha for it."""
+        return _first_match(self.alpha_pattern, names, self.alpha)
 
-    def scale_of(self, name: str) -> float:
-        """The factor on B A x for the module called `name`."""
-        return scale_of(self.alpha_of(name), self.rank_of(name), rank_stabilised=self.use_rslora)
+    def scale_of(self, *names: str) -> float:
+        """The factor on its B A x."""
+        return scale_of(self.alpha_of(*names), self.rank_of(*names), rank_stabilised=self.use_rslora)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values; `LoRAConfig(**config.to_dict())` is equal to `config`."""
@@ -137,8 +145,9 @@ def _pattern_of(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)
+def _first_match(pattern: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    matching = (value for key, value in pattern.items() if any(pattern_matches(key, name) for name in names))
+    return next(matching, default)
 
 
 def _copied(value: Any) -> Any:
@@ -195,10 +204,10 @@ def _names(name: str, value: Any, *, optional: bool = False, always_regex: bool 
     return entries
 
 
-def _modules_to_save(value: Any) -> list[str] | None:
+def _list_of_names(name: str, value: Any) -> list[str] | None:
     if isinstance(value, str):
-        raise ConfigError(f"modules_to_save is a list of names: write [{value!r}], not {value!r}.")
-    return _names("modules_to_save", value, optional=True)
+        raise ConfigError(f"{name} is a list of names: write [{value!r}], not {value!r}.")
+    return _names(name, value, optional=True)
 
 
 def _layers(value: Any) -> list[int] | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.layers import DoRA, WeightReadLinearLoRA, geometry_of
+from lightning_lora.engine.layers import DoRA, ParameterLoRA, WeightReadLinearLoRA, geometry_of
 from lightning_lora.engine.layers.base import (
     Adapter,
     AdapterSpec,
@@ -74,7 +74,7 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
     _check_shared_weights(model, selection)
     plan = [(target, *_planned(target, config)) for target in selection.targets]
     whole = tensors_trained_whole(model, config, selection)
-    wasteful = [target.name for target, geometry, spec in plan if _is_wasteful(target.module, geometry, spec.rank)]
+    wasteful = [name for target, geometry, spec in plan for name in _wasteful(target, geometry, spec)]
     if wasteful:  # said before anything is changed, since a warning can be made an error
         warnings.warn(
             f"A rank above a layer's smaller side is legal but wasteful, since B A cannot have a higher one: "
@@ -199,31 +199,47 @@ def _check_unadapted(model: nn.Module) -> None:
 
 def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], AdapterSpec]:
     geometry = geometry_of(type(target.module))
+    if target.parameters and (geometry is None or not issubclass(geometry, ParameterLoRA)):
+        geometry = ParameterLoRA
     assert geometry is not None, "select() only returns modules with a geometry"
-    if reads_weight(target.parent, target.name.rpartition(".")[2]) and not issubclass(geometry, WeightReadLinearLoRA):
+    if reads_weight(target.parent, target.name.rpartition(".")[2]) and not issubclass(
+        geometry, (WeightReadLinearLoRA, ParameterLoRA)
+    ):
         geometry = WeightReadLinearLoRA
-    spec = AdapterSpec(
-        rank=config.rank_of(target.name),
-        alpha=config.alpha_of(target.name),
-        scale=config.scale_of(target.name),
-        dropout=config.dropout,
-        rank_dropout=config.rank_dropout,
-        module_dropout=config.module_dropout,
-        keeps_precision=config.adapter_dtype == "float32",
+    spec = replace(
+        _spec(config, target.names_of()),
+        parameters={name: _spec(config, target.names_of(name)) for name in target.parameters},
     )
-    mixin: type[Adapter] = DoRA if config.use_dora else geometry
-    check_swappable(target.module, target.name, geometry)
+    mixins: tuple[type[Adapter], ...] = (DoRA, geometry) if config.use_dora else (geometry,)
+    for mixin in mixins:
+        check_swappable(target.module, target.name, mixin)
     try:
         geometry.check(target.module, spec)
-        mixin.check_variant(target.module, config)
+        for mixin in mixins:
+            mixin.check_variant(target.module, config)
     except TargetError as error:
         raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
     return geometry, spec
 
 
-def _is_wasteful(module: nn.Module, geometry: type[Adapter], rank: int) -> bool:
-    A, B = geometry.shapes(module, rank)
-    return rank > min(math.prod(A[1:]), B[0])
+def _spec(config: LoRAConfig, names: tuple[str, ...]) -> AdapterSpec:
+    return AdapterSpec(
+        rank=config.rank_of(*names),
+        alpha=config.alpha_of(*names),
+        scale=config.scale_of(*names),
+        dropout=config.dropout,
+        rank_dropout=config.rank_dropout,
+        module_dropout=config.module_dropout,
+        keeps_precision=config.adapter_dtype == "float32",
+    )
+
+
+def _wasteful(target: Target, geometry: type[Adapter], spec: AdapterSpec) -> Iterator[str]:
+    """The names of what is given a rank above its smaller side."""
+    for name, part in (spec.parameters or {"": spec}).items():
+        A, B = geometry.shapes_of(target.module, name, part.rank)
+        if part.rank > min(math.prod(A[1:]), B[0]):
+            yield target.names_of(name)[0]
 
 
 def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
@@ -308,6 +324,7 @@ def _report(model: nn.Module, injection: Injection, selection: Selection) -> Inj
         modules=tuple(rows),
         trained_whole=tuple(injection.trained_whole),
         head=injection.head,
+        left_out=selection.left_out,
         trainable=sum(p.numel() for p in trainable),
         frozen=sum(p.numel() for p in frozen),
     )

@@ -33,6 +33,8 @@ class InjectionReport:
     """Parameters that are trained beside A and B: modules_to_save and biases."""
     head: str | None
     """The layer that "all-linear" took for the output head and left out."""
+    left_out: dict[str, str]
+    """Weights that one might take for adapted, and are not: name -> how to adapt it."""
     trainable: int
     """Elements that are trained: those of A and B, and `trained_whole`."""
     frozen: int
@@ -54,6 +56,9 @@ class InjectionReport:
             lines.append(f"trained whole: {listed(self.trained_whole)}")
         if self.head is not None:
             lines.append(f"taken for the output head, and so not adapted: {self.head}")
+        for how in dict.fromkeys(self.left_out.values()):
+            names = [name for name, way in self.left_out.items() if way == how]
+            lines.append(f"not adapted: {listed(names)} (to adapt: {how})")
         count = len(self.modules)
         lines.append(
             f"{count} module{'' if count == 1 else 's'} adapted; {self.trainable:,} parameters trained "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,15 @@ class Target:
     parent: nn.Module
     aliases: tuple[str, ...] = ()
     """Further names under which the same module is registered."""
+    parameters: tuple[str, ...] = ()
+    """Those of its parameters that are adapted, where it is not what the module computes."""
+    within: str | None = None
+    """The target that it is a companion of."""
+
+    def names_of(self, parameter: str | None = None) -> tuple[str, ...]:
+        """The names by which patterns know it, or one of its parameters; its own comes first."""
+        own = (self.name,) if self.within is None else (self.name, self.within)
+        return (f"{self.name}.{parameter}" if self.name else parameter, *own) if parameter else own
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Selection:
     """The modules that are trained whole."""
     head: str | None = None
     """The layer that "all-linear" took for the output head and left out."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Weights that one might take for adapted, and are not: name -> how to adapt it."""
 
 
 def select(model: nn.Module, config: LoRAConfig) -> Selection:
@@ -69,7 +80,8 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
                 "Name the modules to adapt: " + _adaptable(everything)
             )
     else:
-        targets = _matched(everything, config.target_modules, "target_modules", model)
+        named = _matched(everything, config.target_modules, "target_modules", model) if config.target_modules else []
+        targets = _with_companions(named, everything)
 
     if config.exclude_modules is not None:
         targets = _without(targets, config.exclude_modules, everything, model)
@@ -82,9 +94,13 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
             f"target_modules={config.target_modules!r} matches {listed(repr(t.name) for t in unfit)}, but a "
             f"{' or '.join(kinds)} cannot be adapted. {_adaptable(everything)}"
         )
+    targets = [replace(t, parameters=_parameters_of(t.module)) for t in targets]
+    if config.target_parameters:
+        targets = _with_parameters(targets, everything, config.target_parameters, model)
     for key in ("rank_pattern", "alpha_pattern"):
         _check_patterns(key, getattr(config, key), targets)
-    return Selection(targets, saved, head)
+    left_out = _left_out(everything, targets) if config.target_modules == "all-linear" else {}
+    return Selection(targets, saved, head, left_out)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -175,22 +191,96 @@ def _matched(everything: list[Target], pattern: str | list[str], key: str, model
     return [t for t in everything if id(t) in found]
 
 
+def _with_companions(targets: list[Target], everything: list[Target]) -> list[Target]:
+    """`targets` and the children that are adapted with them, in the model's order."""
+    brought: dict[str, Target] = {}
+    for target in targets:
+        geometry = geometry_of(type(target.module))
+        for child in geometry.companions if geometry is not None else ():
+            brought[f"{target.name}.{child}" if target.name else child] = target
+    chosen = {t.name for t in targets} | brought.keys()
+    return [replace(t, within=brought[t.name].name) if t.name in brought else t for t in everything if t.name in chosen]
+
+
+def _parameters_of(module: nn.Module) -> tuple[str, ...]:
+    geometry = geometry_of(type(module))
+    return () if geometry is None else geometry.parameters_of(module)
+
+
+def _with_parameters(
+    targets: list[Target], everything: list[Target], entries: list[str], model: nn.Module
+) -> list[Target]:
+    """`targets` and the parameters that `entries` name: a whole name, or what follows a dot in it (PEFT's rule)."""
+    found: dict[str, tuple[str, ...]] = {}
+    there = [
+        (t, name, [f"{module}.{name}" if module else name for module in (t.name, *t.aliases)])
+        for t in everything
+        for name, p in t.module.named_parameters(recurse=False)
+    ]
+    for entry in entries:
+        hits = [(t, name) for t, name, full in there if any(_entry_matches(entry, n) for n in full)]
+        if not hits:
+            parts = entry.count(".") + 1
+            fit = {n for _, _, full in there for n in full}
+            near = closest(entry, {".".join(n.split(".")[-parts:]) for n in fit})
+            guess = f" Did you mean {listed(map(repr, near))}?" if near else ""
+            stacks = sorted({name for t, name, _ in there if t.module._parameters[name].dim() in (2, 3)})  # type: ignore[union-attr]
+            raise TargetError(
+                f"target_parameters: the entry {entry!r} matches no parameter of {type(model).__name__}.{guess} "
+                f"Its parameters that can be adapted are called: {listed(stacks, 16)}."
+            )
+        for t, name in hits:
+            found[t.name] = (*found.get(t.name, ()), name)
+    twice = [t.name for t in targets if t.name in found and not t.parameters]
+    if twice:
+        raise TargetError(
+            f"{listed(map(repr, twice))} is named by target_modules, and a parameter of it by target_parameters: its "
+            "weight can be adapted in one of the two ways. Leave it out of one, with exclude_modules for example."
+        )
+    adapted = {t.name: t for t in targets}
+    return [
+        replace(
+            adapted.get(t.name, t),
+            parameters=tuple(dict.fromkeys((*adapted.get(t.name, t).parameters, *found.get(t.name, ())))),
+        )
+        for t in everything
+        if t.name in adapted or t.name in found
+    ]
+
+
+def _left_out(everything: list[Target], targets: list[Target]) -> dict[str, str]:
+    """What "all-linear" does not mean, though it multiplies like a linear layer."""
+    left: dict[str, str] = {}
+    adapted = {id(t.module) for t in targets}
+    for target in everything:
+        if id(target.module) in adapted:
+            continue
+        if isinstance(target.module, nn.MultiheadAttention):
+            for name in _parameters_of(target.module):
+                left[target.names_of(name)[0]] = "name the nn.MultiheadAttention in target_modules"
+        elif geometry_of(type(target.module)) is None:
+            for name, p in target.module.named_parameters(recurse=False):
+                if p.dim() == 3 and min(p.shape) > 1:
+                    left[target.names_of(name)[0]] = "name it in target_parameters"
+    return left
+
+
 def _without(
     targets: list[Target], pattern: str | list[str], everything: list[Target], model: nn.Module
 ) -> list[Target]:
     """`targets` less what `exclude_modules` matches."""
     hits_of = _hits(everything, pattern, "exclude_modules", model)
-    targeted = {id(t) for t in targets}
+    targeted = {t.name for t in targets}
     for entry, hits in hits_of.items():
-        if not any(id(t) in targeted or geometry_of(type(t.module)) for t in hits):
+        if not any(t.name in targeted or geometry_of(type(t.module)) for t in hits):
             # The trap: a list entry names a module itself, never what lies inside it.
             inside = rf"(.*\.)?{re.escape(hits[0].name)}\..*"
             raise TargetError(
                 f"exclude_modules: {entry!r} excludes nothing, since {listed(repr(t.name) for t in hits)} cannot be "
                 f"adapted itself. To exclude what lies inside, use a regular expression: exclude_modules={inside!r}."
             )
-    excluded = {id(t) for hits in hits_of.values() for t in hits}
-    left = [t for t in targets if id(t) not in excluded]
+    excluded = {t.name for hits in hits_of.values() for t in hits}
+    left = [t for t in targets if t.name not in excluded]
     if not left:
         raise TargetError(f"exclude_modules={pattern!r} leaves nothing to adapt.")
     return left
@@ -263,8 +353,9 @@ def _layer_of(name: str, patterns: list[str]) -> int | None:
 
 def _check_patterns(key: str, pattern: dict[str, Any], targets: list[Target]) -> None:
     for entry in pattern:
-        if not any(pattern_matches(entry, t.name) for t in targets):
-            endings = list(dict.fromkeys(t.name.rpartition(".")[2] for t in targets))
+        names = [n for t in targets for parameter in (t.parameters or (None,)) for n in t.names_of(parameter)]
+        if not any(pattern_matches(entry, name) for name in names):
+            endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
             near = closest(entry, endings)
             guess = f"Did you mean {listed(map(repr, near))}?" if near else f"They end in: {listed(endings)}."
             raise TargetError(f"{key}: {entry!r} matches none of the {len(targets)} adapted modules. {guess}")

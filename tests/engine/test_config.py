@@ -26,6 +26,7 @@ BAD = {
     "rank_pattern": [None, [], "q_proj", {"": 1}, {1: 1}, {"(": 1}, *({"q_proj": rank} for rank in NOT_A_RANK)],
     "alpha_pattern": [None, [], 3, {"": 1}, {1: 1}, {"(": 1}, *({"q_proj": alpha} for alpha in NOT_AN_ALPHA)],
     "modules_to_save": ["head", 7, [""], [7], {"head": 1}, True],
+    "target_parameters": ["experts.up", 7, [""], [7], {"up": 1}, True],
     "bias": ["some", None, True, "ALL", 0, []],
     "lora_bias": [1, "yes", None],
     "use_rslora": [1, "yes", None],

@@ -25,6 +25,7 @@ def peft_config(config: LoRAConfig, **more: Any) -> LoraConfig:
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         target_modules=config.target_modules,
+        target_parameters=config.target_parameters,
         exclude_modules=config.exclude_modules,
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
@@ -51,7 +52,15 @@ def pairs(model: nn.Module, peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]
     theirs = dict(peft_model.base_model.model.named_modules())
     together: dict[str, tuple[Tensor, Tensor]] = {}
     for name, module in adapters(model):
-        wrapped = theirs[name]
+        if module.lora.parameters:
+            for pair in module.lora_pairs(name):
+                wrapper: Any = theirs[name]
+                while getattr(wrapper, "parameter_name", pair.parameter) != pair.parameter:
+                    wrapper = wrapper.base_layer
+                together[f"{pair.name}.A"] = pair.A, wrapper.lora_A["default"].weight
+                together[f"{pair.name}.B"] = pair.B, wrapper.lora_B["default"].weight
+            continue
+        wrapped = theirs.get(name) or theirs[name.replace(".out_proj", ".base_layer.out_proj")]
         for factor in "AB":
             if isinstance(module, EmbeddingLoRA):
                 other = getattr(wrapped, f"lora_embedding_{factor}")["default"]

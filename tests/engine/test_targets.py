@@ -197,10 +197,14 @@ def test_bias_says_which_biases_are_trained(bias: Any, trained: list[str]):
         (nn.LazyLinear(3), {}, "no shape yet"),
         (nn.Embedding(5, 3, max_norm=1.0), {}, "max_norm"),
         (nn.Conv2d(4, 4, 3, groups=2), {"rank": 3}, "multiple of"),
-        (nn.MultiheadAttention(4, 1), {"target_modules": ["out_proj"], "dropout": 0.1}, "dropout"),
-        (nn.MultiheadAttention(4, 1), {}, "cannot be adapted"),
+        (nn.MultiheadAttention(4, 1), {"lora_bias": True}, "lora_bias has no meaning"),
         (nn.ConvTranspose1d(4, 4, 3), {}, "ConvTranspose1d cannot be adapted"),
-        (nn.LSTM(3, 3), {}, "LSTM cannot be adapted"),
+        (nn.LayerNorm(3), {}, "LayerNorm cannot be adapted"),
+        (nn.LayerNorm(3), {"target_modules": [], "target_parameters": ["layer.weight"]}, "has no low rank"),
+        (nn.Conv2d(4, 4, 3), {"target_modules": [], "target_parameters": ["layer.weight"]}, "name its module"),
+        (nn.Linear(3, 3), {"target_parameters": ["layer.weight"]}, "'layer' is named by target_modules, and"),
+        (nn.Bilinear(3, 3, 3), {"target_parameters": ["layer.wieght"]}, "Did you mean 'layer.weight'"),
+        (nn.LSTM(3, 3), {"target_parameters": ["weight_ih_l1"]}, "matches no parameter .* mean 'weight_ih_l0'"),
     ],
 )
 def test_a_layer_that_cannot_be_adapted_is_refused_and_left_alone(layer: nn.Module, fields: Any, message: str):

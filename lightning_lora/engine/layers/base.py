@@ -108,6 +108,8 @@ class Adapter(_Host):
 
     draws_b: ClassVar[bool] = False
     """Whether it is A that starts at zero, and B that is drawn."""
+    replaces: ClassVar[tuple[str, ...]] = ()
+    """Attributes of the module's own that it takes the place of."""
     companions: ClassVar[tuple[str, ...]] = ()
     """Names of children that are adapted whenever such a module is a target."""
 
@@ -194,13 +196,15 @@ class Adapter(_Host):
 
     def factors(self, parameter: str = "weight", *, dropped: bool = True) -> tuple[Tensor, Tensor]:
         """A and B as they enter the update: with what is `dropped` in this forward, if it trains, and with the frozen
-        start, if there is one, as further ranks: s (B A - B0 A0) = s [B, -B0] [A; A0]."""
+        start, if there is one, as further ranks: s (B A - B0 A0) = s [B - B0, B0] [A; A - A0], which is zero bit for
+        bit at the start, and exact also where B A and B0 A0 are all but equal."""
         A: Tensor = self.lora_A
         B: Tensor = self.lora_B
         if "lora_A0" in self._buffers:
-            A, B = torch.cat([A, self.lora_A0.to(A.dtype)]), torch.cat([B, -self.lora_B0.to(B.dtype)], dim=1)
-        if dropped and self.training and (self.lora.rank_dropout or self.lora.module_dropout):
-            A = A * self._kept_ranks(A)
+            A0, B0 = self.lora_A0.to(A.dtype), self.lora_B0.to(B.dtype)
+            A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+        if dropped and self.training:
+            A = A * kept_ranks(self.lora, A) if self.lora.rank_dropout or self.lora.module_dropout else A
         return A, B
 
     def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -208,14 +212,6 @@ class Adapter(_Host):
         A, B = self.factors()
         bias = self._parameters.get(BIAS)
         return A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype)
-
-    def _kept_ranks(self, A: Tensor) -> Tensor:
-        """A factor for each row of A: 0 where it is dropped in this forward, and such that the mean is 1."""
-        whole, each = self.lora.module_dropout, self.lora.rank_dropout
-        keep = torch.rand(self.lora.rank, device=A.device, dtype=torch.float32) >= each
-        keep = keep & (torch.rand(1, device=A.device, dtype=torch.float32) >= whole)
-        keep = keep.repeat(A.shape[0] // self.lora.rank)  # a frozen start goes with the ranks that began as it
-        return (keep.to(A.dtype) / ((1 - each) * (1 - whole))).view(-1, *(1,) * (A.dim() - 1))
 
     def delta_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         """scale * B A, shaped as the layer's weight, in the precision of the factors (float32 at least)."""
@@ -290,6 +286,21 @@ class Adapter(_Host):
         missing.extend(key for key in found if not (is_base_checkpoint and key in ours))
 
 
+def kept_ranks(spec: AdapterSpec, A: Tensor, dim: int = 0) -> Tensor:
+    """A factor for each row of A (of each matrix of a stack, where its rows are dimension `dim`): 0 where it is dropped
+    in this forward, and such that the mean is 1."""
+    whole, each = spec.module_dropout, spec.rank_dropout
+    keep = torch.rand(spec.rank, device=A.device, dtype=torch.float32) >= each
+    keep = keep & (torch.rand(1, device=A.device, dtype=torch.float32) >= whole)
+    keep = keep.repeat(A.shape[dim] // spec.rank)  # a frozen start goes with the ranks that began as it
+    return (keep.to(A.dtype) / ((1 - each) * (1 - whole))).view(-1, *(1,) * (A.dim() - dim - 1))
+
+
+def kept_columns(spec: AdapterSpec, A: Tensor) -> Tensor:
+    """The same for the columns of A, where its input cannot be dropped out of because only a weight is read."""
+    return F.dropout(torch.ones_like(A[..., :1, :]), spec.dropout)
+
+
 def geometry_of(cls: type[nn.Module]) -> type[Adapter] | None:
     """The geometry registered for `cls` or for its nearest parent; None where no layer of that kind can be adapted."""
     return next((Adapter.geometries[parent] for parent in cls.__mro__ if parent in Adapter.geometries), None)
@@ -326,10 +337,10 @@ def check_swappable(module: nn.Module, name: str, mixin: type = Adapter) -> None
 @functools.cache
 def _own_names(mixin: type) -> tuple[str, ...]:
     """What the mixin brings and nn.Module has not: a class with such a name would find ours in place of its own."""
+    geometry: Any = mixin
     defined = (name for cls in mixin.__mro__ if issubclass(cls, Adapter) for name in vars(cls))
-    return tuple(
-        dict.fromkeys((*FACTORS, "lora", *(n for n in defined if not hasattr(nn.Module, n) and n != "weight")))
-    )
+    ours = (n for n in defined if not hasattr(nn.Module, n) and n not in geometry.replaces)
+    return tuple(dict.fromkeys((*FACTORS, "lora", *ours)))
 
 
 def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.inits import INITS, Factors
+from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
 from lightning_lora.engine.layers.base import BIAS, MAGNITUDE, START, Adapter, AdapterSpec
 from lightning_lora.engine.layers.dora import output_norms
 from lightning_lora.engine.storage import dense
+from lightning_lora.errors import TargetError
 
 
 def fresh_tensors(
@@ -22,14 +23,18 @@ def fresh_tensors(
     spec: AdapterSpec,
     config: LoRAConfig,
     measured: Mapping[str, Tensor] | None = None,
+    *,
+    start: bool = True,
 ) -> dict[str, Tensor]:
-    """The parameters and buffers that `swap` gives to `module`, with an update of zero.
+    """The parameters and buffers that `swap` gives to `module`: an update of zero, but for an initialiser of `Whole`.
 
-    `measured` are this layer's C and G, where the initialiser asks for them (see `inits`).
+    `measured` is what the initialiser asks for of this layer that is measured (see `inits`). Without `start` nothing is
+    drawn or computed: A and B are zero, to be loaded or started later.
     """
+    given = (measured or {}) if start else None
     if not spec.parameters:
-        return _fresh(module, geometry, "weight", spec, config, measured or {})
-    made = (_fresh(module, geometry, name, part, config, measured or {}) for name, part in spec.parameters.items())
+        return _fresh(module, geometry, "weight", spec, config, given)
+    made = (_fresh(module, geometry, name, part, config, given) for name, part in spec.parameters.items())
     return {name: tensor for tensors in made for name, tensor in tensors.items()}
 
 
@@ -39,10 +44,10 @@ def _fresh(
     parameter: str,
     spec: AdapterSpec,
     config: LoRAConfig,
-    measured: Mapping[str, Tensor],
+    measured: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    weight = getattr(module, parameter)
-    assert isinstance(weight, Tensor)
+    weight = module._parameters[parameter]
+    assert weight is not None
     # A quantized weight is stored as integers; its adapters are float32.
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
     if config.adapter_dtype == "float32":
@@ -50,15 +55,13 @@ def _fresh(
     shape_A, shape_B = geometry.shapes_of(module, parameter, spec.rank)
     with torch.inference_mode(False), torch.no_grad(), _drawing_on(weight.device):
         # What is made in inference mode can never be trained.
-        start = _start(module, geometry, parameter, spec, config, measured)
-        if isinstance(start, Factors):
-            A, B = start.A.reshape(shape_A).to(dtype), start.B.reshape(shape_B).to(dtype)
-        elif geometry.draws_b and not config.freeze_a:
-            A, B = torch.zeros(shape_A, dtype=dtype), torch.randn(shape_B).to(dtype)
+        if measured is None:
+            A, B = torch.zeros(shape_A), torch.zeros(shape_B)
         else:
-            A, B = start.reshape(shape_A).to(dtype), torch.zeros(shape_B, dtype=dtype)
+            A, B = _start(module, geometry, parameter, spec, config, measured)
+        A, B = A.reshape(shape_A).to(dtype).contiguous(), B.reshape(shape_B).to(dtype).contiguous()
         tensors: dict[str, Tensor] = {"lora_A": nn.Parameter(A, not config.freeze_a), "lora_B": nn.Parameter(B)}
-        if isinstance(start, Factors):
+        if INITS[config.init].gives == "Factors":
             tensors |= {name: t.clone() for name, t in zip(START, (A, B))}
         if config.lora_bias:
             tensors[BIAS] = nn.Parameter(torch.zeros(shape_B[0], dtype=dtype))
@@ -81,6 +84,27 @@ def tensor_shapes(
     return shapes
 
 
+def check_init(module: nn.Module, geometry: type[Adapter], config: LoRAConfig) -> None:
+    """Raise TargetError where the initialiser has no meaning for `module`; called before anything is changed."""
+    init = INITS[config.init]
+    weight = module._parameters.get("weight")
+    if getattr(module, "groups", 1) != 1 and (init.computes or init.gives != "Tensor"):
+        raise TargetError(
+            f"init={config.init!r} starts from the matrix of a layer, and a convolution with groups={module.groups} "
+            "has none that its A and B could change: leave it out with exclude_modules, or choose init='kaiming'"
+        )
+    if geometry.draws_b and init.measures & {"C", "G"}:
+        raise TargetError(
+            f"init={config.init!r} is measured on what goes into a layer, and into an embedding go indices: leave it "
+            "out with exclude_modules"
+        )
+    if "W" in init.wants and (weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1):
+        raise TargetError(
+            f"init={config.init!r} starts from the layer's weight, which is quantized: choose init='loftq', which "
+            "starts from what quantization took away, or one that draws"
+        )
+
+
 def _start(
     module: nn.Module,
     geometry: type[Adapter],
@@ -88,27 +112,37 @@ def _start(
     spec: AdapterSpec,
     config: LoRAConfig,
     measured: Mapping[str, Tensor],
-) -> Tensor | Factors:
+) -> tuple[Tensor, Tensor]:
     init = INITS[config.init]
     A, B = geometry.shapes_of(module, parameter, spec.rank)
-    known: dict[str, Any] = {
-        "rank": spec.rank,
-        "scale": spec.scale,
-        "d_in": torch.Size(A[1:]).numel(),
-        "d_out": B[0],
-        **measured,
-    }
+    d_in, d_out = torch.Size(A[1:]).numel(), B[0]
+    known: dict[str, Any] = {"rank": spec.rank, "scale": spec.scale, "d_in": d_in, "d_out": d_out, **measured}
     if "W" in init.wants:
-        known["W"] = geometry.matrix(module, getattr(module, parameter).detach()).to(torch.float32)
+        weight = module._parameters[parameter]
+        assert weight is not None
+        known["W"] = geometry.matrix(module, weight.detach()).to(torch.float32)
+    if init.gives == "Tensor" and geometry.draws_b and not config.freeze_a:
+        return torch.zeros(A), torch.randn(B)
+    # One matrix, or a stack of them, of which each starts by itself.
     count = A[0] // spec.rank
-    if count == 1:
-        return init.function(**{name: known[name] for name in init.wants})
-    # A stack of matrices: each starts by itself.
-    stack = known.pop("W", [None] * count)
-    starts = [init.function(**{name: {**known, "W": W}[name] for name in init.wants}) for W in stack]
-    if isinstance(starts[0], Factors):
-        return type(starts[0])(A=torch.cat([f.A for f in starts]), B=torch.stack([f.B for f in starts], dim=-1))
-    return torch.cat(starts)
+    stack = [known.get("W")] if count == 1 else known.get("W", [None] * count)
+    starts = [_started(init, {**known, "W": W}) for W in stack]
+    if any(B is None for _, B in starts):
+        return torch.cat([A for A, _ in starts]), torch.zeros(B)
+    return torch.cat([A for A, _ in starts]), torch.stack([B for _, B in starts if B is not None], dim=-1)
+
+
+def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """A (rank, d_in), and B (d_out, rank) where it is not zero."""
+    found = init.function(**{name: known[name] for name in init.wants})
+    if not isinstance(found, Factors):
+        return found, None
+    rank, d_in, d_out = known["rank"], known["d_in"], known["d_out"]
+    missing = rank - found.A.shape[0]
+    if not missing:
+        return found.A, found.B
+    more = torch.zeros(d_out, rank - found.B.shape[1])
+    return torch.cat([found.A, kaiming(missing, d_in)]), torch.cat([found.B, more], dim=1)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.engine.layers.base import Adapter, AdapterSpec, has_own_forward
+from lightning_lora.engine import fused
+from lightning_lora.engine.layers.base import BIAS, Adapter, AdapterSpec, has_own_forward, kept_columns
 from lightning_lora.engine.storage import is_plain
 from lightning_lora.errors import AdapterStateError, TargetError
 
@@ -21,11 +22,23 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
     def shapes(module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, module.in_features), (module.out_features, rank)
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (..., in) -> (..., out)
+        cls: Any = type(self)
+        if cls.combine is not Adapter.combine or BIAS in self._parameters:
+            return super().forward(x, *args, **kwargs)
+        A, B = self.factors()
+        dropout = self.lora.dropout if self.training else 0.0
+        if cls.base_class.forward is nn.Linear.forward and not (args or kwargs):
+            W, b = self._parameters.get("weight"), self.bias
+            if W is not None and self.weight is W and (b is None or isinstance(b, Tensor)):  # else they are computed
+                return fused.linear(x, W, b, A, B, self.lora.scale, dropout)
+        base: Tensor = super(Adapter, self).forward(x, *args, **kwargs)
+        return fused.add_update(base, x, A, B, self.lora.scale, dropout)
+
     def update(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        x = self.lora_dropout(x)
-        # In the input's precision: float32 masters on a bfloat16 base compute in bfloat16; autocast casts both.
-        A, B, bias = self.factors_in(x.dtype)
-        return F.linear(F.linear(x, A), B, bias)
+        update = fused.update(x, *self.factors(), self.lora.dropout if self.training else 0.0)
+        bias = self._parameters.get(BIAS)
+        return update if bias is None else update + bias.to(update.dtype)
 
     @staticmethod
     def multiply(x: Tensor, W: Tensor) -> Tensor:
@@ -78,22 +91,31 @@ class WeightReadLinearLoRA(LinearLoRA):
                 "two holds cannot be known. Leave it out with exclude_modules"
             )
 
+    replaces = ("weight", "bias")
+
     @property
     def weight(self) -> Tensor:
         return self.adapted_weight(dropped=True).to(self.dense_weight().dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        base, mine = self._parameters["bias"], self._parameters.get(BIAS)
+        if mine is None:
+            return base
+        update = self.lora.scale * mine
+        return update.to(self.dense_weight().dtype) if base is None else (base + update).to(base.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.combine(F.linear(x, self.dense_weight(), self._parameters["bias"]), self.update(x))
 
 
 class OutProjectionLoRA(WeightReadLinearLoRA, adapts=NonDynamicallyQuantizableLinear):
-    """nn.MultiheadAttention's out_proj, which is only ever read, never called."""
+    """nn.MultiheadAttention's out_proj, which is only ever read, never called: dropout is on the columns of A, one draw
+    for all tokens of a forward."""
 
-    @classmethod
-    def check(cls, module: Any, spec: AdapterSpec) -> None:
-        super().check(module, spec)
-        if spec.dropout:
-            raise TargetError(
-                "the out_proj of nn.MultiheadAttention is used through its weight, where dropout on the adapter's "
-                "input has no meaning: set dropout=0, or leave it out with exclude_modules=['out_proj']"
-            )
+    def factors(self, parameter: str = "weight", *, dropped: bool = True) -> tuple[Tensor, Tensor]:
+        A, B = super().factors(parameter, dropped=dropped)
+        return (A * kept_columns(self.lora, A) if dropped and self.training and self.lora.dropout else A), B
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return F.linear(x, self.weight, self.bias)

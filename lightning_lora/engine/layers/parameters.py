@@ -1,0 +1,164 @@
+"""Parameters of any module, adapted where they are read: the module sees P + s B A, whatever it computes with it."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine.inits import INITS
+from lightning_lora.engine.layers.base import MAGNITUDE, START, Adapter, AdapterSpec, Pair, kept_columns, kept_ranks
+from lightning_lora.errors import AdapterStateError, TargetError
+
+_READS: ContextVar[dict[int, dict[Any, Tensor]] | None] = ContextVar("reads", default=None)
+"""What was read so far in the forwards that run just now, by the module's identity."""
+
+
+class ParameterLoRA(Adapter):
+    """A parameter (out, in) has an A (rank, in) and a B (out, rank). One that is a stack of n matrices, such as the
+    experts of a mixture, (n, out, in), has an A (n rank, in), read as (n, rank, in), and a B (out, rank n), read as
+    (out, rank, n): the layout of PEFT's target_parameters. Where the module says `is_transposed`, a stack is
+    (n, in, out).
+
+    The input of A is not known here, so dropout is on the columns of A: an input's feature is dropped for the whole
+    forward, in all tokens. The mean is that of dropout on the input.
+    """
+
+    @classmethod
+    def check(cls, module: Any, spec: AdapterSpec) -> None:
+        for name in spec.parameters:
+            P = module._parameters[name]
+            if P.dim() < 2:
+                raise TargetError(f"its {name} has no low rank: train it whole, with bias= or modules_to_save")
+            if P.dim() > 3:
+                raise TargetError(f"its {name} is neither a matrix nor a stack of them: name its module instead")
+            if not P.is_floating_point() or P.dtype.itemsize == 1:
+                raise TargetError(f"its {name} holds {P.dtype} values (quantized weights): no update can be added")
+
+    @classmethod
+    def check_variant(cls, module: Any, config: Any) -> None:
+        if config.lora_bias:
+            raise TargetError("lora_bias has no meaning for a parameter, which has no output of its own")
+        if "C" in INITS[config.init].wants:
+            raise TargetError(
+                f"init={config.init!r} measures the inputs of a layer, and those of a parameter are not known: choose "
+                "another, or leave it out"
+            )
+
+    @staticmethod
+    def suffix_of(parameter: str) -> str:
+        return f"_{parameter}"
+
+    @classmethod
+    def shapes_of(cls, module: Any, parameter: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        P = cls.matrix(module, module._parameters[parameter])
+        count = len(P) if P.dim() == 3 else 1
+        return (count * rank, P.shape[-1]), (P.shape[-2], rank * count)
+
+    @staticmethod
+    def matrix(module: Any, W: Tensor) -> Tensor:  # (out, in) or (n, out, in)
+        return W.mT if W.dim() == 3 and _is_transposed(module) else W
+
+    @staticmethod
+    def from_matrix(module: Any, M: Tensor) -> Tensor:
+        return M.mT if M.dim() == 3 and _is_transposed(module) else M
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self).base_class.forward
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        # Each parameter is computed once in a forward: a mixture of experts reads its stack once for each expert.
+        token = _READS.set({**(_READS.get() or {}), id(self): {}})
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _READS.reset(token)
+
+    def read_attribute(self, name: str) -> Tensor:
+        """The parameter called `name`, adapted."""
+        reads = None if torch.compiler.is_compiling() else (_READS.get() or {}).get(id(self))
+        if reads is None:
+            return self._adapted(name)
+        # What was computed without a graph is no answer for one who needs it (activation checkpointing).
+        key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if key not in reads:
+            reads[key] = self._adapted(name)
+        return reads[key]
+
+    def _adapted(self, name: str) -> Tensor:
+        P = self.dense_weight(name)
+        if MAGNITUDE + self.suffix_of(name) in self.lora_names:
+            return self.adapted_weight(name, dropped=True).to(P.dtype)
+        A, B = self.factors(name)
+        A, B = A.to(P.dtype), (self.lora.parameters[name].scale * B).to(P.dtype)
+        if P.dim() == 2:
+            with torch.autocast(P.device.type, enabled=False):
+                return torch.addmm(P, B, A)
+        left, right = (A.mT, B.mT) if _is_transposed(self) else (B, A)
+        with torch.autocast(P.device.type, enabled=False):  # nothing else of the size of the stack is made
+            return torch.baddbmm(P, left, right)
+
+    def factors(self, parameter: str = "weight", *, dropped: bool = True) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank), or stacks of them, (n, rank, in) and (n, out, rank)."""
+        suffix, P = self.suffix_of(parameter), self.dense_weight(parameter)
+        A, B = getattr(self, "lora_A" + suffix), getattr(self, "lora_B" + suffix)
+        pairs = [(A, B)]
+        if "lora_A0" + suffix in self._buffers:  # as in any adapter: s [B - B0, B0] [A; A - A0]
+            A0, B0 = (getattr(self, name + suffix).to(t.dtype) for name, t in zip(START, (A, B)))
+            pairs = [(A, B - B0), (A - A0, B0)]
+        if P.dim() == 3:
+            n = len(P)
+            pairs = [(A.unflatten(0, (n, -1)), B.unflatten(1, (-1, n)).permute(2, 0, 1)) for A, B in pairs]
+        A, B = pairs[0] if len(pairs) == 1 else (torch.cat(t, dim) for t, dim in zip(zip(*pairs), (-2, -1)))
+        spec = self.lora.parameters[parameter]
+        if dropped and self.training:
+            A = A * kept_ranks(spec, A, A.dim() - 2) if spec.rank_dropout or spec.module_dropout else A
+            A = A * kept_columns(spec, A) if spec.dropout else A
+        return A, B
+
+    def delta_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
+        A, B = self.factors(parameter, dropped=dropped)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        return self.from_matrix(self, self.lora.parameters[parameter].scale * (B.to(dtype) @ A.to(dtype)))
+
+    def check_mergeable(self) -> None:
+        for name in self.lora.parameters:
+            P = self._parameters.get(name)
+            if P is None or not P.is_floating_point() or P.dtype.itemsize == 1:
+                raise AdapterStateError(f"its {name} is quantized or computed from others. Use the adapter unmerged.")
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        return {name: self.adapted_weight(name).to(self.dense_weight(name).dtype) for name in self.lora.parameters}
+
+    def lora_pairs(self, name: str) -> tuple[Pair, ...]:
+        prefix = f"{name}." if name else ""
+        return tuple(
+            Pair(prefix + parameter, self, parameter, spec, self.suffix_of(parameter))
+            for parameter, spec in self.lora.parameters.items()
+        )
+
+    def extra_repr(self) -> str:
+        each = (f"{name}: rank={spec.rank}, scale={spec.scale:g}" for name, spec in self.lora.parameters.items())
+        return ", ".join(filter(None, (type(self).base_class.extra_repr(self), *each)))
+
+
+def _is_transposed(module: Any) -> bool:
+    return bool(getattr(module, "is_transposed", False))
+
+
+class BilinearLoRA(ParameterLoRA, adapts=nn.Bilinear):
+    """Its weight (out, in1, in2) is a stack: each output has a matrix of its own, and an update of low rank of it."""
+
+    @staticmethod
+    def parameters_of(module: Any) -> tuple[str, ...]:
+        return ("weight",)
+
+    @classmethod
+    def by_output(cls, module: Any, W: Tensor) -> Tensor:
+        return W.flatten(1)
+
+    @classmethod
+    def from_output(cls, module: Any, M: Tensor) -> Tensor:
+        return M.unflatten(1, (module.in1_features, module.in2_features))
