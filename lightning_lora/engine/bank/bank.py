@@ -50,7 +50,10 @@ class Bank:
         self._routes = Routes()
         self._cells = _cells(model, self._routes, target_modules, exclude_modules)
         self._shapes = {name: cell.shapes(max_rank) for name, cell in self._cells.items()}
-        weight = self._a_weight()
+        # Where the model is, one of its weights tells.
+        self._watched = next(iter(self._cells.values())).module._parameters
+        weight: Any = self._watched["weight"]
+        self._device = weight.device
         is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
         dtype = dtype or (weight.dtype if is_plain else torch.float32)
         row = width_of(self._shapes) * dtype.itemsize
@@ -179,8 +182,8 @@ class Bank:
         """
         return Use(self, names)
 
-    def _enter(self, names: Names) -> tuple[Routing | None, list[Entry]]:
-        with self._slots.change:
+    def _enter(self, names: Names) -> tuple[Routing | None, Sequence[Entry]]:
+        with self._slots.lock:
             self._check_open()
             if isinstance(names, str):
                 if self._folded is not None:
@@ -190,10 +193,10 @@ class Bank:
                 if entry.one is None:
                     assert entry.slot is not None
                     entry.one = One(entry.slot, entry.rank, entry.is_affine)
-                return entry.one, [entry]
-            return (None, []) if names is None else self._enter_rows(list(names))
+                return entry.one, (entry,)
+            return (None, ()) if names is None else self._enter_rows(list(names))
 
-    def _enter_rows(self, names: list[str | None]) -> tuple[Routing | None, list[Entry]]:
+    def _enter_rows(self, names: list[str | None]) -> tuple[Routing | None, Sequence[Entry]]:
         if not names:
             raise BankError("bank.use was given an empty list: name an adapter, or None, for each row.")
         distinct = [name for name in dict.fromkeys(names) if name is not None]
@@ -202,7 +205,7 @@ class Bank:
         for name in distinct:
             self._slots.entry(name)
         if not distinct:
-            return None, []
+            return None, ()
         entries: list[Entry] = []
         try:
             for name in distinct:
@@ -222,12 +225,12 @@ class Bank:
         )
         return routing, entries
 
-    def _enter_folded(self, names: Sequence[str | None]) -> tuple[Routing | None, list[Entry]]:
+    def _enter_folded(self, names: Sequence[str | None]) -> tuple[Routing | None, Sequence[Entry]]:
         if list(names) != [self._folded]:
             raise BankError(
                 f"{self._folded!r} is folded into the base, so nothing else can be used: {listed(map(str, names))}."
             )
-        return None, []
+        return None, ()
 
     @contextmanager
     def folded(self, name: str) -> Iterator[None]:
@@ -279,8 +282,8 @@ class Bank:
     def _check_open(self) -> None:
         if not self._is_open:
             raise BankError("The bank was closed.")
-        device = self._a_weight().device
-        if device != self._slots.slab.data.device:
+        device = self._watched["weight"].device  # type: ignore[union-attr]
+        if device != self._device:
             self._follow(device)
 
     def _follow(self, device: torch.device) -> None:
@@ -290,6 +293,7 @@ class Bank:
         before = self._slots.slab
         self._slots.slab = self._allocated(device)
         self._slots.slab.data.copy_(before.data)
+        self._device = device
         for entry in self._slots.entries.values():
             entry.one = None
 
@@ -298,9 +302,6 @@ class Bank:
         for name, cell in self._cells.items():
             cell.A, cell.B, cell.gain, cell.shift = slab.views[name]
         return slab
-
-    def _a_weight(self) -> Any:
-        return next(iter(self._cells.values())).module._parameters["weight"]
 
     def _checked(self, name: str, factors: Mapping[str, LayerFactors]) -> int:
         """The largest rank of an adapter that fits. Raises AdapterFormatError for one that does not."""

@@ -37,7 +37,9 @@ class Routes:
 
     def enter(self, routing: Routing | None) -> Token[InUse]:
         """Use `routing` here from now on; give what this returns to `leave`."""
-        others = tuple(entry for entry in _IN_USE.get() if entry[0] is not self)
+        others = _IN_USE.get()
+        if others:
+            others = tuple(entry for entry in others if entry[0] is not self)
         return _IN_USE.set(others if routing is None else ((self, routing), *others))
 
     @staticmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_lora.engine.bank.routing import One
@@ -16,7 +17,7 @@ from lightning_lora.engine.bank.tiers import HostStore
 from lightning_lora.errors import BankError, closest, listed
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """An adapter in the bank."""
 
@@ -44,8 +45,9 @@ class Slots:
         self.capacity = capacity
         self.entries: OrderedDict[str, Entry] = OrderedDict()
         """The longest unused first."""
-        self.change = threading.Condition()
-        """The lock; who waits is told when an entry has moved."""
+        self.lock = threading.RLock()
+        self.change = threading.Condition(self.lock)
+        """The same lock; who waits is told when an entry has moved."""
         self._store = store
         self._free = list(range(capacity))[::-1]
         self._written: set[int] = set()
@@ -61,9 +63,11 @@ class Slots:
 
     def settled(self, name: str) -> Entry:
         """The entry, once nobody moves it."""
-        while (entry := self.entry(name)).moving:
+        while True:
+            entry = self.entries.get(name) or self.entry(name)
+            if not entry.moving:
+                return entry
             self.change.wait()
-        return entry
 
     def resident(self, name: str) -> Entry:
         """The entry in a slot, from now on the last one used; brings it there."""
@@ -147,9 +151,9 @@ class Slots:
             self._free.append(entry.slot)
         self.change.notify_all()
 
-    def leave(self, entries: list[Entry]) -> None:
+    def leave(self, entries: Sequence[Entry]) -> None:
         """One user less of each."""
-        with self.change:
+        with self.lock:
             for entry in entries:
                 entry.users -= 1
                 if entry.gone and not entry.users and entry.slot is not None:
