@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import gc
+import threading
+
+import torch
+
+from tests.hub.bank_churn import Churn
+
+
+def test_every_row_is_right_while_adapters_come_go_wait_on_disk_and_return(tmp_path):
+    before = threading.active_count()
+    with torch.no_grad():
+        churn = Churn(120, tmp_path, capacity=24, host_capacity=20)
+    outcome = churn.run(3)
+    assert not outcome.wrong
+    for what in ("rows", "came and went", "prefetched"):
+        assert outcome.counts[what] > 0, outcome.counts
+    churn.bank.close()
+    assert type(churn.base.wide) is torch.nn.Linear
+    del churn
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+    assert threading.active_count() <= before + 1, "the thread that prefetches ends by itself"
+
+
+def test_a_use_that_waits_for_a_slot_of_another_thread_is_told_or_served(tmp_path):
+    """As many threads as slots, each with its own adapters: the bank is full most of the time, and never wrong."""
+    with torch.no_grad():
+        churn = Churn(40, tmp_path, capacity=6, host_capacity=4)
+    outcome = churn.run(1, servers=6)
+    assert not outcome.wrong
+    assert outcome.counts["rows"] > 0
