@@ -12,7 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_lora.engine import InjectionReport, LoRAConfig, adapters, inject, injections
+from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injections
+from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, closest, listed
 from lightning_lora.training.buffers import watch_buffers
@@ -181,7 +182,7 @@ class LoRACallback(Callback):
         if self._policy.push is not None:
             self._policy.push.start(trainer, pl_module)
         watch_buffers(pl_module)
-        self._awaits_gradient = dict(adapters(pl_module))
+        self._awaits_gradient = {pair.name: pair for pair in pairs(pl_module)}
         self._heard_backward = False
         self._held = 0
 
@@ -189,7 +190,7 @@ class LoRACallback(Callback):
         self._heard_backward = True
         if self._awaits_gradient:
             waiting = self._awaits_gradient.items()
-            self._awaits_gradient = {name: m for name, m in waiting if m.lora_A.grad is None and m.lora_B.grad is None}
+            self._awaits_gradient = {name: p for name, p in waiting if p.A.grad is None and p.B.grad is None}
 
     def _report_unused(self, pl_module: LightningModule) -> None:
         unused, self._awaits_gradient = self._awaits_gradient, None

@@ -16,6 +16,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
 from lightning_lora.engine import LoRAConfig, adapter_tensors, adapters, inject, injections
+from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.state import check_same_base, describe_base, load_adapter_state_dict
 from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
 from lightning_lora.training.buffers import restore_buffers
@@ -37,7 +38,7 @@ def checkpoint_metadata(module: nn.Module, base: Mapping[str, Any] | None = None
         "format": _FORMAT,
         **(base or describe_base(module)),
         "configs": {name: injection.config.to_dict() for name, injection in injections(module)},
-        "scales": {name: adapter.lora.scale for name, adapter in adapters(module)},
+        "scales": {pair.name: pair.spec.scale for pair in pairs(module)},
     }
 
 
@@ -58,11 +59,11 @@ def check_metadata(checkpoint: Mapping[str, Any], module: nn.Module, *, check_ba
     """
     metadata = checkpoint_adapter(checkpoint)
     scales: dict[str, float] = metadata["scales"]
-    for name, adapter in adapters(module):
-        if name in scales and scales[name] != adapter.lora.scale:
+    for pair in pairs(module):
+        if pair.name in scales and scales[pair.name] != pair.spec.scale:
             raise CheckpointError(
-                f"The checkpoint's adapter multiplies its update of {name!r} by {scales[name]:g}, this run's by "
-                f"{adapter.lora.scale:g}: rank, alpha or use_rslora differ. Set them as they were when it was saved."
+                f"The checkpoint's adapter multiplies its update of {pair.name!r} by {scales[pair.name]:g}, this run's "
+                f"by {pair.spec.scale:g}: rank, alpha or use_rslora differ. Set them as they were when it was saved."
             )
     # What is frozen depends on what is adapted: where that differs, the tensors tell it better than the fingerprint.
     if check_base and set(checkpoint["state_dict"]) == set(adapter_tensors(module)):
