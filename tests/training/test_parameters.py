@@ -30,12 +30,12 @@ class Mixed(Lit):
 
     def build(self, seed: int) -> None:
         torch.manual_seed(seed)
-        self.lstm = nn.LSTM(WIDTH, 4, batch_first=True)
+        self.lstm = nn.LSTM(WIDTH // 2, 4, batch_first=True)
         self.experts = Experts()
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.experts(self.lstm(x[:, None])[0][:, -1]))
+        return self.head(self.experts(self.lstm(x.unflatten(1, (2, -1)))[0][:, -1]))
 
 
 def test_a_run_trains_saves_and_goes_on_with_adapters_of_parameters(tmp_path: Path) -> None:
