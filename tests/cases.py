@@ -187,7 +187,8 @@ def randomise(model: nn.Module) -> None:
 def reference(model: nn.Module) -> nn.Module:
     """A plain float64 model with the weights W + s B A, by the formula and no code of ours; not for grouped layers.
 
-    DoRA: m (W + s B A) / ||W + s B A||, the norm taken over all but the output's dimension.
+    A frozen start is left out, s (B A - B0 A0). DoRA: m (W + s B A) / ||W + s B A||, the norm taken over all but the
+    output's dimension.
     """
     plain = copy.deepcopy(model).double()
     for module in list(plain.modules()):
@@ -198,6 +199,8 @@ def reference(model: nn.Module) -> nn.Module:
             continue
         A, B, W = (module._parameters[name].detach() for name in ("lora_A", "lora_B", "weight"))
         change = module.lora.scale * torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1))
+        if (A0 := module._buffers.get("lora_A0")) is not None:
+            change -= module.lora.scale * torch.einsum("or,ri->oi", module.lora_B0.flatten(1), A0.flatten(1))
         if isinstance(module, (nn.Embedding, Conv1D)):
             change = change.T
         V = W + change.view(W.shape)
@@ -212,7 +215,7 @@ def reference(model: nn.Module) -> nn.Module:
         if (b := module._parameters.get("lora_B_bias")) is not None:
             module.bias = nn.Parameter(module.bias + module.lora.scale * b)
         for name in module.lora_names:
-            del module._parameters[name]
+            delattr(module, name)
         module.__class__ = type(module).base_class
         module.weight = nn.Parameter(V.detach())
     return plain
@@ -259,6 +262,7 @@ def _embedding(**options: Any) -> dict[str, nn.Module]:
 
 
 _PADS = "PEFT pads A's input with zeros, whatever the base's padding_mode"
+_OTHER_BASE = "PEFT changes the base; tests/engine/test_inits.py compares"
 _BOTH = ["layer", "head"]
 _NO_DORA = dict.fromkeys(("linear-parameter", "experts", "experts-transposed"), "PEFT has no DoRA for parameters")
 _DORA = {
@@ -422,6 +426,19 @@ CASES += [
     Case("conv2d-lora-bias", _conv(2, stride=2), (2, 4, 7, 7), {"lora_bias": True}),
     Case("linear-freeze-a", _linear(), (5, 8), {"freeze_a": True}, peft="PEFT has it as an optimizer"),
     Case("embedding-freeze-a", _embedding, (5, 4), {"freeze_a": True}, peft="PEFT has it as an optimizer"),
+    *(
+        Case(
+            f"{name}-{init}", layers, shape, {"init": init, **more}, _OTHER_BASE, differentiable="use_dora" not in more
+        )
+        for name, layers, shape, init, more in [
+            ("linear", _linear(), (5, 8), "pissa", {}),
+            ("linear-dora", _linear(), (5, 8), "pissa", {"use_dora": True}),
+            ("linear-freeze-a", _linear(), (5, 8), "pissa", {"freeze_a": True}),
+            ("linear-rank-dropout", _linear(), (5, 8), "pissa", {"rank_dropout": 0.5}),
+            ("transformers-conv1d", lambda: {"layer": Conv1D(6, 8), "act": nn.Tanh()}, (5, 3, 8), "olora", {}),
+            ("conv2d", _conv(2, stride=2), (2, 4, 7, 7), "pissa", {}),
+        ]
+    ),
     Case(
         "linear-rank-and-module-dropout", _linear(), (5, 8), {"rank_dropout": 0.5, "module_dropout": 0.1}, peft="none"
     ),

@@ -1,7 +1,7 @@
 """The mathematics and the surgery: plain functions on any nn.Module, with torch alone."""
 
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.inject import Injection, inject, injection_of, injections, remove
+from lightning_lora.engine.inject import Injection, inject, injection_of, injections, remove, start_adapters
 from lightning_lora.engine.layers import Adapter, adapters
 from lightning_lora.engine.merge import merge, merged
 from lightning_lora.engine.report import AdaptedModule, InjectionReport
@@ -24,4 +24,5 @@ __all__ = [
     "merge",
     "merged",
     "remove",
+    "start_adapters",
 ]

@@ -105,6 +105,7 @@ class LoRAConfig:
         self._check_combinations()
         if self.layers_to_transform is not None and not self.target_modules:
             raise ConfigError("layers_to_transform chooses among target_modules, and there are none.")
+        self._check_ranks()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern has no effect without layers_to_transform. Give both, or neither.")
         is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
@@ -117,6 +118,12 @@ class LoRAConfig:
     def _check_combinations(self) -> None:
         if self.use_dora and self.lora_bias:
             raise ConfigError("lora_bias has no meaning with use_dora, which rescales weights: use one of the two.")
+
+    def _check_ranks(self) -> None:
+        multiple = INITS[self.init].rank_multiple
+        others = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % multiple]
+        if others:
+            raise ConfigError(f"init={self.init!r} needs ranks that are multiples of {multiple}, not {others[0]}.")
 
     def rank_of(self, *names: str) -> int:
         """The rank for the module or the parameter called `names`."""

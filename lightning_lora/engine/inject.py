@@ -25,7 +25,7 @@ from lightning_lora.engine.layers.base import (
     swap,
     swap_back,
 )
-from lightning_lora.engine.layers.fresh import fresh_tensors
+from lightning_lora.engine.layers.fresh import Measured, check_init, check_measured, fresh_tensors
 from lightning_lora.engine.layers.frozen import (
     FrozenNorm,
     freeze_statistics,
@@ -54,6 +54,8 @@ class Injection:
     head: str | None = None
     frozen_norms: tuple[str, ...] = ()
     """Norms whose running statistics were frozen."""
+    awaits_start: bool = False
+    """Whether A and B are zero still: neither started nor loaded."""
 
     @property
     def trained_whole(self) -> list[str]:
@@ -61,18 +63,30 @@ class Injection:
         return list(self.originals)
 
 
-def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionReport:
+def inject(
+    model: nn.Module,
+    config: LoRAConfig | None = None,
+    *,
+    measured: Measured | None = None,
+    start: bool = True,
+) -> InjectionReport:
     """Adapt `model` in place, and freeze all but the adapters (and what the config trains besides).
 
     The outputs of the model do not change, since the update starts at zero. Raises TargetError where a pattern matches
     nothing or a module cannot be adapted, AdapterStateError where the model has adapters already; the model is then as
     it was. Returns a report, whose text is a table.
+
+    `measured` is what an initialiser that starts from data asks for (see `calibration`). With `start=False` the
+    adapters stay zero: for tensors that are loaded right after, or for `start_adapters`.
     """
     config = config or LoRAConfig()
     _check_unadapted(model)
     selection = select(model, config)
     _check_shared_weights(model, selection)
     plan = [(target, *_planned(target, config)) for target in selection.targets]
+    measured = measured or {}
+    if start:
+        check_measured(config, [target.name for target in selection.targets], measured)
     whole = tensors_trained_whole(model, config, selection)
     wasteful = [name for target, geometry, spec in plan for name in _wasteful(target, geometry, spec)]
     if wasteful:  # said before anything is changed, since a warning can be made an error
@@ -93,8 +107,12 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
             for name, module in model.named_modules()
             if has_running_statistics(module) and id(module) not in saved_modules
         ),
+        awaits_start=not start,
     )
-    tensors = [fresh_tensors(target.module, geometry, spec, config) for target, geometry, spec in plan]
+    tensors = [
+        fresh_tensors(target.module, geometry, spec, config, measured.get(target.name), start=start)
+        for target, geometry, spec in plan
+    ]
     # Nothing below can fail for a reason in the model or the config.
     trained = {id(t) for t in whole.values()}
     for p in model.parameters():
@@ -105,6 +123,29 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
         freeze_statistics(model.get_submodule(name))
     model.__dict__[_RECORD] = injection
     return _report(model, injection, selection)
+
+
+def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
+    """Start those adapters of `model` that `inject(..., start=False)` left at zero, if nothing was loaded into them.
+
+    `measured` is as for `inject`, by names in `model`. Raises ConfigError where something of it is missing; nothing is
+    changed then.
+    """
+    waiting = [(root, injection) for root, injection in injections(model) if injection.awaits_start]
+    values: list[tuple[Tensor, Tensor]] = []
+    for root, injection in waiting:
+        prefix = f"{root}." if root else ""
+        layers = {prefix + name: module for name, module in adapters(model.get_submodule(root))}
+        check_measured(injection.config, layers, measured or {})
+        for name, module in layers.items():
+            of = (measured or {}).get(name)
+            started = fresh_tensors(module, type(module), module.lora, injection.config, of)
+            values += [(getattr(module, own), value) for own, value in started.items()]
+    with torch.no_grad():
+        for tensor, value in values:
+            tensor.copy_(value)
+    for _, injection in waiting:
+        injection.awaits_start = False
 
 
 def remove(model: nn.Module) -> None:
@@ -215,6 +256,7 @@ def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], Adapter
         check_swappable(target.module, target.name, mixin)
     try:
         geometry.check(target.module, spec)
+        check_init(target.module, geometry, spec, config)
         for mixin in mixins:
             mixin.check_variant(target.module, config)
     except TargetError as error:

@@ -57,6 +57,8 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])
+    for _, injection in injections(model):
+        injection.awaits_start = False
 
 
 def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str) -> None:

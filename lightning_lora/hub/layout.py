@@ -67,16 +67,17 @@ class Layout:
     def value_in_file(self, name: str, value: Callable[[str], Tensor]) -> Tensor:
         """What a file holds for `name`; `value` gives the engine's tensors.
 
-        A frozen start becomes further ranks, B A - B0 A0 = [B, -B0] [A; A0], so that the file is for the base as it
-        is (as PEFT converts its PiSSA and OLoRA)."""
+        A frozen start becomes further ranks, B A - B0 A0 = [B - B0, B0] [A; A - A0], so that the file is for the base
+        as it is (as PEFT converts its PiSSA and OLoRA)."""
         module, _, last = name.rpartition(".")
         tensor = value(name)
         A0, B0 = START
         if name not in self.whole and A0 in self.adapted[module]:
             if last == "lora_A":
-                return torch.cat([tensor, value(member(module, A0)).to(tensor)])
+                return torch.cat([tensor, tensor - value(member(module, A0)).to(tensor)])
             if last == "lora_B":
-                return torch.cat([tensor, -value(member(module, B0)).to(tensor)], dim=1)
+                start = value(member(module, B0)).to(tensor)
+                return torch.cat([tensor - start, start], dim=1)
         return tensor.reshape(self.shape_in_file(name))
 
     def _every(self, name: str) -> tuple[str, ...]:

@@ -20,8 +20,7 @@ def factors_of(model: nn.Module) -> dict[str, LayerFactors]:
     """The adapters of `model` as a bank takes them."""
     return {
         name: LayerFactors(
-            module.lora_A.detach(),
-            module.lora_B.detach(),
+            *(factor.detach() for factor in module.factors(dropped=False)),
             module.lora.scale,
             getattr(module, "lora_magnitude_vector", None),
             getattr(module, "lora_B_bias", None),

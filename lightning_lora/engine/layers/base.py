@@ -72,6 +72,14 @@ class Pair:
         return factor
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether its update is zero as at the start: a factor is, or both are as they are in its frozen start."""
+        A0, B0 = (self.module._buffers.get(name + self.suffix) for name in START)
+        if A0 is None or B0 is None:
+            return not bool(self.A.any()) or not bool(self.B.any())
+        return self.A.equal(A0) and self.B.equal(B0)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the parameter that it changes."""
         weight = self.module._parameters.get(self.parameter)

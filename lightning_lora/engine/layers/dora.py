@@ -52,7 +52,7 @@ class DoRA(Adapter):
         return self
 
     def _fresh_pairs(self) -> list[Pair]:
-        return [pair for pair in self.lora_pairs("") if not bool(pair.A.any()) or not bool(pair.B.any())]
+        return [pair for pair in self.lora_pairs("") if pair.is_fresh]
 
     @torch.no_grad()
     def _measure(self, pairs: list[Pair]) -> None:

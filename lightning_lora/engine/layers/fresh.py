@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,11 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
 from lightning_lora.engine.layers.base import BIAS, MAGNITUDE, START, Adapter, AdapterSpec
 from lightning_lora.engine.layers.dora import output_norms
-from lightning_lora.engine.storage import dense
-from lightning_lora.errors import TargetError
+from lightning_lora.engine.storage import can_be_dense, dense
+from lightning_lora.errors import ConfigError, TargetError, listed
+
+Measured = Mapping[str, Mapping[str, Tensor]]
+"""What initialisers ask for that is measured: layer -> letter -> matrix (see `inits`)."""
 
 
 def fresh_tensors(
@@ -84,10 +87,28 @@ def tensor_shapes(
     return shapes
 
 
-def check_init(module: nn.Module, geometry: type[Adapter], config: LoRAConfig) -> None:
+def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured) -> None:
+    """Raise ConfigError unless `measured` has what the initialiser asks for, of each layer in `names`."""
+    wants = INITS[config.init].measures
+    lacking = [name for name in names if not wants <= measured.get(name, {}).keys()]
+    if lacking:
+        what, how = _MEASURED_BY[min(wants)]
+        raise ConfigError(
+            f"init={config.init!r} starts from {what}, which measured does not have for {listed(lacking)}. "
+            f"LoRACallback measures it by itself; elsewhere, call inject(model, config, measured={how})."
+        )
+
+
+_MEASURED_BY = {
+    "C": ("the inputs of each layer on some data", "calibrate(model, config, step, batches)"),
+    "E": ("what quantization took from each weight", "residuals(model, config, weight_of)"),
+    "G": ("the gradient of each weight on some data", "calibrate(model, config, step, batches)"),
+}
+
+
+def check_init(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig) -> None:
     """Raise TargetError where the initialiser has no meaning for `module`; called before anything is changed."""
     init = INITS[config.init]
-    weight = module._parameters.get("weight")
     if getattr(module, "groups", 1) != 1 and (init.computes or init.gives != "Tensor"):
         raise TargetError(
             f"init={config.init!r} starts from the matrix of a layer, and a convolution with groups={module.groups} "
@@ -98,10 +119,10 @@ def check_init(module: nn.Module, geometry: type[Adapter], config: LoRAConfig) -
             f"init={config.init!r} is measured on what goes into a layer, and into an embedding go indices: leave it "
             "out with exclude_modules"
         )
-    if "W" in init.wants and (weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1):
+    if "W" in init.wants and not all(can_be_dense(module._parameters.get(p)) for p in spec.parameters or ("weight",)):
         raise TargetError(
-            f"init={config.init!r} starts from the layer's weight, which is quantized: choose init='loftq', which "
-            "starts from what quantization took away, or one that draws"
+            f"init={config.init!r} starts from the layer's weight, which is stored in a way that is not known here: "
+            "choose one that draws, such as init='kaiming'"
         )
 
 
@@ -120,24 +141,22 @@ def _start(
     if "W" in init.wants:
         weight = module._parameters[parameter]
         assert weight is not None
-        known["W"] = geometry.matrix(module, weight.detach()).to(torch.float32)
+        known["W"] = geometry.matrix(module, dense(module, weight.detach())).to(torch.float32)
     if init.gives == "Tensor" and geometry.draws_b and not config.freeze_a:
         return torch.zeros(A), torch.randn(B)
     # One matrix, or a stack of them, of which each starts by itself.
     count = A[0] // spec.rank
     stack = [known.get("W")] if count == 1 else known.get("W", [None] * count)
     starts = [_started(init, {**known, "W": W}) for W in stack]
-    if any(B is None for _, B in starts):
-        return torch.cat([A for A, _ in starts]), torch.zeros(B)
-    return torch.cat([A for A, _ in starts]), torch.stack([B for _, B in starts if B is not None], dim=-1)
+    return torch.cat([A for A, _ in starts]), torch.stack([B for _, B in starts], dim=-1)
 
 
-def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """A (rank, d_in), and B (d_out, rank) where it is not zero."""
+def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """A (rank, d_in) and B (d_out, rank) of one matrix."""
+    rank, d_in, d_out = known["rank"], known["d_in"], known["d_out"]
     found = init.function(**{name: known[name] for name in init.wants})
     if not isinstance(found, Factors):
-        return found, None
-    rank, d_in, d_out = known["rank"], known["d_in"], known["d_out"]
+        found = Factors(A=found, B=torch.zeros(d_out, rank))
     missing = rank - found.A.shape[0]
     if not missing:
         return found.A, found.B

@@ -1,0 +1,392 @@
+"""How adapters start: against closed forms, and PEFT's own initialisers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.corda import collect_eigens_for_layer
+from snapshot import assert_same, snapshot
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora.engine import (
+    LoRAConfig,
+    adapter_state_dict,
+    adapters,
+    inject,
+    load_adapter_state_dict,
+    remove,
+    start_adapters,
+)
+from lightning_lora.engine.inits import INITS, Factors, Whole, init
+from lightning_lora.errors import ConfigError, TargetError
+
+D_IN, D_OUT, RANK = 12, 9, 4
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(D_IN, D_OUT),
+    "transformers-conv1d": lambda: Conv1D(D_OUT, D_IN),
+    "conv2d": lambda: nn.Conv2d(3, D_OUT, 2),
+    "embedding": lambda: nn.Embedding(D_IN, D_OUT),
+}
+
+
+def model(kind: str = "linear", seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    net = nn.Sequential(LAYERS[kind]())
+    with torch.no_grad():
+        net[0].weight.normal_()
+    return net
+
+
+def matrix(net: nn.Module, kind: str) -> Tensor:
+    """The weight of the layer as (out, in)."""
+    W = net[0].weight.detach()
+    return W.T if kind in ("transformers-conv1d", "embedding") else W.flatten(1)
+
+
+def input_of(kind: str) -> Tensor:
+    if kind == "embedding":
+        return torch.randint(0, D_IN, (7,))
+    return torch.randn((2, 3, 5, 5) if kind == "conv2d" else (7, D_IN))
+
+
+def started(net: nn.Module, name: str, measured: Any = None, **fields: Any) -> tuple[Tensor, Tensor, float]:
+    """A and B as matrices, and the scale."""
+    config = LoRAConfig(**{"rank": RANK, "alpha": 6, "target_modules": ["0"], "init": name, **fields})
+    inject(net, config, measured=measured)
+    layer: Any = net[0]
+    return layer.lora_A.detach().flatten(1), layer.lora_B.detach().flatten(1), layer.lora.scale
+
+
+def truncated(M: Tensor, which: slice) -> Tensor:
+    U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
+    return ((U[:, which] * S[which]) @ Vh[which]).float()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", ["pissa", "pissa_fast"])
+def test_pissa_starts_as_the_best_approximation_of_the_weight(name: str, kind: str):
+    net = model(kind)
+    A, B, scale = started(net, name)
+    torch.testing.assert_close(scale * B @ A, truncated(matrix(net, kind), slice(RANK)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_fast_svd_is_all_but_as_good_where_the_weight_is_large():
+    torch.manual_seed(0)
+    W = torch.randn(200, 300) * torch.logspace(0, -2, 300)
+    net = nn.Sequential(nn.Linear(300, 200))
+    net[0].weight.data.copy_(W)
+    A, B, scale = started(net, "pissa_fast")
+    best = (W - truncated(W, slice(RANK))).norm()
+    assert (W - scale * B @ A).norm() <= 1.001 * best
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_olora_starts_as_the_first_ranks_of_the_qr_decomposition(kind: str):
+    net = model(kind)
+    A, B, _ = started(net, "olora")
+    W = matrix(net, kind)
+    torch.testing.assert_close(B.T @ B, torch.eye(RANK))
+    # What is left of W is orthogonal to B, and its first columns are gone.
+    torch.testing.assert_close(B.T @ (W - B @ A), torch.zeros(RANK, W.shape[1]), rtol=0, atol=1e-5)
+    torch.testing.assert_close((W - B @ A)[:, :RANK], torch.zeros(W.shape[0], RANK), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_orthogonal_factors_are_not_zero_and_their_product_is(kind: str):
+    net, x = model(kind), input_of(kind)
+    before = net(x)
+    A, B, _ = started(net, "orthogonal")
+    assert float(A.abs().mean()) > 0.01
+    assert float(B.abs().mean()) > 0.01
+    # Zero but for the rounding of Q and of the products, each of a few units in the last place of its terms.
+    eps = torch.finfo(torch.float32).eps
+    assert bool(((B @ A).abs() <= 8 * RANK * eps * (B.abs() @ A.abs())).all())
+    torch.testing.assert_close(net(x), before, rtol=1e-6, atol=1e-6)
+    assert set(adapter_state_dict(net)) == {"0.lora_A", "0.lora_B"}
+
+
+@pytest.mark.parametrize("fields", [{"rank": 3}, {"rank_pattern": {"0": 5}}])
+def test_orthogonal_needs_an_even_rank(fields: dict[str, Any]):
+    with pytest.raises(ConfigError, match=r"'orthogonal' needs ranks that are multiples of 2, not [35]"):
+        LoRAConfig(**{"init": "orthogonal", **fields})
+
+
+@pytest.mark.parametrize("ours", ["orthogonal", "pissa", "olora"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_training_goes_step_by_step_as_in_peft_which_changes_the_base(ours: str, kind: Any):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Tanh(), nn.Linear(D_OUT, 5))
+    config = LoRAConfig(rank=RANK, alpha=6, target_modules=["0", "2"], init=ours)
+    theirs: Any = get_peft_model(
+        copy.deepcopy(net),
+        LoraConfig(r=RANK, lora_alpha=6, target_modules=["0", "2"], init_lora_weights=ours),  # type: ignore[arg-type]
+    )
+    base = snapshot(net)
+    inject(net, config)
+    for name, module in adapters(net):
+        peft_layer = theirs.base_model.model.get_submodule(name)
+        for factor in "AB":
+            own, other = getattr(module, f"lora_{factor}"), getattr(peft_layer, f"lora_{factor}")["default"].weight
+            if ours == "orthogonal":
+                own.data.copy_(other)  # drawn
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    x, target = torch.randn(20, D_IN), torch.randn(20, 5)
+
+    def losses(net: nn.Module) -> list[float]:
+        optimizer = kind([p for p in net.parameters() if p.requires_grad], lr=0.02)
+        found = []
+        for _ in range(10):
+            loss = nn.functional.mse_loss(net(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    # PEFT rounds W - s B A, which we keep apart.
+    assert losses(net) == pytest.approx(losses(theirs), rel=5e-5)
+    remove(net)
+    assert_same(snapshot(net), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", ["pissa", "pissa_fast", "olora"])
+@torch.no_grad()
+def test_a_start_that_is_left_out_changes_no_bit_in_any_precision(name: str, kind: str, dtype: torch.dtype):
+    net, x = model(kind).to(dtype), input_of(kind)
+    x = x.to(dtype) if x.is_floating_point() else x
+    before = net(x)
+    started(net, name)
+    assert net(x).equal(before)
+    layer: Any = net[0]
+    assert layer.lora_A.dtype == layer.lora_A0.dtype == torch.promote_types(dtype, torch.float32)
+    net.to(torch.bfloat16)
+    x = x.bfloat16() if x.is_floating_point() else x
+    plain = model(kind).bfloat16()
+    plain.load_state_dict(net.state_dict(), strict=False)
+    assert net(x).equal(plain(x))
+
+
+@torch.no_grad()
+def test_a_small_change_beside_a_large_start_is_kept_in_half_precision():
+    net, x = model(), torch.randn(7, D_IN)
+    started(net, "pissa")
+    net[0].lora_B.add_(1e-4)  # less than bfloat16 can tell from B itself
+    exact = net(x) - model()(x)
+    net.bfloat16()
+    y = net[0].update(x.bfloat16()).float() * net[0].lora.scale
+    torch.testing.assert_close(y, exact, rtol=0.05, atol=float(exact.abs().max()) / 50)
+
+
+@torch.no_grad()
+def test_eva_reads_the_directions_in_which_the_inputs_vary_most():
+    X = torch.randn(200, D_IN) * torch.linspace(3, 0.1, D_IN)
+    A, B, _ = started(model(), "eva", {"0": {"C": X.T @ X / 200}})
+    _, _, Vh = torch.linalg.svd(X, full_matrices=False)
+    torch.testing.assert_close((A @ Vh[:RANK].T).abs(), torch.eye(RANK), rtol=0, atol=1e-3)
+    assert not B.any()
+
+
+def covariance() -> Tensor:
+    X = torch.randn(60, D_IN) * torch.linspace(2, 0.2, D_IN)
+    return X.T @ X / 60
+
+
+@pytest.mark.parametrize("kind", ["linear", "transformers-conv1d"])
+@pytest.mark.parametrize(("name", "method"), [("corda", "ipm"), ("corda_preserving", "kpm")])
+@torch.no_grad()
+def test_corda_starts_as_in_peft(name: str, method: str, kind: str):
+    net, C = model(kind), covariance()
+    peft_layer = copy.deepcopy(net[0])
+    peft_layer.covariance_matrix = C  # type: ignore[assignment]
+    eigens = collect_eigens_for_layer(peft_layer, SimpleNamespace())  # type: ignore[arg-type]
+    which = slice(RANK) if method == "ipm" else slice(-RANK, None)
+    A, B, scale = started(net, name, {"0": {"C": C}})
+    product = (eigens.U_WC[:, which] * eigens.S_WC[which]) @ eigens.V_WC[:, which].T
+    torch.testing.assert_close(scale * B @ A, product, rtol=1e-3, atol=1e-4)
+    # The values are shared evenly, in the order in which they are taken.
+    S = eigens.S_WC[which] if method == "ipm" else eigens.S_WC[which].flip(0)
+    torch.testing.assert_close(B.T @ B, torch.diag(S / scale), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_corda_takes_inputs_that_span_less_than_the_layer_reads():
+    x = torch.randn(1, D_IN)
+    A, B, _ = started(model(), "corda", {"0": {"C": x.T @ x}})
+    assert bool(A.isfinite().all())
+    assert bool(B.isfinite().all())
+    A, _, _ = started(model(), "corda", {"0": {"C": torch.zeros(D_IN, D_IN)}})
+    assert bool(A.isfinite().all())
+
+
+def test_the_first_step_of_lora_ga_is_that_of_full_fine_tuning_as_far_as_its_rank_allows():
+    net, x, target = model(), torch.randn(30, D_IN, dtype=torch.float64), torch.randn(30, D_OUT, dtype=torch.float64)
+    net.double()
+    loss = nn.functional.mse_loss(net(x), target)
+    (G,) = torch.autograd.grad(loss, [net[0].weight])
+    started(net, "lora_ga", {"0": {"G": G.float()}})
+    layer: Any = net[0]
+    nn.functional.mse_loss(net(x), target).backward()
+    lr, before = 1e-7, layer.delta_weight().detach()
+    with torch.no_grad():
+        for p in (layer.lora_A, layer.lora_B):
+            p -= lr * p.grad
+    step = (layer.delta_weight().detach() - before) / -lr
+    size = layer.lora.scale * D_OUT**0.25 / math.sqrt(16)
+    torch.testing.assert_close(step, size**2 * truncated(G, slice(2 * RANK)).double(), rtol=1e-4, atol=1e-5)
+
+
+def test_loftq_starts_as_the_best_approximation_of_what_quantization_took():
+    net, E = model(), torch.randn(D_OUT, D_IN)
+    W = net[0].weight.detach().clone()
+    A, B, scale = started(net, "loftq", {"0": {"E": E}})
+    torch.testing.assert_close(scale * B @ A, truncated(E, slice(RANK)), rtol=1e-4, atol=1e-4)
+    layer: Any = net[0]
+    torch.testing.assert_close(layer.adapted_weight(), W + truncated(E, slice(RANK)), rtol=1e-4, atol=1e-4)
+    assert set(adapter_state_dict(net)) == {"0.lora_A", "0.lora_B"}
+
+
+# What an initialiser asks for, and where it has no meaning.
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("eva", r"the inputs of each layer.*calibrate\(model, config, step, batches\)"),
+        ("lora_ga", r"the gradient of each weight.*calibrate\("),
+        ("loftq", r"what quantization took.*residuals\("),
+    ],
+)
+def test_an_initialiser_that_needs_data_says_so_and_how_to_give_it(name: str, how: str):
+    net = model()
+    before = snapshot(net)
+    with pytest.raises(ConfigError, match=f"init='{name}' starts from {how}"):
+        started(net, name)
+    assert_same(snapshot(net), before)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "orthogonal", "eva", "lora_ga"])
+def test_a_grouped_convolution_has_no_matrix_to_start_from(name: str):
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    before = snapshot(net)
+    with pytest.raises(TargetError, match=r"'0' \(Conv2d\).*groups=2.*exclude_modules"):
+        started(net, name)
+    assert_same(snapshot(net), before)
+
+
+@pytest.mark.parametrize("name", ["eva", "corda", "lora_ga"])
+def test_an_embedding_has_no_inputs_to_measure(name: str):
+    with pytest.raises(TargetError, match="into an embedding go indices"):
+        started(model("embedding"), name)
+
+
+def test_ranks_that_the_weight_does_not_have_start_as_kaimings():
+    net = model()
+    with pytest.warns(UserWarning, match="legal but wasteful"):
+        A, B, _ = started(net, "pissa", rank=11, alpha=11)
+    torch.testing.assert_close(B @ A, net[0].weight.detach(), rtol=1e-4, atol=1e-4)
+    assert not B[:, D_OUT:].any()
+    assert bool((A[D_OUT:].abs().amax(1) > 0.1 / math.sqrt(D_IN)).all())
+
+
+# Left at zero, for what is loaded right after.
+
+
+@pytest.mark.parametrize("name", ["kaiming", "pissa", "eva", "orthogonal"])
+def test_adapters_that_were_left_at_zero_start_later_as_they_would_have(name: str):
+    measured = {"0": {"C": covariance()}}
+    early, late = model(), model()
+    config = LoRAConfig(rank=RANK, target_modules=["0"], init=name)
+    torch.manual_seed(1)
+    inject(early, config, measured=measured)
+    inject(late, config, start=False)
+    assert not any(t.any() for t in adapter_state_dict(late).values())
+    identities = snapshot(late)["identities"]
+    torch.manual_seed(1)
+    start_adapters(late, measured)
+    assert_same(snapshot(late) | {"identities": {}}, snapshot(early) | {"identities": {}})
+    assert snapshot(late)["identities"] == identities
+    before = snapshot(late)
+    start_adapters(late)  # nothing waits any more
+    assert_same(snapshot(late), before)
+
+
+def test_what_was_loaded_is_not_started_again(monkeypatch: pytest.MonkeyPatch):
+    trained, resumed = model(), model()
+    started(trained, "pissa")
+    with torch.no_grad():
+        trained[0].lora_B.add_(1)  # type: ignore[operator]
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise AssertionError("a second decomposition")
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    inject(resumed, LoRAConfig(rank=RANK, alpha=6, target_modules=["0"], init="pissa"), start=False)
+    load_adapter_state_dict(resumed, adapter_state_dict(trained))
+    start_adapters(resumed)
+    x = torch.randn(3, D_IN)
+    assert resumed(x).equal(trained(x))
+
+
+def test_parts_of_a_model_start_by_their_names_in_it():
+    net = nn.Sequential(model(), model())
+    for part in net:
+        inject(part, LoRAConfig(rank=RANK, target_modules=["0"], init="eva"), start=False)
+    before = snapshot(net)
+    with pytest.raises(ConfigError, match=r"for 1\.0"):
+        start_adapters(net, {"0.0": {"C": covariance()}})
+    assert_same(snapshot(net), before)
+    start_adapters(net, {"0.0": {"C": covariance()}, "1.0": {"C": covariance()}})
+    assert all(net.get_submodule(name).lora_A.any() for name in ("0.0", "1.0"))
+
+
+# An initialiser of one's own.
+
+
+def test_a_function_of_ones_own_is_an_initialiser(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lightning_lora.engine.inits.INITS", INITS)
+    known = dict(INITS)
+    try:
+
+        @init
+        def first_rows(W: Tensor, rank: int, scale: float) -> Factors:
+            """s B A is the first rows of W."""
+            return Factors(A=W[:rank] / scale, B=torch.eye(W.shape[0], rank))
+
+        for kind in LAYERS:
+            net = model(kind)
+            W = matrix(net, kind)
+            before = snapshot(net)
+            A, B, scale = started(net, "first_rows")
+            torch.testing.assert_close((scale * B @ A)[:RANK], W[:RANK])
+            assert not net[0].delta_weight().any()  # type: ignore[operator]
+            remove(net)
+            assert_same(snapshot(net), before)
+    finally:
+        INITS.clear()
+        INITS.update(known)
+
+
+def test_an_initialiser_that_asks_for_what_there_is_not_is_refused_when_it_is_registered():
+    def unknown(rank: int, width: int) -> Tensor:
+        return torch.zeros(rank, width)
+
+    def unsaid(rank: int, d_in: int):
+        return torch.zeros(rank, d_in)
+
+    with pytest.raises(ConfigError, match=r"'unknown' asks for width. There is: C, E, G, W, d_in"):
+        init(unknown)
+    with pytest.raises(ConfigError, match=r"'unsaid' has to say what it returns: -> Tensor"):
+        init(unsaid)
+    assert not {"unknown", "unsaid"} & set(INITS)
+    assert issubclass(Whole, Factors)
