@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError
 
+OTHERS = ("lightning", "torch", "transformers")
+"""Packages whose constructors say in a ValueError what is wrong with a setting; elsewhere it may be a fault in code."""
 EXTRAS = {"TensorBoardLogger": ("tensorboard", "tensorboard"), "WandbLogger": ("wandb", "wandb")}
 """Class name -> the package it needs and the extra of ours that brings it."""
 
@@ -13,8 +15,9 @@ EXTRAS = {"TensorBoardLogger": ("tensorboard", "tensorboard"), "WandbLogger": ("
 def build(settings: dict[str, Any], where: str, **arguments: Any) -> Any:
     """The object that the node at the dotted key `where` describes, with further keyword `arguments`.
 
-    Raises ConfigError where the node has no target, MissingExtraError where an optional package is missing, and
-    whatever the target itself raises, without Hydra's wrapping.
+    Raises ConfigError where the node has no target, or has a value that its target, of another package, refuses;
+    MissingExtraError where an optional package is missing; and whatever the user's own target raises, without Hydra's
+    wrapping.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -32,6 +35,8 @@ def build(settings: dict[str, Any], where: str, **arguments: Any) -> Any:
             name = node["_target_"].rpartition(".")[2]
             if name in EXTRAS:
                 raise MissingExtraError(f"{where} ({name})", *EXTRAS[name]) from cause
+        if isinstance(cause, ValueError) and node["_target_"].partition(".")[0] in OTHERS:
+            raise ConfigError(f"{where}: {cause}") from cause
         raise cause if isinstance(cause, Exception) else error from None
 
 

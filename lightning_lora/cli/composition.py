@@ -15,11 +15,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_lora.cli.signature import parameter_names
+from lightning_lora.errors import ConfigError, listed
 
 CONFIG_MODULE = "lightning_lora.conf"
 
@@ -67,6 +68,7 @@ def composed(config_name: str, arguments: list[str], but: str | None = None) -> 
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
+        _check_options(overrides, loader)
         while True:
             kept = [o.input_line or "" for o in overrides if o.key_or_group not in left_out]
             if args.config_dir:
@@ -118,6 +120,15 @@ def _first_of_sweep(override: Override) -> Override:
     sign, _, _ = (override.input_line or "").partition(override.key_or_group)
     first = next(iter(override.sweep_string_iterator()))
     return OverridesParser.create().parse_override(f"{sign}{override.key_or_group}={first}")
+
+
+def _check_options(overrides: list[Override], loader: ConfigLoader) -> None:
+    """Raises ConfigError for `group=null`, at which Hydra fails with an error of its own code's."""
+    groups = _groups(loader)
+    for key in (o.key_or_group for o in overrides if o.type is OverrideType.CHANGE and o.value() is None):
+        if key in groups:
+            options = listed(loader.get_group_options(key), 20)
+            raise ConfigError(f"{key}=null: a group takes the name of an option. Options of {key}: {options}")
 
 
 def _groups(loader: ConfigLoader) -> list[str]:

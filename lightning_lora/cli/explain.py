@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import yaml
@@ -13,6 +14,8 @@ from lightning_lora.cli.composition import composed, keys, refused_key
 from lightning_lora.cli.signature import parameter_names
 from lightning_lora.errors import LightningLoRAError, closest, listed
 
+_NOT_WRITTEN = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
 
 def explain(error: Exception) -> str | None:
     """The message for `error`; None where it is no error of the user's, and its traceback is wanted."""
@@ -21,6 +24,8 @@ def explain(error: Exception) -> str | None:
         return f"{error}{cause}"
     if isinstance(error, LightningLoRAError) or _is_lightnings_own(error):
         return str(error)
+    if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+        return f"{error.strerror}: {error.filename or 'a file of the run'} could not be written."
     return None
 
 

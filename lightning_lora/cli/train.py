@@ -27,7 +27,7 @@ from lightning_lora.cli.noise import quieten
 from lightning_lora.cli.results import CONFIG, METRICS, RESULTS, metrics_of, read_metrics, shown, write_json
 from lightning_lora.cli.schema import Node
 from lightning_lora.cli.table import table
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, closest, listed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -77,8 +77,12 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
         raise ConfigError(f"ckpt_path={checkpoint}: there is no such checkpoint.")
     folder = Path(settings["run_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder} cannot be made: {error.strerror}.") from error
     _seed(settings)
+    _check_optimizer(settings)
     task: LightningModule = build(settings, "task")
     data: LightningDataModule = build(settings, "data")
     _train_new_heads(settings, task)
@@ -90,6 +94,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         OmegaConf.save(OmegaConf.create(settings), folder / CONFIG)
 
     before = _validate(trainer, task, data, None) if settings["evaluate_before"] else {}
+    _check_monitor(settings, task, before)
     _seed(settings)  # again: whether the base was measured first makes no difference to the order of the data
     started = time.perf_counter()
     try:
@@ -125,8 +130,36 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
 def _seed(settings: dict[str, Any]) -> None:
     from lightning.pytorch import seed_everything
 
-    if settings["seed"] is not None:
+    if settings["seed"] is None:
+        return
+    try:
         seed_everything(settings["seed"], workers=True, verbose=False)
+    except ValueError as error:
+        raise ConfigError(f"seed={settings['seed']}: {error}.") from error
+
+
+def _check_optimizer(settings: dict[str, Any]) -> None:
+    """Try torch's optimizers on a weight that nobody needs: else a value that cannot be shows after the first look at
+    the data."""
+    import torch
+
+    node = settings["optimizer"]
+    if node and node.get("_partial_") and str(node.get("_target_")).startswith("torch.optim."):
+        try:
+            build(settings, "optimizer")([torch.nn.Parameter(torch.zeros(2, 2))])
+        except ValueError as error:
+            raise ConfigError(f"optimizer: {error}") from error
+
+
+def _check_monitor(settings: dict[str, Any], task: LightningModule, before: dict[str, float]) -> None:
+    """Raises ConfigError where a task of this package logs no metric of the name that is monitored."""
+    from lightning_lora.training.tasks.base import Task
+
+    known = [*before, "train_loss", "train_loss_step", "train_loss_epoch"]
+    if before and isinstance(task, Task) and settings["monitor"] not in known:
+        meant = closest(settings["monitor"], before, count=1)
+        hint = f" Did you mean {meant[0]}?" if meant else ""
+        raise ConfigError(f"monitor={settings['monitor']}: there is no such metric.{hint} There are: {listed(known)}.")
 
 
 def _train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:

@@ -36,6 +36,13 @@ class Regression(pl.LightningModule):
         return self.optimizer(self.parameters())
 
 
+class Narrow(Regression):
+    def __init__(self, width: int = 8):
+        if width > 100:
+            raise ValueError("no more than 100")
+        super().__init__(width)
+
+
 class Interrupting(Regression):
     """Its user presses Ctrl-C in the second epoch."""
 

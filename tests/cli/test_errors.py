@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from lightning_lora.cli.explain import explain
 from tests.cli.conftest import THEIRS
 
 
@@ -32,6 +36,8 @@ from tests.cli.conftest import THEIRS
         (["lora=[x"], "no viable alternative at input '[x'"),
         (["lora.rank=4,8"], "add --multirun"),
         (["monitor=${lora.rnak}"], "Interpolation key 'lora.rnak' not found"),
+        (["lora=null"], "lora=null: a group takes the name of an option. Options of lora: default,"),
+        (["experiment=null"], "Options of experiment: demo,"),
     ],
 )
 def test_a_wrong_setting_is_a_one_screen_error_that_says_what_to_write(cli, arguments, said):
@@ -88,6 +94,48 @@ def test_an_adapter_that_is_not_there_is_an_error(cli, command):
 def test_a_checkpoint_that_is_not_there_is_an_error(cli):
     assert cli.train("ckpt_path=nowhere.ckpt") == 2
     assert "nowhere.ckpt: there is no such checkpoint" in cli.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trainer.accelerator=quantum"], "trainer: You selected an invalid accelerator name"),
+        (["trainer.strategy=fsdp"], "trainer: The strategy `fsdp` requires a GPU"),
+        (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        (["seed=-5"], "seed=-5: -5 is not in bounds"),
+        (["run_dir=taken/inside"], "run_dir=taken/inside cannot be made: Not a directory"),
+    ],
+)
+def test_a_value_that_only_its_target_can_judge_is_one_screen(cli, arguments, said):
+    Path("taken").write_text("a file")
+    assert cli.train(*arguments) == 2
+    assert said in cli.err
+    assert "Traceback" not in cli.err
+
+
+def test_a_fault_in_a_users_own_class_keeps_its_traceback(cli):
+    with pytest.raises(ValueError, match="no more than 100"):
+        cli.train("task._target_=standin.Narrow", "task.width=101")
+
+
+def test_a_metric_that_is_not_logged_is_named_before_training(cli):
+    shapes = ["data=shapes", "data.source.count=30", "data.batch_size=10", "trainer=cpu", "trainer.max_epochs=1"]
+    model = ["task=image_classification", "model=pretrained", "model.name=vit"]
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=32, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained("vit")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained("vit")
+    assert cli("train", *shapes, *model, "monitor=val_acuracy") == 2
+    assert "monitor=val_acuracy: there is no such metric. Did you mean val_accuracy?" in cli.err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_file_that_cannot_be_written_is_named(code):
+    assert explain(OSError(code, os.strerror(code), "runs/metrics.csv")) == (
+        f"{os.strerror(code)}: runs/metrics.csv could not be written."
+    )
+    assert explain(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) is None
 
 
 def test_a_missing_extra_is_named(cli, monkeypatch):

@@ -86,7 +86,10 @@ class StdlibSource:
                 left -= len(text)
             rows.append({"path": name, "text": text})
         if len(rows) < 3:
-            raise DataError(f"There are {len(rows)} source files in {root}: this Python came without its source.")
+            raise DataError(
+                f"There are {len(rows)} source files in {root}, too few for three splits: this Python came without its "
+                f"source, or max_characters={self.max_characters} is too little."
+            )
         features = Features({"path": Value("string"), "text": Value("string")})
         return _cut(rows, len, self, features)
 
