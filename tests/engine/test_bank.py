@@ -141,6 +141,19 @@ def test_a_folded_weight_gives_what_the_adapter_gives(case: Case):
     assert base(x).equal(plain)
 
 
+def test_rows_of_an_expert_are_refused():
+    model = nn.Sequential()
+    model.add_module("experts", nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]))
+    bank = Bank(model, target_modules=["0", "1"])
+    bank.put("a", {"experts.0": LayerFactors(torch.randn(1, 4), torch.randn(4, 1), 1.0)})
+    expert, x = model.experts[0], torch.randn(2, 4)
+    plain = expert(x)
+    with bank.use("a"):
+        assert not torch.allclose(expert(x), plain)
+    with bank.use(["a", None]), pytest.raises(AdapterStateError, match=r"'experts\.0' is one of several experts"):
+        expert(x)
+
+
 def test_compiled_once_it_serves_every_routing(monkeypatch: pytest.MonkeyPatch):
     base, factors, alone = small(3)
     bank = served(base, 3, MOST)

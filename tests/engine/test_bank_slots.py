@@ -226,7 +226,10 @@ def test_a_model_that_cannot_be_served_is_refused_before_anything_is_changed():
 
 def test_the_plan_is_what_is_taken():
     base, _, _ = small(1)
+    told = Bank.plan_for(base, 5, MOST, target_modules=["first", "second"])
+    assert type(base.first) is nn.Linear
     bank = served(base, 5, MOST)
+    assert bank.plan == told
     assert bank.plan.bytes == bank._slots.slab.data.nbytes
     # A and B of rank 4 for 6 x 8 and 8 x 4, a gain and a shift for each output
     assert bank.plan.bytes_per_adapter == 4 * (4 * (6 + 8) + 2 * 8 + 4 * (8 + 4) + 2 * 4)

@@ -46,6 +46,7 @@ KINDS: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["embed", "fc"], "r": 3, "lora_alpha": 4},
         {"target_modules": ["embed"], "r": 2, "use_dora": True},
     ],
+    "shared": [{"target_modules": ["fc"], "r": 2}, {"target_modules": ["fc", "head"], "r": 1}],
     "gpt2": [
         {"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True},
         {"target_modules": ["c_attn", "c_fc"], "r": 3, "fan_in_fan_out": True, "use_rslora": True},

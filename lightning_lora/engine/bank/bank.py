@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,34 +44,42 @@ class Bank:
         host_capacity: int | None = None,
         store: Store | None = None,
     ) -> None:
-        _check_counts(1, capacity=capacity, max_rank=max_rank)
         if host_capacity is not None:
             _check_counts(0, host_capacity=host_capacity)
         self.model, self.capacity, self.max_rank = model, capacity, max_rank
         self._routes = Routes()
         self._cells = _cells(model, self._routes, target_modules, exclude_modules)
-        self._shapes = {name: cell.shapes(max_rank) for name, cell in self._cells.items()}
+        self.plan = _plan(self._cells, capacity, max_rank, dtype)
+        """What the slots take."""
         # Where the model is, one of its weights tells.
         self._watched = next(iter(self._cells.values())).module._parameters
-        weight: Any = self._watched["weight"]
-        self._device = weight.device
-        is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
-        dtype = dtype or (weight.dtype if is_plain else torch.float32)
-        row = width_of(self._shapes) * dtype.itemsize
-        self.plan = MemoryPlan(capacity, len(self._cells), max_rank, dtype, weight.device, row)
-        """What the slots take."""
-        free = free_bytes(weight.device)
+        self._device = self.plan.device
+        free = free_bytes(self._device)
         if free is not None and self.plan.bytes > free:
             raise BankError(
                 f"The bank does not fit: {self.plan}, of which {free / 2**30:.3g} GiB are free. Lower max_rank, or "
                 "capacity: other adapters wait in the memory of the processor, or on disk."
             )
-        self._slots = Slots(self._allocated(weight.device), capacity, HostStore(host_capacity, store))
+        self._slots = Slots(self._allocated(self._device), capacity, HostStore(host_capacity, store))
         self._folded: str | None = None
         self._is_open = True
         self._fetcher: ThreadPoolExecutor | None = None
         for cell in self._cells.values():
             attach(cell.module, cell)
+
+    @classmethod
+    def plan_for(
+        cls,
+        model: nn.Module,
+        capacity: int = 64,
+        max_rank: int = 16,
+        *,
+        target_modules: str | list[str] = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MemoryPlan:
+        """What the slots of such a bank would take; nothing is taken, and `model` is not changed."""
+        return _plan(_cells(model, Routes(), target_modules, exclude_modules), capacity, max_rank, dtype)
 
     @property
     def names(self) -> list[str]:
@@ -177,8 +186,9 @@ class Bank:
         None being the bare base; `use(None)` is the bare base.
 
         It holds for this thread, or asyncio task, alone: enter it in the thread that calls the model. Rows may come
-        several times over, beam by beam. Raises BankError for a name that is not there, and where more adapters are in
-        use than there are slots.
+        several times over, beam by beam. They are told apart by the first dimension of what a layer is called with: row
+        by row is refused where that is known to be another one (the sequence, or tokens sorted by expert). Raises
+        BankError for a name that is not there, and where more adapters are in use than there are slots.
         """
         return Use(self, names)
 
@@ -294,11 +304,13 @@ class Bank:
         self._slots.slab = self._allocated(device)
         self._slots.slab.data.copy_(before.data)
         self._device = device
+        self.plan = replace(self.plan, device=device)
         for entry in self._slots.entries.values():
             entry.one = None
 
     def _allocated(self, device: torch.device) -> Slab:
-        slab = Slab(self._shapes, self.capacity + 1, self.plan.dtype, device)
+        shapes = {name: cell.shapes(self.max_rank) for name, cell in self._cells.items()}
+        slab = Slab(shapes, self.capacity + 1, self.plan.dtype, device)
         for name, cell in self._cells.items():
             cell.A, cell.B, cell.gain, cell.shift = slab.views[name]
         return slab
@@ -355,6 +367,15 @@ def _cells(
     for target in selection.targets:
         check_bankable(target)
     return {target.name: new_cell(target, routes) for target in selection.targets}
+
+
+def _plan(cells: Mapping[str, Cell], capacity: int, max_rank: int, dtype: torch.dtype | None) -> MemoryPlan:
+    _check_counts(1, capacity=capacity, max_rank=max_rank)
+    weight: Any = next(iter(cells.values())).module._parameters["weight"]
+    is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
+    dtype = dtype or (weight.dtype if is_plain else torch.float32)
+    width = width_of({name: cell.shapes(max_rank) for name, cell in cells.items()})
+    return MemoryPlan(capacity, len(cells), max_rank, dtype, weight.device, width * dtype.itemsize)
 
 
 def _check_counts(least: int, **counts: Any) -> None:

@@ -64,8 +64,8 @@ class Cell:
     B: Tensor
     gain: Tensor
     shift: Tensor
-    takes_sequence_first = False
-    """Whether the second dimension of its input is that of the rows, as in torch's transformer layers by default."""
+    hides_rows: str | None = None
+    """Why the first dimension of its input is not that of the rows, where that is known."""
 
     def __init_subclass__(cls, serves: type) -> None:
         Cell.kinds[serves] = cls

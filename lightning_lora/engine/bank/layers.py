@@ -100,5 +100,8 @@ def detach(module: Any) -> None:
 def new_cell(target: Target, routes: Routes) -> Cell:
     cell = cell_kind(target.module, target.name)(target.name, target.module, routes)
     attention = getattr(target.parent, "self_attn", None)
-    cell.takes_sequence_first = isinstance(attention, nn.MultiheadAttention) and not attention.batch_first
+    if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
+        cell.hides_rows = "is called with the sequence first (build the layer with batch_first=True)"
+    elif "experts" in target.name.split("."):
+        cell.hides_rows = "is one of several experts, each of which is called with the tokens that are sent to it"
     return cell

@@ -111,10 +111,9 @@ class Rows(Routing):
                 f"bank.use was given {self.count} rows, and {cell.name!r} got an input of shape {tuple(x.shape)}. "
                 "Name one adapter for each row of the batch, or one for all of it."
             )
-        if cell.takes_sequence_first:
+        if cell.hides_rows is not None:
             raise AdapterStateError(
-                f"{cell.name!r} is called with the sequence first, so its rows cannot be told apart: build the layer "
-                "with batch_first=True, or use one adapter for the whole batch."
+                f"{cell.name!r} {cell.hides_rows}, so its rows cannot be told apart. Use one adapter for a batch."
             )
         if self._is_affine:
             base = cell.affine(base, self.index)
