@@ -21,6 +21,9 @@ def parameter_names(node: Mapping[Any, Any]) -> list[str]:
     except (KeyError, ConfigError):
         return []
 
+EXTRAS = {"bitsandbytes": "quantized", "tensorboard": "tensorboard", "wandb": "wandb"}
+"""Module -> the extra of ours that brings it."""
+
 
 @lru_cache
 def target(path: str) -> Callable[..., Any]:
@@ -46,7 +49,9 @@ def _why_not(path: str, error: Exception) -> str:
         meant = closest(name, dir(module), count=1)
         return f"{parent} has no {name!r}." + (f" Did you mean {parent}.{meant[0]}?" if meant else "")
     if isinstance(root, ModuleNotFoundError):
-        return f"there is no module {root.name!r}, on Python's path or in this folder."
+        extra = EXTRAS.get(root.name or "")
+        hint = f" Install it with: pip install 'lightning-lora[{extra}]'" if extra else ""
+        return f"there is no module {root.name!r}, on Python's path or in this folder.{hint}"
     return f"cannot import {path}: {type(root).__name__}: {root}"
 
 

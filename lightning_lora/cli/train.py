@@ -10,6 +10,7 @@ lightning-lora train task=custom task._target_=my.Task data=custom data._target_
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -71,6 +72,8 @@ def run(settings: dict[str, Any]) -> float | None:
 
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
+    from lightning_lora.engine.storage import shape_of  # torch is slow to import
+
     quieten()
     use_available_cores()
     checkpoint = settings["ckpt_path"]
@@ -115,7 +118,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         "monitor": settings["monitor"],
         "mode": settings["mode"],
         "trainable_parameters": sum(p.numel() for p in task.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in task.parameters()),
+        "parameters": sum(math.prod(shape_of(p)) for p in task.parameters()),
         "steps": trainer.global_step,
         "seconds": round(seconds, 2),
         "best_checkpoint": best and os.path.relpath(best, folder),

@@ -33,6 +33,7 @@ from lightning_lora.engine.layers.frozen import (
     release_statistics,
 )
 from lightning_lora.engine.report import AdaptedModule, InjectionReport
+from lightning_lora.engine.storage import shape_of
 from lightning_lora.engine.targets import Selection, Target, select
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
@@ -368,5 +369,5 @@ def _report(model: nn.Module, injection: Injection, selection: Selection) -> Inj
         head=injection.head,
         left_out=selection.left_out,
         trainable=sum(p.numel() for p in trainable),
-        frozen=sum(p.numel() for p in frozen),
+        frozen=sum(math.prod(shape_of(p)) for p in frozen),
     )

@@ -44,6 +44,11 @@ def dense(module: Any, W: Tensor) -> Tensor:
         return functional.int8_vectorwise_dequant(W.data, _scales(module, W))
 
 
+def shape_of(W: Any) -> tuple[int, ...]:
+    """The shape of the numbers that `W` stands for."""
+    return tuple(W.quant_state.shape if _is_4bit(W) else W.shape)
+
+
 def stored(module: Any, W: Tensor, like: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """`W` in the way in which `like`, a parameter of `module`, is stored; with the attributes of `module` that go with
     it. A weight of torchao's, which does not say how it was made, becomes a plain one."""

@@ -22,6 +22,7 @@ from lightning_lora.errors import ConfigError, MissingExtraError, closest, liste
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded" / "base"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+QUANTIZATIONS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class ModelSource:
     """ "eager", "sdpa", "flash_attention_2", ...; None leaves the choice to transformers."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model. Only for a source that you have read."""
+    quantization: str | None = None
+    """Store the weights of all linear layers but the head in fewer bits, by bitsandbytes: "nf4" (QLoRA, Dettmers et al.
+    2023, arXiv:2305.14314, section 3), "fp4", or either with "-dq" behind it to quantize its scales as well (double
+    quantization); or "int8". Layers in 4 bits compute in `dtype`, or in bfloat16 where that is "auto"."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.strip():
@@ -45,10 +50,21 @@ class ModelSource:
         if self.dtype not in DTYPES:
             meant = closest(self.dtype, DTYPES, count=1) or [listed(DTYPES)]
             raise ConfigError(f"dtype {self.dtype!r} is not known. Did you mean {meant[0]}?")
+        self._check_quantization()
         if self.revision is not None and self.is_local:
             raise ConfigError(f"revision {self.revision!r} has no meaning for {self.name!r}, which is not on the Hub.")
         if self.is_local and self.name != EMBEDDED:
             self._check_folder()
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        if self.quantization not in QUANTIZATIONS:
+            meant = closest(self.quantization, QUANTIZATIONS, count=1) or [listed(QUANTIZATIONS)]
+            raise ConfigError(f"quantization {self.quantization!r} is not known. Did you mean {meant[0]}?")
+        for package in ("bitsandbytes", "accelerate"):  # transformers asks for the second, too
+            if find_spec(package) is None:
+                raise MissingExtraError(f"quantization={self.quantization}", package, "quantized")
 
     @property
     def is_local(self) -> bool:
@@ -75,9 +91,22 @@ class ModelSource:
         """
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
+        if self.quantization is not None:
+            options["quantization_config"] = self._bitsandbytes_config(self.quantization)
         model = self._from_pretrained(auto_class, dtype=self.dtype, **options)
         model.name_or_path = model.config._name_or_path = self.base_id
         return model
+
+    def _bitsandbytes_config(self, quantization: str) -> transformers.BitsAndBytesConfig:
+        if quantization == "int8":
+            return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        kind, _, double = quantization.partition("-")
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=bool(double),
+            bnb_4bit_compute_dtype="bfloat16" if self.dtype == "auto" else self.dtype,
+        )
 
     def skeleton(self, auto_class: str) -> nn.Module:
         """The model's modules without their weights (on the meta device): for names and shapes, at no cost."""

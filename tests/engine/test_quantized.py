@@ -127,6 +127,14 @@ def test_a_fresh_adapter_changes_no_bit_and_a_trained_one_computes_the_formula(k
 
 
 @every_kind
+def test_the_report_counts_numbers_and_not_bytes(kind: str):
+    model, _ = build(kind)
+    report = inject(model, config())
+    assert [row.shape for row in report.modules] == [(64, 16), (32, 64)]
+    assert report.frozen == 64 * 16 + 64 + 32 * 64 + 32 + 3 * 32 + 3
+
+
+@every_kind
 def test_remove_gives_back_the_base_bit_for_bit(kind: str):
     model, x = build(kind)
     stored = {name: p.detach().clone() for name, p in model.named_parameters() if type(p) is nn.Parameter}

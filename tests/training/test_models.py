@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lightning_lora.errors import ConfigError
-from lightning_lora.training.models import ModelSource
+from lightning_lora.errors import ConfigError, MissingExtraError
+from lightning_lora.training import models
+from lightning_lora.training.models import QUANTIZATIONS, ModelSource
 
 
 def test_a_folder_is_loaded_and_remembered_by_its_absolute_path(llama, monkeypatch):
@@ -34,6 +35,28 @@ def test_the_attention_implementation_is_the_one_asked_for(llama):
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_all_linear_layers_but_the_head_are_quantized_as_asked(llama, quantization):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = ModelSource(llama.name, quantization=quantization).load("AutoModelForCausalLM")
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert type(linear.pop("lm_head")) is torch.nn.Linear
+    for layer in linear.values():
+        if quantization == "int8":
+            assert isinstance(layer, bnb.nn.Linear8bitLt)
+            continue
+        state = layer.weight.quant_state
+        assert (state.quant_type, "-dq" if state.nested else "") == (quantization[:3], quantization[3:])
+        assert layer.compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])
+def test_quantization_names_the_extra_that_it_needs(monkeypatch, package):
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == package else True)
+    with pytest.raises(MissingExtraError, match=rf"'{package}'.*lightning-lora\[quantized\]"):
+        ModelSource(quantization="nf4")
+
+
 def test_a_skeleton_has_the_modules_but_no_weights(bert):
     skeleton = bert.skeleton("AutoModelForSequenceClassification")
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
@@ -48,6 +71,7 @@ def test_a_tokenizer_can_always_pad(llama):
     ("settings", "said"),
     [
         ({"name": ""}, "empty"),
+        ({"quantization": "nf4-qd"}, "Did you mean nf4-dq"),
         ({"name": "./nowhere"}, "There is no folder"),
         ({"dtype": "bfloat"}, "Did you mean bfloat16"),
         ({"name": "embedded", "revision": "main"}, "not on the Hub"),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.engine.storage import can_be_dense, dense
+from lightning_lora.engine.storage import can_be_dense, dense, shape_of
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import AdapterStateError, TargetError
 
@@ -83,7 +83,7 @@ class Pair:
     def shape(self) -> tuple[int, ...]:
         """Of the parameter that it changes."""
         weight = self.module._parameters.get(self.parameter)
-        return tuple(weight.shape) if weight is not None else (self.B.shape[0], self.A.shape[1])
+        return shape_of(weight) if weight is not None else (self.B.shape[0], self.A.shape[1])
 
 
 if TYPE_CHECKING:
