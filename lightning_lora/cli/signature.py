@@ -21,6 +21,7 @@ def parameter_names(node: Mapping[Any, Any]) -> list[str]:
     except (KeyError, ConfigError):
         return []
 
+
 EXTRAS = {"bitsandbytes": "quantized", "tensorboard": "tensorboard", "wandb": "wandb"}
 """Module -> the extra of ours that brings it."""
 
