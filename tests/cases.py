@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora.engine import Adapter, LoRAConfig, adapter_tensors, inject
@@ -160,7 +161,7 @@ class Case:
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         generator = torch.Generator().manual_seed(2)
-        if any(isinstance(m, nn.Embedding) for m in self.layers().values()):
+        if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in self.layers().values()):
             return torch.randint(0, 11, self.shape, generator=generator)
         return torch.randn(self.shape, generator=generator).bfloat16().to(dtype)
 
@@ -185,7 +186,7 @@ def randomise(model: nn.Module) -> None:
 
 
 def reference(model: nn.Module) -> nn.Module:
-    """A plain float64 model with the weights W + s B A, by the formula and no code of ours; not for grouped layers.
+    """A plain float64 model with the weights W + s B A, by the formula and no code of ours.
 
     A frozen start is left out, s (B A - B0 A0). DoRA: m (W + s B A) / ||W + s B A||, the norm taken over all but the
     output's dimension.
@@ -198,13 +199,16 @@ def reference(model: nn.Module) -> nn.Module:
             _with_formula_in_parameters(module)
             continue
         A, B, W = (module._parameters[name].detach() for name in ("lora_A", "lora_B", "weight"))
-        change = module.lora.scale * torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1))
+        if isinstance(module, (_ConvNd, _ConvTransposeNd)) and (module.transposed or module.groups > 1):
+            W, change = _by_groups(module, A, B, W)
+        else:
+            change = module.lora.scale * torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1))
         if (A0 := module._buffers.get("lora_A0")) is not None:
             change -= module.lora.scale * torch.einsum("or,ri->oi", module.lora_B0.flatten(1), A0.flatten(1))
-        if isinstance(module, (nn.Embedding, Conv1D)):
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag, Conv1D)):
             change = change.T
         V = W + change.view(W.shape)
-        out = 1 if isinstance(module, (nn.Embedding, Conv1D)) else 0
+        out = 1 if isinstance(module, (nn.Embedding, nn.EmbeddingBag, Conv1D, _ConvTransposeNd)) else 0
         if (m := module._parameters.get("lora_magnitude_vector")) is not None:
             others = tuple(d for d in range(V.dim()) if d != out)
             V = (
@@ -219,6 +223,20 @@ def reference(model: nn.Module) -> nn.Module:
         module.__class__ = type(module).base_class
         module.weight = nn.Parameter(V.detach())
     return plain
+
+
+def _by_groups(module: Any, A: Tensor, B: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of a convolution, without groups but for a transposed one, and its change, group by group."""
+    groups, s = module.groups, module.lora.scale
+    if module.transposed:
+        each = zip(A.flatten(1).chunk(groups), B.chunk(groups))
+        return W, s * torch.cat([torch.einsum("ri,or...->io...", a, b) for a, b in each])
+    module.groups = 1
+    whole = W.new_zeros(len(W), W.shape[1] * groups, *W.shape[2:])
+    for rows, columns, block in zip(whole.chunk(groups), range(groups), W.chunk(groups)):
+        rows[:, columns * W.shape[1] : (columns + 1) * W.shape[1]] = block
+    each = zip(A.chunk(groups), B.flatten(1).chunk(groups))
+    return whole, s * torch.cat([torch.einsum("ri...,or->oi...", a, b) for a, b in each])
 
 
 def _with_formula_in_parameters(module: Any) -> None:
@@ -249,6 +267,11 @@ def _conv(dimensions: int, **options: Any) -> Callable[[], dict[str, nn.Module]]
     return lambda: {"layer": kind(4, 6, 3, **options), "act": nn.Tanh()}
 
 
+def _transposed(dimensions: int, **options: Any) -> Callable[[], dict[str, nn.Module]]:
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1]
+    return lambda: {"layer": kind(4, 6, 3, **options), "act": nn.Tanh()}
+
+
 def _linear(**options: Any) -> Callable[[], dict[str, nn.Module]]:
     return lambda: {"layer": nn.Linear(8, 6, **options), "act": nn.Tanh(), "head": nn.Linear(6, 3)}
 
@@ -263,6 +286,7 @@ def _embedding(**options: Any) -> dict[str, nn.Module]:
 
 _PADS = "PEFT pads A's input with zeros, whatever the base's padding_mode"
 _OTHER_BASE = "PEFT changes the base; tests/engine/test_inits.py compares"
+_NO_PEFT = "PEFT has no adapter for it"
 _BOTH = ["layer", "head"]
 _NO_DORA = dict.fromkeys(("linear-parameter", "experts", "experts-transposed"), "PEFT has no DoRA for parameters")
 _DORA = {
@@ -276,6 +300,9 @@ _DORA = {
     "conv2d",
     "conv3d",
     "conv2d-stride-padding",
+    "conv-transpose2d",
+    "conv-transpose3d",
+    "embedding-bag",
     "conv2d-padding-same-reflect-dilated",
     "multihead-attention",
     "transformer-encoder-layer",
@@ -330,7 +357,19 @@ CASES = [
     Case("conv2d-reflect", _conv(2, padding=1, padding_mode="reflect"), (2, 4, 7, 7), peft=_PADS),
     Case("conv2d-circular", _conv(2, padding=1, padding_mode="circular", stride=2), (2, 4, 7, 7), peft=_PADS),
     Case("conv1d-replicate", _conv(1, padding=2, padding_mode="replicate"), (2, 4, 9), peft=_PADS),
-    Case("conv2d-groups", _conv(2, groups=2), (2, 4, 7, 7), {"rank": 4}, mergeable=False),
+    Case("conv2d-groups", _conv(2, groups=2, stride=2), (2, 4, 7, 7), {"rank": 4}),
+    Case("conv1d-depthwise", lambda: {"layer": nn.Conv1d(4, 8, 3, groups=4), "act": nn.Tanh()}, (2, 4, 9), {"rank": 4}),
+    Case("conv-transpose1d", _transposed(1, stride=2, padding=1), (2, 4, 9), peft=_NO_PEFT),
+    Case("conv-transpose2d", _transposed(2, stride=3, output_padding=(1, 2), dilation=2), (2, 4, 3, 3), peft=_NO_PEFT),
+    Case("conv-transpose3d", _transposed(3, bias=False), (1, 4, 3, 3, 3), peft=_NO_PEFT),
+    Case("conv-transpose2d-groups", _transposed(2, groups=2, stride=2), (2, 4, 5, 5), {"rank": 4}, peft=_NO_PEFT),
+    Case("embedding-bag", lambda: {"layer": nn.EmbeddingBag(11, 6), "head": nn.Linear(6, 3)}, (5, 4), peft=_NO_PEFT),
+    Case(
+        "embedding-bag-sum-of-the-unpadded",
+        lambda: {"layer": nn.EmbeddingBag(11, 6, mode="sum", padding_idx=0), "head": nn.Linear(6, 3)},
+        (5, 4),
+        peft=_NO_PEFT,
+    ),
     Case(
         "multihead-attention",
         lambda: {"layer": Attention()},
@@ -347,7 +386,6 @@ CASES = [
     ),
 ]
 
-_NO_PEFT = "PEFT has no adapter for it"
 _STACK = {"target_modules": [], "target_parameters": ["layer.up", "layer.down"]}
 CASES += [
     Case("linear-parameter", _linear(), (5, 8), {"target_modules": ["head"], "target_parameters": ["layer.weight"]}),
@@ -424,6 +462,8 @@ CASES += [
 ] + [
     Case("linear-lora-bias", _linear(), (5, 8), {"lora_bias": True}),
     Case("conv2d-lora-bias", _conv(2, stride=2), (2, 4, 7, 7), {"lora_bias": True}),
+    Case("conv-transpose2d-lora-bias", _transposed(2, stride=2), (2, 4, 5, 5), {"lora_bias": True}, peft=_NO_PEFT),
+    Case("conv2d-groups-lora-bias", _conv(2, groups=2), (2, 4, 7, 7), {"lora_bias": True, "rank": 4}),
     Case("linear-freeze-a", _linear(), (5, 8), {"freeze_a": True}, peft="PEFT has it as an optimizer"),
     Case("embedding-freeze-a", _embedding, (5, 4), {"freeze_a": True}, peft="PEFT has it as an optimizer"),
     *(

@@ -280,9 +280,14 @@ def _spec(config: LoRAConfig, names: tuple[str, ...]) -> AdapterSpec:
 def _wasteful(target: Target, geometry: type[Adapter], spec: AdapterSpec) -> Iterator[str]:
     """The names of what is given a rank above its smaller side."""
     for name, part in (spec.parameters or {"": spec}).items():
-        A, B = geometry.shapes_of(target.module, name, part.rank)
-        if part.rank > min(math.prod(A[1:]), B[0]):
+        if _is_wasteful(target.module, part.rank, *geometry.shapes_of(target.module, name, part.rank)):
             yield target.names_of(name)[0]
+
+
+def _is_wasteful(module: nn.Module, rank: int, A: tuple[int, ...], B: tuple[int, ...]) -> bool:
+    """Whether `rank` is above the smaller side of what A and B, of these shapes, change; each group by itself."""
+    groups = getattr(module, "groups", 1)
+    return rank // groups > min(math.prod(A[1:]), B[0] // groups * math.prod(B[2:]))
 
 
 def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
@@ -343,7 +348,7 @@ def _report(model: nn.Module, injection: Injection, selection: Selection) -> Inj
         for pair in module.lora_pairs(target.name):
             weight = module._parameters.get(pair.parameter)
             notes = []
-            if pair.spec.rank > min(math.prod(pair.A.shape[1:]), pair.B.shape[0]):
+            if _is_wasteful(module, pair.spec.rank, tuple(pair.A.shape), tuple(pair.B.shape)):
                 notes.append(f"rank {pair.spec.rank} is above the smaller side of the weight")
             if target.aliases:
                 notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")

@@ -50,6 +50,7 @@ def merge(model: nn.Module) -> None:
             stacklevel=2,
         )
     _warn_of_rounding(model)
+    _warn_of_growth(model)
     for module in mergeable:
         values, attributes = _merged(module)
         kind = type(module)
@@ -76,6 +77,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     undo = []
     try:
         _warn_of_rounding(model)
+        _warn_of_growth(model)
         for module in _mergeable(model):
             values, attributes = _merged(module)
             before = {name: module._parameters[name] for name in values}, {n: getattr(module, n) for n in attributes}
@@ -124,6 +126,21 @@ def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _parameter(value: Tensor) -> nn.Parameter:
     return value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+
+
+def _warn_of_growth(model: nn.Module) -> None:
+    """Say which weights take another shape, before anything is changed."""
+    grown = [
+        f"{name} from {'x'.join(map(str, module._parameters['weight'].shape))} to {'x'.join(map(str, shape))}"  # type: ignore[union-attr]
+        for name, module in adapters(model)
+        if (shape := module.merged_shape()) is not None
+    ]
+    if grown:
+        warnings.warn(
+            f"Merged, a convolution with groups has none, since its adapter reads all channels, and its weight grows: "
+            f"{listed(grown)}. To load it elsewhere, build it with groups=1; or use the adapter unmerged.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_rounding(model: nn.Module) -> None:

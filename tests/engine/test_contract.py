@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -21,10 +22,12 @@ from lightning_lora.engine import (
     merged,
     remove,
 )
-from lightning_lora.errors import AdapterStateError
 
 # torch's own, once in a process.
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections"),
+    pytest.mark.filterwarnings("ignore:Merged, a convolution with groups"),
+]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 every_mergeable = pytest.mark.parametrize("case", MERGEABLE, ids=lambda case: case.name)
@@ -86,15 +89,21 @@ def test_merged_puts_everything_back_bit_for_bit(case: Case, dtype: torch.dtype)
     assert_same(snapshot(model), before)
 
 
-def test_a_grouped_convolution_is_refused_by_merge_and_left_as_it_was():
-    (case,) = (case for case in CASES if not case.mergeable)
+def test_a_grouped_convolution_grows_when_it_is_merged_and_one_is_told_before():
+    (case,) = (case for case in CASES if case.name == "conv1d-depthwise")
     model = case.adapted()
     before = snapshot(model)
-    with pytest.raises(AdapterStateError, match="groups=2"):
-        merge(model)
-    with pytest.raises(AdapterStateError, match="groups=2"), merged(model):
-        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="its weight grows: layer from 8x1x3 to 8x4x3"):
+            merge(model)
+        with pytest.raises(UserWarning, match="its weight grows"), merged(model):
+            pass
     assert_same(snapshot(model), before)
+    merge(model)
+    assert model.layer.groups == 1
+    assert model.layer.weight.shape == (8, 4, 3)
+    assert model.layer.weight.requires_grad
 
 
 @every_case

@@ -1,6 +1,6 @@
 """One file per kind of layer; `base.py` has what they share. Importing this package registers them all."""
 
-from lightning_lora.engine.layers import attention, conv, embedding, recurrent
+from lightning_lora.engine.layers import attention, conv, conv_transpose, embedding, recurrent
 from lightning_lora.engine.layers.base import FACTORS, Adapter, AdapterSpec, Pair, adapters, geometry_of, pairs
 from lightning_lora.engine.layers.conv1d import register_conv1d
 from lightning_lora.engine.layers.dora import DoRA
@@ -19,6 +19,7 @@ __all__ = [
     "adapters",
     "attention",
     "conv",
+    "conv_transpose",
     "embedding",
     "geometry_of",
     "pairs",

@@ -251,6 +251,10 @@ class Adapter(_Host):
         """The layer's attributes that change with them."""
         return {}
 
+    def merged_shape(self) -> tuple[int, ...] | None:
+        """The shape of its merged weight, where that is another one."""
+        return None
+
     @staticmethod
     def parameters_replaced(module: Any) -> None:
         """Called where merging has put another parameter into `module`, for a class that keeps them elsewhere too."""

@@ -16,11 +16,12 @@ class ConvLoRA(Adapter):
     """A is (rank, in, *kernel), B is (out, rank / groups, 1, ...).
 
     The layout is PEFT's: A sees all input channels, B is grouped as the base is. Stride, padding, padding mode and
-    dilation belong to A. With groups > 1, A mixes channels that the base keeps apart, so there is no weight of the
-    base's shape to merge into.
+    dilation belong to A. With groups > 1, A mixes channels that the base keeps apart: merged, it is a convolution
+    without groups, whose weight is groups times as large.
     """
 
     lora_convolve: Any
+    groups: int
 
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
@@ -28,6 +29,14 @@ class ConvLoRA(Adapter):
             raise TargetError(
                 f"a convolution with groups={module.groups} needs a rank that is a multiple of it, not {spec.rank}: "
                 "set it with rank_pattern, or leave the layer out with exclude_modules"
+            )
+
+    @classmethod
+    def check_variant(cls, module: Any, config: Any) -> None:
+        if config.use_dora and module.groups != 1:
+            raise TargetError(
+                f"DoRA has no meaning for a convolution with groups={module.groups}, whose adapter reads channels that "
+                "the weight whose size it would keep does not: leave it out with exclude_modules"
             )
 
     @staticmethod
@@ -52,12 +61,31 @@ class ConvLoRA(Adapter):
                 f"a {type(self).base_class.__name__} cannot be merged: it has a forward of its own, which may use its "
                 "weight in another way than a convolution does. Use it unmerged."
             )
-        groups = self.groups
-        if groups != 1:
-            raise AdapterStateError(
-                f"a convolution with groups={groups} cannot be merged: its adapter reads all input channels, "
-                "while each group of the base reads only its own. Use it unmerged."
-            )
+
+    def delta_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
+        A, B = self.factors(parameter, dropped=dropped)
+        if A.shape[0] == B.shape[1]:  # without groups
+            return super().delta_weight(parameter, dropped=dropped)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        A, B = A.to(dtype).unflatten(0, (self.groups, -1)), B.to(dtype).flatten(1).unflatten(0, (self.groups, -1))
+        return self.lora.scale * torch.einsum("gor,gri...->goi...", B, A).flatten(0, 1)
+
+    def dense_weight(self, parameter: str = "weight") -> Tensor:
+        W = super().dense_weight(parameter)
+        if self.groups == 1:
+            return W
+        blocks = W.unflatten(0, (self.groups, -1))  # what a group of outputs reads; the other channels weigh nothing
+        whole = W.new_zeros(self.groups, blocks.shape[1], self.groups, *W.shape[1:])
+        each = torch.arange(self.groups, device=W.device)
+        whole[each, :, each] = blocks
+        return whole.flatten(2, 3).flatten(0, 1)
+
+    def merged_attributes(self) -> dict[str, Any]:
+        return {} if self.groups == 1 else {"groups": 1}
+
+    def merged_shape(self) -> tuple[int, ...] | None:
+        base: Any = self
+        return None if base.groups == 1 else (base.out_channels, base.in_channels, *base.kernel_size)
 
     @staticmethod
     def dimensions_after_channels(module: Any) -> int:

@@ -30,6 +30,11 @@ class EmbeddingLoRA(Adapter, adapts=nn.Embedding):
                 "leave it out with exclude_modules"
             )
 
+    @classmethod
+    def check_variant(cls, module: Any, config: Any) -> None:
+        if config.lora_bias:
+            raise TargetError("lora_bias has no meaning for an embedding, which has no bias: leave one of the two out")
+
     @staticmethod
     def shapes(module: nn.Embedding, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, module.num_embeddings), (module.embedding_dim, rank)
@@ -53,3 +58,40 @@ class EmbeddingLoRA(Adapter, adapts=nn.Embedding):
         # transformers' scaled embeddings (Gemma, BART) multiply what they look up; the update is scaled with it.
         factor = getattr(self, "embed_scale", None)
         return update if factor is None else update * factor
+
+
+class EmbeddingBagLoRA(EmbeddingLoRA, adapts=nn.EmbeddingBag):
+    """A's rows are summed or averaged as the base's are, and B takes the bag to the embedding's width."""
+
+    @classmethod
+    def check(cls, module: Any, spec: AdapterSpec) -> None:
+        if module.mode == "max":
+            raise TargetError(
+                "the maximum over a bag of adapted rows is no sum of a base's and an adapter's: use mode 'sum' or "
+                "'mean', or adapt its parameter instead, with target_parameters=['<its name>.weight']"
+            )
+        if has_own_forward(type(module)):
+            raise TargetError(
+                "its class has a forward of its own, so its input need not be the indices that it looks up: leave it "
+                "out with exclude_modules"
+            )
+        super().check(module, spec)
+
+    def forward(self, x: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        base = super(Adapter, self).forward(x, offsets, per_sample_weights)
+        return self.combine(base, self.update(x, offsets, per_sample_weights))
+
+    def update(self, x: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        base: Any = self
+        A, B = self.factors()
+        found = F.embedding_bag(
+            x,
+            A.T,
+            offsets,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            mode=base.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=base.include_last_offset,
+            padding_idx=base.padding_idx,
+        )
+        return F.linear(found, B)

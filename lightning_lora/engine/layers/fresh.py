@@ -148,7 +148,10 @@ def _start(
     count = A[0] // spec.rank
     stack = [known.get("W")] if count == 1 else known.get("W", [None] * count)
     starts = [_started(init, {**known, "W": W}) for W in stack]
-    return torch.cat([A for A, _ in starts]), torch.stack([B for _, B in starts], dim=-1)
+    each_A = torch.cat([A for A, _ in starts])
+    if init.gives == "Tensor":
+        return each_A, torch.zeros(B)  # in the shape of the geometry, which may have groups or a kernel
+    return each_A, torch.stack([B for _, B in starts], dim=-1)
 
 
 def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
