@@ -217,6 +217,11 @@ class Push:
             num_threads=1,
             free_memory=False,
         )
+        if operation._should_ignore:  # the client would leave the file out of the commit, with a line in its log
+            raise HubError(
+                f"{self.repository.repo_id} has a .gitignore that keeps {operation.path_in_repo} out. Remove that line "
+                "of it on the Hub."
+            )
 
     def _landed(self, head: str | None, card: str) -> CommitInfo | None:
         """The commit of an earlier attempt, where it was made and its answer was lost."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from datetime import datetime, timezone
+from fnmatch import fnmatch
 from typing import Any
 
 from lightning_lora.testing.exchange import Answer, RefusedError, Request
@@ -15,13 +16,14 @@ from lightning_lora.testing.repository import Blob, Commit, Repository, is_large
 def preupload(request: Request, head: Commit) -> Answer:
     """For each file: how to upload it, and what is there under its name already."""
     files = []
+    ignored = head.files[".gitignore"].content.decode().split() if ".gitignore" in head.files else []
     for given in request.json()["files"]:
         path, size = given["path"], given["size"]
         large = is_large(path, size, base64.b64decode(given.get("sample", "")))
         answer: dict[str, Any] = {
             "path": path,
             "uploadMode": "lfs" if large else "regular",
-            "shouldIgnore": False,
+            "shouldIgnore": any(fnmatch(path, pattern) for pattern in ignored),
         }
         if path in head.files:
             answer["oid"] = head.files[path].etag

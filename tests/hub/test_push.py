@@ -260,6 +260,13 @@ def test_a_card_that_the_hub_refuses_says_why(hub: HubServer, folder: Path) -> N
     assert not hub.requested("/preupload/")
 
 
+def test_a_file_that_the_repository_ignores_is_said_and_nothing_is_committed(hub: HubServer, folder: Path) -> None:
+    hub.create_repo(REPO, files={".gitignore": b"*.ckpt\n*.safetensors\n"})
+    with pytest.raises(HubError, match=r"has a \.gitignore that keeps adapter_model\.safetensors out"):
+        push_adapter(folder, REPO)
+    assert titles(hub) == ["somebody's commit"]
+
+
 def test_a_base_that_the_hub_would_refuse_is_left_out_of_the_card(hub: HubServer, folder: Path) -> None:
     push_adapter(folder, REPO, card={"base_model": "/home/ann/base", "license": "mit"})
     assert b"license: mit" in hub.files(REPO)["README.md"]
