@@ -141,7 +141,6 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     peft: str = ""
     """Why PEFT is no oracle here; empty where it is one."""
-    mergeable: bool = True
     differentiable: bool = True
     """Whether the gradient is that of the output: not so in DoRA, which takes the norm for a constant."""
 
@@ -458,7 +457,7 @@ CASES += [
         differentiable=False,
     )
     for case in CASES
-    if case.mergeable and case.name in _DORA
+    if case.name in _DORA
 ] + [
     Case("linear-lora-bias", _linear(), (5, 8), {"lora_bias": True}),
     Case("conv2d-lora-bias", _conv(2, stride=2), (2, 4, 7, 7), {"lora_bias": True}),
@@ -485,5 +484,4 @@ CASES += [
 ]
 
 IDS = [case.name for case in CASES]
-MERGEABLE = [case for case in CASES if case.mergeable]
 PEFT_CASES = [case for case in CASES if not case.peft]

@@ -16,22 +16,15 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import DoRA, ParameterLoRA, WeightReadLinearLoRA, geometry_of
-from lightning_lora.engine.layers.base import (
-    Adapter,
-    AdapterSpec,
-    adapters,
-    check_removable,
-    check_swappable,
-    swap,
-    swap_back,
-)
-from lightning_lora.engine.layers.fresh import Measured, check_init, check_measured, fresh_tensors
+from lightning_lora.engine.layers.base import Adapter, AdapterSpec, adapters
+from lightning_lora.engine.layers.fresh import Measured, check_init, check_measured, fresh_tensors, tensor_shapes
 from lightning_lora.engine.layers.frozen import (
     FrozenNorm,
     freeze_statistics,
     has_running_statistics,
     release_statistics,
 )
+from lightning_lora.engine.layers.swapping import check_removable, check_swappable, swap, swap_back
 from lightning_lora.engine.report import AdaptedModule, InjectionReport
 from lightning_lora.engine.storage import shape_of
 from lightning_lora.engine.targets import Selection, Target, select
@@ -237,6 +230,12 @@ def _check_unadapted(model: nn.Module) -> None:
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise TargetError(f"{listed(lazy)} of {type(model).__name__} has no shape yet: run one batch through it first.")
+
+
+def promised(target: Target, config: LoRAConfig) -> tuple[AdapterSpec, dict[str, tuple[int, ...]]]:
+    """What `inject` would give to `target`: its numbers, and the shapes of its tensors by name. Raises TargetError."""
+    geometry, spec = _planned(target, config)
+    return spec, tensor_shapes(target.module, geometry, spec, config)
 
 
 def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], AdapterSpec]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections, release, weight_users
-from lightning_lora.engine.layers.base import Adapter, adapters, check_removable, pairs, swap_back
+from lightning_lora.engine.layers.base import Adapter, adapters, pairs
+from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.storage import can_be_dense, dense, is_plain, stored
 from lightning_lora.errors import AdapterStateError, listed
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, IDS, MERGEABLE, Case, randomise, reference
+from cases import CASES, IDS, Case, randomise, reference
 from snapshot import assert_same, snapshot
 from torch import Tensor
 
@@ -30,7 +30,6 @@ pytestmark = [
 ]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
-every_mergeable = pytest.mark.parametrize("case", MERGEABLE, ids=lambda case: case.name)
 
 
 def max_error(output: Tensor, exact: Tensor) -> float:
@@ -48,7 +47,7 @@ def test_a_fresh_adapter_changes_no_bit_of_the_output(case: Case):
     assert any(True for _ in adapters(model))
 
 
-@every_mergeable
+@every_case
 @torch.no_grad()
 def test_the_output_is_that_of_the_formula(case: Case):
     model = case.adapted()
@@ -58,7 +57,7 @@ def test_the_output_is_that_of_the_formula(case: Case):
     assert not torch.allclose(case.model().eval().double()(case.input(torch.float64)), exact, atol=1e-3)
 
 
-@every_mergeable
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @torch.no_grad()
 def test_merged_weights_lose_no_more_than_twice_what_torch_loses(case: Case, dtype: torch.dtype):
@@ -75,7 +74,7 @@ def test_merged_weights_lose_no_more_than_twice_what_torch_loses(case: Case, dty
     assert not list(adapters(model))
 
 
-@every_mergeable
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_merged_puts_everything_back_bit_for_bit(case: Case, dtype: torch.dtype):
     model = case.adapted().to(dtype)

@@ -11,7 +11,6 @@ nn.Linear, quantized or otherwise derived, is found through its parents and keep
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.engine.storage import can_be_dense, dense, shape_of
-from lightning_lora.engine.swap import swapped_class
-from lightning_lora.errors import AdapterStateError, TargetError
+from lightning_lora.errors import AdapterStateError
 
 FACTORS = ("lora_A", "lora_B")
 """The names under which a module holds its A and its B."""
@@ -322,83 +320,6 @@ def has_own_forward(cls: type[nn.Module]) -> bool:
     """Whether `cls` computes in another way than the class that its geometry is registered for."""
     known = next(parent for parent in cls.__mro__ if parent in Adapter.geometries)
     return cls.forward is not known.forward
-
-
-_TAKE_OFF = "take them off with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
-
-
-def _is_wrapped(module: nn.Module) -> bool:
-    """Whether something put another forward on the instance; accelerate, undone, leaves the class's own there."""
-    forward = module.__dict__.get("forward")
-    is_own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", 0) is type(module).forward
-    return forward is not None and not is_own
-
-
-def check_swappable(module: nn.Module, name: str, mixin: type = Adapter) -> None:
-    """Raise TargetError if swapping the class of `module` would not reach its forward, or would clash with it."""
-    if _is_wrapped(module):
-        raise TargetError(
-            f"{name!r} has a forward of its own on the instance, as accelerate's hooks put there, which an adapter "
-            f"would never see. Adapt the model first and add hooks after, or {_TAKE_OFF}."
-        )
-    taken = [name for name in _own_names(mixin) if hasattr(module, name)]
-    if taken:
-        raise TargetError(f"{name!r} ({type(module).__name__}) already has an attribute {taken[0]!r} of its own.")
-
-
-@functools.cache
-def _own_names(mixin: type) -> tuple[str, ...]:
-    """What the mixin brings and nn.Module has not: a class with such a name would find ours in place of its own."""
-    geometry: Any = mixin
-    defined = (name for cls in mixin.__mro__ if issubclass(cls, Adapter) for name in vars(cls))
-    ours = (n for n in defined if not hasattr(nn.Module, n) and n not in geometry.replaces)
-    return tuple(dict.fromkeys((*FACTORS, "lora", *ours)))
-
-
-def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Make `module` an adapted layer, in place.
-
-    `mixin` is a geometry, or a tuple of variants and it; `tensors` are its parameters and buffers by name."""
-    base_class: Any = type(module)
-    module.__dict__.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
-    for name, tensor in tensors.items():
-        if isinstance(tensor, nn.Parameter):
-            module.register_parameter(name, tensor)
-        else:
-            module.register_buffer(name, tensor)
-    module.__dict__["lora"] = spec
-    module.__dict__["lora_names"] = tuple(tensors)
-    module.__class__ = swapped_class("LoRA", mixin, base_class, tuple(spec.parameters))
-
-
-def swap_back(module: Adapter) -> Callable[[], None]:
-    """Undo `swap`: the class that the module had, no factors, its weight untouched. Returns what swaps it again."""
-    module_: Any = module
-    mixin, spec = type(module).mixin, module.lora
-    tensors = {name: getattr(module, name) for name in module.lora_names}
-    module_.__dict__.pop("forward", None)
-    module_.__class__ = type(module).base_class
-    for name in tensors:
-        delattr(module_, name)
-    del module_.__dict__["lora"], module_.__dict__["lora_names"]
-    return functools.partial(swap, module_, mixin, spec, tensors)
-
-
-def check_removable(model: nn.Module) -> None:
-    """Raise AdapterStateError if `swap_back` would fail on a layer of `model`."""
-    for name, module in adapters(model):
-        cls = type(module)
-        if "base_class" not in cls.__dict__:
-            # Parametrizations swap classes as well; taking ours out from under theirs would take theirs too.
-            raise AdapterStateError(
-                f"{name!r} changed its class to {cls.__name__} after it was adapted (a parametrization, for example). "
-                "Undo that first, then remove or merge the adapter."
-            )
-        if _is_wrapped(module):
-            raise AdapterStateError(
-                f"{name!r} was given a forward on the instance after it was adapted, as accelerate's hooks do, which "
-                f"calls the adapted one: {_TAKE_OFF}, then remove or merge the adapter."
-            )
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:

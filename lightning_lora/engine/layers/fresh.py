@@ -13,7 +13,7 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
 from lightning_lora.engine.layers.base import BIAS, MAGNITUDE, START, Adapter, AdapterSpec
 from lightning_lora.engine.layers.dora import output_norms
-from lightning_lora.engine.storage import can_be_dense, dense
+from lightning_lora.engine.storage import can_be_dense, dense, shape_of
 from lightning_lora.errors import ConfigError, TargetError, listed
 
 Measured = Mapping[str, Mapping[str, Tensor]]
@@ -49,8 +49,8 @@ def _fresh(
     config: LoRAConfig,
     measured: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    weight = module._parameters[parameter]
-    assert weight is not None
+    weight = getattr(module, parameter)  # not _parameters, where a parametrization has none
+    assert isinstance(weight, Tensor)
     # A quantized weight is stored as integers; its adapters are float32.
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
     if config.adapter_dtype == "float32":
@@ -75,15 +75,21 @@ def _fresh(
 
 
 def tensor_shapes(
-    module: nn.Module, geometry: type[Adapter], rank: int, config: LoRAConfig
+    module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of what `fresh_tensors` makes where the update starts at zero by itself, without making it."""
-    A, B = geometry.shapes(module, rank)
-    shapes = {"lora_A": A, "lora_B": B}
-    if config.lora_bias:
-        shapes[BIAS] = B[:1]
-    if config.use_dora:
-        shapes[MAGNITUDE] = B[:1]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parameter, part in (spec.parameters or {"weight": spec}).items():
+        suffix = geometry.suffix_of(parameter)
+        A, B = geometry.shapes_of(module, parameter, part.rank)
+        shapes |= {f"lora_A{suffix}": A, f"lora_B{suffix}": B}
+        if config.lora_bias:
+            shapes[BIAS + suffix] = B[:1]
+        if config.use_dora:
+            weight = module._parameters[parameter]
+            assert weight is not None
+            W = torch.empty(shape_of(weight), device="meta")
+            shapes[MAGNITUDE + suffix] = tuple(geometry.by_output(module, W).shape[:-1])
     return shapes
 
 
