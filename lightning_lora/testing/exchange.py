@@ -94,7 +94,7 @@ class Exchange(BaseHTTPRequestHandler):
                 self._reset()
             recorded.status = answer.status
             self._send(answer, fault)
-        except DroppedError:
+        except (DroppedError, ConnectionError):  # by us, or by a client that is gone
             self.close_connection = True
 
     def _before(self, fault: Fault | None) -> None:
@@ -122,16 +122,25 @@ class Exchange(BaseHTTPRequestHandler):
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             body = b"".join(iter(self._chunk, b""))
         else:
-            body = self.rfile.read(length)
+            body = self._whole(length)
         url = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
         return Request(self.command, url.path, query, self.headers, body, self._token())
 
     def _chunk(self) -> bytes:
-        size = int(self.rfile.readline().split(b";")[0], 16)
-        chunk = self.rfile.read(size)
+        line = self.rfile.readline()
+        if not line:
+            raise DroppedError
+        chunk = self._whole(int(line.split(b";")[0], 16))
         self.rfile.readline()
         return chunk
+
+    def _whole(self, length: int) -> bytes:
+        """The next `length` bytes; a client that dies in the middle of a request has asked for nothing."""
+        content = self.rfile.read(length)
+        if len(content) < length:
+            raise DroppedError
+        return content
 
     def _answered(self, request: Request, fault: Fault | None) -> Answer:
         from lightning_lora.testing.routes import respond

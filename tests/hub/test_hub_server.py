@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import time
 
 import pytest
@@ -162,6 +164,20 @@ def test_a_connection_that_is_lost_during_an_upload_commits_nothing(hub, api, ki
     with pytest.raises(Exception, match=r"reset|disconnected|Broken pipe"):
         api.create_commit(ID, [CommitOperationAdd("a.txt", b"1" * 500_000)], commit_message="lost")
     assert hub.files(ID) == {}
+
+
+def test_a_client_that_dies_in_the_middle_of_a_commit_commits_nothing(hub):
+    hub.create_repo("user/adapter")
+    lines = [{"key": "header", "value": {"summary": "half"}}, {"key": "file", "value": {"path": "a", "content": ""}}]
+    body = "\n".join(map(json.dumps, [*lines, {"key": "file", "value": {"path": "b", "content": "AAAA"}}])).encode()
+    host, port = hub.endpoint.removeprefix("http://").split(":")
+    for framing in (f"Content-Length: {len(body)}\r\n\r\n", f"Transfer-Encoding: chunked\r\n\r\n{len(body):x}\r\n"):
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /api/models/user/adapter/commit/main HTTP/1.1\r\nAuthorization: Bearer {hub.token}\r\n"
+            connection.sendall((head + framing).encode() + body[: body.rindex(b"\n") + 1])
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(1) == b""
+    assert len(hub.commits("user/adapter")) == 1
 
 
 def test_somebody_elses_commit_can_come_first(hub, api):
