@@ -129,7 +129,8 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
     values: list[tuple[Tensor, Tensor]] = []
     for root, injection in waiting:
         prefix = f"{root}." if root else ""
-        layers = {prefix + name: module for name, module in adapters(model.get_submodule(root))}
+        found = {prefix + name: module for name, module in adapters(model.get_submodule(root))}
+        layers = {name: m for name, m in found.items() if not any(p.A.any() or p.B.any() for p in m.lora_pairs(name))}
         check_measured(injection.config, layers, measured or {})
         for name, module in layers.items():
             of = (measured or {}).get(name)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injections
+from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, closest, listed
@@ -49,6 +50,7 @@ class LoRACallback(Callback):
         push: HubPush | None = None,
         save_adapter: bool = True,
         check_base: bool = True,
+        init_batches: int = 16,
         **config_fields: Any,
     ) -> None:
         """
@@ -59,6 +61,8 @@ class LoRACallback(Callback):
             save_adapter: Write an adapter folder in PEFT's format beside each checkpoint: `best-adapter/` beside
                 `best.ckpt`.
             check_base: Refuse a checkpoint that was trained on another base.
+            init_batches: How many batches of the training data an `init` that starts from data ("eva", "corda",
+                "lora_ga") is measured on, when training starts; a resumed run measures nothing.
             config_fields: The fields of a LoRAConfig, instead of `config`.
         """
         if config is not None and config_fields:
@@ -68,18 +72,20 @@ class LoRACallback(Callback):
         known = LoRAConfig.__dataclass_fields__
         for name in config_fields:
             if name not in known:
-                near = closest(name, [*known, "lora_plus_ratio", "push", "save_adapter", "check_base"])
+                near = closest(name, [*known, "lora_plus_ratio", "push", "save_adapter", "check_base", "init_batches"])
                 raise ConfigError(
                     f"LoRACallback has no setting {name!r}. "
                     + (f"Did you mean {listed(map(repr, near))}?" if near else f"It has: {listed(known, 99)}.")
                 )
         if lora_plus_ratio is not None:
             check_ratio(lora_plus_ratio)
+        if isinstance(init_batches, bool) or not isinstance(init_batches, int) or init_batches < 1:
+            raise ConfigError(f"init_batches is a whole number from 1 on, not {init_batches!r}.")
         self.config = config or LoRAConfig(**config_fields)
         self.report: InjectionReport | None = None
         """What was adapted, once it was."""
         self._policy = AdapterPolicy(
-            lora_plus_ratio, save_adapter, check_base, Pushing(push) if push is not None else None
+            lora_plus_ratio, save_adapter, check_base, Pushing(push) if push is not None else None, init_batches
         )
         self._resume = ExactResume()
         self._awaits_gradient: dict[str, Any] | None = None
@@ -149,7 +155,8 @@ class LoRACallback(Callback):
             callback.setup(trainer, pl_module, "fit")
 
     def _inject(self, pl_module: LightningModule) -> None:
-        self.report = inject(pl_module, self.config)
+        # What takes time to compute waits until it is known that no checkpoint brings it, and for data and device.
+        self.report = inject(pl_module, self.config, start=not INITS[self.config.init].computes)
         rank_zero_info(str(self.report))
 
     def before_launch(self, trainer: Trainer) -> None:

@@ -132,7 +132,7 @@ def load_from_checkpoint(
             ) from error
     for name, config in metadata["configs"].items():
         try:
-            inject(module.get_submodule(name), LoRAConfig(**config))
+            inject(module.get_submodule(name), LoRAConfig(**config), start=False)
         except (TargetError, AttributeError) as error:
             raise AdapterFormatError(
                 f"{checkpoint_path} does not fit {cls.__name__}: {error} If its layers are built in setup(), which "

@@ -19,6 +19,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -32,6 +33,7 @@ from lightning_lora.errors import CheckpointError, TrainingError, listed
 from lightning_lora.hub import save_adapter
 from lightning_lora.hub.resume import local_checkpoint
 from lightning_lora.training.buffers import changed_buffers, restore_buffers
+from lightning_lora.training.calibrate import start_waiting
 from lightning_lora.training.checkpoint import (
     METADATA,
     check_metadata,
@@ -60,6 +62,7 @@ class AdapterPolicy:
     save_adapter: bool = True
     check_base: bool = True
     push: Pushing | None = None
+    init_batches: int = 16
     base: dict[str, Any] | None = None
     """What tells the base from others, once it was needed; frozen weights do not change."""
 
@@ -68,6 +71,15 @@ class AdapterStrategy(_Host):
     """Mixin in front of a strategy's own class."""
 
     lora: AdapterPolicy
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        # What a checkpoint holds has been loaded, the model is in its precision and on its device, and DDP does not
+        # wrap it yet.
+        module = self.lightning_module
+        if module is not None and module.trainer.state.fn == TrainerFn.FITTING:
+            start_waiting(module, self.lora.init_batches)
+        wrapped: nn.Module = super()._setup_model(model)
+        return wrapped
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)

@@ -1,0 +1,213 @@
+"""What initialisers start from beside the weights: layers' inputs and gradients on some data, and quantization's loss.
+
+`inject(model, config, measured=calibrate(model, config, step, batches))`. A model that was adapted with `start=False`
+is measured alike, since its updates are zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.engine.config import LoRAConfig
+from lightning_lora.engine.inits import INITS
+from lightning_lora.engine.layers import LinearLoRA, adapters, geometry_of
+from lightning_lora.engine.layers.conv import ConvLoRA
+from lightning_lora.engine.storage import dense, is_plain
+from lightning_lora.engine.targets import select
+from lightning_lora.errors import DataError, TargetError, listed
+
+Step = Callable[[Any], Any]
+"""Runs the model on a batch, and returns the loss where gradients are measured; None for a batch to pass over."""
+
+
+def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterable[Any]) -> dict[str, dict[str, Tensor]]:
+    """Measure on `batches` what `config.init` asks for of each layer that `config` adapts, by the layer's name.
+
+    The mean of x x^T over all that the layer reads (C), or the mean gradient of the loss with respect to its weight
+    (G), in float32 on the layer's device. The model runs in eval mode; its weights, gradients, modes and hooks and
+    torch's random numbers are afterwards as they were. Raises DataError where there is no batch or what was measured is
+    not finite, TargetError for layers that no batch reached, or of which it cannot be measured.
+    """
+    layers = _layers(model, config)
+    wants = INITS[config.init].measures - {"E"}
+    if not wants:
+        return {}
+    batches = list(batches) if len(wants) > 1 else batches
+    with _undisturbed(model), torch.random.fork_rng(_devices(model)):
+        found = {letter: _MEASURES[letter](layers, step, batches) for letter in sorted(wants)}
+    unreached = [name for name in layers if any(name not in by_name for by_name in found.values())]
+    if unreached:
+        raise TargetError(
+            f"{listed(unreached)} took no part in any batch, so there is nothing that init={config.init!r} could start "
+            "from: leave them out with exclude_modules, or choose another init."
+        )
+    broken = [name for by_name in found.values() for name, M in by_name.items() if not bool(M.isfinite().all())]
+    if broken:
+        raise DataError(f"What was measured at {listed(broken)} is not finite: the data, or the loss, is not.")
+    return {name: {letter: by_name[name] for letter, by_name in found.items()} for name in layers}
+
+
+def residuals(model: nn.Module, config: LoRAConfig, weight_of: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What quantization took from each weight that `config` adapts (E): the original less what the base now holds.
+
+    `weight_of` gives the original weight of the name that it is asked for, `<layer>.weight`. Raises TargetError for a
+    layer that is not quantized, or whose original has another shape.
+    """
+    layers = _layers(model, config)
+    weights = {name: module._parameters.get("weight") for name, module in layers.items()}
+    plain = [name for name, W in weights.items() if W is None or is_plain(W)]
+    if plain:
+        raise TargetError(
+            f"init={config.init!r} makes good what quantization took, and {listed(plain)} is not quantized. With "
+            "bitsandbytes a weight is quantized when it is moved to its device: inject, or start, after that."
+        )
+    found = {}
+    for name, module in layers.items():
+        W = weights[name]
+        assert W is not None
+        Q = dense(module, W)
+        original = weight_of(f"{name}.weight").to(Q.device)
+        if original.shape != Q.shape:
+            raise TargetError(
+                f"{name!r} has a weight of shape {tuple(Q.shape)}, and its original one of {tuple(original.shape)}."
+            )
+        geometry: Any = geometry_of(type(module))
+        E = original.to(torch.float32) - Q.to(torch.float32)
+        found[name] = {"E": geometry.matrix(module, E)}
+    return found
+
+
+def _layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    adapted: dict[str, nn.Module] = dict(adapters(model))
+    return adapted or {target.name: target.module for target in select(model, config).targets}
+
+
+@torch.no_grad()
+def _second_moments(layers: Mapping[str, nn.Module], step: Step, batches: Iterable[Any]) -> dict[str, Tensor]:
+    unknown = [name for name, module in layers.items() if not issubclass(_geometry(module), (LinearLoRA, ConvLoRA))]
+    if unknown:
+        raise TargetError(
+            f"The inputs of {listed(unknown)} cannot be measured, which are read in another way than a linear layer's "
+            "or a convolution's: leave them out with exclude_modules, or choose another init."
+        )
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def add(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with torch.autocast(args[0].device.type if args else "cpu", enabled=False):
+            X = _read(module, args[0] if args else next(iter(kwargs.values())))
+            sums[name] = X.T @ X if name not in sums else sums[name].addmm_(X.T, X)
+        counts[name] = counts.get(name, 0) + X.shape[0]
+
+    with _hooked(layers, add):
+        for batch in _some(batches):
+            step(batch)
+    return {name: C / counts[name] for name, C in sums.items()}
+
+
+def _read(module: Any, x: Tensor) -> Tensor:
+    """The vectors (n, d_in) by which the layer's matrix is multiplied, in float32."""
+    x = x.detach().to(torch.float32)
+    if issubclass(_geometry(module), LinearLoRA):
+        return x.reshape(-1, x.shape[-1])
+    # A convolution whose kernels each pick one number of what the layer's own kernels cover.
+    size = (module.in_channels, *module.kernel_size)
+    pick = torch.eye(torch.Size(size).numel(), device=x.device).view(-1, *size)
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+    convolve: Any = (torch.conv1d, torch.conv2d, torch.conv3d)[len(module.kernel_size) - 1]
+    picked = convolve(x, pick, None, module.stride, padding, module.dilation)
+    return picked.movedim(-len(module.kernel_size) - 1, -1).reshape(-1, len(pick))
+
+
+def _gradients(layers: Mapping[str, nn.Module], step: Step, batches: Iterable[Any]) -> dict[str, Tensor]:
+    weights = {name: module._parameters.get("weight") for name, module in layers.items()}
+    unknown = [name for name, W in weights.items() if W is None or not is_plain(W)]
+    if unknown:
+        raise TargetError(
+            f"There is no gradient with respect to the weight of {listed(unknown)}, which is quantized or several: "
+            "leave them out with exclude_modules, or choose another init."
+        )
+    own = [W.requires_grad_() for W in weights.values() if W is not None]
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for batch in _some(batches):
+        with torch.enable_grad():
+            loss = step(batch)
+        if loss is None:
+            continue
+        count += 1
+        gradients = torch.autograd.grad(loss, own, allow_unused=True)
+        for (name, module), g in zip(layers.items(), gradients):
+            if g is not None:
+                G = _geometry(module).matrix(module, g).to(torch.float32)
+                sums[name] = G.clone() if name not in sums else sums[name].add_(G)
+    if not count:
+        raise DataError("No batch gave a loss, so there is no gradient to start from.")
+    return {name: G / count for name, G in sums.items()}
+
+
+_MEASURES = {"C": _second_moments, "G": _gradients}
+
+
+def _geometry(module: nn.Module) -> Any:
+    return geometry_of(type(module)) or type(None)
+
+
+def _some(batches: Iterable[Any]) -> Iterator[Any]:
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise DataError("There is no batch to measure on: the training data are empty, or limited to nothing.")
+
+
+@contextmanager
+def _hooked(layers: Mapping[str, nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
+        for name, module in layers.items()
+    ]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past the layers and their hooks
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """In eval mode, with no parameter that requires grad; modes and what requires grad are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    everything = list(model.parameters())
+    try:
+        for module, _ in modes:  # not eval(), of which some modules take note
+            module.training = False
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in everything:
+            if p.is_floating_point():
+                p.requires_grad_(False)
+        for p in trainable:
+            p.requires_grad_()
+        for module, mode in modes:
+            module.training = mode
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]

@@ -1,0 +1,167 @@
+"""Adapters that start from the weights or from data, started in a run: after a checkpoint would have been loaded, on
+the strategy's device, from the run's own training data."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_lora.engine import LoRAConfig, adapter_tensors, injections, start_adapters
+from lightning_lora.engine.calibration import calibrate, residuals
+from lightning_lora.engine.inits import INITS
+from lightning_lora.errors import ConfigError, TrainingError
+from lightning_lora.hub.base_weights import weights_of
+from lightning_lora.hub.roots import adapter_root
+from lightning_lora.training.randomness import random_state, set_random_state
+
+
+def start_waiting(module: LightningModule, batches: int) -> None:
+    """Start the adapters of `module` that `inject(..., start=False)` left at zero and no checkpoint was loaded into.
+
+    What an initialiser asks for is measured on the first `batches` batches of the training data, by `training_step`.
+    Random numbers are afterwards as they were, and all processes have the adapters of the first. Raises TrainingError
+    for a module that cannot be measured so, and what `calibrate` raises.
+    """
+    waiting = {name: injection.config for name, injection in injections(module) if injection.awaits_start}
+    if not waiting:
+        return
+    before = random_state()
+    measured: dict[str, Any] = {}
+    try:
+        for root, config in waiting.items():
+            rank_zero_info(f"Starting the adapters by {config.init!r}.")
+            prefix = f"{root}." if root else ""
+            found = _measured(module, root, config, batches)
+            measured |= {prefix + name: of for name, of in found.items()}
+        start_adapters(module, measured)
+    finally:
+        set_random_state(before)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in adapter_tensors(module).values():
+            torch.distributed.broadcast(tensor.detach(), 0)
+
+
+def _measured(module: LightningModule, root: str, config: LoRAConfig, batches: int) -> Mapping[str, Any]:
+    part = module.get_submodule(root)
+    if "E" in INITS[config.init].measures:
+        return residuals(part, config, _original(module, root, config))
+    if not INITS[config.init].measures:
+        return {}
+    _check_measurable(module, config)
+    trainer = module.trainer
+    with _silent(module), _batches(trainer, batches) as some:
+        return calibrate(part, config, lambda batch: _loss(trainer, module, *batch), some)
+
+
+def _check_measurable(module: LightningModule, config: LoRAConfig) -> None:
+    how = (
+        f"init={config.init!r} is measured by calling training_step on some batches, and this one {{}}. Measure with "
+        "lightning_lora.engine.calibration.calibrate, call inject(module, config, measured=...) before you fit, and "
+        "give the callback the same config."
+    )
+    if not module.automatic_optimization:
+        raise TrainingError(how.format("takes steps by itself (manual optimization)"))
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise TrainingError(how.format("asks for the loader's iterator instead of a batch"))
+
+
+def _loss(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> Tensor | None:
+    """What training_step gives for a batch, as Lightning's own loop calls it."""
+    precision = trainer.precision_plugin
+    batch = module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    with precision.train_step_context():
+        output = module.training_step(batch, index) if takes_index else module.training_step(batch)
+    return output["loss"] if isinstance(output, Mapping) else output
+
+
+@contextmanager
+def _batches(trainer: Trainer, count: int) -> Iterator[Iterator[tuple[Any, int]]]:
+    """The first batches of the training data with their numbers; loaders are afterwards as they were."""
+    source = trainer.fit_loop._data_source
+    loader = source.dataloader()
+    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+    limit = trainer.limit_train_batches
+    count = min(count, limit) if isinstance(limit, int) else count
+    generators = {id(g): g for one in combined.flattened for g in _generators(one)}.values()
+    states = [g.get_state() for g in generators]
+    shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+    try:
+        some = itertools.islice(iter(combined), count)
+        yield ((batch, i) for batch, i, _ in Tqdm(some, "Measuring", total=count, disable=not shown, leave=False))
+    finally:
+        combined.reset()
+        for generator, state in zip(generators, states):
+            generator.set_state(state)
+
+
+def _generators(loader: Any) -> Iterator[torch.Generator]:
+    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    for owner in (loader, *samplers, getattr(samplers[1], "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
+
+
+@contextmanager
+def _silent(module: LightningModule) -> Iterator[None]:
+    """Nothing is logged, no metric counts what is seen, and no buffer moves."""
+    trainer = module.trainer
+    loggers = trainer.loggers
+    attributes: dict[str, Any] = module.__dict__
+    own = {name: attributes[name] for name in _LOGS if name in attributes}
+    metrics = [(m, _state(m)) for m in module.modules() if isinstance(m, Metric)]
+    buffers = [(t, t.clone()) for t in module.buffers()]
+    try:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        attributes.update(dict.fromkeys(_LOGS, _nothing))
+        yield
+    finally:
+        trainer.loggers = loggers
+        for name in _LOGS:
+            del attributes[name]
+        attributes.update(own)
+        for metric, state in metrics:
+            vars(metric).update(state)
+        with torch.no_grad():
+            for tensor, value in buffers:
+                tensor.copy_(value)
+
+
+_LOGS = ("log", "log_dict")
+
+
+def _state(metric: Metric) -> dict[str, Any]:
+    """What an update of `metric` changes."""
+    return {name: copy.deepcopy(vars(metric)[name]) for name in (*metric._defaults, "_update_count", "_computed")}
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _original(module: LightningModule, root: str, config: LoRAConfig) -> Any:
+    """Where the weights are that a quantized base was made from: those of its name on the Hub, or its folder."""
+    name, base = adapter_root(module)
+    source = getattr(getattr(base, "config", None), "_name_or_path", None)
+    if not source:
+        raise ConfigError(
+            f"init={config.init!r} starts from the weights that the base was quantized from, and this "
+            f"{type(base).__name__} does not say where they are, as a transformers model does. Give them to "
+            "inject(module, config, measured=residuals(module, config, weight_of)) before you fit."
+        )
+    weight_of = weights_of(source)
+    prefix, inside = f"{root}." if root else "", f"{name}." if name else ""
+    return lambda weight: weight_of((prefix + weight).removeprefix(inside))
