@@ -17,6 +17,7 @@ from torchmetrics import Accuracy
 from lightning_lora import LoRACallback, load_from_checkpoint
 from lightning_lora.engine import LoRAConfig, adapter_state_dict, adapters, inject
 from lightning_lora.engine.calibration import calibrate
+from lightning_lora.engine.storage import dense
 from lightning_lora.errors import ConfigError, TrainingError
 
 from .ddp_run import Shared
@@ -256,3 +257,42 @@ def test_progress_is_shown_where_the_runs_own_is(capsys: pytest.CaptureFixture[s
 def test_a_number_of_batches_that_cannot_be_is_refused(batches: Any) -> None:
     with pytest.raises(ConfigError, match="init_batches is a whole number from 1 on"):
         LoRACallback(init_batches=batches)
+
+
+class QuantizedLM(pl.LightningModule):
+    """A causal language model of transformers in four bits, as QLoRA trains it."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        self.model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit, device_map="cpu")
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.model(input_ids=batch[0], labels=batch[0]).loss
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.utils.data.TensorDataset(torch.randint(0, 200, (8, 12))), batch_size=4)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+def test_loftq_finds_the_weights_that_a_transformers_model_was_quantized_from(llama: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    original = AutoModelForCausalLM.from_pretrained(llama.location)
+    module = QuantizedLM(llama.location)
+    trainer(LoRACallback(rank=4, init="loftq"), max_steps=0).fit(module)
+    for name, layer in adapters(module.model):
+        lost = original.get_submodule(name).weight - dense(layer, layer.weight)
+        left = original.get_submodule(name).weight - layer.adapted_weight()
+        assert float(lost.detach().norm()) > 0
+        assert float(left.detach().norm()) < 0.9 * float(lost.detach().norm())
+
+
+def test_loftq_says_where_it_looks_for_the_weights_before_quantization() -> None:
+    with pytest.raises(ConfigError, match="Sequential does not say where they are, as a transformers model does"):
+        trainer(LoRACallback(rank=2, init="loftq"), max_epochs=1).fit(Lit())

@@ -147,7 +147,7 @@ def _start(
     if "W" in init.wants:
         weight = module._parameters[parameter]
         assert weight is not None
-        known["W"] = geometry.matrix(module, dense(module, weight.detach())).to(torch.float32)
+        known["W"] = geometry.matrix(module, dense(module, weight).detach()).to(torch.float32)
     if init.gives == "Tensor" and geometry.draws_b and not config.freeze_a:
         return torch.zeros(A), torch.randn(B)
     # One matrix, or a stack of them, of which each starts by itself.
