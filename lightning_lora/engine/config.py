@@ -50,6 +50,9 @@ class LoRAConfig:
     """Other alphas for some modules, matched as in `rank_pattern`."""
     modules_to_save: list[str] | None = None
     """Modules that are trained whole and saved with the adapter, such as a new head: a list of name endings."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of an embedding that are trained, such as those of new tokens: indices into the model's input embedding, or
+    for each of several its name and indices. A head that shares the embedding's weight has the same rows."""
     bias: Bias = "none"
     """Biases that are trained as well: "none", "all", or "lora_only" (those of adapted layers)."""
     lora_bias: bool = False
@@ -73,10 +76,11 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the one place where a frozen field may be normalised
         set_(self, "target_parameters", _list_of_names("target_parameters", self.target_parameters))
-        if self.target_modules is None and self.target_parameters:
+        set_(self, "trainable_token_indices", _tokens(self.trainable_token_indices))
+        if self.target_modules is None and (self.target_parameters or self.trainable_token_indices):
             set_(self, "target_modules", [])
         set_(self, "target_modules", _names("target_modules", self.target_modules))
-        if not self.target_modules and not self.target_parameters:
+        if not self.target_modules and not self.target_parameters and not self.trainable_token_indices:
             raise ConfigError(
                 f"target_modules is {self.target_modules!r}: nothing would be adapted. "
                 "Name modules, or use 'all-linear'."
@@ -215,6 +219,25 @@ def _list_of_names(name: str, value: Any) -> list[str] | None:
     if isinstance(value, str):
         raise ConfigError(f"{name} is a list of names: write [{value!r}], not {value!r}.")
     return _names(name, value, optional=True)
+
+
+def _tokens(value: Any) -> Any:
+    name = "trainable_token_indices"
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) and key for key in value) or not value:
+            raise ConfigError(f"{name} maps names of embeddings to lists of indices; {value!r} does not.")
+        return {key: _tokens(indices) for key, indices in value.items()}
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise ConfigError(f"{name} is a list of indices, or a dict of them by name, not {value!r}.")
+    indices = list(value)
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ConfigError(f"{name} is {value!r}, and {index!r} is no index of a token.")
+    if not indices or len(set(indices)) < len(indices):
+        raise ConfigError(f"{name} is {value!r}: each index once, and one at least.")
+    return indices
 
 
 def _layers(value: Any) -> list[int] | None:

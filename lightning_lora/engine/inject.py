@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ from lightning_lora.engine.layers.frozen import (
     release_statistics,
 )
 from lightning_lora.engine.layers.swapping import check_removable, check_swappable, swap, swap_back
+from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.report import AdaptedModule, InjectionReport
 from lightning_lora.engine.storage import shape_of
 from lightning_lora.engine.targets import Selection, Target, select
+from lightning_lora.engine.vocabulary import token_tensors, vocabulary
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
 _RECORD = "lora_injection"
@@ -78,6 +80,7 @@ def inject(
     selection = select(model, config)
     _check_shared_weights(model, selection)
     plan = [(target, *_planned(target, config)) for target in selection.targets]
+    rows = vocabulary(model, config, selection)
     measured = measured or {}
     if start:
         check_measured(config, [target.name for target in selection.targets], measured)
@@ -107,12 +110,15 @@ def inject(
         fresh_tensors(target.module, geometry, spec, config, measured.get(target.name), start=start)
         for target, geometry, spec in plan
     ]
+    tokens = [token_tensors(module, spec, config) for _, module, _, spec in rows]
     # Nothing below can fail for a reason in the model or the config.
     trained = {id(t) for t in whole.values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
     for (target, geometry, spec), own in zip(plan, tensors):
         swap(target.module, (DoRA, geometry) if config.use_dora else geometry, spec, own)
+    for (_, module, kind, spec), own in zip(rows, tokens):
+        swap(module, kind, spec, own)
     for name in injection.frozen_norms:
         freeze_statistics(model.get_submodule(name))
     model.__dict__[_RECORD] = injection
@@ -129,7 +135,7 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
     values: list[tuple[Tensor, Tensor]] = []
     for root, injection in waiting:
         prefix = f"{root}." if root else ""
-        found = {prefix + name: module for name, module in adapters(model.get_submodule(root))}
+        found = {prefix + n: module for n, module in adapters(model.get_submodule(root)) if module.lora_pairs(n)}
         layers = {name: m for name, m in found.items() if not any(p.A.any() or p.B.any() for p in m.lora_pairs(name))}
         check_measured(injection.config, layers, measured or {})
         for name, module in layers.items():
@@ -248,10 +254,8 @@ def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], Adapter
         geometry, (WeightReadLinearLoRA, ParameterLoRA)
     ):
         geometry = WeightReadLinearLoRA
-    spec = replace(
-        _spec(config, target.names_of()),
-        parameters={name: _spec(config, target.names_of(name)) for name in target.parameters},
-    )
+    parameters = {name: _spec(config, target.names_of(name)) for name in target.parameters}
+    spec = _spec(config, target.names_of(), parameters)
     mixins: tuple[type[Adapter], ...] = (DoRA, geometry) if config.use_dora else (geometry,)
     for mixin in mixins:
         check_swappable(target.module, target.name, mixin)
@@ -265,7 +269,7 @@ def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], Adapter
     return geometry, spec
 
 
-def _spec(config: LoRAConfig, names: tuple[str, ...]) -> AdapterSpec:
+def _spec(config: LoRAConfig, names: tuple[str, ...], parameters: dict[str, AdapterSpec] | None = None) -> AdapterSpec:
     return AdapterSpec(
         rank=config.rank_of(*names),
         alpha=config.alpha_of(*names),
@@ -274,6 +278,7 @@ def _spec(config: LoRAConfig, names: tuple[str, ...]) -> AdapterSpec:
         rank_dropout=config.rank_dropout,
         module_dropout=config.module_dropout,
         keeps_precision=config.adapter_dtype == "float32",
+        parameters=parameters or {},
     )
 
 
@@ -296,7 +301,7 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
     adapted = {id(t.module) for t in selection.targets}
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules() if inside or config.bias != "none" else ():
         saved = id(module) in inside
         for name, p in module.named_parameters(recurse=False):
             wanted = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
@@ -319,7 +324,7 @@ def _check_shared_weights(model: nn.Module, selection: Selection) -> None:
     """Refuse to train a weight whole that another module uses as well: that one would change unasked."""
     inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
     own = {id(p): name for name, module in selection.saved.items() for p in module.parameters()}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if own else ():
         if id(module) in inside:
             continue
         for p in module.parameters(recurse=False):
@@ -366,13 +371,13 @@ def _report(model: nn.Module, injection: Injection, selection: Selection) -> Inj
                     note="; ".join(notes),
                 )
             )
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    parameters = list(model.parameters())
     return InjectionReport(
         modules=tuple(rows),
         trained_whole=tuple(injection.trained_whole),
         head=injection.head,
         left_out=selection.left_out,
-        trainable=sum(p.numel() for p in trainable),
-        frozen=sum(math.prod(shape_of(p)) for p in frozen),
+        tokens={name: len(m.lora.tokens) for name, m in adapters(model) if isinstance(m, TokenRows)},
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        frozen=sum(math.prod(shape_of(p)) for p in parameters if not p.requires_grad),
     )

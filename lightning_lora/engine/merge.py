@@ -36,7 +36,7 @@ def merge(model: nn.Module) -> None:
         )
     users = weight_users(model)
     tied = {
-        id(p): [name for name, user in users[id(p)] if user is not module]
+        id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]
         for module in mergeable
         for p in module._parameters.values()
         if p is not None
@@ -109,7 +109,7 @@ def _mergeable(model: nn.Module) -> list[Adapter]:
         found.append(module)
     if not found:
         raise AdapterStateError(f"{type(model).__name__} has no adapters to merge.")
-    return found
+    return sorted(found, key=lambda module: bool(module.lora_names))  # what reads another's tensors, before that one
 
 
 def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -33,6 +33,8 @@ class InjectionReport:
     """Parameters that are trained beside A and B: modules_to_save and biases."""
     head: str | None
     """The layer that "all-linear" took for the output head and left out."""
+    tokens: dict[str, int]
+    """How many rows of an embedding are trained, and of the heads that share its weight."""
     left_out: dict[str, str]
     """Weights that one might take for adapted, and are not: name -> how to adapt it."""
     trainable: int
@@ -56,6 +58,9 @@ class InjectionReport:
             lines.append(f"trained whole: {listed(self.trained_whole)}")
         if self.head is not None:
             lines.append(f"taken for the output head, and so not adapted: {self.head}")
+        if self.tokens:
+            (name, count), *users = self.tokens.items()
+            lines.append(f"rows trained: {count} of {name}{''.join(f', which {user} shares' for user, _ in users)}")
         for how in dict.fromkeys(self.left_out.values()):
             names = [name for name, way in self.left_out.items() if way == how]
             lines.append(f"not adapted: {listed(names)} (to adapt: {how})")

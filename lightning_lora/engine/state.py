@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import adapters
+from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.storage import is_quantized
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
 
@@ -99,10 +100,14 @@ def base_fingerprint(model: nn.Module, root: nn.Module | None = None) -> str:
     nor do quantized weights, whose bytes depend on the device that quantized them.
     """
     digest = hashlib.sha256()
+    replaced = {id(m.dense_weight()): m.lora_rows for _, m in adapters(model) if isinstance(m, TokenRows)}
     for name, p in _base_parameters(model, root):
         if is_quantized(p):
             continue
-        values = p.detach().reshape(-1)
+        if id(p) in replaced:  # the adapter brings these rows, whatever a resized embedding was filled with
+            values = p.detach().index_fill(0, replaced[id(p)], 0).reshape(-1)
+        else:
+            values = p.detach().reshape(-1)
         if p.is_floating_point():
             # By way of float32: a base of float64 that was loaded in float32 was rounded twice as well.
             values = values[:: max(1, values.numel() // _SAMPLE)].to(torch.float32).to(torch.bfloat16)

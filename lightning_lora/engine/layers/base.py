@@ -187,6 +187,16 @@ class Adapter(_Host):
         if self._parameters.get(BIAS) is not None and self._parameters.get("bias") is None:
             raise AdapterStateError("it has no bias that could take in that of B (lora_bias). Use it unmerged.")
 
+    def shares_with(self, other: nn.Module) -> bool:
+        """Whether `other`, which shares its weight, is adapted with it: then they share what is merged, too."""
+        return False
+
+    def swapped_in(self) -> None:
+        """Called when the module has got its adapter, and its class."""
+
+    def swapped_out(self) -> None:
+        """Called before it loses them."""
+
     # What all of them share.
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -317,7 +327,9 @@ def geometry_of(cls: type[nn.Module]) -> type[Adapter] | None:
 
 
 def has_own_forward(cls: type[nn.Module]) -> bool:
-    """Whether `cls` computes in another way than the class that its geometry is registered for."""
+    """Whether `cls` computes in another way than the class that its geometry is registered for, by itself: not what a
+    swap has put in front of it."""
+    cls = cls.__dict__.get("base_class", cls)
     known = next(parent for parent in cls.__mro__ if parent in Adapter.geometries)
     return cls.forward is not known.forward
 

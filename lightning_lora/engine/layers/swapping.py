@@ -29,18 +29,34 @@ def check_swappable(module: nn.Module, name: str, mixin: type = Adapter) -> None
             f"{name!r} has a forward of its own on the instance, as accelerate's hooks put there, which an adapter "
             f"would never see. Adapt the model first and add hooks after, or {_TAKE_OFF}."
         )
-    taken = [name for name in _own_names(mixin) if hasattr(module, name)]
-    if taken:
-        raise TargetError(f"{name!r} ({type(module).__name__}) already has an attribute {taken[0]!r} of its own.")
+    taken = _taken(module, _own_names(mixin))
+    if taken is not None:
+        raise TargetError(f"{name!r} ({type(module).__name__}) already has an attribute {taken!r} of its own.")
+
+
+def _taken(module: nn.Module, names: frozenset[str]) -> str | None:
+    """One of `names` that is an attribute of `module`; thousands are asked, so a class is looked at once."""
+    cls: Any = type(module)
+    if cls.__getattr__ is not nn.Module.__getattr__:  # it may answer for another object
+        return next((name for name in names if hasattr(module, name)), None)
+    for own in (module.__dict__, module._parameters, module._buffers, module._modules):
+        if not names.isdisjoint(own):
+            return min(names.intersection(own))
+    return _taken_by_class(cls, names)
 
 
 @functools.cache
-def _own_names(mixin: type) -> tuple[str, ...]:
+def _taken_by_class(cls: type, names: frozenset[str]) -> str | None:
+    return min((name for name in names if hasattr(cls, name)), default=None)
+
+
+@functools.cache
+def _own_names(mixin: type) -> frozenset[str]:
     """What the mixin brings and nn.Module has not: a class with such a name would find ours in place of its own."""
     geometry: Any = mixin
     defined = (name for cls in mixin.__mro__ if issubclass(cls, Adapter) for name in vars(cls))
     ours = (n for n in defined if not hasattr(nn.Module, n) and n not in geometry.replaces)
-    return tuple(dict.fromkeys((*FACTORS, "lora", *ours)))
+    return frozenset((*FACTORS, "lora", *ours))
 
 
 def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
@@ -57,6 +73,7 @@ def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tenso
     module.__dict__["lora"] = spec
     module.__dict__["lora_names"] = tuple(tensors)
     module.__class__ = swapped_class("LoRA", mixin, base_class, tuple(spec.parameters))
+    module.swapped_in()
 
 
 def swap_back(module: Adapter) -> Callable[[], None]:
@@ -64,6 +81,7 @@ def swap_back(module: Adapter) -> Callable[[], None]:
     module_: Any = module
     mixin, spec = type(module).mixin, module.lora
     tensors = {name: getattr(module, name) for name in module.lora_names}
+    module.swapped_out()
     module_.__dict__.pop("forward", None)
     module_.__class__ = type(module).base_class
     for name in tensors:

@@ -1,0 +1,115 @@
+"""Single rows of a vocabulary are trained, such as those of new tokens; all else of the table stays frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.engine.layers.base import Adapter, AdapterSpec, Pair, has_own_forward
+from lightning_lora.errors import TargetError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSpec(AdapterSpec):
+    """Which rows are trained."""
+
+    tokens: tuple[int, ...]
+    """Rows of the weight, in the order in which the adapter holds them."""
+    owner: nn.Module | None = None
+    """The embedding whose rows these are, where the module shares that one's weight."""
+
+
+class TokenRows(Adapter):
+    """An embedding whose rows `tokens` are those of `lora_tokens` (PEFT's trainable_token_indices).
+
+    The rows replace the base's, they are not added to them: so it does not matter what a resized embedding was filled
+    with. Only they are looked up; the table is never copied.
+    """
+
+    lora: TokenSpec
+    lora_tokens: nn.Parameter
+    lora_rows: Tensor
+    lora_places: Tensor
+
+    @classmethod
+    def check(cls, module: Any, spec: AdapterSpec) -> None:
+        assert isinstance(spec, TokenSpec)
+        size = len(module.weight)
+        if max(spec.tokens) >= size:
+            raise TargetError(f"it has {size} rows, and no row {max(spec.tokens)}: resize the embeddings first")
+        cls.check_forward(module)
+
+    @classmethod
+    def check_forward(cls, module: Any) -> None:
+        """Raise TargetError where `module` does not look up its input."""
+        if module.max_norm is not None:
+            raise TargetError("an embedding with max_norm rewrites its weight in every forward")
+        if has_own_forward(type(module)) and not hasattr(module, "embed_scale"):
+            raise TargetError("its class has a forward of its own, so its input need not be what it looks up")
+
+    def swapped_in(self) -> None:
+        rows = torch.tensor(self.lora.tokens, device=self.dense_weight().device)
+        places = rows.argsort()
+        self.register_buffer("lora_rows", rows[places], persistent=False)
+        self.register_buffer("lora_places", places, persistent=False)
+
+    def swapped_out(self) -> None:
+        del self.lora_rows, self.lora_places
+
+    @property
+    def tokens(self) -> Tensor:
+        """The trained rows, in the order of the sorted `lora_rows`."""
+        owner: Any = self if self.lora.owner is None else self.lora.owner
+        rows: Tensor = owner.lora_tokens[self.lora_places]
+        return rows
+
+    def forward(self, x: Tensor) -> Tensor:  # (...) of indices -> (..., width)
+        base: Tensor = super(Adapter, self).forward(x)
+        rows = self.lora_rows.to(x.dtype)
+        place = torch.searchsorted(rows, x).clamp(max=len(rows) - 1)
+        found = F.embedding(place, self.tokens).to(base.dtype)
+        factor = getattr(self, "embed_scale", None)  # transformers' scaled embeddings (Gemma, BART)
+        found = found if factor is None else found * factor.to(found.dtype)
+        return torch.where((rows[place] == x)[..., None], found, base)
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        W = self.dense_weight()
+        return {"weight": W.index_copy(0, self.lora_rows, self.tokens.to(W.dtype))}
+
+    def shares_with(self, other: nn.Module) -> bool:
+        mine = self if self.lora.owner is None else self.lora.owner
+        return isinstance(other, TokenRows) and (other is mine or other.lora.owner is mine)
+
+    def lora_pairs(self, name: str) -> tuple[Pair, ...]:
+        return ()
+
+    def extra_repr(self) -> str:
+        return f"{type(self).base_class.extra_repr(self)}, {len(self.lora.tokens)} trained rows"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        own = self._parameters.get("lora_tokens")
+        at = torch.tensor(self.lora.tokens, device=self.lora_rows.device)
+        is_fresh = own is not None and own.equal(self.dense_weight()[at].to(own.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if own is not None and is_fresh and prefix + "lora_tokens" not in state_dict:  # a base's: start as its rows
+            with torch.no_grad():
+                own.copy_(self.dense_weight()[at])
+
+
+class TokenLogits(TokenRows):
+    """A head that shares the embedding's weight: the logits of those tokens are of their trained rows."""
+
+    @classmethod
+    def check_forward(cls, module: Any) -> None:
+        if has_own_forward(type(module)):
+            raise TargetError("its class has a forward of its own, so its output need not be one for each row")
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., width) -> (..., vocabulary)
+        base: Tensor = super(Adapter, self).forward(x)
+        bias = self._parameters.get("bias")
+        logits = F.linear(x, self.tokens.to(x.dtype), None if bias is None else bias[self.lora_rows])
+        return base.index_copy(-1, self.lora_rows, logits.to(base.dtype))
