@@ -23,6 +23,7 @@ _LENGTH = 100  # of a long name of a module
 _ONE = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN}
 _REPEATS = {op.MAX_REPEAT, op.MIN_REPEAT, getattr(op, "POSSESSIVE_REPEAT", None)}
 _MOST_TIMES = 1000
+_AHEAD = 8  # of what follows a repetition, only the beginning counts; all of it takes quadratic time
 
 
 def ways(expression: str) -> float:
@@ -39,7 +40,7 @@ def ways(expression: str) -> float:
 def _sequence(items: list[tuple[Any, Any]]) -> float:
     total = 1.0
     for i, item in enumerate(items):
-        total *= _item(item, items[i + 1 :])
+        total *= _item(item, items[i + 1 : i + 1 + _AHEAD])
     return total
 
 

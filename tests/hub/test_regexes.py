@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from lightning_lora.hub import regexes
 from lightning_lora.hub.regexes import MOST_WAYS, ways
 
 WRITTEN = [
@@ -60,3 +61,11 @@ def test_what_hangs_does_not_pass(expression):
 def test_what_is_no_expression_is_said(expression):
     with pytest.raises(ValueError):
         ways(expression)
+
+
+def test_a_long_expression_takes_a_time_that_grows_no_faster_than_its_length(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(regexes, "_item", lambda item, rest: looked_at.append(len(rest)) or 1.0)
+    assert ways("x" * 1000) == 1
+    assert len(looked_at) == 1000
+    assert max(looked_at) < 10
