@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import pickle
 import threading
@@ -144,6 +145,44 @@ def test_threads_with_different_adapters_do_not_see_each_others():
     assert not wrong
     with bank.use(None):
         assert len(bank) == 10
+
+
+def test_a_context_that_outlives_the_use_it_was_copied_from_is_told():
+    base, factors, alone = small(2)
+    bank = served(base, 2, MOST)
+    bank.put("a0", factors["a0"])
+    x = torch.randn(2, 6)
+    for names in ("a0", ["a0", "a0"]):
+        with bank.use(names):
+            context = contextvars.copy_context()
+            assert close_to(context.run(base, x), alone["a0"](x))
+        with pytest.raises(AdapterStateError, match="which has ended"):
+            context.run(base, x)
+
+
+def test_what_one_batch_copied_is_written_over_for_the_next_only_when_nobody_reads_it():
+    base, factors, alone = small(4)
+    bank = served(base, 4, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(2, 6)
+    with bank.use(["a0", "a1"]):
+        base(x)
+        with bank.use(["a2", "a3"]):
+            assert close_to(base(x)[0], alone["a2"](x)[0])
+        with bank.use(["a3", "a2", "a1"]):
+            assert close_to(base(torch.ones(3, 6))[2], alone["a1"](torch.ones(1, 6))[0])
+        assert close_to(base(x)[1], alone["a1"](x)[1])
+    assert 1 <= len(bank._slots.slab._free) <= 3
+    with torch.enable_grad():
+        x.requires_grad_()
+        with bank.use(["a0", "a1"]):
+            y = base(x)
+        with torch.no_grad(), bank.use(["a2", "a3"]):
+            base(x)
+        y.square().sum().backward()  # reads what the first batch copied
+        exact = torch.autograd.grad(sum(alone[f"a{i}"](x[i]).square().sum() for i in range(2)), x)[0]
+    assert close_to(x.grad, exact)
 
 
 def test_folding_gives_the_adapter_at_the_bases_own_cost_and_undoes_itself_exactly():

@@ -231,7 +231,7 @@ class Bank:
             [slot for slot in map(slots.get, names) if slot is not None],
             max(entry.rank for entry in entries),
             any(entry.is_affine for entry in entries),
-            self._slots.slab.data.device,
+            self._slots.slab,
         )
         return routing, entries
 
@@ -310,7 +310,8 @@ class Bank:
 
     def _allocated(self, device: torch.device) -> Slab:
         shapes = {name: cell.shapes(self.max_rank) for name, cell in self._cells.items()}
-        slab = Slab(shapes, self.capacity + 1, self.plan.dtype, device)
+        copied = {name: cell.copied for name, cell in self._cells.items()}
+        slab = Slab(shapes, copied, self.capacity + 1, self.plan.dtype, device)
         for name, cell in self._cells.items():
             cell.A, cell.B, cell.gain, cell.shift = slab.views[name]
         return slab
@@ -336,17 +337,21 @@ class Bank:
 class Use:
     """What `bank.use` returns: `with` enters it, once."""
 
-    __slots__ = ("_bank", "_entries", "_names", "_token")
+    __slots__ = ("_bank", "_entries", "_names", "_routing", "_token", "is_open")
 
     def __init__(self, bank: Bank, names: Names) -> None:
-        self._bank, self._names = bank, names
+        self._bank, self._names, self.is_open = bank, names, False
 
     def __enter__(self) -> None:
-        routing, self._entries = self._bank._enter(self._names)
-        self._token = self._bank._routes.enter(routing)
+        self._routing, self._entries = self._bank._enter(self._names)
+        self.is_open = True
+        self._token = self._bank._routes.enter(self._routing, self)
 
     def __exit__(self, *_: object) -> None:
+        self.is_open = False
         self._bank._routes.leave(self._token)
+        if self._routing is not None:
+            self._routing.close()
         self._bank._slots.leave(self._entries)
 
 

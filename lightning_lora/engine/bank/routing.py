@@ -7,7 +7,7 @@ it when they run, also from inside a compiled graph, so a graph does not depend 
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from lightning_lora.errors import AdapterStateError
 
 if TYPE_CHECKING:
     from lightning_lora.engine.bank.cells import Cell, Factors
+    from lightning_lora.engine.bank.slab import Slab
 
-InUse: TypeAlias = "tuple[tuple[Routes, Routing], ...]"
+InUse: TypeAlias = "tuple[tuple[Routes, Routing, Entered], ...]"
 _IN_USE: ContextVar[InUse] = ContextVar("lightning_lora_bank", default=())
 """The routing of each bank: there is hardly ever more than one."""
 
@@ -25,22 +26,33 @@ FEW_POSITIONS = 4
 """Up to so many positions of a row, reading each adapter once is worth gathering the rows that share it."""
 
 
+class Entered(Protocol):
+    """What has entered a routing, and will leave it."""
+
+    is_open: bool
+
+
 class Routes:
     """The routings of one bank."""
 
     def current(self) -> Routing | None:
         """The one in use where this is called."""
-        for routes, routing in _IN_USE.get():
+        for routes, routing, use in _IN_USE.get():
             if routes is self:
+                if not use.is_open:
+                    raise AdapterStateError(
+                        "This runs in a copy of a context (an asyncio task's, for example) that was made inside of a "
+                        "`with bank.use(...)` which has ended. End such tasks first, or enter bank.use in the task."
+                    )
                 return routing
         return None
 
-    def enter(self, routing: Routing | None) -> Token[InUse]:
-        """Use `routing` here from now on; give what this returns to `leave`."""
+    def enter(self, routing: Routing | None, use: Entered) -> Token[InUse]:
+        """Use `routing` here from now on, as long as `use` is open; give what this returns to `leave`."""
         others = _IN_USE.get()
         if others:
             others = tuple(entry for entry in others if entry[0] is not self)
-        return _IN_USE.set(others if routing is None else ((self, routing), *others))
+        return _IN_USE.set(others if routing is None else ((self, routing, use), *others))
 
     @staticmethod
     def leave(token: Token[InUse]) -> None:
@@ -53,6 +65,9 @@ class Routing:
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         """`base`, the output of the cell's layer for x, with the updates. May write into `base`."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Nobody will use it any more."""
 
     def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         """The same, in the precision of `base`, whatever autocast says."""
@@ -85,9 +100,12 @@ class One(Routing):
 class Rows(Routing):
     """Row i uses the adapter in `slots[i]`. What it gathers from the slab it keeps, for all steps of a generation."""
 
-    def __init__(self, slots: list[int], rank: int, is_affine: bool, device: torch.device) -> None:
-        self.count, self._rank, self._is_affine = len(slots), rank, is_affine
+    def __init__(self, slots: list[int], rank: int, is_affine: bool, slab: Slab) -> None:
+        self.count, self._rank, self._is_affine, self._slab = len(slots), rank, is_affine, slab
+        device = slab.data.device
         self.index = torch.tensor(slots, device=device)
+        self._copies: dict[bool, Tensor] = {}
+        self._may_give_back = True
         self._factors: dict[tuple[int, torch.dtype, bool], Factors] = {}
         self._groups = Groups.of(slots, device)
 
@@ -100,10 +118,20 @@ class Rows(Routing):
         found = self._factors.get(key)
         if found is None:
             index = self.index if groups is None else groups.index
+            rows = self._copies.get(groups is not None)
+            if rows is None:
+                rows = self._copies[groups is not None] = self._slab.copy(index)
             with torch.inference_mode(False):  # kept for further forwards, which may need gradients
-                found = tuple(t.to(dtype) for t in cell.many(index, self._rank))
+                copies = self._slab.copies(cell.name, rows, len(index))
+                found = tuple(t.to(dtype) for t in cell.many(copies, self._rank))
             self._factors[key] = found
         return found
+
+    def close(self) -> None:
+        copies, self._copies, self._factors = self._copies, {}, {}
+        if self._may_give_back:
+            for rows in copies.values():
+                self._slab.give_back(rows)
 
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         if not cell.is_batched(x) or x.shape[0] % self.count:
@@ -117,6 +145,8 @@ class Rows(Routing):
             )
         if self._is_affine:
             base = cell.affine(base, self.index)
+        if x.requires_grad:  # the backward pass will read the factors, when this is long over
+            self._may_give_back = False
         return cell.add_rows(base, x, self)
 
 
