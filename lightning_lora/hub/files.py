@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,7 @@ from lightning_lora.engine import (
     load_adapter_state_dict,
     remove,
 )
-from lightning_lora.engine.layers import Adapter, AdapterSpec, LinearLoRA, register_conv1d
-from lightning_lora.engine.layers.base import START
-from lightning_lora.engine.layers.linear import OutProjectionLoRA
+from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.state import check_same_base, describe_base
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import (
@@ -43,11 +39,12 @@ from lightning_lora.errors import (
 from lightning_lora.hub.atomic import write_folder
 from lightning_lora.hub.card import model_card
 from lightning_lora.hub.inspection import checked_config
-from lightning_lora.hub.layout import layout_of, member, names_of_tensors, tensor_named
+from lightning_lora.hub.layout import Adapted, layout_of, member, names_of_tensors, tensor_named
 from lightning_lora.hub.matching import Fit, fit
 from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, exact_targets, own_fields, to_peft
 from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
+from lightning_lora.hub.spelling import targets_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -77,23 +74,31 @@ def save_adapter(
     owner, injection = only_injection(model)
     module, root = adapter_root(model)
     adapted = dict(adapters(root))
-    own = {name: {n: getattr(m, n) for n in m.lora_names} for name, m in adapted.items()}
-    known = {id(t) for tensors_of_module in own.values() for t in tensors_of_module.values()}
+    layers = {
+        name: Adapted(
+            {own: tuple(getattr(m, own).shape) for own in m.lora_names},
+            {pair.suffix: pair.spec.rank for pair in m.lora_pairs(name)},
+        )
+        for name, m in adapted.items()
+    }
+    known = {id(getattr(m, own)) for m in adapted.values() for own in m.lora_names}
     whole = [t for t in adapter_tensors(model).values() if id(t) not in known]
-    layout = layout_of(root, {name: {n: tuple(t.shape) for n, t in ts.items()} for name, ts in own.items()}, whole)
+    targets = targets_of(adapted, injection.config)
+    layout = layout_of(root, layers, whole, targets.companions)
     saved = _saved_names(root, owner, injection.config)
-    specs = {name: _plain_spec(m, injection.config) for name, m in adapted.items()}
     inside = tuple(f"{name}." for name in saved)
-    others = [n for n, _ in root.named_modules() if n not in specs and n not in saved and not n.startswith(inside)]
+    others = [n for n, _ in root.named_modules() if n not in adapted and n not in saved and not n.startswith(inside)]
 
     base_model = _base_id(root, base_model)
     if revision is None and base_model is not None:
         revision = getattr(getattr(root, "config", None), "_commit_hash", None)
     config = to_peft(
         injection.config,
-        ranks={name: spec.rank for name, spec in specs.items()},
-        alphas={name: spec.alpha for name, spec in specs.items()},
-        target_modules=exact_targets(specs, others),
+        ranks={name: spec.rank for name, spec in targets.specs.items()},
+        alphas={name: spec.alpha for name, spec in targets.specs.items()},
+        target_modules=exact_targets(targets.modules, others) if targets.modules else [],
+        target_parameters=targets.parameters or None,
+        without_dropout=targets.without_dropout,
         modules_to_save=_entries(root, injection.config, saved),
         fan_in_fan_out=_is_transposed(adapted),
         task_type=_task_type(root, task_type, saved),
@@ -109,7 +114,7 @@ def save_adapter(
     note = {
         "version": version("lightning-lora"),
         "module": module,
-        "config": own_fields(injection.config),
+        "config": own_fields(injection.config, dropout=targets.without_dropout),
         **describe_base(model, root),
     }
     header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
@@ -122,14 +127,8 @@ def save_adapter(
     }
     folder = Path(folder)
     write_folder(folder, files)
-    ignored = [name for name, m in adapted.items() if isinstance(m, OutProjectionLoRA)]
-    if ignored:
-        warnings.warn(
-            f"PEFT ignores the adapters of {listed(ignored)}: it does not adapt the out_proj of an "
-            "nn.MultiheadAttention by itself. load_adapter applies them; for PEFT, train without them "
-            "(exclude_modules=['out_proj']).",
-            stacklevel=2,
-        )
+    for what, names in targets.unread.items():
+        warnings.warn(f"{what}: {listed(names)}. load_adapter does.", stacklevel=2)
     return folder
 
 
@@ -204,15 +203,6 @@ def only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
             "called on (under a Trainer, the LightningModule). Names in the folder are relative to the base even so."
         )
     raise AdapterStateError(f"{type(model).__name__} has no adapters to save: call inject(model, config) first.")
-
-
-def _plain_spec(module: Adapter, config: LoRAConfig) -> AdapterSpec:
-    """Rank and alpha of the plain pair that is written for `module`: a frozen start adds as many ranks again."""
-    spec = module.lora
-    if START[0] not in module.lora_names:
-        return spec
-    rank = 2 * spec.rank
-    return replace(spec, rank=rank, alpha=spec.scale * (math.sqrt(rank) if config.use_rslora else rank))
 
 
 def _saved_names(root: nn.Module, owner: nn.Module, config: LoRAConfig) -> list[str]:

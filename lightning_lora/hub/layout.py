@@ -11,35 +11,51 @@ from torch import Tensor, nn
 from lightning_lora.engine.layers.base import START
 from lightning_lora.hub.peft import shape_in_file, tensor_key
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Of the tensors of one module's adapter, by the engine's names."""
+
+@dataclass(frozen=True)
+class Adapted:
+    """One adapted module."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the tensors of its adapter, by the engine's names."""
+    ranks: Mapping[str, int]
+    """By what the names of its tensors end in: nothing, or `_<parameter>` for each parameter that is adapted."""
+
+    def end(self, own: str) -> str:
+        """What the name `own` of one of its tensors ends in."""
+        return next((end for end in self.ranks if end and own.endswith(end)), "")
 
 
 @dataclass(frozen=True)
 class Layout:
     """The adapted modules and the tensors that are trained whole, of one root, as PEFT sees them."""
 
-    adapted: dict[str, Shapes]
+    adapted: dict[str, Adapted]
     """By the first name of each module."""
+    parameters: dict[str, tuple[str, ...]]
+    """Those of each module that are adapted, in its own order; none where it is what the module computes."""
     embeddings: frozenset[str]
     """Those of them that are embeddings."""
     whole: dict[str, tuple[int, ...]]
     """Parameters and buffers that are trained whole, with their shapes."""
     aliases: dict[str, tuple[str, ...]]
     """Further names of a module or of a tensor that is trained whole."""
+    doubled: frozenset[str]
+    """Modules whose update PEFT adds twice: in a file it is half of what it is here. These are the out_proj of an
+    nn.MultiheadAttention (lora.MultiheadAttention.merge adds it to the weight, and has out_proj add it again)."""
 
     def keys(self) -> dict[str, str]:
         """PEFT's keys -> the engine's names; the first key of each name is the one that must be there."""
-        wrapped = {n for module in self.adapted for n in self._every(module)}
+        parameters = {n: self.parameters[module] for module in self.adapted for n in self._every(module)}
         embeddings = {n for module in self.embeddings for n in self._every(module)}
         keys: dict[str, str] = {}
-        for module, shapes in self.adapted.items():
-            for own in shapes:
-                for alias in self._every(module) if own not in START else ():
-                    keys[tensor_key(member(alias, own), wrapped, embeddings)] = member(module, own)
+        for module, adapted in self.adapted.items():
+            for own in adapted.shapes:
+                for alias in self._every(module) if own.removesuffix(adapted.end(own)) not in START else ():
+                    keys[tensor_key(member(alias, own), parameters, embeddings, parameters)] = member(module, own)
         for name in self.whole:
             for alias in self._every(name):
-                keys[tensor_key(alias, wrapped, embeddings)] = name
+                keys[tensor_key(alias, parameters, embeddings, parameters)] = name
         return keys
 
     def written_keys(self) -> dict[str, str]:
@@ -56,35 +72,54 @@ class Layout:
     def shape(self, name: str) -> tuple[int, ...]:
         """That of the tensor called `name` in the engine."""
         module, _, last = name.rpartition(".")
-        return self.whole[name] if name in self.whole else self.adapted[module][last]
+        return self.whole[name] if name in self.whole else self.adapted[module].shapes[last]
 
     def shape_in_file(self, name: str) -> tuple[int, ...]:
         """That of the same tensor in a file, but for a frozen start."""
         if name in self.whole:
             return self.whole[name]
-        return shape_in_file(name, self.shape(name), self.adapted[name.rpartition(".")[0]]["lora_A"])
+        module, _, last = name.rpartition(".")
+        adapted = self.adapted[module]
+        return shape_in_file(last, self.shape(name), adapted.shapes["lora_A" + adapted.end(last)])
 
     def value_in_file(self, name: str, value: Callable[[str], Tensor]) -> Tensor:
-        """What a file holds for `name`; `value` gives the engine's tensors.
+        """What a file holds for `name`; `value` gives the engine's tensors."""
+        if name in self.whole:
+            return value(name)
+        tensor = self._plain(name, value) * self._factor(name)
+        return tensor.reshape(self.shape_in_file(name)) if tensor.shape == self.shape(name) else tensor
 
-        A frozen start becomes further ranks, B A - B0 A0 = [B - B0, B0] [A; A - A0], so that the file is for the base
-        as it is (as PEFT converts its PiSSA and OLoRA)."""
+    def value(self, name: str, in_file: Tensor) -> Tensor:
+        """What the engine holds for `name`, of what a file does."""
+        return in_file.reshape(self.shape(name)) * (1 / self._factor(name))
+
+    def _factor(self, name: str) -> float:
         module, _, last = name.rpartition(".")
-        tensor = value(name)
-        A0, B0 = START
-        if name not in self.whole and A0 in self.adapted[module]:
-            if last == "lora_A":
-                return torch.cat([tensor, tensor - value(member(module, A0)).to(tensor)])
-            if last == "lora_B":
-                start = value(member(module, B0)).to(tensor)
-                return torch.cat([tensor - start, start], dim=1)
-        return tensor.reshape(self.shape_in_file(name))
+        return 0.5 if module in self.doubled and last.startswith("lora_B") else 1
+
+    def _plain(self, name: str, value: Callable[[str], Tensor]) -> Tensor:
+        """A frozen start becomes further ranks, B A - B0 A0 = [B - B0, B0] [A; A - A0], so that the file is for the
+        base as it is (as PEFT converts its PiSSA and OLoRA)."""
+        module, _, last = name.rpartition(".")
+        tensor, adapted = value(name), self.adapted[module]
+        end = adapted.end(last)
+        A0, B0 = (start + end for start in START)
+        if A0 in adapted.shapes and last == "lora_A" + end:  # of each matrix, where they are a stack
+            start = tensor - value(member(module, A0)).to(tensor)
+            return torch.cat([t.unflatten(0, (-1, adapted.ranks[end])) for t in (tensor, start)], dim=1).flatten(0, 1)
+        if A0 in adapted.shapes and last == "lora_B" + end:
+            start = value(member(module, B0)).to(tensor)
+            both = [t.unflatten(1, (adapted.ranks[end], -1)) for t in (tensor - start, start)]
+            return torch.cat(both, dim=1).flatten(1, 2)
+        return tensor
 
     def _every(self, name: str) -> tuple[str, ...]:
         return (name, *self.aliases.get(name, ()))
 
 
-def layout_of(root: nn.Module, adapted: Mapping[str, Shapes], whole: Iterable[Tensor]) -> Layout:
+def layout_of(
+    root: nn.Module, adapted: Mapping[str, Adapted], whole: Iterable[Tensor], doubled: Iterable[str]
+) -> Layout:
     """The layout of the modules `adapted` (by name) and the tensors `whole`, all of them in `root`."""
     aliases: dict[str, tuple[str, ...]] = {}
     modules = dict(root.named_modules())
@@ -102,7 +137,10 @@ def layout_of(root: nn.Module, adapted: Mapping[str, Shapes], whole: Iterable[Te
         trained[first] = tuple(tensor.shape)
         aliases[first] = tuple(rest)
     embeddings = frozenset(name for name in adapted if isinstance(modules[name], nn.Embedding))
-    return Layout(dict(adapted), embeddings, trained, aliases)
+    parameters = {
+        name: tuple(p for p in modules[name]._parameters if f"_{p}" in module.ranks) for name, module in adapted.items()
+    }
+    return Layout(dict(adapted), parameters, embeddings, trained, aliases, frozenset(doubled))
 
 
 def member(module: str, name: str) -> str:

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.inject import tensors_trained_whole
-from lightning_lora.engine.layers import geometry_of
-from lightning_lora.engine.layers.fresh import tensor_shapes
-from lightning_lora.engine.targets import Selection, name_matches, select
+from lightning_lora.engine.inject import promised, tensors_trained_whole
+from lightning_lora.engine.targets import Selection, Target, name_matches, select
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
-from lightning_lora.hub.layout import Layout, Shapes, layout_of, tensor_named
+from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, tensor_named
 from lightning_lora.hub.reading import Header, TensorFile
 from lightning_lora.hub.roots import adapter_root
 
@@ -49,7 +47,7 @@ class Fit:
                 problems.append(f"{key} holds values that are not finite")
             unequal = [other for other in same if not _equal(file[other], value)]
             problems += [f"{key} and {other} are one tensor in the model, and differ" for other in unequal]
-            values[name] = value.reshape(self.layout.shape(name))
+            values[name] = self.layout.value(name, value)
         for key, name in self.base.items():
             if not _equal(file[key], tensor_named(self.root, name)):
                 problems.append(
@@ -75,10 +73,11 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
     if not _has_bias(root, selection, config.bias):
         relative = replace(relative, bias="none")
     whole = tensors_trained_whole(root, relative, selection)
-    ranks = {t.name: config.rank_of(t.name) for t in selection.targets}
-    alphas = {t.name: config.alpha_of(t.name) for t in selection.targets}
-    adapted = {t.name: _shapes(t.module, ranks[t.name], config) for t in selection.targets}
-    layout = layout_of(root, adapted, whole.values())
+    numbers = replace(relative, rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
+    adapted = {t.name: _adapted(t, numbers) for t in selection.targets}
+    packed = {t.name for t in selection.targets if t.parameters == ("in_proj_weight",) and not config.use_dora}
+    doubled = [t.name for t in selection.targets if t.within in packed]
+    layout = layout_of(root, adapted, whole.values(), doubled)
     # PEFT trains every bias but does not write every one: such a one stays as the base has it.
     biases = set(layout.whole) - _inside(selection.saved) if config.bias == "all" else set()
     optional = {name for name in biases if not peft.is_saved_by_peft(name)}
@@ -86,7 +85,7 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
     return Fit(
         root=root,
         layout=layout,
-        config=_for_model(model, root, relative, selection.saved, ranks, alphas),
+        config=_for_model(model, root, numbers, selection),
         sources=sources,
         base=base,
         kept=sorted(optional.difference(sources)),
@@ -94,10 +93,10 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
     )
 
 
-def _shapes(module: nn.Module, rank: int, config: LoRAConfig) -> Shapes:
-    geometry = geometry_of(type(module))
-    assert geometry is not None, "select() only returns modules with a geometry"
-    return tensor_shapes(module, geometry, rank, config)
+def _adapted(target: Target, config: LoRAConfig) -> Adapted:
+    spec, shapes = promised(target, config)
+    parts = {f"_{name}": part for name, part in spec.parameters.items()} or {"": spec}
+    return Adapted(shapes, {end: part.rank for end, part in parts.items()})
 
 
 def _root(model: nn.Module, header: Header) -> nn.Module:
@@ -123,17 +122,26 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
     candidates = [n for n, m in modules.items() if id(m) not in inside]
     entries = [e for e in config.modules_to_save or () if any(name_matches([e], n) for n in modules)]
     excluded, targets = config.exclude_modules, config.target_modules
-    if targets != "all-linear":
+    parameters = [e for e in config.target_parameters or () if _names_a_parameter(e, modules)]
+    if targets != "all-linear" and targets:
         # Where none matches, the engine says so, with the closest names.
         targets = _matching(targets, candidates) or targets
     return replace(
         config,
         target_modules=targets,
+        target_parameters=parameters or config.target_parameters,
         exclude_modules=None if excluded is None else _matching(excluded, candidates),
         # As the file has them, if they mean the same to the engine, which asks for a dot before an entry.
         modules_to_save=entries if entries and all(name_matches(entries, n) for n in saved) else saved or None,
         rank_pattern={},
         alpha_pattern={},
+    )
+
+
+def _names_a_parameter(entry: str, modules: Mapping[str, nn.Module]) -> bool:
+    module, _, parameter = entry.rpartition(".")
+    return any(
+        parameter in m._parameters and (not module or name_matches([module], name)) for name, m in modules.items()
     )
 
 
@@ -145,33 +153,34 @@ def _matching(pattern: str | list[str], names: Iterable[str]) -> str | list[str]
     return [entry for entry in pattern if any(name_matches([entry], name) for name in names)] or None
 
 
-def _for_model(
-    model: nn.Module,
-    root: nn.Module,
-    config: LoRAConfig,
-    saved: Mapping[str, nn.Module],
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, float],
-) -> LoRAConfig:
+def _for_model(model: nn.Module, root: nn.Module, config: LoRAConfig, selection: Selection) -> LoRAConfig:
     """`config`, which is about `root`, for an injection into `model`."""
     names = {id(m): name for name, m in reversed(list(model.named_modules()))}
-    place = {name: names[id(root.get_submodule(name))] for name in ranks}
+    place = {t.name: names[id(t.module)] for t in selection.targets}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for target in selection.targets:
+        for parameter in target.parameters or (None,):
+            here = place[target.name] if parameter is None else member(place[target.name], parameter)
+            ranks[here] = config.rank_of(*target.names_of(parameter))
+            alphas[here] = config.alpha_of(*target.names_of(parameter))
     changes: dict[str, Any] = {
-        "rank_pattern": peft.exact_pattern({place[n]: rank for n, rank in ranks.items()}, config.rank),
-        "alpha_pattern": peft.exact_pattern({place[n]: alpha for n, alpha in alphas.items()}, config.alpha),
+        "rank_pattern": peft.exact_pattern(ranks, config.rank),
+        "alpha_pattern": peft.exact_pattern(alphas, config.alpha),
     }
     if root is not model:
-        inside = {id(m) for module in saved.values() for m in module.modules()}
-        others = [n for n, m in model.named_modules(remove_duplicate=False) if id(m) not in inside]
-        mine = {id(root.get_submodule(name)) for name in ranks}
+        inside = {id(m) for module in selection.saved.values() for m in module.modules()}
+        mine = {id(t.module) for t in selection.targets}
+        others = [n for n, m in model.named_modules(remove_duplicate=False) if id(m) not in inside | mine]
+        modules = [place[t.name] for t in selection.targets if not t.parameters]
+        parameters = [member(place[t.name], p) for t in selection.targets for p in t.parameters]
         changes |= {
-            "target_modules": peft.exact_targets(
-                list(place.values()), [n for n in others if id(model.get_submodule(n)) not in mine]
-            ),
+            "target_modules": peft.exact_targets(modules, others) if modules else [],
+            "target_parameters": parameters or None,
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
-            "modules_to_save": [names[id(module)] for module in saved.values()] or None,
+            "modules_to_save": [names[id(module)] for module in selection.saved.values()] or None,
         }
     return replace(config, **changes)
 

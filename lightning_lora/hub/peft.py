@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from lightning_lora.engine import LoRAConfig
@@ -70,6 +71,7 @@ _OURS = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "target_modules": "target_modules",
+    "target_parameters": "target_parameters",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
     "layers_pattern": "layers_pattern",
@@ -84,6 +86,8 @@ _OURS = {
 
 # What PEFT has no field for: it changes how an adapter is trained on, and no output.
 _OURS_ALONE = ("freeze_a", "rank_dropout", "module_dropout")
+_OURS_SOMETIMES = ("dropout",)
+"""What it does not know for some layers."""
 
 # What says where an adapter comes from, or how it started, and changes no output: field -> the types that it may have.
 _WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
@@ -133,33 +137,49 @@ _TENSORS = {
 _TENSORS_OF_EMBEDDING = {**_TENSORS, "lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
 
-def tensor_key(name: str, wrapped: Collection[str], embeddings: Collection[str]) -> str:
+def tensor_key(
+    name: str,
+    wrapped: Collection[str],
+    embeddings: Collection[str],
+    parameters: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
     """PEFT's key of the tensor that the engine calls `name` (`<module>.lora_A`, or a parameter's own name).
 
-    `wrapped` names the modules that PEFT wraps, `embeddings` those among them that are embeddings.
+    `wrapped` names the modules that PEFT wraps, `embeddings` those among them that are embeddings. `parameters` are
+    those that are adapted of a wrapped module, in the order in which it holds them: PEFT wraps it once for each, the
+    last one outermost. Their tensors are `<module>.lora_A_<parameter>`.
     """
     module, _, last = name.rpartition(".")
-    path = _expanded(module, wrapped)
-    if last not in _TENSORS or module not in wrapped:
-        return PREFIX + ".".join([*path, last])
-    own = path[:-1] if module else path
-    return PREFIX + ".".join([*own, (_TENSORS_OF_EMBEDDING if module in embeddings else _TENSORS)[last]])
+    path = _expanded(module, wrapped, parameters)
+    if module in wrapped:
+        kinds = _TENSORS_OF_EMBEDDING if module in embeddings else _TENSORS
+        own = parameters.get(module, ())
+        outside = path[: -max(1, len(own))] if module else path
+        for inside, parameter in enumerate(reversed(own)):
+            if last.removesuffix(f"_{parameter}") in kinds and last not in kinds:
+                return PREFIX + ".".join(
+                    [*outside, *["base_layer"] * inside, kinds[last.removesuffix(f"_{parameter}")]]
+                )
+        if not own and last in kinds:
+            return PREFIX + ".".join([*outside, kinds[last]])
+    return PREFIX + ".".join([*path, last])
 
 
-def shape_in_file(name: str, shape: tuple[int, ...], of_A: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which PEFT writes the tensor that the engine calls `name`; `of_A` is that of its module's A."""
-    if name.rpartition(".")[2] == MAGNITUDE and len(of_A) > 2:
+def shape_in_file(last: str, shape: tuple[int, ...], of_A: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which PEFT writes the tensor that a module holds as `last`; `of_A` is that of the module's A."""
+    if last == MAGNITUDE and len(of_A) > 2:
         return (1, *shape, *(1,) * (len(of_A) - 2))  # as the output of the convolution
     return shape
 
 
-def _expanded(module: str, wrapped: Collection[str]) -> list[str]:
+def _expanded(module: str, wrapped: Collection[str], parameters: Mapping[str, Sequence[str]]) -> list[str]:
     path: list[str] = []
     parts = module.split(".") if module else []
     for i, part in enumerate(parts, 1):
         path.append(part)
-        if ".".join(parts[:i]) in wrapped:
-            path.append("base_layer")
+        outer = ".".join(parts[:i])
+        if outer in wrapped:
+            path += ["base_layer"] * max(1, len(parameters.get(outer, ())))
     return path
 
 
@@ -225,18 +245,19 @@ def from_peft(data: Any, where: str) -> LoRAConfig:
                 f"{where}: {key} is {value!r}. That changes what the adapter computes, and is not supported."
             )
     _check_init(data.get("init_lora_weights", True), where)
-    return _config(ours, where)
+    return _config({**ours, "peft_version": data.get("peft_version")}, where)
 
 
-def own_fields(config: LoRAConfig) -> dict[str, Any]:
-    """What `config` says that PEFT has no field for, for the metadata of the tensors."""
-    return {field: getattr(config, field) for field in _OURS_ALONE if getattr(config, field)}
+def own_fields(config: LoRAConfig, *, dropout: bool = False) -> dict[str, Any]:
+    """What `config` says that is not written for PEFT, `dropout` among it or not, for the metadata of the tensors."""
+    fields = (*_OURS_ALONE, *(_OURS_SOMETIMES if dropout else ()))
+    return {field: getattr(config, field) for field in fields if getattr(config, field)}
 
 
 def with_own_fields(config: LoRAConfig, own: Any, where: str) -> LoRAConfig:
     """`config` with the `own_fields` that a file has; None are none. Raises AdapterFormatError for others."""
     own = {} if own is None else own
-    if not isinstance(own, Mapping) or not set(own) <= set(_OURS_ALONE):
+    if not isinstance(own, Mapping) or not set(own) <= {*_OURS_ALONE, *_OURS_SOMETIMES}:
         raise AdapterFormatError(f"{where}: the metadata of its tensors holds {own!r} for a config of this package.")
     try:
         return replace(config, **own)
@@ -252,14 +273,27 @@ def _check_init(init: Any, where: str) -> None:
         )
 
 
+def _check_stacks(version: Any, where: str) -> None:
+    """Up to 0.18 PEFT wrote the factors of a stack, such as the experts of a mixture, the other way round."""
+    numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < (0, 19):
+        raise AdapterFormatError(
+            f"{where}: target_parameters of peft_version {version!r} are laid out as before PEFT 0.19, and which way "
+            "round cannot be told from their shapes alone. Load it in PEFT 0.19 or later, and save it there."
+        )
+
+
 def _config(data: Mapping[str, Any], where: str) -> LoRAConfig:
     values = {"rank": _DEFAULTS["r"], "alpha": _DEFAULTS["lora_alpha"]}
-    for key, value in data.items():
+    for key, value in ((key, data[key]) for key in _OURS if key in data):
         # PEFT reads an absent value and an empty one alike.
         is_empty = value is None or (not value and isinstance(value, (str, list, dict)))
         if is_empty and (_DEFAULTS[key] is None or isinstance(_DEFAULTS[key], dict)):
             continue
         values[_OURS[key]] = value
+    if "target_parameters" in values:
+        values.setdefault("target_modules", [])
+        _check_stacks(data.get("peft_version"), where)
     if "target_modules" not in values:
         raise AdapterFormatError(f"{where}: target_modules is {data.get('target_modules')!r}, so it adapts nothing.")
     try:
@@ -275,13 +309,16 @@ def to_peft(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
     target_modules: str | list[str],
+    target_parameters: list[str] | None = None,
+    without_dropout: bool = False,
     modules_to_save: list[str] | None,
     fan_in_fan_out: bool = False,
     task_type: str | None = None,
     base_model: str | None = None,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """The fields of an `adapter_config.json`, sorted. `ranks` and `alphas` are those of the modules that PEFT wraps."""
+    """The fields of an `adapter_config.json`, sorted. `ranks` and `alphas` are those of the modules and parameters that
+    PEFT wraps."""
     rank = _usual(config.rank, ranks)
     alpha = _usual(config.alpha, alphas)
     return dict(
@@ -290,10 +327,11 @@ def to_peft(
                 **_DEFAULTS,
                 "r": rank,
                 "lora_alpha": _number(alpha),
-                "lora_dropout": config.dropout,
+                "lora_dropout": 0.0 if without_dropout else config.dropout,
                 "rank_pattern": exact_pattern(ranks, rank),
                 "alpha_pattern": {k: _number(v) for k, v in exact_pattern(alphas, alpha).items()},
                 "target_modules": target_modules,
+                "target_parameters": target_parameters,
                 "modules_to_save": modules_to_save,
                 "bias": config.bias,
                 "use_rslora": config.use_rslora,

@@ -69,6 +69,67 @@ class Shared(nn.Module):
         return self.head(x)
 
 
+class Experts(nn.Module):
+    """A mixture whose experts lie in stacks, as in transformers 5: two parameters of one module, and a router."""
+
+    def __init__(self, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        up, down = ((3, 6, 10), (3, 10, 6)) if is_transposed else ((3, 10, 6), (3, 6, 10))
+        self.up = nn.Parameter(torch.randn(up) * 0.3)
+        self.down = nn.Parameter(torch.randn(down) * 0.3)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:  # (N, 6), (N, 3) -> (N, 6)
+        up, down = (self.up, self.down) if self.is_transposed else (self.up.mT, self.down.mT)
+        h = torch.tanh(torch.einsum("ni,eio->neo", x, up))
+        return torch.einsum("neo,eoi,ne->ni", h, down, weights)
+
+
+class Mixture(nn.Module):
+    def __init__(self, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 3)
+        self.experts = Experts(is_transposed)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.experts(x, self.router(x).softmax(-1)))
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention between linear layers; its projections are packed, or not."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.inp = nn.Linear(6, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.head = nn.Linear(8, 2)
+        self.width = options.get("kdim", 8)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 5, 6) -> (N, 5, 2)
+        x = torch.tanh(self.inp(x))
+        other = x[..., : self.width]
+        return self.head(self.attention(x, other, other, need_weights=False)[0])
+
+
+class Odd(nn.Module):
+    """Layers that PEFT adapts by their parameters, or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(20, 6, mode="mean")
+        self.cell = nn.GRUCell(6, 6)
+        self.pair = nn.Bilinear(6, 6, 4)
+        self.rnn = nn.LSTM(4, 5, batch_first=True)
+        self.up = nn.ConvTranspose1d(5, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 7) of indices
+        y = self.bag(x)
+        y = torch.tanh(self.pair(y, self.cell(y)))
+        y, _ = self.rnn(y[:, None].expand(-1, 3, -1))
+        return self.up(y.mT)
+
+
 def llama(**changes: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,12 +151,25 @@ def classifier() -> nn.Module:
     return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2, num_labels=3)).eval()
 
 
-FLOATS = {"linears": (5, 6), "convolutions": (3, 4, 16), "shared": (5, 6)}
+FLOATS = {
+    "linears": (5, 6),
+    "convolutions": (3, 4, 16),
+    "shared": (5, 6),
+    "mixture": (5, 6),
+    "mixture-transposed": (5, 6),
+    "attention": (3, 5, 6),
+    "attention-parts": (3, 5, 6),
+}
 MAKERS = {
     "linears": Linears,
     "convolutions": Convolutions,
     "words": Words,
     "shared": Shared,
+    "mixture": Mixture,
+    "mixture-transposed": lambda: Mixture(is_transposed=True),
+    "attention": Attention,
+    "attention-parts": lambda: Attention(kdim=4, vdim=4),
+    "odd": Odd,
     "llama": llama,
     "gpt2": gpt2,
     "classifier": classifier,
