@@ -245,12 +245,6 @@ def promised(target: Target, config: LoRAConfig) -> tuple[AdapterSpec, dict[str,
     return spec, tensor_shapes(target.module, geometry, spec, config)
 
 
-def promised(target: Target, config: LoRAConfig) -> tuple[AdapterSpec, dict[str, tuple[int, ...]]]:
-    """What `inject` would give to `target`: its numbers, and the shapes of its tensors by name. Raises TargetError."""
-    geometry, spec = _planned(target, config)
-    return spec, tensor_shapes(target.module, geometry, spec, config)
-
-
 def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], AdapterSpec]:
     geometry = geometry_of(type(target.module))
     if target.parameters and (geometry is None or not issubclass(geometry, ParameterLoRA)):
