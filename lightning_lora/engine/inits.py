@@ -80,7 +80,7 @@ class Init:
         """Whether it does more than draw: then there is time to save where tensors are loaded right after."""
         return bool(self.wants & (MEASURED | {"W"}))
 
-    @property
+    @functools.cached_property
     def gives(self) -> str:
         """What it returns: "Tensor", "Factors" or "Whole"."""
         annotation = inspect.signature(self.function).return_annotation

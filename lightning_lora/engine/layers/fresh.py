@@ -154,7 +154,7 @@ def _start(
     count = A[0] // spec.rank
     stack = [known.get("W")] if count == 1 else known.get("W", [None] * count)
     starts = [_started(init, {**known, "W": W}) for W in stack]
-    each_A = torch.cat([A for A, _ in starts])
+    each_A = starts[0][0] if count == 1 else torch.cat([A for A, _ in starts])
     if init.gives == "Tensor":
         return each_A, torch.zeros(B)  # in the shape of the geometry, which may have groups or a kernel
     return each_A, torch.stack([B for _, B in starts], dim=-1)
@@ -165,7 +165,7 @@ def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     rank, d_in, d_out = known["rank"], known["d_in"], known["d_out"]
     found = init.function(**{name: known[name] for name in init.wants})
     if not isinstance(found, Factors):
-        found = Factors(A=found, B=torch.zeros(d_out, rank))
+        found = Factors(A=found, B=torch.zeros(d_out, 0))
     missing = rank - found.A.shape[0]
     if not missing:
         return found.A, found.B
@@ -177,6 +177,9 @@ def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 def _drawing_on(device: torch.device) -> Iterator[None]:
     """Lightning adapts models inside contexts that change the default device and precision; initialisers draw here."""
     before = torch.get_default_dtype()
+    if before == torch.float32 and torch.get_default_device() == device:
+        yield  # a context that changed nothing would still slow every call in it down
+        return
     torch.set_default_dtype(torch.float32)
     try:
         with device:
