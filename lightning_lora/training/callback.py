@@ -16,6 +16,7 @@ from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injection
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
+from lightning_lora.engine.product_decay import check_strength
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, closest, listed
 from lightning_lora.training.buffers import watch_buffers
 from lightning_lora.training.checkpoint import accept_adapters
@@ -27,6 +28,8 @@ from lightning_lora.training.strategy import AdapterPolicy, attach, check_only_a
 
 # They put layers of their own in the place of a model's.
 _REPLACES_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
+
+_SETTINGS = ("lora_plus_ratio", "product_decay", "push", "save_adapter", "check_base", "init_batches")
 
 
 class LoRACallback(Callback):
@@ -47,6 +50,7 @@ class LoRACallback(Callback):
         config: LoRAConfig | None = None,
         *,
         lora_plus_ratio: float | None = None,
+        product_decay: float | None = None,
         push: HubPush | None = None,
         save_adapter: bool = True,
         check_base: bool = True,
@@ -57,6 +61,8 @@ class LoRACallback(Callback):
         Args:
             config: What to adapt, and how.
             lora_plus_ratio: The learning rate of every B as a multiple of its group's (LoRA+, arXiv:2402.12354).
+            product_decay: Weight decay on the update s B A as a whole, beside the optimizer's own on A and B: each step
+                is followed by one down the gradient of 1/2 ||s B A||^2, of the learning rate times this.
             push: Push to the Hub while training goes on: `HubPush("user/my-adapter")`.
             save_adapter: Write an adapter folder in PEFT's format beside each checkpoint: `best-adapter/` beside
                 `best.ckpt`.
@@ -72,20 +78,27 @@ class LoRACallback(Callback):
         known = LoRAConfig.__dataclass_fields__
         for name in config_fields:
             if name not in known:
-                near = closest(name, [*known, "lora_plus_ratio", "push", "save_adapter", "check_base", "init_batches"])
+                near = closest(name, [*known, *_SETTINGS])
                 raise ConfigError(
                     f"LoRACallback has no setting {name!r}. "
                     + (f"Did you mean {listed(map(repr, near))}?" if near else f"It has: {listed(known, 99)}.")
                 )
         if lora_plus_ratio is not None:
             check_ratio(lora_plus_ratio)
+        if product_decay is not None:
+            check_strength(product_decay)
         if isinstance(init_batches, bool) or not isinstance(init_batches, int) or init_batches < 1:
             raise ConfigError(f"init_batches is a whole number from 1 on, not {init_batches!r}.")
         self.config = config or LoRAConfig(**config_fields)
         self.report: InjectionReport | None = None
         """What was adapted, once it was."""
         self._policy = AdapterPolicy(
-            lora_plus_ratio, save_adapter, check_base, Pushing(push) if push is not None else None, init_batches
+            lora_plus_ratio=lora_plus_ratio,
+            product_decay=product_decay,
+            save_adapter=save_adapter,
+            check_base=check_base,
+            push=Pushing(push) if push is not None else None,
+            init_batches=init_batches,
         )
         self._resume = ExactResume()
         self._awaits_gradient: dict[str, Any] | None = None

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from lightning_lora.engine import adapter_state_dict, adapter_tensors, adapters, injections
 from lightning_lora.engine.layers.frozen import freeze_statistics, has_running_statistics
 from lightning_lora.engine.optim import fit_optimizers, lora_plus
+from lightning_lora.engine.product_decay import product_decay
 from lightning_lora.engine.state import describe_base, load_adapter_state_dict
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import CheckpointError, TrainingError, listed
@@ -63,6 +64,7 @@ class AdapterPolicy:
     check_base: bool = True
     push: Pushing | None = None
     init_batches: int = 16
+    product_decay: float | None = None
     base: dict[str, Any] | None = None
     """What tells the base from others, once it was needed; frozen weights do not change."""
 
@@ -90,6 +92,9 @@ class AdapterStrategy(_Host):
         freeze_new_norms(module)
         report = fit_optimizers(self.optimizers, module)
         rank_zero_info(f"LoRA optimizer: {report}.")
+        if self.lora.product_decay is not None:  # before LoRA+, whose rates for a step are then still there
+            for optimizer in self.optimizers:
+                product_decay(optimizer, module, self.lora.product_decay)
         if self.lora.lora_plus_ratio is not None:
             for optimizer in self.optimizers:
                 lora_plus(optimizer, module, self.lora.lora_plus_ratio)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
@@ -254,3 +255,22 @@ def test_a_base_that_is_unfrozen_when_training_starts_is_named_once() -> None:
     with pytest.warns(UserWarning, match=r"net\.0\.weight.* was frozen, and requires grad again") as said:
         trainer(LoRACallback(rank=2), max_epochs=2).fit(Unfreezes())
     assert sum("requires grad again" in str(w.message) for w in said) == 1
+
+
+@pytest.mark.parametrize("ratio", [None, 4.0])
+def test_product_decay_keeps_the_updates_small_in_a_run(ratio: float | None) -> None:
+    def size(decay: float | None) -> float:
+        pl.seed_everything(1, verbose=False)
+        module = Lit()
+        callback = LoRACallback(rank=2, lora_plus_ratio=ratio, product_decay=decay)
+        trainer(callback, max_epochs=3, accumulate_grad_batches=2).fit(module)
+        return sum(float(m.delta_weight().detach().square().sum()) for _, m in adapters(module))
+
+    assert size(1e3) < 0.5 * size(1e-9)
+    assert size(1e-9) == pytest.approx(size(None), rel=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0, -1, float("nan"), True])
+def test_a_product_decay_that_cannot_be_is_refused(strength: Any) -> None:
+    with pytest.raises(ConfigError, match="product_decay is a finite number above 0"):
+        LoRACallback(product_decay=strength)

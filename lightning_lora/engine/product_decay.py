@@ -1,0 +1,77 @@
+"""Weight decay on what an adapter changes, s B A, and not on A and B, of which one can grow while the other shrinks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_lora.engine.layers import Pair, ParameterLoRA, pairs
+from lightning_lora.engine.layers.conv_transpose import ConvTransposeLoRA
+from lightning_lora.errors import ConfigError, TrainingError
+
+
+def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> None:
+    """After each step of `optimizer`, let every update shrink: A and B take a step down the gradient of
+    1/2 ||s B A||_F^2, of their group's learning rate times `strength`.
+
+    Decoupled from the loss's gradient and its moments, as AdamW's decay is (Loshchilov and Hutter 2019,
+    arXiv:1711.05101, section 3), which has no hold on the product. A frozen start counts as the rest of the update
+    does: what shrinks is s (B A - B0 A0). Raises ConfigError for a strength that is not a finite number above 0,
+    TrainingError for LBFGS, whose step is a search along a line.
+    """
+    check_strength(strength)
+    if isinstance(optimizer, LBFGS):
+        raise TrainingError("product_decay cannot be used with LBFGS, which searches along a line that it would leave.")
+    own = list(pairs(model))
+
+    def decay(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for pair in own:
+            held = [p for p in (pair.A, pair.B) if id(p) in rates and p.requires_grad]
+            if not held:
+                continue
+            with torch.enable_grad(), torch.autocast(pair.B.device.type, enabled=False):
+                gradients = torch.autograd.grad(half_square(pair), held)
+            with torch.no_grad():
+                for p, g in zip(held, gradients):
+                    p.sub_(g * (rates[id(p)] * strength))
+
+    optimizer.register_step_post_hook(decay)
+
+
+def check_strength(strength: object) -> None:
+    """Raise ConfigError unless `strength` can be that of the decay."""
+    if (
+        isinstance(strength, bool)
+        or not isinstance(strength, (int, float))
+        or not math.isfinite(strength)
+        or strength <= 0
+    ):
+        raise ConfigError(f"product_decay is a finite number above 0, not {strength!r}.")
+
+
+def half_square(pair: Pair) -> Tensor:
+    """1/2 ||s B A||_F^2, as the sum over (B^T B) * (A A^T), products of the size of the rank: nothing of the weight's
+    size is made, here or in its gradients s^2 (B^T B) A and s^2 B (A A^T)."""
+    A, B = _matrices(pair)
+    return pair.spec.scale**2 / 2 * ((B.mT @ B) * (A @ A.mT)).sum()
+
+
+def _matrices(pair: Pair) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank), or stacks of them, whose products make up the update."""
+    module: Any = pair.module
+    A, B = module.factors(pair.parameter, dropped=False)
+    if isinstance(module, ParameterLoRA):
+        return A, B
+    A, B = A.flatten(1), B if isinstance(module, ConvTransposeLoRA) else B.flatten(1)
+    groups = getattr(module, "groups", 1)
+    if groups > 1:  # each group of outputs has ranks of its own
+        A, B = A.unflatten(0, (groups, -1)), B.unflatten(0, (groups, -1))
+    if isinstance(module, ConvTransposeLoRA):  # its B has the kernel
+        B = B.movedim(1 if groups == 1 else 2, -1)
+        B = B.flatten(0 if groups == 1 else 1, -2)
+    return A, B
