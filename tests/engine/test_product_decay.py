@@ -61,7 +61,7 @@ def test_without_a_gradient_of_the_loss_every_step_brings_the_update_closer_to_z
         optimizer.step()
         sizes.append(half_square(pair).item())
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] < 0.05 * sizes[0]
+    assert sizes[-1] < 0.5 * sizes[0]
     assert float(pair.A.detach().norm()) > 0.1  # of the start, which is left out, nothing is taken
 
 
