@@ -87,7 +87,8 @@ def save_adapter(
     layout = layout_of(root, layers, whole, targets.companions)
     saved = _saved_names(root, owner, injection.config)
     inside = tuple(f"{name}." for name in saved)
-    others = [n for n, _ in root.named_modules() if n not in adapted and n not in saved and not n.startswith(inside)]
+    named = {*targets.modules, *targets.companions, *saved}
+    others = [n for n, _ in root.named_modules() if n not in named and not n.startswith(inside)]
 
     base_model = _base_id(root, base_model)
     if revision is None and base_model is not None:
@@ -98,6 +99,7 @@ def save_adapter(
         alphas={name: spec.alpha for name, spec in targets.specs.items()},
         target_modules=exact_targets(targets.modules, others) if targets.modules else [],
         target_parameters=targets.parameters or None,
+        trainable_token_indices=targets.tokens or None,
         without_dropout=targets.without_dropout,
         modules_to_save=_entries(root, injection.config, saved),
         fan_in_fan_out=_is_transposed(adapted),

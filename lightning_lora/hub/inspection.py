@@ -103,6 +103,8 @@ def check_header(config: LoRAConfig, header: Header, where: str) -> None:
     if kinds:
         raise AdapterFormatError(f"{where} holds {listed(kinds)}, which is of a type or a shape that no adapter has.")
     if not ranks:
+        if config.trainable_token_indices and any(".token_adapter." in key for key in header.shapes):
+            return
         raise AdapterFormatError(f"{where} holds no LoRA factor, only {listed(header.shapes)}.")
     most, patterns = max(ranks.values()), {**config.rank_pattern, **config.alpha_pattern}
     above = {entry: rank for entry, rank in config.rank_pattern.items() if rank > most}

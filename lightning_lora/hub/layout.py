@@ -31,7 +31,7 @@ class Layout:
     """The adapted modules and the tensors that are trained whole, of one root, as PEFT sees them."""
 
     adapted: dict[str, Adapted]
-    """By the first name of each module."""
+    """By the first name of each module; with those of which rows are trained."""
     parameters: dict[str, tuple[str, ...]]
     """Those of each module that are adapted, in its own order; none where it is what the module computes."""
     embeddings: frozenset[str]
@@ -80,7 +80,7 @@ class Layout:
             return self.whole[name]
         module, _, last = name.rpartition(".")
         adapted = self.adapted[module]
-        return shape_in_file(last, self.shape(name), adapted.shapes["lora_A" + adapted.end(last)])
+        return shape_in_file(last, self.shape(name), adapted.shapes.get("lora_A" + adapted.end(last), ()))
 
     def value_in_file(self, name: str, value: Callable[[str], Tensor]) -> Tensor:
         """What a file holds for `name`; `value` gives the engine's tensors."""

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.inject import promised, tensors_trained_whole
+from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.targets import Selection, Target, name_matches, select
+from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, tensor_named
@@ -75,6 +77,12 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
     whole = tensors_trained_whole(root, relative, selection)
     numbers = replace(relative, rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
     adapted = {t.name: _adapted(t, numbers) for t in selection.targets}
+    tokens = {}
+    for name, _, _, spec in vocabulary(root, relative, selection):
+        if spec.owner is None:
+            tokens[name] = list(spec.tokens)
+            weight = tensor_named(root, member(name, "weight"))
+            adapted[name] = Adapted({TOKENS: (len(spec.tokens), weight.shape[1])}, {})
     packed = {t.name for t in selection.targets if t.parameters == ("in_proj_weight",) and not config.use_dora}
     doubled = [t.name for t in selection.targets if t.within in packed]
     layout = layout_of(root, adapted, whole.values(), doubled)
@@ -85,7 +93,7 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
     return Fit(
         root=root,
         layout=layout,
-        config=_for_model(model, root, numbers, selection),
+        config=_for_model(model, root, numbers, selection, tokens),
         sources=sources,
         base=base,
         kept=sorted(optional.difference(sources)),
@@ -130,12 +138,21 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
         config,
         target_modules=targets,
         target_parameters=parameters or config.target_parameters,
+        trainable_token_indices=_rows(config.trainable_token_indices, modules),
         exclude_modules=None if excluded is None else _matching(excluded, candidates),
         # As the file has them, if they mean the same to the engine, which asks for a dot before an entry.
         modules_to_save=entries if entries and all(name_matches(entries, n) for n in saved) else saved or None,
         rank_pattern={},
         alpha_pattern={},
     )
+
+
+def _rows(indices: Any, modules: Mapping[str, nn.Module]) -> Any:
+    """trainable_token_indices by full names, as PEFT matches them."""
+    if not isinstance(indices, dict):
+        return indices
+    found = {n: rows for n in modules for entry, rows in indices.items() if n and peft.ends_with([entry], n)}
+    return found or indices
 
 
 def _names_a_parameter(entry: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -153,7 +170,9 @@ def _matching(pattern: str | list[str], names: Iterable[str]) -> str | list[str]
     return [entry for entry in pattern if any(name_matches([entry], name) for name in names)] or None
 
 
-def _for_model(model: nn.Module, root: nn.Module, config: LoRAConfig, selection: Selection) -> LoRAConfig:
+def _for_model(
+    model: nn.Module, root: nn.Module, config: LoRAConfig, selection: Selection, tokens: Mapping[str, list[int]]
+) -> LoRAConfig:
     """`config`, which is about `root`, for an injection into `model`."""
     names = {id(m): name for name, m in reversed(list(model.named_modules()))}
     place = {t.name: names[id(t.module)] for t in selection.targets}
@@ -177,6 +196,7 @@ def _for_model(model: nn.Module, root: nn.Module, config: LoRAConfig, selection:
         changes |= {
             "target_modules": peft.exact_targets(modules, others) if modules else [],
             "target_parameters": parameters or None,
+            "trainable_token_indices": {names[id(root.get_submodule(n))]: rows for n, rows in tokens.items()} or None,
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,

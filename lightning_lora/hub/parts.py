@@ -139,16 +139,17 @@ def parts_of(folder: Path) -> Parts:
 def _config(folder: Path) -> tuple[LoRAConfig, Mapping[str, Any]]:
     """DoRA changes no tensor of the pair, so its config is read as one without."""
     data = read_config(folder)
-    if not isinstance(data, Mapping) or not data.get("use_dora"):
-        config = checked_config(folder)
-        if config.lora_bias:
-            raise AdapterFormatError(
-                f"{folder / CONFIG}: lora_bias is True: a bias of B is no low-rank update, so it cannot be rewritten."
-            )
-        return config, data
-    if data["use_dora"] is not True:
+    is_dora = isinstance(data, Mapping) and bool(data.get("use_dora"))
+    if is_dora and data["use_dora"] is not True:
         raise AdapterFormatError(f"{folder / CONFIG}: use_dora is {data['use_dora']!r}, not true or false.")
-    return check_config({**data, "use_dora": False}, str(folder / CONFIG)), data
+    config = check_config({**data, "use_dora": False}, str(folder / CONFIG)) if is_dora else checked_config(folder)
+    for field in ("lora_bias", "target_parameters", "trainable_token_indices"):
+        if getattr(config, field):
+            raise AdapterFormatError(
+                f"{folder / CONFIG}: {field} is {data[field]!r}. That is no low-rank update of a layer, and cannot be "
+                "rewritten as one: merge the adapter into its base and use that."
+            )
+    return config, data
 
 
 def _plain(key: str) -> str:

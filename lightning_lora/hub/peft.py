@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.layers.base import BIAS, MAGNITUDE
+from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 
@@ -82,6 +83,7 @@ _OURS = {
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
     "lora_bias": "lora_bias",
+    "trainable_token_indices": "trainable_token_indices",
 }
 
 # What PEFT has no field for: it changes how an adapter is trained on, and no output.
@@ -133,6 +135,7 @@ _TENSORS = {
     "lora_B": "lora_B.weight",
     BIAS: "lora_B.bias",
     MAGNITUDE: "lora_magnitude_vector",
+    TOKENS: "token_adapter.trainable_tokens_delta",
 }
 _TENSORS_OF_EMBEDDING = {**_TENSORS, "lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
@@ -186,13 +189,15 @@ def _expanded(module: str, wrapped: Collection[str], parameters: Mapping[str, Se
 def plain_key(key: str) -> str:
     """`key` without what some writers leave in: the adapter's name "default", the infix of modules_to_save."""
     key = re.sub(r"\.(lora_(?:embedding_)?[AB])\.default(?=\.|$)", r".\1", key)
+    key = re.sub(r"\.trainable_tokens_delta\.default$", ".trainable_tokens_delta", key)
     key = re.sub(rf"\.{MAGNITUDE}(?:\.default)?(?:\.weight)?$", f".{MAGNITUDE}", key)
     return re.sub(r"\.modules_to_save(?:\.default)?\.", ".", key)
 
 
 def adapted_names(keys: Iterable[str]) -> set[str]:
     """The names, in the base model, of the modules that the tensors called `keys` adapt."""
-    found = (re.match(rf"{re.escape(PREFIX)}(?:(.*)\.)?lora_(?:embedding_)?[AB](?:\.|$)", key) for key in keys)
+    own = r"(?:lora_(?:embedding_)?[AB]|token_adapter)"
+    found = (re.match(rf"{re.escape(PREFIX)}(?:(.*)\.)?{own}(?:\.|$)", key) for key in keys)
     return {base_name(match[1] or "") for match in found if match}
 
 
@@ -294,6 +299,8 @@ def _config(data: Mapping[str, Any], where: str) -> LoRAConfig:
     if "target_parameters" in values:
         values.setdefault("target_modules", [])
         _check_stacks(data.get("peft_version"), where)
+    if "trainable_token_indices" in values:
+        values.setdefault("target_modules", [])
     if "target_modules" not in values:
         raise AdapterFormatError(f"{where}: target_modules is {data.get('target_modules')!r}, so it adapts nothing.")
     try:
@@ -310,6 +317,7 @@ def to_peft(
     alphas: Mapping[str, float],
     target_modules: str | list[str],
     target_parameters: list[str] | None = None,
+    trainable_token_indices: dict[str, list[int]] | None = None,
     without_dropout: bool = False,
     modules_to_save: list[str] | None,
     fan_in_fan_out: bool = False,
@@ -332,6 +340,7 @@ def to_peft(
                 "alpha_pattern": {k: _number(v) for k, v in exact_pattern(alphas, alpha).items()},
                 "target_modules": target_modules,
                 "target_parameters": target_parameters,
+                "trainable_token_indices": trainable_token_indices,
                 "modules_to_save": modules_to_save,
                 "bias": config.bias,
                 "use_rslora": config.use_rslora,
@@ -348,7 +357,9 @@ def to_peft(
 
 def _usual(default: Any, values: Mapping[str, Any]) -> Any:
     """`default` if some module has it, else what most have: consumers that ignore patterns read this one alone."""
-    return default if default in values.values() else Counter(values.values()).most_common(1)[0][0]
+    if not values or default in values.values():
+        return default
+    return Counter(values.values()).most_common(1)[0][0]
 
 
 def _number(value: float) -> int | float:

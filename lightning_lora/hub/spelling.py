@@ -12,6 +12,7 @@ from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.layers import Adapter, AdapterSpec, DoRA, Pair, ParameterLoRA, register_conv1d
 from lightning_lora.engine.layers.base import START
 from lightning_lora.engine.layers.linear import OutProjectionLoRA
+from lightning_lora.engine.layers.tokens import TokenRows
 
 _KNOWN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LOADS_NOT = "PEFT cannot load this adapter, since it has none for these layers"
@@ -26,6 +27,8 @@ class Targets:
     parameters: list[str]
     companions: list[str]
     """Modules that PEFT adapts with the one that they belong to."""
+    tokens: dict[str, list[int]]
+    """Rows that are trained of an embedding."""
     specs: dict[str, AdapterSpec]
     """Of each module and parameter, as it is written: as a plain pair."""
     without_dropout: bool
@@ -39,10 +42,15 @@ def targets_of(adapted: Mapping[str, Adapter], config: LoRAConfig) -> Targets:
     modules: list[str] = []
     parameters: list[str] = []
     companions: list[str] = []
+    tokens: dict[str, list[int]] = {}
     specs: dict[str, AdapterSpec] = {}
     unread: dict[str, list[str]] = {}
     attentions = {name: m for name, m in adapted.items() if _is_attention(name, m, adapted, config)}
     for name, module in adapted.items():
+        if isinstance(module, TokenRows):
+            if module.lora.owner is None:  # else it follows the one that owns them
+                tokens[name] = list(module.lora.tokens)
+            continue
         parent, _, _ = name.rpartition(".")
         pairs = module.lora_pairs(name)
         if isinstance(module, OutProjectionLoRA) and parent in attentions and name != parent:
@@ -57,7 +65,9 @@ def targets_of(adapted: Mapping[str, Adapter], config: LoRAConfig) -> Targets:
         what = _unread(name, module, attentions)
         if what is not None:
             unread.setdefault(what, []).append(name)
-    return Targets(modules, sorted(parameters), companions, specs, bool(parameters), unread)
+    if not modules and not parameters:
+        unread["PEFT cannot load this adapter, since it takes none that has trained rows alone"] = list(tokens)
+    return Targets(modules, sorted(parameters), companions, tokens, specs, bool(parameters), unread)
 
 
 def _is_attention(name: str, module: Adapter, adapted: Mapping[str, Adapter], config: LoRAConfig) -> bool:

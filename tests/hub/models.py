@@ -134,7 +134,8 @@ def llama(**changes: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False, **changes)
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False, **changes}
+    config = LlamaConfig(**sizes)
     return LlamaForCausalLM(config).eval()
 
 
@@ -171,6 +172,7 @@ MAKERS = {
     "attention-parts": lambda: Attention(kdim=4, vdim=4),
     "odd": Odd,
     "llama": llama,
+    "llama-tied": lambda: llama(tie_word_embeddings=True),
     "gpt2": gpt2,
     "classifier": classifier,
 }

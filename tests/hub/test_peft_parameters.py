@@ -50,6 +50,9 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "cell": ("odd", {"target_modules": ["cell"]}),
     "recurrent": ("odd", {"target_modules": ["rnn"]}),
     "bilinear": ("odd", {"target_modules": ["pair"]}),
+    "tokens": ("words", {"target_modules": ["fc"], "trainable_token_indices": {"embed": [3, 1, 7]}}),
+    "tokens-of-the-input": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]}),
+    "tokens-tied": ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]}),
 }
 
 ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -64,6 +67,11 @@ ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
     "bag": ("odd", {"target_modules": ["bag"]}, "cannot load.*bag"),
     "transposed-convolution": ("odd", {"target_modules": ["up"]}, "cannot load.*up"),
     "transposed-convolution-dora": ("odd", {"target_modules": ["up"], "use_dora": True}, "cannot load.*up"),
+    "tokens-alone": (
+        "words",
+        {"target_modules": [], "trainable_token_indices": {"embed": [3]}},
+        "cannot load.* rows alone: embed",
+    ),
     "odd": ("odd", {"target_modules": ["bag", "cell", "pair", "rnn", "up"]}, "cannot load.*bag, up"),
 }
 
@@ -81,6 +89,9 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "attention",
         {"target_modules": ["attention", "head"], "rank_pattern": {"attention": 4}, "use_rslora": True},
     ),
+    "tokens": ("words", {"target_modules": ["fc"], "trainable_token_indices": {"bed": [3, 1, 7]}}),
+    "tokens-of-the-input": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]}),
+    "tokens-tied": ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]}),
 }
 
 
@@ -99,6 +110,7 @@ def test_peft_loads_what_we_save(case, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*(rank|alpha)_pattern keys did not match", RuntimeWarning)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         folder = save_adapter(model, tmp_path / "adapter")
         loaded = by_peft(base, folder)
     expected = output(model, x)

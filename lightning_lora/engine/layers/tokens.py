@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from lightning_lora.engine.layers.base import Adapter, AdapterSpec, Pair, has_own_forward
 from lightning_lora.errors import TargetError
 
+TOKENS = "lora_tokens"
+"""The name under which an embedding holds its trained rows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSpec(AdapterSpec):
