@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +24,28 @@ class Written(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+
+class Equal(nn.Module):
+    """A layer type of a user's own, as in examples/own_layer.py: its weight enters times a gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8))
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, 0.5 * self.weight, self.bias)
+
+
+class EqualLoRA(Adapter, adapts=Equal):
+    @staticmethod
+    def shapes(module: Equal, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, 8), (6, rank)
+
+    def update(self, x: Tensor) -> Tensor:
+        A, B, bias = self.factors_in(x.dtype)
+        return F.linear(F.linear(self.lora_dropout(x), A), 0.5 * B, bias)
 
 
 class Attention(nn.Module):
@@ -305,6 +328,7 @@ _DORA = {
     "conv2d-padding-same-reflect-dilated",
     "multihead-attention",
     "transformer-encoder-layer",
+    "own-layer",
     "linear-parameter",
     "experts",
     "experts-transposed",
@@ -387,6 +411,7 @@ CASES = [
 
 _STACK = {"target_modules": [], "target_parameters": ["layer.up", "layer.down"]}
 CASES += [
+    Case("own-layer", lambda: {"layer": Equal(), "act": nn.Tanh()}, (5, 8), peft=_NO_PEFT),
     Case("linear-parameter", _linear(), (5, 8), {"target_modules": ["head"], "target_parameters": ["layer.weight"]}),
     Case("experts", lambda: {"layer": Experts()}, (40, 4), {**_STACK, "rank_pattern": {"layer.down": 3}}),
     Case("experts-transposed", lambda: {"layer": Experts(is_transposed=True)}, (40, 4), _STACK),

@@ -18,7 +18,7 @@ from tests.engine.bank_models import MOST, close_to, factors_of, served, small
 # What is trained whole, layers whose weights are read without calling them, and kinds that a bank does not serve.
 REFUSED = (
     *("linear-bias", "linear-modules-to-save", "multihead-attention", "transformer-", "attention", "linear-parameter"),
-    *("experts", "lstm", "gru", "rnn", "LSTM", "GRU", "RNN", "bilinear", "conv-transpose", "embedding-bag"),
+    *("experts", "lstm", "gru", "rnn", "LSTM", "GRU", "RNN", "bilinear", "conv-transpose", "embedding-bag", "own"),
 )
 _GROUPED = ("conv2d-groups", "conv1d-depthwise")
 SERVED = [case for case in CASES if not case.name.startswith(REFUSED)]

@@ -19,6 +19,8 @@ LAST_LINES = {
     r"checkpoints and adapter: (?P<folder>\S+)",
     "minilm_docstrings.py": r"accuracy (?P<after>[\d.]+)% over 12 packages \(always the largest: (?P<before>[\d.]+)%\)"
     r", after \d+ steps of 1\.\d+% of the parameters\n" + ADAPTER,
+    "own_layer.py": r"mean squared error .*: (?P<worse>[\d.]+) before, (?P<better>[\d.]+) after; "
+    r"reloaded: the same outputs\n" + ADAPTER,
     "plain_module.py": r"mean squared error .*: (?P<worse>[\d.]+) before, (?P<better>[\d.]+) after; "
     r"reloaded: the same outputs\n" + ADAPTER,
     "transformers_model.py": r"perplexity per byte of source: (?P<worse>[\d.]+) before, (?P<better>[\d.]+) after .*; "
