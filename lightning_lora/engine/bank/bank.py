@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lora.engine.bank.cells import Cell, LayerFactors
+from lightning_lora.engine.bank.copies import Rooms
 from lightning_lora.engine.bank.layers import attach, check_bankable, check_detachable, detach, new_cell
 from lightning_lora.engine.bank.routing import One, Routes, Routing, Rows
 from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes, width_of
@@ -231,7 +232,8 @@ class Bank:
             [slot for slot in map(slots.get, names) if slot is not None],
             max(entry.rank for entry in entries),
             any(entry.is_affine for entry in entries),
-            self._slots.slab,
+            self._device,
+            self._rooms,
         )
         return routing, entries
 
@@ -310,8 +312,8 @@ class Bank:
 
     def _allocated(self, device: torch.device) -> Slab:
         shapes = {name: cell.shapes(self.max_rank) for name, cell in self._cells.items()}
-        copied = {name: cell.copied for name, cell in self._cells.items()}
-        slab = Slab(shapes, copied, self.capacity + 1, self.plan.dtype, device)
+        slab = Slab(shapes, self.capacity + 1, self.plan.dtype, device)
+        self._rooms = Rooms(slab)
         for name, cell in self._cells.items():
             cell.A, cell.B, cell.gain, cell.shift = slab.views[name]
         return slab

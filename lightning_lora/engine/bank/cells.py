@@ -26,6 +26,7 @@ from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, TargetError
 
 if TYPE_CHECKING:
+    from lightning_lora.engine.bank.copies import Copies
     from lightning_lora.engine.bank.routing import Routes, Rows
 
 CELLS: weakref.WeakValueDictionary[int, Cell] = weakref.WeakValueDictionary()
@@ -59,8 +60,6 @@ class Cell:
     kinds: ClassVar[dict[type, type[Cell]]] = {}
     channels_last: ClassVar[int] = 0
     """Dimensions of an output that come after its channels."""
-    copied: ClassVar[tuple[int, ...]] = (0, 1)
-    """Which of A, B, gain and shift a batch copies out of the slab."""
 
     A: Tensor
     B: Tensor
@@ -113,9 +112,9 @@ class Cell:
         """A and B of one adapter, as `add_one` takes them."""
         return self.A[slot, :rank], self.B[slot, :rank]
 
-    def many(self, copies: Factors, rank: int) -> Factors:
-        """What of several adapters is `copied`, as `add_rows` takes it."""
-        return tuple(t[:, :rank] for t in copies)
+    def many(self, index: Tensor, rank: int, copies: Copies) -> Factors:
+        """A and B of several adapters, copied from the slab, as `add_rows` takes them."""
+        return copies.of(self.A[:, :rank], index), copies.of(self.B[:, :rank], index)
 
     # What all share.
 
@@ -250,8 +249,6 @@ class LinearCell(Cell, serves=LinearLoRA):
 class EmbeddingCell(Cell, serves=EmbeddingLoRA):
     """nn.Embedding. A lies as the base's table does: (vocabulary, rank)."""
 
-    copied = (1,)  # of A only what is looked up is read
-
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
         size: int = self.geometry.shapes(self.module, rank)[0][1]
         return (size, rank), (rank, self.out), (self.out,), (self.out,)
@@ -265,6 +262,9 @@ class EmbeddingCell(Cell, serves=EmbeddingLoRA):
 
     def one(self, slot: int, rank: int) -> Factors:
         return self.A[slot, :, :rank], self.B[slot, :rank]
+
+    def many(self, index: Tensor, rank: int, copies: Copies) -> Factors:
+        return (copies.of(self.B[:, :rank], index),)  # of A only the rows that are looked up are read
 
     def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
         A, B = factors
@@ -308,10 +308,6 @@ class ConvCell(Cell, serves=ConvLoRA):
             outer = slice(group * tall, (group + 1) * tall)
             _copy_scaled(self.B[slot, inner, outer], B[outer].flatten(1).T, scale)
 
-    def many(self, copies: Factors, rank: int) -> Factors:
-        A, B = copies
-        return A[:, :rank].flatten(0, 1), B[:, :rank]
-
     def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
         A, B = factors
         h = self._convolved(x if self.is_batched(x) else x[None], A)
@@ -321,7 +317,7 @@ class ConvCell(Cell, serves=ConvLoRA):
         A, B = rows.factors(self, base.dtype)
         # The rows side by side, as groups of channels of one image: each group is convolved with its own A.
         side = x.reshape(rows.count, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
-        h = self._convolved(side, A, groups=rows.count)
+        h = self._convolved(side, A.flatten(0, 1), groups=rows.count)
         h = h.unflatten(1, (rows.count, -1)).transpose(0, 1)  # (rows, each, rank, *size)
         return base + torch.einsum("ner...,nro->neo...", h, B).reshape(base.shape)
 

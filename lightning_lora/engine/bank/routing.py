@@ -16,7 +16,7 @@ from lightning_lora.errors import AdapterStateError
 
 if TYPE_CHECKING:
     from lightning_lora.engine.bank.cells import Cell, Factors
-    from lightning_lora.engine.bank.slab import Slab
+    from lightning_lora.engine.bank.copies import Copies, Rooms
 
 InUse: TypeAlias = "tuple[tuple[Routes, Routing, Entered], ...]"
 _IN_USE: ContextVar[InUse] = ContextVar("lightning_lora_bank", default=())
@@ -100,11 +100,10 @@ class One(Routing):
 class Rows(Routing):
     """Row i uses the adapter in `slots[i]`. What it gathers from the slab it keeps, for all steps of a generation."""
 
-    def __init__(self, slots: list[int], rank: int, is_affine: bool, slab: Slab) -> None:
-        self.count, self._rank, self._is_affine, self._slab = len(slots), rank, is_affine, slab
-        device = slab.data.device
+    def __init__(self, slots: list[int], rank: int, is_affine: bool, device: torch.device, rooms: Rooms) -> None:
+        self.count, self._rank, self._is_affine, self._rooms = len(slots), rank, is_affine, rooms
         self.index = torch.tensor(slots, device=device)
-        self._copies: dict[bool, Tensor] = {}
+        self._copies: dict[bool, Copies] = {}
         self._may_give_back = True
         self._factors: dict[tuple[int, torch.dtype, bool], Factors] = {}
         self._groups = Groups.of(slots, device)
@@ -118,20 +117,20 @@ class Rows(Routing):
         found = self._factors.get(key)
         if found is None:
             index = self.index if groups is None else groups.index
-            rows = self._copies.get(groups is not None)
-            if rows is None:
-                rows = self._copies[groups is not None] = self._slab.copy(index)
-            with torch.inference_mode(False):  # kept for further forwards, which may need gradients
-                copies = self._slab.copies(cell.name, rows, len(index))
-                found = tuple(t.to(dtype) for t in cell.many(copies, self._rank))
+            # What is kept for further forwards may meet gradients there.
+            with torch.inference_mode(False), torch.no_grad():
+                copies = self._copies.get(groups is not None)
+                if copies is None:
+                    copies = self._copies[groups is not None] = self._rooms.copies(len(index))
+                found = tuple(t.to(dtype) for t in cell.many(index, self._rank, copies))
             self._factors[key] = found
         return found
 
     def close(self) -> None:
-        copies, self._copies, self._factors = self._copies, {}, {}
+        done, self._copies, self._factors = self._copies, {}, {}
         if self._may_give_back:
-            for rows in copies.values():
-                self._slab.give_back(rows)
+            for copies in done.values():
+                self._rooms.give_back(copies)
 
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         if not cell.is_batched(x) or x.shape[0] % self.count:

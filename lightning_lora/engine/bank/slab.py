@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,6 @@ from torch import Tensor
 
 Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
 """Layer -> the shapes of A, B, gain and shift of one adapter, as they lie in the slab."""
-Copied = Mapping[str, tuple[int, ...]]
-"""Layer -> which of these a batch copies whose rows have adapters of their own; the others are read where they lie."""
-
-MOST_KEPT = 4
-"""Copies that are kept for the next batches: one for each thread that serves, up to this many."""
 
 
 @dataclass(frozen=True)
@@ -49,73 +43,21 @@ class MemoryPlan:
 
 
 class Slab:
-    """`rows` adapters with room for the tensors of `shapes`; `views` are (rows, *shape) each.
+    """`rows` adapters with room for the tensors of `shapes`; `views` are (rows, *shape) each."""
 
-    What is `copied` lies together at the end of a row, so that a batch copies one stretch for each adapter.
-    """
-
-    def __init__(self, shapes: Shapes, copied: Copied, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shapes: Shapes, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.width = width_of(shapes)
-        places, self._copied_from = _places(shapes, copied)
-        self._copied = {
-            name: [(places[name][i] - self._copied_from, shapes[name][i]) for i in copied[name]] for name in shapes
-        }
         with torch.inference_mode(False):  # or it could only be written in inference mode
             self.data = _zeros(rows * self.width, dtype, device).view(rows, self.width)
-        self.views = {
-            name: tuple(_view(self.data, start, shape) for start, shape in zip(places[name], parts))
-            for name, parts in shapes.items()
-        }
-        self._free: list[Tensor] = []
-        self._lock = threading.Lock()
-
-    def copy(self, index: Tensor) -> Tensor:
-        """What is copied of the rows `index`. Give it back by `give_back` when nobody reads it any more."""
-        count, width = len(index), self.width - self._copied_from
-        with torch.inference_mode(False), torch.no_grad():  # kept for others, who may need gradients
-            rows = self._taken(count)
-            if rows is None:
-                rows = torch.empty(count, width, dtype=self.data.dtype, device=self.data.device)
-            torch.index_select(self.data[:, self._copied_from :], 0, index, out=rows[:count])
-        return rows
-
-    def copies(self, name: str, rows: Tensor, count: int) -> tuple[Tensor, ...]:
-        """A layer's part of the first `count` rows of what `copy` returned: (count, *shape) each."""
-        return tuple(_view(rows[:count], start, shape) for start, shape in self._copied[name])
-
-    def _taken(self, count: int) -> Tensor | None:
-        with self._lock:
-            for i, rows in enumerate(self._free):
-                if len(rows) >= count:
-                    return self._free.pop(i)
-            if self._free:
-                self._free.pop(0)  # too small: what takes its place will do
-        return None
-
-    def give_back(self, rows: Tensor) -> None:
-        # A GPU's allocator keeps memory by itself. On the CPU fresh pages cost several times what is copied into them.
-        if not rows.is_cuda:
-            with self._lock:
-                if len(self._free) < MOST_KEPT:
-                    self._free.append(rows)
-
-
-def _places(shapes: Shapes, copied: Copied) -> tuple[dict[str, list[int]], int]:
-    """Where in a row each tensor of each layer starts, and where what is copied does."""
-    places = {name: [0] * len(parts) for name, parts in shapes.items()}
-    start = copied_from = 0
-    for is_copied in (False, True):
-        copied_from = start
+        self.views: dict[str, tuple[Tensor, ...]] = {}
+        start = 0
         for name, parts in shapes.items():
-            for i, shape in enumerate(parts):
-                if (i in copied[name]) is is_copied:
-                    places[name][i] = start
-                    start += math.prod(shape)
-    return places, copied_from
-
-
-def _view(rows: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
-    return rows[:, start : start + math.prod(shape)].unflatten(1, shape)
+            views = []
+            for shape in parts:
+                size = math.prod(shape)
+                views.append(self.data[:, start : start + size].unflatten(1, shape))
+                start += size
+            self.views[name] = tuple(views)
 
 
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
