@@ -4,7 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c .ci/constraints.txt
 
-.PHONY: help demo test lint clean
+SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches
+
+.PHONY: help demo test bench lint clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -14,6 +16,12 @@ demo: $(VENV)/.installed  ## Fine-tune the embedded language model on new text, 
 
 test: $(VENV)/.installed-dev  ## Run the tests.
 	$(BIN)/python -m pytest -n auto --maxprocesses=4
+
+bench: $(VENV)/.installed-dev  ## Run the benchmarks beside their peers, one after the other (make bench-step: one alone).
+	for suite in $(SUITES); do $(BIN)/python benchmarks/$$suite.py || exit 1; done
+
+bench-%: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/$*.py
 
 lint: $(VENV)/.installed-dev  ## Check style and types.
 	$(BIN)/ruff check .

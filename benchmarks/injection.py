@@ -83,7 +83,8 @@ def main() -> None:
     for layers in (1,) if given.quick else (32, 286):
         base = model_of(layers)
         report.table(f"A Llama-like model of {7 * layers} linear layers", injecting(base, given.rounds))
-    report.table("Importing in a new interpreter", importing(given.rounds))
+    if not given.quick:
+        report.table("Importing in a new interpreter", importing(given.rounds))
     report.write(given.results)
 
 
