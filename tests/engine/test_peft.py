@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig, adapters, inject
 from lightning_lora.engine.layers.embedding import EmbeddingLoRA
+from lightning_lora.engine.layers.tokens import TokenRows
 
 every_peft_case = pytest.mark.parametrize("case", PEFT_CASES, ids=lambda case: case.name)
 
@@ -26,6 +27,7 @@ def peft_config(config: LoRAConfig, **more: Any) -> LoraConfig:
         lora_dropout=config.dropout,
         target_modules=config.target_modules,
         target_parameters=config.target_parameters,
+        trainable_token_indices=config.trainable_token_indices,
         exclude_modules=config.exclude_modules,
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
@@ -52,6 +54,10 @@ def pairs(model: nn.Module, peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]
     theirs = dict(peft_model.base_model.model.named_modules())
     together: dict[str, tuple[Tensor, Tensor]] = {}
     for name, module in adapters(model):
+        if isinstance(module, TokenRows):
+            rows = theirs[name].token_adapter.trainable_tokens_delta["default"]
+            together[f"{name}.tokens"] = module.lora_tokens, rows
+            continue
         if module.lora.parameters:
             for pair in module.lora_pairs(name):
                 wrapper: Any = theirs[name]
