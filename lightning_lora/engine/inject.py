@@ -24,6 +24,7 @@ from lightning_lora.engine.layers.frozen import (
     has_running_statistics,
     release_statistics,
 )
+from lightning_lora.engine.layers.linear import OutProjectionLoRA
 from lightning_lora.engine.layers.swapping import check_removable, check_swappable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.report import AdaptedModule, InjectionReport
@@ -34,8 +35,24 @@ from lightning_lora.errors import AdapterStateError, TargetError, listed
 
 _RECORD = "lora_injection"
 
-# Parents that read a child's weight in kernels of their own: type -> names of those children.
+# Parents that read a child's weight in kernels of their own, where they do not call it: type -> names of the children.
 _READS_WEIGHT_OF: dict[type[nn.Module], tuple[str, ...]] = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
+
+# Those of transformers that never call the child, or do not where they have a kernel: by name, as nothing is imported.
+_MAMBA = ("dt_proj", "x_proj", "out_proj")
+_ONLY_READS = {
+    "mamba.modeling_mamba.MambaMixer": _MAMBA,
+    "falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": _MAMBA,
+    "jamba.modeling_jamba.JambaMambaMixer": ("dt_proj",),
+    "mamba2.modeling_mamba2.Mamba2Mixer": ("out_proj",),
+    "bamba.modeling_bamba.BambaMixer": ("out_proj",),
+    "zamba2.modeling_zamba2.Zamba2MambaMixer": ("out_proj",),
+    "falcon_h1.modeling_falcon_h1.FalconH1Mixer": ("out_proj",),
+    "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": ("out_proj",),
+    "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": ("out_proj",),
+    "wavlm.modeling_wavlm.WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": ("dense", "decoder"),
+}
 
 
 @dataclass
@@ -225,6 +242,12 @@ def reads_weight(parent: nn.Module, child: str) -> bool:
     return any(isinstance(parent, kind) and child in children for kind, children in _READS_WEIGHT_OF.items())
 
 
+def only_reads(parent: nn.Module, child: str) -> bool:
+    """Whether `parent` may never call its child, though that is a Linear like any other."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(parent).__mro__)
+    return any(child in _ONLY_READS.get(name.removeprefix("transformers.models."), ()) for name in names)
+
+
 def _check_unadapted(model: nn.Module) -> None:
     present = [name for name, _ in adapters(model)]
     if present:
@@ -250,10 +273,12 @@ def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], Adapter
     if target.parameters and (geometry is None or not issubclass(geometry, ParameterLoRA)):
         geometry = ParameterLoRA
     assert geometry is not None, "select() only returns modules with a geometry"
-    if reads_weight(target.parent, target.name.rpartition(".")[2]) and not issubclass(
-        geometry, (WeightReadLinearLoRA, ParameterLoRA)
-    ):
-        geometry = WeightReadLinearLoRA
+    child = target.name.rpartition(".")[2]
+    if not issubclass(geometry, (WeightReadLinearLoRA, ParameterLoRA)):
+        if reads_weight(target.parent, child):
+            geometry = WeightReadLinearLoRA
+        elif only_reads(target.parent, child):
+            geometry = OutProjectionLoRA
     parameters = {name: _spec(config, target.names_of(name)) for name in target.parameters}
     spec = _spec(config, target.names_of(), parameters)
     mixins: tuple[type[Adapter], ...] = (DoRA, geometry) if config.use_dora else (geometry,)

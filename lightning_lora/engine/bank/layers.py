@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.engine.bank.cells import CELLS, Cell, cell_kind
 from lightning_lora.engine.bank.routing import Routes
-from lightning_lora.engine.inject import reads_weight
+from lightning_lora.engine.inject import only_reads, reads_weight
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.targets import Target
@@ -60,9 +60,9 @@ def check_bankable(target: Target) -> None:
     """Raise TargetError where the layer would not be reached by what it is called with."""
     child = target.name.rpartition(".")[2]
     check_swappable(target.module, target.name)
-    if isinstance(target.module, NonDynamicallyQuantizableLinear):
+    if isinstance(target.module, NonDynamicallyQuantizableLinear) or only_reads(target.parent, child):
         raise TargetError(
-            f"{target.name!r} is the out_proj of an nn.MultiheadAttention, which reads its weight and never calls it: "
+            f"{target.name!r} lies in a {type(target.parent).__name__}, which reads its weight and never calls it: "
             "a bank cannot serve it. Leave it out with exclude_modules."
         )
     if reads_weight(target.parent, child) and torch.backends.mha.get_fastpath_enabled():

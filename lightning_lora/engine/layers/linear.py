@@ -110,8 +110,8 @@ class WeightReadLinearLoRA(LinearLoRA):
 
 
 class OutProjectionLoRA(WeightReadLinearLoRA, adapts=NonDynamicallyQuantizableLinear):
-    """nn.MultiheadAttention's out_proj, which is only ever read, never called: dropout is on the columns of A, one draw
-    for all tokens of a forward."""
+    """nn.MultiheadAttention's out_proj, which is only ever read, never called, and others like it (see `only_reads`):
+    dropout is on the columns of A, one draw for all tokens of a forward."""
 
     def factors(self, parameter: str = "weight", *, dropped: bool = True) -> tuple[Tensor, Tensor]:
         A, B = super().factors(parameter, dropped=dropped)
