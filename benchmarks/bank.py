@@ -67,6 +67,8 @@ class Many:
         ).eval()
         self.loaded = 1
         self.bank.add("b0", folders[0])
+        self.few = AdapterBank(copy.deepcopy(base), 8, RANK)
+        self.few.add("b0", folders[0])
 
     def folder(self, i: int) -> Path:
         return self.folders[i % len(self.folders)]
@@ -80,20 +82,23 @@ class Many:
         self.loaded = max(self.loaded, count)
 
     def load(self) -> dict[str, list[float]]:
-        """Seconds to load one more, which is taken out again; in turn."""
-        times: dict[str, list[float]] = {"bank": [], "peft": []}
+        """Seconds to load one more into a bank that has one, into this one and into PEFT, in turn; it goes again."""
+        times: dict[str, list[float]] = {"few": [], "bank": [], "peft": []}
         takes_part = self.loaded <= self.most_of_peft
         for turn in range(-1, self.rounds):
             folder = self.folder(self.loaded + turn + 1)
             gc.collect()
             gc.disable()
+            few = timed(lambda folder=folder: self.few.add("one more", folder))
             ours = timed(lambda folder=folder: self.bank.add("one more", folder))
             theirs = timed(lambda folder=folder: self.peft.load_adapter(folder, "more")) if takes_part else 0.0
             gc.enable()
+            self.few.remove("one more")
             self.bank.remove("one more")
             if takes_part:
                 self.peft.delete_adapter("more")
             if turn >= 0:
+                times["few"].append(few)
                 times["bank"].append(ours)
                 times["peft"] += [theirs] if takes_part else []
         return times
@@ -117,16 +122,13 @@ class Many:
 
 def by_count(report: Report, many: Many) -> None:
     rows: list[Row] = []
-    firsts: dict[str, float] = {}
     for count in many.counts:
         many.fill(count)
         load, activate = many.load(), many.activate()
-        ours = Spread.of(1e3 * t for t in load["bank"])
-        firsts.setdefault("bank", ours.median)
         row: Row = {
             "loaded": count,
-            "load a PEFT folder, ms": ours,
-            "x the first": ours.median / firsts["bank"],
+            "load a PEFT folder, ms": Spread.of(1e3 * t for t in load["bank"]),
+            "x with 1 loaded": Spread.of(b / a for a, b in zip(load["few"], load["bank"])),
             "use another, us": Spread.of(1e6 * t for t in activate["bank"]),
         }
         if count <= many.most_of_peft:
