@@ -330,7 +330,7 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
         saved = id(module) in inside
         for name, p in module.named_parameters(recurse=False):
             wanted = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
-            if (saved or (wanted and name.endswith("bias"))) and id(p) not in seen:
+            if (saved or (wanted and "bias" in name)) and id(p) not in seen:
                 full = f"{prefix}.{name}" if prefix else name
                 if not p.is_floating_point():
                     raise TargetError(f"{full!r} cannot be trained: it holds {p.dtype} values (quantized weights).")
@@ -340,7 +340,7 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
                     whole[f"{prefix}.{name}" if prefix else name] = buffer
-    if config.bias != "none" and not any(name.endswith("bias") for name in whole):
+    if config.bias != "none" and not any("bias" in name.rpartition(".")[2] for name in whole):
         raise TargetError(f"bias={config.bias!r} trains no parameter: {type(model).__name__} has no such bias.")
     return whole
 

@@ -31,6 +31,20 @@ def test_the_input_projections_agree_with_peft_and_the_output_projection_has_its
             torch.testing.assert_close(own.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@torch.no_grad()
+def test_nested_tensors_go_through_adapted_layers():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2).eval()
+    inject(model, LoRAConfig(rank=2, target_modules=["self_attn", "linear1", "linear2"]))
+    randomise(model)
+    x, mask = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+    mask[0, 3:] = True
+    exact = reference(model)(x.double(), src_key_padding_mask=mask)
+    output = model(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(output[~mask].double(), exact[~mask], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 @torch.no_grad()

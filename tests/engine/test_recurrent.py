@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_lora.engine import LoRAConfig, inject, merge, merged, remove
+from lightning_lora.errors import TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 
@@ -79,3 +80,32 @@ def test_every_weight_of_a_layer_learns():
     assert len(report) == 12
     model["layer"](torch.randn(5, 2, 4))[0].square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_its_biases_are_trained_where_that_is_asked_for(bias: Any):
+    model = nn.ModuleDict({"layer": nn.LSTM(4, 6), "other": nn.Linear(4, 4)})
+    report = inject(model, LoRAConfig(rank=2, target_modules=["layer"], bias=bias))
+    own = ("layer.bias_ih_l0", "layer.bias_hh_l0")
+    assert report.trained_whole == (own if bias == "lora_only" else (*own, "other.bias"))
+    model["layer"](torch.randn(3, 2, 4))[0].sum().backward()
+    assert model["layer"].bias_ih_l0.grad is not None
+
+
+def test_weights_that_are_computed_from_others_are_refused():
+    layer = nn.utils.parametrizations.weight_norm(nn.LSTM(4, 6), "weight_hh_l0")
+    with pytest.raises(TargetError, match="its weight_hh_l0 is computed from other parameters"):
+        inject(nn.ModuleDict({"layer": layer}), LoRAConfig(rank=2, target_modules=["layer"]))
+
+
+@torch.no_grad()
+def test_a_layer_registered_twice_is_adapted_once():
+    shared = nn.GRU(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    report = inject(model, LoRAConfig(rank=2, target_modules=["b"]))
+    randomise(model)
+    assert [m.name for m in report.modules] == ["a.weight_ih_l0", "a.weight_hh_l0"]
+    assert "also registered as b" in str(report)
+    x = torch.randn(3, 2, 4).double()
+    model.double()
+    torch.testing.assert_close(model["b"](model["a"](x)[0])[0], reference(model)["b"](reference(model)["a"](x)[0])[0])

@@ -112,6 +112,15 @@ def test_rows_start_equal_merge_save_load_and_come_back(tied: bool):
     assert_same(snapshot(model), before)
 
 
+def test_rows_of_a_head_alone_compute_as_in_peft():
+    base = llama(tied=False).eval()
+    tokens = {"lm_head": TOKENS}
+    model = adapted(copy.deepcopy(base), trainable_token_indices=tokens)
+    theirs = in_peft(base, model, tokens)
+    torch.testing.assert_close(model(X).logits, theirs(X).logits)
+    assert not model(X).logits.allclose(base(X).logits)
+
+
 def test_only_the_given_rows_are_looked_up_and_get_gradients():
     model: Any = nn.Sequential(nn.Embedding(1000, 8), nn.Linear(8, 2))
     inject(model, LoRAConfig(target_modules=[], trainable_token_indices=[999, 5]))

@@ -29,7 +29,9 @@ class ParameterLoRA(Adapter):
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
         for name in spec.parameters:
-            P = module._parameters[name]
+            P = module._parameters.get(name)
+            if P is None:
+                raise TargetError(f"its {name} is computed from other parameters (weight norm, for example)")
             if P.dim() < 2:
                 raise TargetError(f"its {name} has no low rank: train it whole, with bias= or modules_to_save")
             if P.dim() > 3:

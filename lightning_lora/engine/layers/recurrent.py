@@ -15,11 +15,15 @@ class CellLoRA(ParameterLoRA, adapts=RNNCellBase):
 
     @staticmethod
     def parameters_of(module: Any) -> tuple[str, ...]:
-        return tuple(name for name in module._parameters if name.startswith("weight"))
+        return "weight_ih", "weight_hh"
 
 
 class RecurrentLoRA(CellLoRA, adapts=nn.RNNBase):
     """All layers and directions, and the projections (proj_size). Their kernels take the list `_flat_weights`."""
+
+    @staticmethod
+    def parameters_of(module: Any) -> tuple[str, ...]:
+        return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
 
     replaces = ("_flat_weights", "_update_flat_weights", "flatten_parameters")
 
