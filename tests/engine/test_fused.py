@@ -111,6 +111,18 @@ def test_layouts_of_input_and_gradient_do_not_matter(way: str):
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(("n", "d_in", "d_out"), [(16, 32, 1024), (16, 1024, 32), (24, 2048, 1024), (12, 1024, 1024)])
+def test_widths_at_which_rows_share_a_place_in_the_cache_are_no_exception(n: int, d_in: int, d_out: int):
+    x, W, A, B = (torch.randn(size) for size in ((n, d_in), (d_out, d_in), (8, d_in), (d_out, 8)))
+    t = [tensor.requires_grad_() for tensor in (x, A, B)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in t]
+    y = fused.linear(x, W, None, A, B, SCALE)
+    y_exact = exact[0] @ W.double().T + SCALE * exact[0] @ exact[1].T @ exact[2].T
+    torch.testing.assert_close(y.double(), y_exact, rtol=1e-4, atol=1e-3)
+    ours, theirs = (torch.autograd.grad(out.square().mean(), of) for out, of in ((y, t), (y_exact, exact)))
+    torch.testing.assert_close([g.double() for g in ours], list(theirs), rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_without_bias_and_a_weight_that_is_trained_too():
     t = tensors(4, 5, wants="x W A B")
     y = fused.linear(t["x"], t["W"], None, t["A"], t["B"], SCALE)
