@@ -196,8 +196,9 @@ class AdapterBank(Bank):
         factors = {}
         for name, module in adapters(model):
             relative = name.removeprefix(f"{prefix}.") if prefix else name
-            if foreign := set(module.lora_names).difference(_PARTS, START):
-                raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(sorted(foreign))))
+            foreign = [f"{relative}.{part}" for part in module.lora_names if part not in (*_PARTS, *START)]
+            if foreign:
+                raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(foreign)))
             A, B = module.factors(dropped=False)
             magnitude, bias = (getattr(module, part, None) for part in (MAGNITUDE, BIAS))
             factors[f"{ours}.{relative}" if ours else relative] = LayerFactors(
@@ -281,6 +282,8 @@ def _adapted(model: nn.Module, named: Mapping[str, Path]) -> tuple[list[str], in
             if part in FACTORS:
                 modules[names[id(plan.root.get_submodule(layer))]] = None
                 rank = max(rank, config.rank_of(layer))
+    if not modules:
+        raise AdapterFormatError(_NOT_SERVED.format(what=listed(map(str, named.values())), names="no low-rank update"))
     return list(modules), rank
 
 

@@ -165,6 +165,38 @@ def test_what_a_bank_does_not_serve_is_refused_by_name(tmp_path):
     assert not len(bank)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "what"),
+    [
+        ("words", {"target_modules": ["fc"], "trainable_token_indices": {"embed": [1, 2]}}, "embed"),
+        ("linears", {"target_modules": ["head"], "target_parameters": ["fc.weight"]}, "fc"),
+    ],
+)
+def test_tokens_and_parameters_beside_a_weight_are_refused_too(tmp_path, kind, fields, what):
+    trained, _ = build(kind)
+    inject(trained, LoRAConfig(rank=2, **fields))
+    shake(trained)
+    save_adapter(trained, tmp_path / "a")
+    model, _ = build(kind)
+    bank = AdapterBank(model, 2, 4, target_modules=["fc", "head"] if kind == "linears" else ["fc"])
+    for source in (tmp_path / "a", trained):
+        with pytest.raises(AdapterFormatError, match=f"{what}.*A bank serves low-rank updates of its layers"):
+            bank.add("x", source)
+    with pytest.raises(AdapterFormatError, match=what):
+        AdapterBank.from_folders(build(kind)[0], tmp_path)
+    assert not len(bank)
+
+
+@pytest.mark.filterwarnings("ignore:PEFT cannot load this adapter")
+def test_adapters_without_a_low_rank_update_make_no_bank(tmp_path):
+    trained, _ = build("words")
+    inject(trained, LoRAConfig(target_modules=None, trainable_token_indices={"embed": [1, 2]}))
+    shake(trained)
+    save_adapter(trained, tmp_path / "a")
+    with pytest.raises(AdapterFormatError, match="has no low-rank update"):
+        AdapterBank.from_folders(build("words")[0], tmp_path)
+
+
 def test_a_file_that_does_not_fit_is_refused(tmp_path):
     ours(tmp_path / "a")
     model, _ = build("linears")

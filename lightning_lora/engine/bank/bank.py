@@ -51,7 +51,7 @@ class Bank:
         self._routes = Routes()
         self._cells = _cells(model, self._routes, target_modules, exclude_modules)
         self.plan = _plan(self._cells, capacity, max_rank, dtype)
-        """What the slots take."""
+        """What the slots take. Batches of several adapters copy theirs besides, into memory that is kept for others."""
         # Where the model is, one of its weights tells.
         self._watched = next(iter(self._cells.values())).module._parameters
         self._device = self.plan.device
