@@ -220,6 +220,9 @@ def test_bad_input_is_named_and_changes_nothing():
         pass
     with pytest.raises(BankError, match="empty list"), bank.use([]):
         pass
+    use = bank.use("legal")
+    with use, pytest.raises(BankError, match="in use already"), use:
+        pass
     with pytest.raises(BankError, match="already"):
         bank.put("legal", factors["a1"])
     with pytest.raises(AdapterFormatError, match=r"it adapts third, which this bank does not serve.*'third'"):

@@ -337,7 +337,7 @@ class Bank:
 
 
 class Use:
-    """What `bank.use` returns: `with` enters it, once."""
+    """What `bank.use` returns, for `with`; one at a time."""
 
     __slots__ = ("_bank", "_entries", "_names", "_routing", "_token", "is_open")
 
@@ -345,6 +345,8 @@ class Use:
         self._bank, self._names, self.is_open = bank, names, False
 
     def __enter__(self) -> None:
+        if self.is_open:
+            raise BankError("This is in use already: call bank.use(...) again for another `with`.")
         self._routing, self._entries = self._bank._enter(self._names)
         self.is_open = True
         self._token = self._bank._routes.enter(self._routing, self)
