@@ -1,0 +1,251 @@
+"""The fused step in narrow precision, and under all that torch does to a computation."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lora.engine import fused
+from tests.engine.fused_step import (
+    SCALE,
+    both,
+    call,
+    every_rate,
+    formula,
+    gradients,
+    jvp_imports,
+    kept_by,
+    saved_by,
+    tensors,
+)
+
+# Precision.
+
+
+def narrow_errors(way: str, function: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> dict:
+    """Errors of output and gradients against float64, where all is rounded to `dtype` but A and B are masters."""
+    exact = {n: t.to(dtype).double() if n not in "AB" else t for n, t in tensors(*shape).items()}
+    exact = {n: t.detach().requires_grad_(n != "W") for n, t in exact.items()}
+    given = {n: t.detach().to(torch.float32 if n in "AB" else dtype).requires_grad_(n != "W") for n, t in exact.items()}
+    y, y_exact = function(way, given), formula(way, exact)
+    ours, theirs = gradients(way, given, y), gradients(way, exact, y_exact)
+    assert all(ours[n].dtype == given[n].dtype for n in ours)
+    pairs = {"y": (y, y_exact)} | {n: (ours[n], theirs[n]) for n in ours}
+    return {n: float((one.double() - other).detach().square().mean().sqrt()) for n, (one, other) in pairs.items()}
+
+
+def two_products(way: str, t: dict[str, Tensor]) -> Tensor:
+    base = F.linear(t["x"], t["W"], t["b"]) if way == "linear" else t["base"]
+    update = F.linear(F.linear(t["x"], t["A"].to(base.dtype)), t["B"].to(base.dtype))
+    return update if way == "update" else base + SCALE * update
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 32), (4, 40, 96)], ids=str)
+def test_half_precision_loses_no_more_than_twice_what_two_products_and_a_sum_lose(way, dtype, shape):
+    ours = narrow_errors(way, call, shape, dtype)
+    theirs = narrow_errors(way, two_products, shape, dtype)
+    for name, error in ours.items():
+        assert error <= 2 * theirs[name], (name, error, theirs[name])
+
+
+@both
+@every_rate
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_that_of_the_tensors(way: str, p: float, inside: bool):
+    t = tensors(16, 32, dtype=torch.float32)
+    kept = kept_by(2, (16, 32), p).float()
+    torch.manual_seed(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(way, t | {"base": t["base"].bfloat16()}, p)
+        assert y.dtype == torch.bfloat16
+        if inside:
+            found = gradients(way, t, y)
+    if not inside:
+        found = gradients(way, t, y)
+    expected = gradients(way, t, formula(way, t, kept).bfloat16())
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        # A few products with bfloat16's relative error of 1/256.
+        torch.testing.assert_close(gradient, expected[name], rtol=0.05, atol=0.05 * float(expected[name].abs().max()))
+
+
+def test_autocast_leaves_double_precision_alone():
+    t = tensors(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(call("linear", t), formula("linear", t))
+
+
+def test_autocast_keeps_no_narrow_copy_of_the_frozen_weight():
+    t = tensors(2, 512, dtype=torch.float32, wants="x A B")
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = saved_by(lambda: call("linear", t), *(t[n] for n in "xWAB"))
+    assert kept <= 3 * 2  # H
+
+
+# What looks into the computation.
+
+
+@both
+@every_rate
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_gives_the_same_gradients(way: str, p: float, reentrant: bool):
+    t = tensors(2, 3, 5)
+    names = list(t)
+
+    def function(*given: Tensor) -> Tensor:
+        return call(way, dict(zip(names, given)), p)
+
+    torch.manual_seed(0)
+    expected = gradients(way, t, function(*t.values()))
+    torch.manual_seed(0)
+    y = checkpoint(function, *t.values(), use_reentrant=reentrant)
+    used = list(expected)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
+    torch.testing.assert_close({n: t[n].grad for n in used}, expected)
+
+
+@jvp_imports
+@both
+def test_forward_mode_differentiation_agrees_with_the_formula(way: str):
+    t = tensors(4, 5)
+    for name in ("x", "A", "B"):
+        tangent = torch.ones_like(t[name])
+        with forward_ad.dual_level():
+            given = t | {name: forward_ad.make_dual(t[name], tangent)}
+            ours, exact = call(way, given), formula(way, given)
+            torch.testing.assert_close(forward_ad.unpack_dual(ours).tangent, forward_ad.unpack_dual(exact).tangent)
+            # A directional derivative of the gradient.
+            gradient, expected = (torch.autograd.grad(y.square().sum(), t["B"])[0] for y in (ours, exact))
+            torch.testing.assert_close(
+                forward_ad.unpack_dual(gradient).tangent, forward_ad.unpack_dual(expected).tangent
+            )
+
+
+@jvp_imports
+@both
+def test_torch_func_transforms_work(way: str):
+    t = {n: v.detach() for n, v in tensors(4, 5).items()}
+
+    def loss(A: Tensor, x: Tensor, base: Tensor, f: Any = call) -> Tensor:
+        return f(way, t | {"A": A, "x": x, "base": base}).square().sum()
+
+    def by_formula(A: Tensor, x: Tensor, base: Tensor) -> Tensor:
+        return loss(A, x, base, formula)
+
+    for transformed in (
+        lambda f: torch.func.grad(f)(t["A"], t["x"], t["base"]),
+        lambda f: torch.func.vmap(torch.func.grad(f), (None, 0, 0))(t["A"], t["x"], t["base"]),
+        lambda f: torch.func.vmap(torch.func.grad(f), (0, None, None))(
+            torch.stack([t["A"], -t["A"]]), t["x"], t["base"]
+        ),
+        lambda f: torch.func.hessian(f)(t["A"], t["x"], t["base"]),
+        lambda f: torch.func.jvp(lambda A: f(A, t["x"], t["base"]), (t["A"],), (t["A"],)),
+    ):
+        torch.testing.assert_close(transformed(loss), transformed(by_formula))
+
+
+@both
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_the_compiler_sees_one_graph(way: str, p: float):
+    t = tensors(4, 5)
+    compiled = torch.compile(lambda t: call(way, t, p), fullgraph=True, backend="aot_eager")
+    y = compiled(t)
+    y.sum().backward()
+    if p == 0:
+        torch.testing.assert_close(y, formula(way, t))
+    torch._dynamo.reset()
+
+
+@both
+def test_a_tensor_subclass_sees_torchs_own_functions(way: str):
+    seen = []
+
+    class Watched(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(getattr(function, "__name__", ""))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    t = {n: v.detach() for n, v in tensors(4, 5).items()}
+    y = call(way, t | {"x": t["x"].as_subclass(Watched)})
+    assert "linear" in seen
+    torch.testing.assert_close(y.as_subclass(Tensor), formula(way, t))
+
+
+def test_complex_tensors_take_the_plain_way():
+    x, W, A, B = (torch.randn(s, dtype=torch.complex128) for s in ((4, 5), (6, 5), (3, 5), (6, 3)))
+    A.requires_grad_()
+    y = fused.linear(x, W, None, A, B, SCALE)
+    torch.testing.assert_close(y, x @ W.T + SCALE * x @ A.T @ B.T)
+    y.abs().sum().backward()
+
+
+def test_threads_do_not_disturb_each_other():
+    t = tensors(64, 5)
+    expected = gradients("linear", t, formula("linear", t))
+    found: list[dict[str, Tensor]] = []
+
+    def work() -> None:
+        for _ in range(20):
+            found.append(gradients("linear", t, call("linear", t)))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 80
+    for gradient in found:
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_one_input_used_by_several_layers_gets_the_sum_of_their_gradients():
+    t = tensors(4, 5)
+    layers = list(itertools.repeat(t, 3))
+    ours = torch.autograd.grad(sum(call("linear", one).square().sum() for one in layers), t["x"])
+    exact = torch.autograd.grad(3 * formula("linear", t).square().sum(), t["x"])
+    torch.testing.assert_close(ours, exact)
+
+
+def test_a_backward_pass_can_be_repeated_with_its_graph_retained():
+    t = tensors(4, 5)
+    y = call("linear", t, 0.2).sum()
+    first = torch.autograd.grad(y, [t["x"], t["A"], t["B"]], retain_graph=True)
+    again = torch.autograd.grad(y, [t["x"], t["A"], t["B"]])
+    assert all(one.equal(other) for one, other in zip(first, again))
+
+
+def test_a_module_of_this_step_trains_as_one_of_torchs_own():
+    class Layer(nn.Module):
+        def __init__(self, function: Callable[..., Tensor]) -> None:
+            super().__init__()
+            t = tensors(4, 5, dtype=torch.float32, wants="")
+            self.function, self.W, self.b = function, t["W"], t["b"]
+            self.A, self.B = nn.Parameter(t["A"]), nn.Parameter(t["B"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function("linear", {"x": x, "W": self.W, "b": self.b, "A": self.A, "B": self.B})
+
+    x, losses = torch.randn(32, 5), []
+    for function in (call, formula):
+        layer = Layer(function)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05)
+        losses.append([])
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = layer(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
