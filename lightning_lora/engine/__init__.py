@@ -1,10 +1,11 @@
 """The mathematics and the surgery: plain functions on any nn.Module, with torch alone."""
 
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.inject import Injection, inject, injection_of, injections, remove, start_adapters
+from lightning_lora.engine.inject import Injection, inject, injection_of, injections, remove
 from lightning_lora.engine.layers import Adapter, adapters
 from lightning_lora.engine.merge import merge, merged
 from lightning_lora.engine.report import AdaptedModule, InjectionReport
+from lightning_lora.engine.start import start_adapters
 from lightning_lora.engine.state import adapter_state_dict, adapter_tensors, base_fingerprint, load_adapter_state_dict
 
 __all__ = [

@@ -69,7 +69,11 @@ class LoRAConfig:
     """Probability with which a whole adapter is left out of a forward in training; the mean stays."""
     init: str = "kaiming"
     """How A and B start: a name in `lightning_lora.engine.inits.INITS`, such as "kaiming" (A uniform, as in the
-    reference code, B zero). Whatever it is, the adapted model starts equal to its base."""
+    reference code, B zero). The adapted model starts equal to its base, but for "loftq", which brings it closer to the
+    one that was quantized."""
+    alora_invocation_tokens: list[int] | None = None
+    """Tokens from whose last occurrence in each row on the adapter acts, and not before: activated LoRA, for causal
+    language models (Greenewald et al. 2025, arXiv:2504.12397). A row without them is the bare base's."""
     adapter_dtype: AdapterDtype = "float32"
     """Precision of A and B on a half-precision base: "float32" master weights, or "base" for the base's own."""
 
@@ -106,6 +110,7 @@ class LoRAConfig:
         for name in ("lora_bias", "use_rslora", "use_dora", "freeze_a"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, not {getattr(self, name)!r}.")
+        set_(self, "alora_invocation_tokens", _invocation(self.alora_invocation_tokens))
         self._check_combinations()
         if self.layers_to_transform is not None and not self.target_modules:
             raise ConfigError("layers_to_transform chooses among target_modules, and there are none.")
@@ -122,6 +127,11 @@ class LoRAConfig:
     def _check_combinations(self) -> None:
         if self.use_dora and self.lora_bias:
             raise ConfigError("lora_bias has no meaning with use_dora, which rescales weights: use one of the two.")
+        if self.alora_invocation_tokens and self.use_dora:
+            raise ConfigError(
+                "use_dora has no meaning with alora_invocation_tokens: it rescales the base's outputs, also where the "
+                "adapter must not act. Use one of the two."
+            )
 
     def _check_ranks(self) -> None:
         multiple = INITS[self.init].rank_multiple
@@ -238,6 +248,18 @@ def _tokens(value: Any) -> Any:
     if not indices or len(set(indices)) < len(indices):
         raise ConfigError(f"{name} is {value!r}: each index once, and one at least.")
     return indices
+
+
+def _invocation(value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    tokens = list(value) if hasattr(value, "__iter__") and not isinstance(value, (str, Mapping)) else []
+    if not tokens or any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in tokens):
+        raise ConfigError(
+            f"alora_invocation_tokens are the ids of one or more tokens, such as [5, 17], not {value!r}: "
+            "tokenizer.encode(text, add_special_tokens=False) gives them."
+        )
+    return tokens
 
 
 def _layers(value: Any) -> list[int] | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import DoRA, ParameterLoRA, WeightReadLinearLoRA, geometry_of
+from lightning_lora.engine.layers.alora import ALoRA, check_readers, listen, stop_listening
 from lightning_lora.engine.layers.base import Adapter, AdapterSpec, adapters
 from lightning_lora.engine.layers.fresh import Measured, check_init, check_measured, fresh_tensors, tensor_shapes
 from lightning_lora.engine.layers.frozen import (
@@ -97,6 +98,8 @@ def inject(
     selection = select(model, config)
     _check_shared_weights(model, selection)
     plan = [(target, *_planned(target, config)) for target in selection.targets]
+    if config.alora_invocation_tokens:
+        check_readers(model)
     rows = vocabulary(model, config, selection)
     measured = measured or {}
     if start:
@@ -133,37 +136,16 @@ def inject(
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
     for (target, geometry, spec), own in zip(plan, tensors):
-        swap(target.module, (DoRA, geometry) if config.use_dora else geometry, spec, own)
+        variants = variants_of(config)
+        swap(target.module, (*variants, geometry) if variants else geometry, spec, own)
     for (_, module, kind, spec), own in zip(rows, tokens):
         swap(module, kind, spec, own)
+    if config.alora_invocation_tokens:
+        listen(model, config.alora_invocation_tokens)
     for name in injection.frozen_norms:
         freeze_statistics(model.get_submodule(name))
     model.__dict__[_RECORD] = injection
     return _report(model, injection, selection)
-
-
-def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
-    """Start those adapters of `model` that `inject(..., start=False)` left at zero, if nothing was loaded into them.
-
-    `measured` is as for `inject`, by names in `model`. Raises ConfigError where something of it is missing; nothing is
-    changed then.
-    """
-    waiting = [(root, injection) for root, injection in injections(model) if injection.awaits_start]
-    values: list[tuple[Tensor, Tensor]] = []
-    for root, injection in waiting:
-        prefix = f"{root}." if root else ""
-        found = {prefix + n: module for n, module in adapters(model.get_submodule(root)) if module.lora_pairs(n)}
-        layers = {name: m for name, m in found.items() if not any(p.A.any() or p.B.any() for p in m.lora_pairs(name))}
-        check_measured(injection.config, layers, measured or {})
-        for name, module in layers.items():
-            of = (measured or {}).get(name)
-            started = fresh_tensors(module, type(module), module.lora, injection.config, of)
-            values += [(getattr(module, own), value) for own, value in started.items()]
-    with torch.no_grad():
-        for tensor, value in values:
-            tensor.copy_(value)
-    for _, injection in waiting:
-        injection.awaits_start = False
 
 
 def remove(model: nn.Module) -> None:
@@ -207,6 +189,8 @@ def _where_to_restore(model: nn.Module, injection: Injection) -> list[tuple[Tens
 
 def release(model: nn.Module, injection: Injection) -> None:
     """Undo the freezing of `inject`, once the adapters are gone."""
+    if injection.config.alora_invocation_tokens:
+        stop_listening(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in injection.frozen_norms:
         norm = modules.get(name)
@@ -281,10 +265,12 @@ def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], Adapter
             geometry = OutProjectionLoRA
     parameters = {name: _spec(config, target.names_of(name)) for name in target.parameters}
     spec = _spec(config, target.names_of(), parameters)
-    mixins: tuple[type[Adapter], ...] = (DoRA, geometry) if config.use_dora else (geometry,)
+    mixins = (*variants_of(config), geometry)
     for mixin in mixins:
         check_swappable(target.module, target.name, mixin)
     try:
+        if ALoRA in mixins:
+            ALoRA.check_geometry(geometry)
         geometry.check(target.module, spec)
         check_init(target.module, geometry, spec, config)
         for mixin in mixins:
@@ -292,6 +278,13 @@ def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], Adapter
     except TargetError as error:
         raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
     return geometry, spec
+
+
+def variants_of(config: LoRAConfig) -> tuple[type[Adapter], ...]:
+    """What goes in front of every geometry."""
+    if config.alora_invocation_tokens:
+        return (ALoRA,)
+    return (DoRA,) if config.use_dora else ()
 
 
 def _spec(config: LoRAConfig, names: tuple[str, ...], parameters: dict[str, AdapterSpec] | None = None) -> AdapterSpec:

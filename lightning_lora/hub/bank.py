@@ -189,6 +189,7 @@ class AdapterBank(Bank):
         from lightning_lora.hub.files import only_injection
 
         _, injection = only_injection(model)
+        _check_acts_everywhere(injection.config, "The model")
         if injection.trained_whole:
             raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(injection.trained_whole)))
         prefix, _ = adapter_root(model)
@@ -287,12 +288,21 @@ def _adapted(model: nn.Module, named: Mapping[str, Path]) -> tuple[list[str], in
     return list(modules), rank
 
 
+def _check_acts_everywhere(config: LoRAConfig, where: str) -> None:
+    if config.alora_invocation_tokens:
+        raise AdapterFormatError(
+            f"{where} acts from alora_invocation_tokens={config.alora_invocation_tokens} on, and a bank's adapters act "
+            "everywhere. Use it by itself."
+        )
+
+
 def _kind(config: LoRAConfig, header: Header) -> Any:
     """What decides how a file lies on a model."""
     return repr(config), tuple(header.shapes.items()), header.note.get("module")
 
 
 def _fitting(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
+    _check_acts_everywhere(config, where)
     try:
         return fit(model, config, header, where=where)
     except TargetError as error:

@@ -199,6 +199,8 @@ def _table(config: Mapping[str, Any], base: str | None, modules: int, parameters
         rows.append(("scale", "alpha / sqrt(rank) (rsLoRA)"))
     if config.get("use_dora"):
         rows.append(("variant", "DoRA"))
+    if config.get("alora_invocation_tokens"):
+        rows.append(("variant", f"activated LoRA, by the tokens {config['alora_invocation_tokens']}"))
     if config.get("modules_to_save"):
         rows.append(("trained whole", ", ".join(f"`{name}`" for name in config["modules_to_save"])))
     if run.data:
@@ -241,7 +243,7 @@ def _loading(config: Mapping[str, Any], base: str | None, module: str, run: RunF
             f"model.load_adapter({where})",
         )
     # vLLM reads plain low-rank pairs only.
-    plain = not any(config.get(key) for key in ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices"))
+    plain = not any(config.get(key) for key in _NOT_PLAIN)
     if base and task == "CAUSAL_LM" and plain and config.get("bias", "none") == "none":
         most = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
         limit = next((rank for rank in CONSUMERS["vllm"].limits if rank >= most), most)
@@ -251,6 +253,9 @@ def _loading(config: Mapping[str, Any], base: str | None, module: str, run: RunF
         command = f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}={path}"
         lines += _code(command, language="bash")
     return lines
+
+
+_NOT_PLAIN = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "alora_invocation_tokens")
 
 
 def _code(*lines: str, language: str = "python") -> list[str]:

@@ -149,6 +149,11 @@ def _config(folder: Path) -> tuple[LoRAConfig, Mapping[str, Any]]:
                 f"{folder / CONFIG}: {field} is {data[field]!r}. That is no low-rank update of a layer, and cannot be "
                 "rewritten as one: merge the adapter into its base and use that."
             )
+    if config.alora_invocation_tokens:
+        raise AdapterFormatError(
+            f"{folder / CONFIG}: alora_invocation_tokens is {config.alora_invocation_tokens}, so the adapter acts from "
+            "these tokens on, and would act everywhere once it is rewritten. Use it as it is."
+        )
     return config, data
 
 

@@ -84,6 +84,7 @@ _OURS = {
     "use_dora": "use_dora",
     "lora_bias": "lora_bias",
     "trainable_token_indices": "trainable_token_indices",
+    "alora_invocation_tokens": "alora_invocation_tokens",
 }
 
 # What PEFT has no field for: it changes how an adapter is trained on, and no output.
@@ -346,6 +347,7 @@ def to_peft(
                 "use_rslora": config.use_rslora,
                 "use_dora": config.use_dora,
                 "lora_bias": config.lora_bias,
+                "alora_invocation_tokens": config.alora_invocation_tokens,
                 "fan_in_fan_out": fan_in_fan_out,
                 "task_type": task_type,
                 "base_model_name_or_path": base_model,

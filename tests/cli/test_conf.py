@@ -26,6 +26,8 @@ def test_each_option_fits_what_it_configures(option):
         given.append(f"{group}._target_={target}")
     elif name in ("pretrained", "text", "text_classification", "images", "instructions"):
         given.append(f"{group}.{MISSING[group]}=somewhere")
+    elif option == "lora=alora":
+        given.append("lora.alora_invocation_tokens=[5,17]")
     with rehearsal("train", given) as config:
         checked(config, Settings)
 

@@ -48,6 +48,7 @@ BAD = {
     "rank_dropout": [1.0, 1, -0.1, math.nan, "0.1", True, None],
     "module_dropout": [1.0, 2, -0.1, math.inf, "0.1", False, None],
     "init": ["xavier", None, True, 3],
+    "alora_invocation_tokens": [[], [-1], [1.0], [True], 7, "7", {3: 1}],
     "adapter_dtype": ["float16", None, "bf16", 32],
 }
 

@@ -288,7 +288,7 @@ CONFIGS = {
     "lora-bias": ({"lora_bias": True}, "missing.*lora_B.bias"),
     "parameters": ({"target_parameters": ["experts.w"]}, "target_parameters"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    "alora": ({"alora_invocation_tokens": [1]}, "alora"),
+    "alora": ({"alora_invocation_tokens": [-1]}, "alora_invocation_tokens are the ids"),
     "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
     "unknown": ({"lora_alfa": 3}, "unknown field 'lora_alfa'.*'lora_alpha'"),
