@@ -91,7 +91,9 @@ def inject(
     it was. Returns a report, whose text is a table.
 
     `measured` is what an initialiser that starts from data asks for (see `calibration`). With `start=False` the
-    adapters stay zero: for tensors that are loaded right after, or for `start_adapters`.
+    adapters stay zero: for tensors that are loaded right after, or for `start_adapters`. So do those of a model on the
+    meta device: materialise it (`to_empty`, or `load_state_dict(..., assign=True)`), load its weights, and then start
+    them.
     """
     config = config or LoRAConfig()
     _check_unadapted(model)
@@ -113,6 +115,8 @@ def inject(
             stacklevel=2,
         )
 
+    on_meta = any(p.is_meta for target in selection.targets for p in target.module.parameters(recurse=False))
+    start = start and not on_meta
     saved_modules = {id(m) for saved in selection.saved.values() for m in saved.modules()}
     injection = Injection(
         config=config,

@@ -6,29 +6,57 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections
-from lightning_lora.engine.layers import adapters
+from lightning_lora.engine.layers import Adapter, adapters
 from lightning_lora.engine.layers.fresh import Measured, check_measured, fresh_tensors
+from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.vocabulary import token_tensors
+from lightning_lora.errors import AdapterStateError, listed
 
 
 def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
-    """Start those adapters of `model` that `inject(..., start=False)` left at zero, if nothing was loaded into them.
+    """Start those adapters of `model` that `inject(..., start=False)` left at zero, or on the meta device, if nothing
+    was loaded into them. They come into being where their layer's weight is by now.
 
-    `measured` is as for `inject`, by names in `model`. Raises ConfigError where something of it is missing; nothing is
-    changed then.
+    `measured` is as for `inject`, by names in `model`. Raises ConfigError where something of it is missing,
+    AdapterStateError where weights are still on the meta device; nothing is changed then.
     """
     waiting = [(root, injection) for root, injection in injections(model) if injection.awaits_start]
-    values: list[tuple[Tensor, Tensor]] = []
+    ours = {id(getattr(m, own)) for _, m in adapters(model) for own in m.lora_names}
+    absent = [name for name, p in model.named_parameters() if p.is_meta and id(p) not in ours]
+    if waiting and absent:
+        raise AdapterStateError(f"{listed(absent)} is still on the meta device: load the weights of the model first.")
+    values: list[tuple[Adapter, str, Tensor]] = []
     for root, injection in waiting:
         prefix = f"{root}." if root else ""
-        found = {prefix + n: module for n, module in adapters(model.get_submodule(root)) if module.lora_pairs(n)}
-        layers = {name: m for name, m in found.items() if not any(p.A.any() or p.B.any() for p in m.lora_pairs(name))}
-        check_measured(injection.config, layers, measured or {})
-        for name, module in layers.items():
-            of = (measured or {}).get(name)
-            started = fresh_tensors(module, type(module), module.lora, injection.config, of)
-            values += [(getattr(module, own), value) for own, value in started.items()]
+        found = {prefix + n: module for n, module in adapters(model.get_submodule(root)) if _is_unstarted(module)}
+        check_measured(injection.config, [n for n, m in found.items() if not isinstance(m, TokenRows)], measured or {})
+        for name, module in found.items():
+            if isinstance(module, TokenRows):
+                started = token_tensors(module, module.lora, injection.config)
+            else:
+                of = (measured or {}).get(name)
+                started = fresh_tensors(module, type(module), module.lora, injection.config, of)
+            values += [(module, own, value) for own, value in started.items()]
     with torch.no_grad():
-        for tensor, value in values:
-            tensor.copy_(value)
-    for _, injection in waiting:
+        for module, own, value in values:
+            tensor: Tensor = getattr(module, own)
+            if tensor.is_meta:
+                setattr(module, own, value)
+            else:
+                tensor.copy_(value)
+    for root, injection in waiting:
+        owner = model.get_submodule(root)
+        there = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers(remove_duplicate=False))
+        for name in [name for name, original in injection.originals.items() if original.is_meta]:
+            injection.originals[name] = there[name].detach().clone()
+        for _, module in adapters(owner):
+            if isinstance(module, TokenRows) and module.lora_rows.is_meta:
+                module.swapped_in()
         injection.awaits_start = False
+
+
+def _is_unstarted(module: Adapter) -> bool:
+    """Whether all that it has is zero, or not there."""
+    pairs = module.lora_pairs("")
+    own = [t for pair in pairs for t in (pair.A, pair.B)] or [getattr(module, name) for name in module.lora_names]
+    return bool(own) and all(t.is_meta or not bool(t.any()) for t in own)

@@ -51,10 +51,16 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
     """Copy an `adapter_state_dict` into the adapters of `model`, in place.
 
     Strict both ways: raises AdapterFormatError naming every tensor that is missing, unexpected, of another shape or
-    not finite; nothing is changed then.
+    not finite, and AdapterStateError for a model on the meta device; nothing is changed then.
     """
     own = adapter_tensors(model)
     check_fits(own, state_dict, what="the adapter")
+    absent = [name for name, tensor in own.items() if tensor.is_meta]
+    if absent:
+        raise AdapterStateError(
+            f"{listed(absent)} of {type(model).__name__} is on the meta device, where nothing can be loaded: "
+            "materialise the model first, with to_empty, or with load_state_dict(..., assign=True) and start_adapters."
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])

@@ -12,6 +12,7 @@ nn.Linear, quantized or otherwise derived, is found through its parents and keep
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_lora.engine import fused
 from lightning_lora.engine.storage import can_be_dense, dense, shape_of
 from lightning_lora.errors import AdapterStateError
 
@@ -73,6 +75,8 @@ class Pair:
     def is_fresh(self) -> bool:
         """Whether its update is zero as at the start: a factor is, or both are as they are in its frozen start."""
         A0, B0 = (self.module._buffers.get(name + self.suffix) for name in START)
+        if self.A.is_meta:
+            return False  # nothing yet
         if A0 is None or B0 is None:
             return not bool(self.A.any()) or not bool(self.B.any())
         return self.A.equal(A0) and self.B.equal(B0)
@@ -204,11 +208,12 @@ class Adapter(_Host):
 
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
         """The adapted output from the base's output and the unscaled update."""
-        # Not torch.add(..., alpha=scale): torch 2.13's inductor fuses it with B's product and loses the alpha.
-        return base + self.lora.scale * update.to(base.dtype)
+        update, scale = update.to(base.dtype), self.lora.scale
+        # torch 2.13's inductor fuses torch.add with B's product and loses the alpha.
+        return base + scale * update if torch.compiler.is_compiling() else torch.add(base, update, alpha=scale)
 
     def lora_dropout(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.lora.dropout, self.training) if self.lora.dropout else x
+        return fused.dropout(x, self.lora.dropout) if self.lora.dropout and self.training else x
 
     def factors(self, parameter: str = "weight", *, dropped: bool = True) -> tuple[Tensor, Tensor]:
         """A and B as they enter the update: with what is `dropped` in this forward, if it trains, and with the frozen
@@ -238,7 +243,7 @@ class Adapter(_Host):
     def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         """The weight with the adapter in it, in float32 or wider, whatever autocast says."""
         W = self.dense_weight(parameter)
-        with torch.autocast(W.device.type, enabled=False):
+        with without_autocast(W):
             return W + self.delta_weight(parameter, dropped=dropped)
 
     def dense_weight(self, parameter: str = "weight") -> Tensor:
@@ -282,18 +287,20 @@ class Adapter(_Host):
         return f"{theirs}, {mine}" if theirs else mine
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        if not self.lora.keeps_precision:
-            return super()._apply(fn, recurse)
         own = [getattr(self, name) for name in self.lora_names]
         ours = {id(t) for p in own for t in (p, p.grad) if t is not None}
 
-        def keep_precision(t: Tensor) -> Tensor:
-            # `module.to(torch.bfloat16)`, which Lightning's bf16-true does after injection, must not round A and B.
+        def move(t: Tensor) -> Tensor:
             moved = fn(t)
-            too_narrow = id(t) in ours and moved.dtype.itemsize < torch.float32.itemsize
+            if id(t) not in ours:
+                return moved
+            if t.is_meta and not moved.is_meta:  # to_empty: not what lay in memory, but zeros, for `start_adapters`
+                return moved.zero_()
+            # `module.to(torch.bfloat16)`, which Lightning's bf16-true does after injection, must not round A and B.
+            too_narrow = self.lora.keeps_precision and moved.dtype.itemsize < torch.float32.itemsize
             return t.to(moved.device, torch.float32) if too_narrow else moved
 
-        return super()._apply(keep_precision, recurse)
+        return super()._apply(move, recurse)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *rest: Any
@@ -304,6 +311,11 @@ class Adapter(_Host):
         found: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, found, *rest)
         missing.extend(key for key in found if not (is_base_checkpoint and key in ours))
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """Computing with `t` in its own precision. There is no autocast on the meta device to turn off."""
+    return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
 
 
 def kept_ranks(spec: AdapterSpec, A: Tensor, dim: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.layers.base import MAGNITUDE, Adapter, Pair
+from lightning_lora.engine.layers.base import MAGNITUDE, Adapter, Pair, without_autocast
 from lightning_lora.engine.storage import can_be_dense, is_quantized
 from lightning_lora.errors import TargetError
 
@@ -76,6 +76,6 @@ class DoRA(Adapter):
 
 def output_norms(geometry: Any, module: Any, W: Tensor, *, is_by_output: bool = False) -> Tensor:
     """||W|| over the weights of each output of `module`, in float32 or wider."""
-    with torch.autocast(W.device.type, enabled=False):
+    with without_autocast(W):
         M = W if is_by_output else geometry.by_output(module, W)
         return torch.linalg.vector_norm(M.to(torch.promote_types(M.dtype, torch.float32)), dim=-1)

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.layers.base import MAGNITUDE, START, Adapter, AdapterSpec, Pair, kept_columns, kept_ranks
+from lightning_lora.engine.layers.base import (
+    MAGNITUDE,
+    START,
+    Adapter,
+    AdapterSpec,
+    Pair,
+    kept_columns,
+    kept_ranks,
+    without_autocast,
+)
 from lightning_lora.errors import AdapterStateError, TargetError
 
 _READS: ContextVar[dict[int, dict[Any, Tensor]] | None] = ContextVar("reads", default=None)
@@ -91,15 +100,17 @@ class ParameterLoRA(Adapter):
 
     def _adapted(self, name: str) -> Tensor:
         P = self.dense_weight(name)
+        if getattr(self, "lora_A" + self.suffix_of(name)).is_meta and not P.is_meta:
+            return P  # while weights are loaded into a model that was adapted on the meta device
         if MAGNITUDE + self.suffix_of(name) in self.lora_names:
             return self.adapted_weight(name, dropped=True).to(P.dtype)
         A, B = self.factors(name)
         A, B = A.to(P.dtype), (self.lora.parameters[name].scale * B).to(P.dtype)
         if P.dim() == 2:
-            with torch.autocast(P.device.type, enabled=False):
+            with without_autocast(P):
                 return torch.addmm(P, B, A)
         left, right = (A.mT, B.mT) if _is_transposed(self) else (B, A)
-        with torch.autocast(P.device.type, enabled=False):  # nothing else of the size of the stack is made
+        with without_autocast(P):  # nothing else of the size of the stack is made
             return torch.baddbmm(P, left, right)
 
     def factors(self, parameter: str = "weight", *, dropped: bool = True) -> tuple[Tensor, Tensor]:

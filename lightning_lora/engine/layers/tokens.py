@@ -60,6 +60,13 @@ class TokenRows(Adapter):
         self.register_buffer("lora_rows", rows[places], persistent=False)
         self.register_buffer("lora_places", places, persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        was_meta = self.lora_rows.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:
+            self.swapped_in()
+        return self
+
     def swapped_out(self) -> None:
         del self.lora_rows, self.lora_places
 
@@ -96,7 +103,7 @@ class TokenRows(Adapter):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         own = self._parameters.get("lora_tokens")
         at = torch.tensor(self.lora.tokens, device=self.lora_rows.device)
-        is_fresh = own is not None and own.equal(self.dense_weight()[at].to(own.dtype))
+        is_fresh = own is not None and not own.is_meta and own.equal(self.dense_weight()[at].to(own.dtype))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if own is not None and is_fresh and prefix + "lora_tokens" not in state_dict:  # a base's: start as its rows
             with torch.no_grad():
