@@ -173,12 +173,12 @@ def test_rows_of_an_expert_are_refused():
         expert(x)
 
 
-def test_compiled_once_it_serves_every_routing(monkeypatch: pytest.MonkeyPatch):
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiled_once_it_serves_every_routing():
     base, factors, alone = small(3)
     bank = served(base, 3, MOST)
     for name, part in factors.items():
         bank.put(name, part)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     compiled = torch.compile(base, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 6)
     plain = compiled(x)

@@ -9,6 +9,8 @@ from torch import nn
 
 from lightning_lora.engine import LoRAConfig, adapter_tensors, adapters, inject, remove
 
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch's own
+
 every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 
 
@@ -26,7 +28,9 @@ def test_a_half_precision_base_trains_float32_masters_under_autocast(case: Case)
     model = case.model()
     inject(model, case.lora_config())
     randomise(model)
+    torch.manual_seed(0)  # what is dropped
     expected = model(case.input())
+    torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(case.input())
         output.square().mean().backward()
