@@ -63,6 +63,14 @@ def update(x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -> Tensor:
     return y
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """drop(x) alone, for what multiplies in another way than a Linear does."""
+    if not p or not x.is_contiguous() or not _can_fuse(x):
+        return F.dropout(x, p) if p else x
+    y: Tensor = _Dropout.apply(x, p)
+    return y
+
+
 def _can_fuse(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _under_torch_func():
         return False
@@ -187,6 +195,20 @@ class _Linear(torch.autograd.Function):
                     grad_X = _add_through_A(through_W, grad_H, A.to(dtype), scale, dropped)
                     grad_x = grad_X.view(ctx.shape).to(x_dtype)
         return grad_x, grad_base, None, grad_b, grad_A, grad_B, None, None
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        dropped = _draw(x, p)
+        ctx.save_for_backward(dropped)
+        ctx.factor = 1 / (1 - p)
+        return _without(x, dropped).mul_(ctx.factor)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (dropped,) = ctx.saved_tensors
+        return _without(g, dropped).mul_(ctx.factor), None
 
 
 def _add_through_A(grad: Tensor | None, grad_H: Tensor, A: Tensor, scale: float, dropped: Tensor | None) -> Tensor:

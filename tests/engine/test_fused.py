@@ -10,7 +10,19 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from lightning_lora.engine import fused
-from tests.engine.fused_step import SCALE, USES, both, call, every_rate, formula, gradients, kept_by, saved_by, tensors
+from tests.engine.fused_step import (
+    RATES,
+    SCALE,
+    USES,
+    both,
+    call,
+    every_rate,
+    formula,
+    gradients,
+    kept_by,
+    saved_by,
+    tensors,
+)
 
 
 @both
@@ -155,6 +167,28 @@ def test_each_element_is_dropped_with_the_given_probability_and_the_mean_is_kept
     for one, next_ in ((dropped[:, 1:], dropped[:, :-1]), (dropped[1:], dropped[:-1])):
         covariance = ((one - p) * (next_ - p)).mean()
         assert abs(covariance) < 5 * sigma**2 / math.sqrt(one.numel())
+
+
+@pytest.mark.parametrize("p", RATES[1:])
+def test_dropout_alone_drops_what_the_fused_step_drops(p: float):
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(6)
+    y = fused.dropout(x, p)
+    torch.testing.assert_close(y, x * kept_by(6, (3, 4, 5), p))
+
+    def function(x: Tensor) -> Tensor:
+        torch.manual_seed(6)
+        return fused.dropout(x, p)
+
+    assert gradcheck(function, x)
+    assert gradgradcheck(function, x)
+    assert fused.dropout(x, 0.0) is x
+    assert saved_by(lambda: fused.dropout(torch.randn(1000, requires_grad=True), 0.05)) <= 0.1 * 1000
+
+
+def test_dropout_alone_keeps_the_layout_of_images():
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    assert fused.dropout(x, 0.2).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_gaps_between_dropped_elements_are_geometric():
