@@ -195,7 +195,7 @@ def folding(report: Report, many: Many, rounds: int) -> None:
 
 def main() -> None:
     given = arguments(__doc__, rounds=15)
-    base = model_of(2 if given.quick else 12)
+    base = model_of(1 if given.quick else 12)
     report = Report(
         "bank",
         "A bank of adapters: loading, using, evicting, folding",
@@ -213,11 +213,11 @@ def main() -> None:
         ),
     )
     with tempfile.TemporaryDirectory() as place:
-        folders = peft_folders(base, Path(place), 4 if given.quick else 24)
-        counts, most = ([1, 3], 3) if given.quick else ([1, 10, 100, 500, 1000], 100)
+        folders = peft_folders(base, Path(place), 2 if given.quick else 24)
+        counts, most = ([1, 2], 2) if given.quick else ([1, 10, 100, 500, 1000], 100)
         many = Many(base, folders, counts, most, given.rounds)
         by_count(report, many)
-        by_layers(report, Path(place) / "layers", [2] if given.quick else [12, 48], given.rounds)
+        by_layers(report, Path(place) / "layers", [1] if given.quick else [12, 48], given.rounds)
         tiers(report, base, folders, given.rounds)
         folding(report, many, given.rounds)
     report.write(given.results)

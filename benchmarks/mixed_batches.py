@@ -201,8 +201,8 @@ def bound(report: Report, contenders: Contenders, work: Workload, rounds: int) -
     share = Spread.of((b - a) / c for a, b, c in zip(times["base"], times["bank"], times["read"]))
     read = Spread.of(1 + c / a for a, c in zip(times["base"], times["read"]))
     report.note(
-        f"{work.title}: the factors of {work.distinct} adapters are {gathered.nbytes / 2**20:.0f} MiB, the base's weights "
-        f"{contenders.bytes_of_base / 2**20:.0f} MiB. Summing as many bytes, and nothing else, would take the base to "
+        f"{work.title}: the factors of {work.distinct} adapters are {gathered.nbytes / 2**20:.0f} MiB, the base's "
+        f"weights {contenders.bytes_of_base / 2**20:.0f} MiB. Summing as many bytes, and nothing else, would take the base to "
         f"{read} times its time; what the bank takes beside the base is {share} times that sum."
     )
 
