@@ -31,7 +31,9 @@ class LoRAConfig:
     alpha: float = 16.0
     """The update is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank))."""
     dropout: float = 0.0
-    """Probability with which an element of an adapter's input is zeroed in training; the base's input is untouched."""
+    """Probability with which an element of an adapter's input is zeroed in training; the base's input is untouched.
+    Where a weight is only read (parameters, attention's projections), a feature is zeroed for a whole forward; indices
+    of an embedding cannot be."""
     target_modules: str | list[str] = "all-linear"
     """Modules to adapt: "all-linear" (every linear layer but the output head), a list of name endings, or a regular
     expression. May be empty where `target_parameters` are given."""

@@ -232,6 +232,8 @@ def reads_weight(parent: nn.Module, child: str) -> bool:
 
 def only_reads(parent: nn.Module, child: str) -> bool:
     """Whether `parent` may never call its child, though that is a Linear like any other."""
+    if isinstance(parent, nn.MultiheadAttention):  # some of its subclasses have a plain Linear there
+        return child == "out_proj"
     names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(parent).__mro__)
     return any(child in _ONLY_READS.get(name.removeprefix("transformers.models."), ()) for name in names)
 

@@ -114,6 +114,18 @@ def test_all_linear_says_which_input_projections_it_leaves_out_and_how_to_name_t
     assert "not adapted: 0.self_attn.in_proj_weight (to adapt: name the nn.MultiheadAttention in" in str(report)
 
 
+@pytest.mark.parametrize("target", ["layer", "out_proj"])
+def test_a_plain_linear_as_output_projection_is_adapted_where_it_is_read(target: str):
+    model = SelfAttention().eval()
+    model.layer.out_proj = nn.Linear(8, 8)
+    inject(model, LoRAConfig(rank=2, target_modules=[target]))
+    randomise(model)
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(model(x).double(), reference(model)(x.double()), rtol=1e-4, atol=1e-5)
+    model(x).sum().backward()
+    assert model.layer.out_proj.lora_B.grad is not None
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_dropout_on_an_output_projection_is_one_draw_for_a_forward(use_dora: bool):
     torch.manual_seed(0)
