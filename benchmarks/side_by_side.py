@@ -50,11 +50,13 @@ def in_turn(
     warmup: int = 2,
     calls: int = 1,
     before: Mapping[str, Callable[[], object]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of one call of each contender, round by round: A B C, A B C, ...
 
     `calls` is how many calls a measurement spans, for what takes microseconds. `before` is run ahead of a contender's
-    measurement and is not timed. The garbage collector waits, as in timeit.
+    measurement and is not timed. `clock` may be `time.process_time`, where one thread does all the work and others use
+    the machine too. The garbage collector waits, as in timeit.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     prepare = before or {}
@@ -66,12 +68,12 @@ def in_turn(
             for name, call in contenders.items():
                 prepare.get(name, _nothing)()
                 _wait()
-                started = time.perf_counter()
+                started = clock()
                 for _ in range(calls):
                     call()
                 _wait()
                 if turn >= 0:
-                    times[name].append((time.perf_counter() - started) / calls)
+                    times[name].append((clock() - started) / calls)
             gc.collect(0)
     finally:
         if collects:
