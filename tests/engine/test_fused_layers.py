@@ -11,8 +11,10 @@ from cases import Written, randomise, reference
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lora.engine import LoRAConfig, inject
+from tests.engine.fused_step import saved_by
 
 
 class Blocks(nn.Module):
@@ -170,3 +172,12 @@ def test_a_layer_that_is_used_twice_gets_both_gradients():
         return torch.func.functional_call(model, {"blocks.0.lora_A": A, "blocks.0.lora_B": B}, x)
 
     assert torch.autograd.gradcheck(output, parameters)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, lambda d_in, d_out: Conv1D(d_out, d_in)], ids=["Linear", "Conv1D"])
+def test_a_known_layer_keeps_its_input_and_the_narrow_product_alone(layer: Callable[[int, int], nn.Module]):
+    model = adapted(nn.ModuleDict({"blocks": nn.ModuleList([layer(32, 16)])}), target_modules=r"blocks\.0")
+    x = torch.randn(64, 32, requires_grad=True)
+    module = model["blocks"][0]
+    known = [x, *module.parameters()]
+    assert saved_by(lambda: module(x), *known) == 2 * 64  # A x, of rank 2

@@ -14,6 +14,8 @@ from lightning_lora.engine.layers.linear import LinearLoRA
 class Conv1DLoRA(LinearLoRA):
     """A is (rank, in), B is (out, rank), as for a Linear."""
 
+    lora_known_forward = None  # known once transformers is imported
+
     @staticmethod
     def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         features_in, features_out = module.weight.shape
@@ -38,4 +40,5 @@ def register_conv1d() -> type[nn.Module] | None:
     if module is None:
         return None
     Adapter.geometries.setdefault(module.Conv1D, Conv1DLoRA)
+    Conv1DLoRA.lora_known_forward = module.Conv1D.forward
     return module.Conv1D

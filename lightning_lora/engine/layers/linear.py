@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from lightning_lora.errors import AdapterStateError, TargetError
 class LinearLoRA(Adapter, adapts=nn.Linear):
     """A is (rank, in), B is (out, rank)."""
 
+    lora_known_forward: ClassVar[Any] = nn.Linear.forward
+    """It multiplies by the weight, adds the bias, and does nothing else."""
+
     @staticmethod
     def shapes(module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, module.in_features), (module.out_features, rank)
@@ -28,10 +31,11 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
             return super().forward(x, *args, **kwargs)
         A, B = self.factors()
         dropout = self.lora.dropout if self.training else 0.0
-        if cls.base_class.forward is nn.Linear.forward and not (args or kwargs):
-            W, b = self._parameters.get("weight"), self.bias
-            if W is not None and self.weight is W and (b is None or isinstance(b, Tensor)):  # else they are computed
-                return fused.linear(x, W, b, A, B, self.lora.scale, dropout)
+        W = self._parameters.get("weight")
+        is_known = cls.base_class.forward is cls.lora_known_forward and not (args or kwargs)
+        if is_known and W is not None and self.weight is W:
+            b: Any = self.bias
+            return fused.linear(x, self.matrix(self, W), b, A, B, self.lora.scale, dropout)
         base: Tensor = super(Adapter, self).forward(x, *args, **kwargs)
         return fused.add_update(base, x, A, B, self.lora.scale, dropout)
 
