@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cases import CASES, Case
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.corda import collect_eigens_for_layer
 from snapshot import assert_same, snapshot
@@ -27,6 +30,8 @@ from lightning_lora.engine import (
 )
 from lightning_lora.engine.inits import INITS, Factors, Whole, init
 from lightning_lora.errors import ConfigError, TargetError
+
+from . import test_contract as contract
 
 D_IN, D_OUT, RANK = 12, 9, 4
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -353,28 +358,40 @@ def test_parts_of_a_model_start_by_their_names_in_it():
 # An initialiser of one's own.
 
 
-def test_a_function_of_ones_own_is_an_initialiser(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lightning_lora.engine.inits.INITS", INITS)
-    known = dict(INITS)
-    try:
+@pytest.fixture
+def first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(INITS, "first_rows", INITS["kaiming"])  # taken out again after the test
 
-        @init
-        def first_rows(W: Tensor, rank: int, scale: float) -> Factors:
-            """s B A is the first rows of W."""
-            return Factors(A=W[:rank] / scale, B=torch.eye(W.shape[0], rank))
+    @init
+    def first_rows(W: Tensor, rank: int, scale: float) -> Factors:
+        """s B A is the first rows of W."""
+        return Factors(A=W[:rank] / scale, B=torch.eye(W.shape[0], rank))
 
-        for kind in LAYERS:
-            net = model(kind)
-            W = matrix(net, kind)
-            before = snapshot(net)
-            A, B, scale = started(net, "first_rows")
-            torch.testing.assert_close((scale * B @ A)[:RANK], W[:RANK])
-            assert not net[0].delta_weight().any()  # type: ignore[operator]
-            remove(net)
-            assert_same(snapshot(net), before)
-    finally:
-        INITS.clear()
-        INITS.update(known)
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.usefixtures("first_rows")
+def test_a_function_of_ones_own_is_an_initialiser(kind: str):
+    net = model(kind)
+    W = matrix(net, kind)
+    A, B, scale = started(net, "first_rows")
+    torch.testing.assert_close((scale * B @ A)[:RANK], W[:RANK])
+    assert not net[0].delta_weight().any()  # type: ignore[operator]
+
+
+PROMISES = [
+    test
+    for name, test in vars(contract).items()
+    if name.startswith("test_") and list(inspect.signature(test).parameters) == ["case"]
+]
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda test: test.__name__)
+@pytest.mark.parametrize("name", ["linear", "transformers-conv1d", "conv2d", "linear-dora"])
+@pytest.mark.usefixtures("first_rows")
+def test_with_it_every_promise_of_an_adapted_layer_is_kept(name: str, promise: Callable[[Case], None]):
+    (case,) = (case for case in CASES if case.name == name)
+    if case.differentiable or "finite_differences" not in promise.__name__:
+        promise(replace(case, config={**case.config, "init": "first_rows"}))
 
 
 def test_an_initialiser_that_asks_for_what_there_is_not_is_refused_when_it_is_registered():

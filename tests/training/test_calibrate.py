@@ -18,10 +18,10 @@ from lightning_lora import LoRACallback, load_from_checkpoint
 from lightning_lora.engine import LoRAConfig, adapter_state_dict, adapters, inject
 from lightning_lora.engine.calibration import calibrate
 from lightning_lora.engine.storage import dense
-from lightning_lora.errors import ConfigError, TrainingError
+from lightning_lora.errors import ConfigError, DataError, TrainingError
 
 from .ddp_run import Shared
-from .lit import STYLES, Lit, trainer
+from .lit import STYLES, Lit, data, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
@@ -143,6 +143,37 @@ def test_the_order_of_a_loader_with_a_generator_of_its_own_stays() -> None:
         return order
 
     assert run("eva") == run("kaiming")
+
+
+class Several(pl.LightningDataModule):
+    """Two loaders, of which the shorter starts anew when it is through."""
+
+    def setup(self, stage: str) -> None:
+        self.rows = data()
+
+    def train_dataloader(self) -> Any:
+        return {"one": DataLoader(self.rows, 8, shuffle=True), "two": DataLoader(self.rows, 16)}
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.rows, 20)
+
+
+def test_it_is_measured_on_a_data_module_of_several_loaders_and_on_no_more_batches_than_there_are() -> None:
+    class Both(Lit):
+        def training_step(self, batch: dict[str, list[Tensor]]) -> Tensor:  # type: ignore[override]
+            return self.loss(batch["one"]) + self.loss(batch["two"])
+
+    module, start = Both(), AtStart()
+    callback = LoRACallback(rank=2, init="corda", init_batches=1000)
+    trainer(callback, start, max_epochs=1).fit(module, datamodule=Several())
+    assert all(t.any() for t in start.adapter.values())
+    assert len(start.losses) == 5
+
+
+def test_data_that_are_empty_are_said_to_be() -> None:
+    run = trainer(LoRACallback(rank=2, init="eva"), max_epochs=1)
+    with pytest.raises(DataError, match="no batch to measure on"):
+        run.fit(Lit(), DataLoader(torch.utils.data.TensorDataset(torch.empty(0, 8)), 4))
 
 
 @pytest.mark.parametrize("init", [init for init in STARTED if init != "orthogonal"])
