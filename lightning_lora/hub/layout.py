@@ -91,7 +91,8 @@ class Layout:
 
     def value(self, name: str, in_file: Tensor) -> Tensor:
         """What the engine holds for `name`, of what a file does."""
-        return in_file.reshape(self.shape(name)) * (1 / self._factor(name))
+        tensor, factor = in_file.reshape(self.shape(name)), self._factor(name)
+        return tensor if factor == 1 else tensor / factor  # a buffer of integers stays one
 
     def _factor(self, name: str) -> float:
         module, _, last = name.rpartition(".")
