@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine.bypass import only_reads, reads_weight
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import DoRA, ParameterLoRA, WeightReadLinearLoRA, geometry_of
 from lightning_lora.engine.layers.alora import ALoRA, check_readers, listen, stop_listening
@@ -26,6 +27,7 @@ from lightning_lora.engine.layers.frozen import (
     release_statistics,
 )
 from lightning_lora.engine.layers.linear import OutProjectionLoRA
+from lightning_lora.engine.layers.quantized import keep_in_place, let_rearrange, rearranges
 from lightning_lora.engine.layers.swapping import check_removable, check_swappable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.report import AdaptedModule, InjectionReport
@@ -35,25 +37,6 @@ from lightning_lora.engine.vocabulary import token_tensors, vocabulary
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
 _RECORD = "lora_injection"
-
-# Parents that read a child's weight in kernels of their own, where they do not call it: type -> names of the children.
-_READS_WEIGHT_OF: dict[type[nn.Module], tuple[str, ...]] = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
-
-# Those of transformers that never call the child, or do not where they have a kernel: by name, as nothing is imported.
-_MAMBA = ("dt_proj", "x_proj", "out_proj")
-_ONLY_READS = {
-    "mamba.modeling_mamba.MambaMixer": _MAMBA,
-    "falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": _MAMBA,
-    "jamba.modeling_jamba.JambaMambaMixer": ("dt_proj",),
-    "mamba2.modeling_mamba2.Mamba2Mixer": ("out_proj",),
-    "bamba.modeling_bamba.BambaMixer": ("out_proj",),
-    "zamba2.modeling_zamba2.Zamba2MambaMixer": ("out_proj",),
-    "falcon_h1.modeling_falcon_h1.FalconH1Mixer": ("out_proj",),
-    "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": ("out_proj",),
-    "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": ("out_proj",),
-    "wavlm.modeling_wavlm.WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": ("dense", "decoder"),
-}
 
 
 @dataclass
@@ -68,6 +51,8 @@ class Injection:
     head: str | None = None
     frozen_norms: tuple[str, ...] = ()
     """Norms whose running statistics were frozen."""
+    kept_in_place: tuple[str, ...] = ()
+    """4-bit layers without an adapter that were kept from rearranging their weights."""
     awaits_start: bool = False
     """Whether A and B are zero still: neither started nor loaded."""
 
@@ -128,6 +113,11 @@ def inject(
             for name, module in model.named_modules()
             if has_running_statistics(module) and id(module) not in saved_modules
         ),
+        kept_in_place=tuple(
+            name
+            for name, module in model.named_modules()
+            if rearranges(module) and all(module is not target.module for target in selection.targets)
+        ),
         awaits_start=not start,
     )
     tensors = [
@@ -148,6 +138,8 @@ def inject(
         listen(model, config.alora_invocation_tokens)
     for name in injection.frozen_norms:
         freeze_statistics(model.get_submodule(name))
+    for name in injection.kept_in_place:
+        keep_in_place(model.get_submodule(name))
     model.__dict__[_RECORD] = injection
     return _report(model, injection, selection)
 
@@ -200,6 +192,9 @@ def release(model: nn.Module, injection: Injection) -> None:
         norm = modules.get(name)
         if isinstance(norm, FrozenNorm):  # not so if it was replaced since, by SyncBatchNorm for example
             release_statistics(norm)
+    for name in injection.kept_in_place:
+        if name in modules:
+            let_rearrange(modules[name])
     for name, p in model.named_parameters(remove_duplicate=False):
         p.requires_grad_(name in injection.was_trainable)
     for p in model.parameters():
@@ -223,19 +218,6 @@ def injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
     for name, module in model.named_modules():
         if _RECORD in module.__dict__:
             yield name, module.__dict__[_RECORD]
-
-
-def reads_weight(parent: nn.Module, child: str) -> bool:
-    """Whether `parent` uses the weight of its child without calling the child."""
-    return any(isinstance(parent, kind) and child in children for kind, children in _READS_WEIGHT_OF.items())
-
-
-def only_reads(parent: nn.Module, child: str) -> bool:
-    """Whether `parent` may never call its child, though that is a Linear like any other."""
-    if isinstance(parent, nn.MultiheadAttention):  # some of its subclasses have a plain Linear there
-        return child == "out_proj"
-    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(parent).__mro__)
-    return any(child in _ONLY_READS.get(name.removeprefix("transformers.models."), ()) for name in names)
 
 
 def _check_unadapted(model: nn.Module) -> None:

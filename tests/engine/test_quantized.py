@@ -237,6 +237,24 @@ def test_gradients_still_pass_a_4_bit_layer_that_was_evaluated(kind: str, evalua
     torch.testing.assert_close(model(x), expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("evaluated_before", [False, True])
+def test_gradients_pass_a_4_bit_layer_that_is_not_adapted_too(evaluated_before: bool):
+    model, x = build("nf4")
+    expected = model(x)
+    if evaluated_before:
+        with torch.no_grad():
+            model.eval()(x)
+    could_rearrange = model[2].support_avx512bf16_for_cpu
+    inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+    with torch.no_grad():
+        model.eval()(x)
+    model.train()(x).square().sum().backward()
+    assert model[0].lora_B.grad.any()
+    remove(model)
+    assert model[2].support_avx512bf16_for_cpu == could_rearrange
+    torch.testing.assert_close(model.train()(x), expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_a_layer_may_be_adapted_before_it_is_quantized_by_being_moved(kind: str):
     torch.manual_seed(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.linear import LinearLoRA
@@ -16,16 +16,15 @@ class Linear4bitLoRA(LinearLoRA):
     """A Linear4bit must not rearrange its weight for the CPU.
 
     Where a CPU has AVX512-BF16 it does so in its first forward in eval mode, rounds its scales, and passes no gradient
-    on from then on: after a validation, the adapters below it would no longer train.
+    on from then on: after a validation, the adapters below it would no longer train. The same goes for those that are
+    not adapted, which are kept from it while others are.
     """
 
     replaces = ("support_avx512bf16_for_cpu",)
     support_avx512bf16_for_cpu = property(lambda self: False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight: Any = self._parameters["weight"]
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):  # by a forward before it was adapted
-            weight.data, weight.quant_state = unpacked(weight)
+        _put_back(self)
         return super().forward(x, *args, **kwargs)
 
 
@@ -34,3 +33,25 @@ def register_bitsandbytes() -> None:
     module = sys.modules.get("bitsandbytes.nn")
     if module is not None:
         Adapter.geometries.setdefault(module.Linear4bit, Linear4bitLoRA)
+
+
+def rearranges(module: nn.Module) -> bool:
+    """Whether `module` is a Linear4bit that would, and is not adapted."""
+    return bool(getattr(module, "support_avx512bf16_for_cpu", False)) and not isinstance(module, Adapter)
+
+
+def keep_in_place(module: Any) -> None:
+    """Keep a Linear4bit from rearranging its weight; what it has rearranged is put back."""
+    module.support_avx512bf16_for_cpu = False
+    _put_back(module)
+
+
+def let_rearrange(module: Any) -> None:
+    """Undo `keep_in_place`."""
+    module.support_avx512bf16_for_cpu = True
+
+
+def _put_back(module: Any) -> None:
+    weight = module._parameters["weight"]
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = unpacked(weight)

@@ -1,0 +1,37 @@
+"""Layers that their parent reads without calling them, where an adapter would never be seen."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# Parents that read a child's weight in kernels of their own, where they do not call it: type -> names of the children.
+_READS_WEIGHT_OF: dict[type[nn.Module], tuple[str, ...]] = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
+
+# Those of transformers that never call the child, or do not where they have a kernel: by name, as nothing is imported.
+_MAMBA = ("dt_proj", "x_proj", "out_proj")
+_ONLY_READS = {
+    "mamba.modeling_mamba.MambaMixer": _MAMBA,
+    "falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": _MAMBA,
+    "jamba.modeling_jamba.JambaMambaMixer": ("dt_proj",),
+    "mamba2.modeling_mamba2.Mamba2Mixer": ("out_proj",),
+    "bamba.modeling_bamba.BambaMixer": ("out_proj",),
+    "zamba2.modeling_zamba2.Zamba2MambaMixer": ("out_proj",),
+    "falcon_h1.modeling_falcon_h1.FalconH1Mixer": ("out_proj",),
+    "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": ("out_proj",),
+    "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": ("out_proj",),
+    "wavlm.modeling_wavlm.WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": ("dense", "decoder"),
+}
+
+
+def reads_weight(parent: nn.Module, child: str) -> bool:
+    """Whether `parent` uses the weight of its child without calling the child."""
+    return any(isinstance(parent, kind) and child in children for kind, children in _READS_WEIGHT_OF.items())
+
+
+def only_reads(parent: nn.Module, child: str) -> bool:
+    """Whether `parent` may never call its child, though that is a Linear like any other."""
+    if isinstance(parent, nn.MultiheadAttention):  # some of its subclasses have a plain Linear there
+        return child == "out_proj"
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(parent).__mro__)
+    return any(child in _ONLY_READS.get(name.removeprefix("transformers.models."), ()) for name in names)
