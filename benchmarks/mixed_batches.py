@@ -123,10 +123,10 @@ def within(bank: AdapterBank, names: Any, call: Callable[[], object]) -> Callabl
     return entered
 
 
-def measured(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def measured(contenders: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
     """Their times in turn: where one thread does all the work, without the time that it waited for the processor."""
     is_alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    return in_turn(contenders, rounds=rounds, clock=time.process_time if is_alone else time.perf_counter)
+    return in_turn(contenders, rounds=rounds, calls=calls, clock=time.process_time if is_alone else time.perf_counter)
 
 
 def shown(work: Workload, ratio: Spread) -> str:
@@ -214,6 +214,33 @@ def bound(report: Report, contenders: Contenders, work: Workload, rounds: int) -
     )
 
 
+def one_layer(report: Report, contenders: Contenders, rounds: int) -> None:
+    """What bounds one row alone: the calls of one layer, with all that they read in the processor's caches."""
+    bare, served = (model.model.layers[0].self_attn.q_proj for model in (contenders.base, contenders.served))
+    cell = served.bank_cell
+    A, B = cell.one(0, RANK)
+    x = torch.randn(1, 1, bare.in_features)
+    y = torch.zeros(1, bare.out_features)
+
+    def products() -> None:
+        y.addmm_(torch.mm(x.view(1, -1), A), B)
+
+    with contenders.bank.use("a0"):
+        calls = {
+            "the bare layer": lambda: bare(x),
+            "the layer in a bank": lambda: served(x),
+            "the two products of the update": products,
+        }
+        times = measured(calls, rounds=rounds, calls=2000)
+    rows = [{"": name, "us": Spread.of(1e6 * t for t in own)} for name, own in times.items()]
+    report.table(f"One layer, one row, {bare.in_features} -> {bare.out_features}, from the processor's caches", rows)
+    share = 100 * contenders.bytes_per_adapter / contenders.bytes_of_base
+    report.note(
+        f"One row alone: the adapter has {share:.1f} % of the base's bytes, and a forward of one row is reading bytes. "
+        "The rest above 1 is the calls of the table, for each of the layers; `bank.folded` is without them."
+    )
+
+
 @torch.inference_mode()
 def main() -> None:
     given = arguments(__doc__, rounds=40)
@@ -240,6 +267,7 @@ def main() -> None:
     mixed(report, contenders, workloads, given.rounds)
     alone(report, contenders, ALONE[:1] if given.quick else ALONE, given.rounds)
     bound(report, contenders, workloads[0], given.rounds)
+    one_layer(report, contenders, given.rounds)
     report.note("No accelerator took part: this machine has none.") if not torch.cuda.is_available() else None
     report.write(given.results)
 
