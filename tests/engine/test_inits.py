@@ -29,6 +29,7 @@ from lightning_lora.engine import (
     start_adapters,
 )
 from lightning_lora.engine.inits import INITS, Factors, Whole, init
+from lightning_lora.engine.layers import pairs
 from lightning_lora.errors import ConfigError, TargetError
 
 from . import test_contract as contract
@@ -180,6 +181,32 @@ def test_a_start_that_is_left_out_changes_no_bit_in_any_precision(name: str, kin
     plain = model(kind).bfloat16()
     plain.load_state_dict(net.state_dict(), strict=False)
     assert net(x).equal(plain(x))
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_fast", "olora"])
+@pytest.mark.parametrize("kind", ["experts", "experts-transposed", "lstm", "attention-packed", "bilinear", "GRUCell"])
+def test_each_matrix_of_parameters_and_stacks_starts_by_itself(name: str, kind: str):
+    (case,) = (case for case in CASES if case.name == kind)
+    net, x = case.model().eval(), case.input()
+    bare, before = snapshot(net), net(x)
+    inject(net, replace(case.lora_config(), init=name))
+    assert net(x).equal(before)
+    for pair in pairs(net):
+        A, B = (
+            factor[..., : pair.spec.rank, :] if which == "A" else factor[..., -pair.spec.rank :]
+            for which, factor in zip("AB", pair.module.factors(pair.parameter))
+        )  # of [A; A - A0] and [B - B0, B0]
+        P = pair.module.dense_weight(pair.parameter).detach()
+        for W, a, b in zip(*(t if t.dim() == 3 else t[None] for t in (pair.module.matrix(pair.module, P), A, B))):
+            found = (pair.spec.scale if name != "olora" else 1) * (b @ a).detach()
+            if name == "olora":  # the first columns of W, exactly
+                torch.testing.assert_close(found[:, : pair.spec.rank], W[:, : pair.spec.rank], rtol=1e-4, atol=1e-5)
+            else:
+                torch.testing.assert_close(found, truncated(W, slice(pair.spec.rank)), rtol=1e-3, atol=1e-4)
+    net(x).square().mean().backward()
+    assert all(pair.B.grad is not None and pair.B.grad.any() for pair in pairs(net))
+    remove(net)
+    assert_same(snapshot(net), bare)
 
 
 @torch.no_grad()
