@@ -172,7 +172,7 @@ def load_adapter(
         values = plan.read(file)
         note = file.header.note
     try:
-        report = inject(model, plan.config)
+        report = inject(model, plan.config, start=False)
     except TargetError as error:
         raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
     try:

@@ -226,6 +226,14 @@ def test_metadata_that_cannot_be_is_refused(own, tmp_path):
     assert_same(before, state(model))
 
 
+def test_loading_draws_no_random_numbers(tmp_path):
+    base, _ = build("words")
+    peft_folder(base, tmp_path, target_modules=["embed", "fc"], use_dora=True)
+    before = torch.random.get_rng_state()
+    load_adapter(base, tmp_path)
+    assert torch.random.get_rng_state().equal(before)
+
+
 def test_the_config_has_exactly_the_fields_of_the_installed_peft(tmp_path):
     model, _ = build("linears")
     inject(model, LoRAConfig(rank=2))
