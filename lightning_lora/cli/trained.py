@@ -46,6 +46,9 @@ def trained(
 ) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
     """Trainer, task and data as `settings` describe them; a hook of the Trainer loads the adapter, unless `callbacks`
     are given, which do."""
+    checkpoint = settings["ckpt_path"]
+    if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
+        raise ConfigError(f"ckpt_path={checkpoint}: there is no such checkpoint.")
     quieten()
     use_available_cores()
     if settings["seed"] is not None:

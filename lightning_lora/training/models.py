@@ -73,28 +73,23 @@ class ModelSource:
 
     @property
     def location(self) -> str:
-        """What transformers' `from_pretrained` is given: a folder or a Hub id."""
+        """What transformers' `from_pretrained` is given, and an adapter knows its base by: an absolute folder (which no
+        file of the adapter names), or a Hub id."""
         if self.name == EMBEDDED:
             return str(EMBEDDED_FOLDER)
         return str(Path(self.name).expanduser().resolve()) if self.is_local else self.name
 
-    @property
-    def base_id(self) -> str:
-        """The name that an adapter remembers its base by: "embedded", an absolute folder, or a Hub id."""
-        return EMBEDDED if self.name == EMBEDDED else self.location
-
     def load(self, auto_class: str, **options: Any) -> transformers.PreTrainedModel:
         """Load the pretrained model by `transformers.<auto_class>.from_pretrained`, in evaluation mode.
 
-        `options` go to `from_pretrained`. The model's `name_or_path` is `base_id`. Raises ConfigError if there is no
+        `options` go to `from_pretrained`. The model's `name_or_path` is `location`. Raises ConfigError if there is no
         such model, it cannot be reached, or it is of a kind that `auto_class` does not know.
         """
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.quantization is not None:
             options["quantization_config"] = self._bitsandbytes_config(self.quantization)
-        model = self._from_pretrained(auto_class, dtype=self.dtype, **options)
-        model.name_or_path = model.config._name_or_path = self.base_id
+        model: transformers.PreTrainedModel = self._from_pretrained(auto_class, dtype=self.dtype, **options)
         return model
 
     def _bitsandbytes_config(self, quantization: str) -> transformers.BitsAndBytesConfig:

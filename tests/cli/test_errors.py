@@ -92,6 +92,9 @@ def test_an_adapter_that_is_not_there_is_an_error(cli, command):
 
 
 def test_a_checkpoint_that_is_not_there_is_an_error(cli):
+    for command in ("evaluate", "predict"):
+        assert cli(command, *THEIRS[:6], "adapter=null", "ckpt_path=nowhere.ckpt") == 2
+        assert "nowhere.ckpt: there is no such checkpoint" in cli.err
     assert cli.train("ckpt_path=nowhere.ckpt") == 2
     assert "nowhere.ckpt: there is no such checkpoint" in cli.err
 

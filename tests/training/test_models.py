@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.errors import ConfigError, MissingExtraError
 from lightning_lora.training import models
 from lightning_lora.training.models import QUANTIZATIONS, ModelSource
@@ -17,11 +20,19 @@ def test_a_folder_is_loaded_and_remembered_by_its_absolute_path(llama, monkeypat
     source = ModelSource("../" + folder.rsplit("/", 1)[1])
     model = source.load("AutoModelForCausalLM")
     assert isinstance(model, LlamaForCausalLM)
-    assert source.base_id == model.name_or_path == model.config._name_or_path == folder
+    assert source.location == model.name_or_path == model.config._name_or_path == folder
 
 
 def test_a_hub_id_is_remembered_as_it_is():
-    assert ModelSource("some/model", revision="abc").base_id == "some/model"
+    assert ModelSource("some/model", revision="abc").location == "some/model"
+
+
+def test_the_embedded_base_is_no_id_on_the_hub(tmp_path):
+    model = ModelSource().load("AutoModelForCausalLM")
+    inject(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    folder = save_adapter(model, tmp_path / "adapter")
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert "base_model" not in (folder / "README.md").read_text()
 
 
 def test_the_dtype_is_the_saved_one_unless_another_is_asked_for(llama):
