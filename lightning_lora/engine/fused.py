@@ -159,7 +159,7 @@ class _Linear(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.dtypes = x.shape, [None if t is None else t.dtype for t in (x, base, b, A, B)]
-        return y, H
+        return _no_view(y), H
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, grad_H: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -203,7 +203,7 @@ class _Dropout(torch.autograd.Function):
         dropped = _draw(x, p)
         ctx.save_for_backward(dropped)
         ctx.factor = 1 / (1 - p)
-        return _without(x, dropped).mul_(ctx.factor)
+        return _no_view(_without(x, dropped).mul_(ctx.factor))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -281,6 +281,14 @@ def _without(X: Tensor, dropped: Tensor | None) -> Tensor:
     if dropped.dtype == torch.bool:
         return X.masked_fill(dropped, 0)
     return X.reshape(-1).index_fill(0, dropped.long(), 0).view(X.shape)
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """y in the same memory, but no view: what comes next may change it in place (nn.ReLU(inplace=True)), which autograd
+    refuses for a view that a function returns."""
+    if not y._is_view():
+        return y
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.size(), y.stride())
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -218,6 +218,18 @@ def test_one_input_used_by_several_layers_gets_the_sum_of_their_gradients():
     torch.testing.assert_close(ours, exact)
 
 
+@both
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (2, 3, 4, 5)], ids=str)
+def test_what_comes_next_may_change_the_output_in_place(way: str, shape: tuple[int, ...], biased: bool):
+    t = tensors(*shape)
+    y = fused.linear(t["x"], t["W"], None, t["A"], t["B"], SCALE) if not biased and way == "linear" else call(way, t)
+    exact = formula(way, t if biased or way != "linear" else t | {"b": torch.zeros(6, dtype=torch.float64)})
+    ours, theirs = (torch.autograd.grad(out.relu_().square().sum(), t["A"]) for out in (y, exact.clone()))
+    torch.testing.assert_close(ours, theirs)
+    fused.dropout(t["x"], 0.2).relu_().sum().backward()
+
+
 def test_a_backward_pass_can_be_repeated_with_its_graph_retained():
     t = tensors(4, 5)
     y = call("linear", t, 0.2).sum()
