@@ -24,6 +24,7 @@ from lightning_lora.engine.inits import INITS
 from lightning_lora.errors import ConfigError, TrainingError
 from lightning_lora.hub.base_weights import weights_of
 from lightning_lora.hub.roots import adapter_root
+from lightning_lora.training.models import EMBEDDED, EMBEDDED_FOLDER
 from lightning_lora.training.randomness import random_state, set_random_state
 
 
@@ -162,6 +163,6 @@ def _original(module: LightningModule, root: str, config: LoRAConfig) -> Any:
             f"{type(base).__name__} does not say where they are, as a transformers model does. Give them to "
             "inject(module, config, measured=residuals(module, config, weight_of)) before you fit."
         )
-    weight_of = weights_of(source)
+    weight_of = weights_of(EMBEDDED_FOLDER if source == EMBEDDED else source)
     prefix, inside = f"{root}." if root else "", f"{name}." if name else ""
     return lambda weight: weight_of((prefix + weight).removeprefix(inside))
