@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, inject, load_adapter, merge, save_adapter
+from lightning_lora import AdapterBank, LoRAConfig, inject, load_adapter, merge, save_adapter
 from lightning_lora.errors import BaseMismatchError
 from tests.hub.models import llama, output, shake
 
@@ -103,3 +103,20 @@ def test_another_quantized_base_is_known_by_what_is_not_quantized(kind: str, fol
         other.model.norm.weight.mul_(2)
     with pytest.raises(BaseMismatchError):
         load_adapter(other, tmp_path)
+
+
+@every_kind
+@every_variant
+@torch.no_grad()
+def test_a_bank_serves_it_on_a_quantized_base(kind: str, variant: str, folder: Path, tmp_path: Path):
+    model = trained(folder, kind, variant)
+    save_adapter(model, tmp_path)
+    base = quantized(folder, kind)
+    bare = output(base, X)
+    bank = AdapterBank(base, capacity=2, target_modules=TARGETS)
+    bank.add("a", tmp_path)
+    with bank.use("a"):
+        served = output(base, X)
+    # bitsandbytes' kernel for 4 bits on some CPUs, which an adapted layer does not use, rounds its scales to bfloat16.
+    torch.testing.assert_close(served, output(model, X), rtol=0.05, atol=0.05)
+    assert (served - output(model, X)).norm() < 0.05 * (served - bare).norm()

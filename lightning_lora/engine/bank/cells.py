@@ -23,6 +23,7 @@ from lightning_lora.engine.layers.conv import ConvLoRA
 from lightning_lora.engine.layers.dora import output_norms
 from lightning_lora.engine.layers.embedding import EmbeddingLoRA
 from lightning_lora.engine.layers.linear import LinearLoRA
+from lightning_lora.engine.storage import can_be_dense, dense, is_quantized
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, TargetError
 
 if TYPE_CHECKING:
@@ -158,6 +159,12 @@ class Cell:
                 f"{self.name!r} cannot be folded: a {self.base_class.__name__} has a forward of its own, which may use "
                 "its weight in another way. Use the adapter as it is."
             )
+        own = self.module._parameters["weight"]
+        if own is not None and is_quantized(own):
+            raise AdapterStateError(
+                f"{self.name!r} cannot be folded: its weight is quantized, and would be rounded again. Use the adapter "
+                "as it is."
+            )
         W, (A, B) = self._dense_weight(AdapterStateError), self._whole(slot)
         geometry, module = self.geometry, self.module
         with torch.autocast(W.device.type, enabled=False):
@@ -192,13 +199,12 @@ class Cell:
 
     def _dense_weight(self, error: type[Exception]) -> Tensor:
         """The layer's weight, where an adapter can be taken into it."""
-        weight: Any = self.module._parameters["weight"]
-        if not weight.is_floating_point() or weight.dtype.itemsize == 1:
-            raise error(f"{self.name!r} has quantized weights, which DoRA and folding cannot use.")
+        weight = self.module._parameters["weight"]
+        if weight is None or not can_be_dense(weight):
+            raise error(f"{self.name!r} has a weight of a kind that DoRA and folding cannot use.")
         if getattr(self.module, "groups", 1) != 1:
             raise error(f"{self.name!r} is a grouped convolution, of which no weight holds the adapter.")
-        dense: Tensor = weight.detach()
-        return dense
+        return dense(self.module, weight).detach()
 
     def _whole(self, slot: int) -> tuple[Tensor, Tensor]:
         """A (rank, n) and B (rank, out) of one adapter."""
