@@ -19,6 +19,7 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import LinearLoRA, adapters, geometry_of
 from lightning_lora.engine.layers.conv import ConvLoRA
+from lightning_lora.engine.layers.fresh import check_measured
 from lightning_lora.engine.storage import dense, is_plain
 from lightning_lora.engine.targets import select
 from lightning_lora.errors import DataError, TargetError, listed
@@ -32,7 +33,8 @@ def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterabl
 
     The mean of x x^T over all that the layer reads (C), or the mean gradient of the loss with respect to its weight
     (G), in float32 on the layer's device. The model runs in eval mode; its weights, gradients, modes and hooks and
-    torch's random numbers are afterwards as they were. Raises DataError where there is no batch or what was measured is
+    torch's random numbers are afterwards as they were. A matrix for each layer is held until it is started: C takes
+    d_in^2 numbers, G as many as the weight. Raises DataError where there is no batch or what was measured is
     not finite, TargetError for layers that no batch reached, or of which it cannot be measured.
     """
     layers = _layers(model, config)
@@ -48,10 +50,9 @@ def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterabl
             f"{listed(unreached)} took no part in any batch, so there is nothing that init={config.init!r} could start "
             "from: leave them out with exclude_modules, or choose another init."
         )
-    broken = [name for by_name in found.values() for name, M in by_name.items() if not bool(M.isfinite().all())]
-    if broken:
-        raise DataError(f"What was measured at {listed(broken)} is not finite: the data, or the loss, is not.")
-    return {name: {letter: by_name[name] for letter, by_name in found.items()} for name in layers}
+    measured = {name: {letter: by_name[name] for letter, by_name in found.items()} for name in layers}
+    check_measured(config, layers, measured)
+    return measured
 
 
 def residuals(model: nn.Module, config: LoRAConfig, weight_of: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -85,7 +86,7 @@ def residuals(model: nn.Module, config: LoRAConfig, weight_of: Callable[[str], T
 
 
 def _layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    adapted: dict[str, nn.Module] = dict(adapters(model))
+    adapted: dict[str, nn.Module] = {name: m for name, m in adapters(model) if m.lora_pairs(name)}
     return adapted or {target.name: target.module for target in select(model, config).targets}
 
 

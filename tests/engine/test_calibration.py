@@ -11,7 +11,7 @@ from tiny_transformers import bert
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora.engine import LoRAConfig, adapters, inject
+from lightning_lora.engine import LoRAConfig, adapters, inject, start_adapters
 from lightning_lora.engine.calibration import calibrate, residuals
 from lightning_lora.errors import DataError, TargetError
 
@@ -117,6 +117,16 @@ def test_a_transformers_model_is_measured_and_started(init: str):
     inject(model, config, measured=calibrate(model, config, step, [ids, ids.flip(1)]))
     assert model(ids).logits.equal(before)
     assert all(module.lora_A.any() for _, module in adapters(model))
+
+
+def test_rows_of_an_embedding_that_are_trained_beside_are_not_measured():
+    model, ids = bert().eval(), torch.randint(0, 32, (4, 7))
+    config = LoRAConfig(rank=2, init="eva", trainable_token_indices={"word_embeddings": [3, 5]})
+    bare = calibrate(model, config, model, [ids])
+    inject(model, config, start=False)
+    torch.testing.assert_close(calibrate(model, config, model, [ids]), bare)
+    start_adapters(model, bare)
+    assert all(m.lora_A.any() for name, m in adapters(model) if m.lora_pairs(name))
 
 
 def test_layers_that_no_batch_reaches_are_named():

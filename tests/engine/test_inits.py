@@ -30,7 +30,7 @@ from lightning_lora.engine import (
 )
 from lightning_lora.engine.inits import INITS, Factors, Whole, init
 from lightning_lora.engine.layers import pairs
-from lightning_lora.errors import ConfigError, TargetError
+from lightning_lora.errors import ConfigError, DataError, TargetError
 
 from . import test_contract as contract
 
@@ -304,6 +304,15 @@ def test_an_initialiser_that_needs_data_says_so_and_how_to_give_it(name: str, ho
     before = snapshot(net)
     with pytest.raises(ConfigError, match=f"init='{name}' starts from {how}"):
         started(net, name)
+    assert_same(snapshot(net), before)
+
+
+@pytest.mark.parametrize("name", ["eva", "corda"])
+def test_what_was_measured_and_is_not_finite_is_refused_by_the_layers_name(name: str):
+    net = model()
+    before = snapshot(net)
+    with pytest.raises(DataError, match="measured at 0 is not finite"):
+        started(net, name, {"0": {"C": torch.full((D_IN, D_IN), torch.nan)}})
     assert_same(snapshot(net), before)
 
 

@@ -14,7 +14,7 @@ from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
 from lightning_lora.engine.layers.base import BIAS, MAGNITUDE, START, Adapter, AdapterSpec
 from lightning_lora.engine.layers.dora import output_norms
 from lightning_lora.engine.storage import can_be_dense, dense, shape_of
-from lightning_lora.errors import ConfigError, TargetError, listed
+from lightning_lora.errors import ConfigError, DataError, TargetError, listed
 
 Measured = Mapping[str, Mapping[str, Tensor]]
 """What initialisers ask for that is measured: layer -> letter -> matrix (see `inits`)."""
@@ -94,8 +94,10 @@ def tensor_shapes(
 
 
 def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured) -> None:
-    """Raise ConfigError unless `measured` has what the initialiser asks for, of each layer in `names`."""
+    """Raise ConfigError unless `measured` has what the initialiser asks for, of each layer in `names`, and DataError
+    where that is not finite."""
     wants = INITS[config.init].measures
+    names = list(names)
     lacking = [name for name in names if not wants <= measured.get(name, {}).keys()]
     if lacking:
         what, how = _MEASURED_BY[min(wants)]
@@ -103,6 +105,9 @@ def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured)
             f"init={config.init!r} starts from {what}, which measured does not have for {listed(lacking)}. "
             f"LoRACallback measures it by itself; elsewhere, call inject(model, config, measured={how})."
         )
+    broken = [name for name in names if not all(bool(measured[name][letter].isfinite().all()) for letter in wants)]
+    if broken:
+        raise DataError(f"What was measured at {listed(broken)} is not finite: the data, or the loss, is not.")
 
 
 _MEASURED_BY = {
