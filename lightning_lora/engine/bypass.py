@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_lora.errors import TargetError
+
 # Parents that read a child's weight in kernels of their own, where they do not call it: type -> names of the children.
 _READS_WEIGHT_OF: dict[type[nn.Module], tuple[str, ...]] = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
 
@@ -35,3 +37,13 @@ def only_reads(parent: nn.Module, child: str) -> bool:
         return child == "out_proj"
     names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(parent).__mro__)
     return any(child in _ONLY_READS.get(name.removeprefix("transformers.models."), ()) for name in names)
+
+
+def check_called(parent: nn.Module, child: str, module: nn.Module) -> None:
+    """Raise TargetError where `parent` calls the convolution `module` at times, and reads its weight at others."""
+    is_depthwise = isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
+    if is_depthwise and child in ("conv1d", "conv_1d") and type(parent).__module__.startswith("transformers.models."):
+        raise TargetError(
+            f"a {type(parent).__name__} reads its weight where it has a kernel or a cache, and calls it elsewhere: "
+            "leave it out with exclude_modules"
+        )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.bypass import only_reads, reads_weight
+from lightning_lora.engine.bypass import check_called, only_reads, reads_weight
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import DoRA, ParameterLoRA, WeightReadLinearLoRA, geometry_of
 from lightning_lora.engine.layers.alora import ALoRA, check_readers, listen, stop_listening
@@ -259,6 +259,7 @@ def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], Adapter
     try:
         if ALoRA in mixins:
             ALoRA.check_geometry(geometry)
+        check_called(target.parent, child, target.module)
         geometry.check(target.module, spec)
         check_init(target.module, geometry, spec, config)
         for mixin in mixins:

@@ -16,6 +16,7 @@ from zoo import ZOO, Kind, build, output
 from lightning_lora import LoRAConfig, inject, load_adapter, merge, merged, remove, save_adapter
 from lightning_lora.engine import adapter_tensors
 from lightning_lora.engine.layers import geometry_of
+from lightning_lora.errors import TargetError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:A rank above a layer's smaller side"),
@@ -110,3 +111,26 @@ def test_peft_computes_the_same(name: str, tmp_path: Any):
         warnings.simplefilter("ignore")
         theirs = PeftModel.from_pretrained(base, folder).eval()
     torch.testing.assert_close(output(theirs, inputs), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_convolution_that_is_called_only_at_times_is_refused():
+    with pytest.raises(TargetError, match=r"conv1d.*MambaMixer reads its weight .* exclude_modules"):
+        inject(build(ZOO["mamba"]), LoRAConfig(rank=32, target_modules=["conv1d", "in_proj"]))
+
+
+@pytest.mark.parametrize(("name", "layer"), [("mamba", "mixer.dt_proj"), ("wavlm", "attention.q_proj")])
+def test_dropout_reaches_layers_that_are_read_and_never_called(name: str, layer: str):
+    kind = ZOO[name]
+    model = build(kind)
+    inject(model, LoRAConfig(rank=2, target_modules=[layer], dropout=0.5))
+    with torch.no_grad():
+        for tensor in adapter_tensors(model).values():
+            tensor.add_(torch.randn(tensor.shape))
+    for p in model.modules():
+        if isinstance(p, nn.Dropout):
+            p.p = 0.0
+    model.train()
+    first, *others = [output(model, kind.inputs()) for _ in range(10)]
+    assert not all(other.equal(first) for other in others)
+    model.eval()
+    assert output(model, kind.inputs()).equal(output(model, kind.inputs()))
