@@ -134,7 +134,7 @@ def gaussian(rank: int, d_in: int) -> Tensor:
 def orthogonal(rank: int, d_in: int, d_out: int) -> Whole:
     """B A = 0 with neither of them zero, so both learn from the first step on, as PEFT's "orthogonal" does.
 
-    The rows of an orthogonal Q are dealt out to A, whose rows lie in the span of the even ones, and to B.
+    Of an orthogonal Q, the columns of A are combinations of one half of its rows, and the rows of B of the other half.
     """
     Q, _ = torch.linalg.qr(torch.randn(rank, rank))
     A = (torch.randn(d_in, rank // 2) @ Q[0::2]).T / 10
@@ -161,7 +161,8 @@ def pissa_fast(W: Tensor, rank: int, scale: float) -> Factors:
 
 @init
 def olora(W: Tensor, rank: int) -> Factors:
-    """B is orthonormal: the first columns of Q in W = Q R; A is the first rows of R (arXiv:2406.01775, section 3)."""
+    """B is orthonormal, the first columns of Q in W = Q R, and A is the first rows of R (Büyükakyüz 2024,
+    arXiv:2406.01775)."""
     Q, R = torch.linalg.qr(W)
     return Factors(A=R[:rank], B=Q[:, :rank])
 
@@ -186,14 +187,14 @@ def eva(C: Tensor, rank: int) -> Tensor:
 @init
 def corda(W: Tensor, C: Tensor, rank: int, scale: float) -> Factors:
     """The directions of W that the data use most: with W C = U S V^T, s B A = U_r S_r V_r^T C^-1, the first r (Yang et
-    al. 2024, arXiv:2406.05223, section 3.3, "instruction-previewed"): to learn the task of the data."""
+    al. 2024, arXiv:2406.05223, section 3, "instruction-previewed"): to learn the task of the data."""
     U, S, Vh = _oriented(W, C)
     return _shared(U, S, Vh, rank, scale)
 
 
 @init
 def corda_preserving(W: Tensor, C: Tensor, rank: int, scale: float) -> Factors:
-    """The same with the last r, which the data use least (arXiv:2406.05223, section 3.3, "knowledge-preserved"): to
+    """The same with the last r, which the data use least (arXiv:2406.05223, section 3, "knowledge-preserved"): to
     learn something else, and keep what the data ask for."""
     U, S, Vh = _oriented(W, C)
     return _shared(U.flip(1), S.flip(0), Vh.flip(0), rank, scale)
@@ -217,8 +218,8 @@ def _oriented(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def lora_ga(G: Tensor, rank: int) -> Factors:
     """The first step changes B A along the best approximation of rank 2r of the gradient of W, as full fine-tuning
     would: from G = U S V^T, A takes the first r of V, and B the next r of U (Wang et al. 2024, arXiv:2407.05000,
-    section 3.2), by d_out^(1/4) / gamma^(1/2) larger (section 3.3, with gamma 16), so that the output keeps its size
-    as the layer grows wider."""
+    section 3). Both are larger by d_out^(1/4) / gamma^(1/2), with a gamma of 16, so that the output keeps its size as
+    the layer grows wider (ibid., on the stability of scale)."""
     U, _, V = torch.svd_lowrank(G, q=min(4 * rank, *G.shape), niter=4)
     half = min(rank, U.shape[1] // 2)
     size = G.shape[0] ** 0.25 / math.sqrt(_GAMMA)

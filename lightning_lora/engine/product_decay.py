@@ -19,7 +19,7 @@ def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> No
     1/2 ||s B A||_F^2, of their group's learning rate times `strength`.
 
     Decoupled from the loss's gradient and its moments, as AdamW's decay is (Loshchilov and Hutter 2019,
-    arXiv:1711.05101, section 3), which has no hold on the product. A frozen start counts as the rest of the update
+    arXiv:1711.05101, section 2), which has no hold on the product. A frozen start counts as the rest of the update
     does: what shrinks is s (B A - B0 A0). Raises ConfigError for a strength that is not a finite number above 0,
     TrainingError for LBFGS, whose step is a search along a line.
     """

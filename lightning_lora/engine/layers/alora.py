@@ -1,7 +1,7 @@
 """Activated LoRA: the adapter acts from a sequence of tokens on, and what came before is the base's own.
 
 So the keys and values that the base computed for a prompt serve the adapter as they are (Greenewald et al. 2025,
-arXiv:2504.12397, section 3).
+arXiv:2504.12397).
 """
 
 from __future__ import annotations
