@@ -134,6 +134,11 @@ class LoRAConfig:
                 "use_dora has no meaning with alora_invocation_tokens: it rescales the base's outputs, also where the "
                 "adapter must not act. Use one of the two."
             )
+        if self.alora_invocation_tokens and self.bias != "none":
+            raise ConfigError(
+                f"bias={self.bias!r} has no meaning with alora_invocation_tokens: a bias of the base acts everywhere, "
+                "also where the adapter must not. lora_bias gives B one of its own."
+            )
 
     def _check_ranks(self) -> None:
         multiple = INITS[self.init].rank_multiple

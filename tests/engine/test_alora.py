@@ -183,6 +183,16 @@ def test_the_bases_cache_serves_the_adapter_and_each_cache_remembers_its_rows():
 
 
 @torch.no_grad()
+def test_a_bias_of_b_is_added_where_the_adapter_was_invoked_alone():
+    model = adapted(config=LoRAConfig(rank=2, alora_invocation_tokens=TOKENS, lora_bias=True))
+    ids = torch.tensor(ROWS)
+    ours, base = model(ids).logits, base_of(model)(ids).logits
+    for row, start in enumerate(STARTS):
+        until = len(ROWS[row]) if start is None else start
+        assert ours[row, :until].equal(base[row, :until])
+
+
+@torch.no_grad()
 def test_the_inner_model_and_the_last_logits_alone_are_adapted_too():
     model = adapted(config=LoRAConfig(rank=2, target_modules=["q_proj", "lm_head"], alora_invocation_tokens=TOKENS))
     ids = torch.tensor(ROWS)
@@ -280,6 +290,7 @@ def test_gradient_checkpointing_computes_the_same_and_wants_a_backward_pass_for_
 
 REFUSED = [
     ({"use_dora": True}, ConfigError, "use_dora has no meaning with alora_invocation_tokens"),
+    ({"bias": "lora_only"}, ConfigError, "bias='lora_only' has no meaning with alora_invocation_tokens.*lora_bias"),
     ({"alora_invocation_tokens": []}, ConfigError, r"such as \[5, 17\], not \[\]"),
     ({"alora_invocation_tokens": [1, -1]}, ConfigError, "ids of one or more tokens"),
     ({"alora_invocation_tokens": "<go>"}, ConfigError, "tokenizer.encode"),
