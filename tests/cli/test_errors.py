@@ -36,7 +36,7 @@ from tests.cli.conftest import THEIRS
         (["lora=[x"], "no viable alternative at input '[x'"),
         (["lora.rank=4,8"], "add --multirun"),
         (["monitor=${lora.rnak}"], "Interpolation key 'lora.rnak' not found"),
-        (["lora=null"], "lora=null: a group takes the name of an option. Options of lora: default,"),
+        (["lora=null"], "lora=null: a group takes the name of an option. Options of lora: alora,"),
         (["experiment=null"], "Options of experiment: demo,"),
     ],
 )
