@@ -31,7 +31,7 @@ def test_an_unknown_command_names_the_closest(cli):
 def test_help_of_a_command_lists_groups_options_settings_and_examples(cli):
     assert cli("train", "--help") == 0
     assert "lightning-lora train -m lora.rank=4,8,16" in cli.out
-    assert "lora: default, gaussian, none, plus, rslora" in cli.out
+    assert "lora: alora, corda" in cli.out
     assert "  rank: 8" in cli.out
 
 
