@@ -34,9 +34,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 MANY_ROWS = (
     "All rows one adapter, 32 rows and more: the two products of the update have a side of 8, where MKL is slower than "
-    "in the base's. For 2,048 x 512 -> 512 on one thread they take 0.35 and 0.23 ms beside 10.1 ms of the base's, which "
-    "is 5.7 %, for 3.1 % of its operations. A x^T in place of x A^T takes 0.26 ms, which would be 4.8 %; `bank.folded` "
-    "costs nothing."
+    "in the base's. For 2,048 x 512 -> 512 on one thread they take 0.35 and 0.23 ms beside 10.1 ms of the base's, "
+    "which is 5.7 %, for 3.1 % of its operations. A x^T in place of x A^T takes 0.26 ms, which would be 4.8 %; "
+    "`bank.folded` costs nothing."
 )
 
 
