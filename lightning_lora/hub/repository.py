@@ -93,7 +93,7 @@ class HubRepository:
 
             return retried(once, until=until)
 
-        name = step("asking whose the token is", self.api.whoami)["name"]
+        name = step("asking whose the token is", lambda: self.api.whoami()["name"])
         if "/" not in self.repo_id:
             self.repo_id = f"{name}/{self.repo_id}"
         here = self.repo_id

@@ -217,6 +217,13 @@ def test_a_wrong_token_is_final_at_once(hub: HubServer, folder: Path) -> None:
     assert len(hub.requests) == 1
 
 
+@pytest.mark.parametrize("answer", [None, [], {}])
+def test_an_answer_that_no_hub_gives_is_an_error_of_ours(monkeypatch, folder: Path, answer: object) -> None:
+    monkeypatch.setattr(calls.Api, "whoami", lambda self: answer)
+    with pytest.raises(HubError, match="should not while asking whose the token is"):
+        push_adapter(folder, REPO)
+
+
 def test_no_token_at_all_says_how_to_get_one(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubAccessError, match=r"no token.*hf auth login.*HF_TOKEN"):
@@ -342,6 +349,13 @@ def test_somebody_elses_commit_in_between_is_kept(hub: HubServer, folder: Path, 
     push_adapter(folder, REPO, message="once")
     assert titles(hub) == ["somebody's commit", "once"]
     assert "NOTES.md" in hub.files(REPO)
+
+
+def test_a_lost_answer_is_found_on_a_hub_that_lists_only_trees(hub: HubServer, folder: Path) -> None:
+    hub.fail(404, path="/paths-info/", times=99)
+    hub.fail("lost_response", path="/commit/")
+    push_adapter(folder, REPO, message="once")
+    assert titles(hub) == ["once"]
 
 
 def test_a_lost_answer_is_found_below_somebody_elses_commit(hub: HubServer, folder: Path) -> None:
