@@ -54,8 +54,9 @@ class Plain(Lit):
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adagrad"])
 def test_an_optimizer_of_the_command_line_trains_the_adapters(tmp_path: Path, optimizer: str) -> None:
-    cli = run(tmp_path, CONFIG, "--optimizer", optimizer, "--optimizer.lr", "0.05", "--lr_scheduler", "ExponentialLR",
-              "--lr_scheduler.gamma", "0.9")  # fmt: skip
+    # By its whole path: bitsandbytes, where it was imported, has optimizers of the same names.
+    chosen = ["--optimizer", f"torch.optim.{optimizer}", "--optimizer.lr", "0.05"]
+    cli = run(tmp_path, CONFIG, *chosen, "--lr_scheduler", "ExponentialLR", "--lr_scheduler.gamma", "0.9")
     layers = dict(adapters(cli.model))
     assert list(layers) == ["net.0", "net.3"]
     assert all(m.lora.rank == 4 and bool(m.lora_B.abs().sum() > 0) for m in layers.values())
