@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from torch import nn
 
 from lightning_lora.errors import TargetError
@@ -33,9 +36,15 @@ def reads_weight(parent: nn.Module, child: str) -> bool:
 
 def only_reads(parent: nn.Module, child: str) -> bool:
     """Whether `parent` may never call its child, though that is a Linear like any other."""
-    if isinstance(parent, nn.MultiheadAttention):  # some of its subclasses have a plain Linear there
+    kind: Any = type(parent)
+    return _only_reads(kind, child)
+
+
+@functools.cache
+def _only_reads(kind: Any, child: str) -> bool:
+    if issubclass(kind, nn.MultiheadAttention):  # some of its subclasses have a plain Linear there
         return child == "out_proj"
-    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(parent).__mro__)
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in kind.__mro__)
     return any(child in _ONLY_READS.get(name.removeprefix("transformers.models."), ()) for name in names)
 
 

@@ -174,6 +174,8 @@ def _pattern_of(key: str) -> re.Pattern[str]:
 
 
 def _first_match(pattern: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    if not pattern:
+        return default
     matching = (value for key, value in pattern.items() if any(pattern_matches(key, name) for name in names))
     return next(matching, default)
 

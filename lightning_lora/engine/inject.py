@@ -6,10 +6,13 @@ to undo itself, and which parameters it left trainable, it keeps in an `Injectio
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,15 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import DoRA, ParameterLoRA, WeightReadLinearLoRA, geometry_of
 from lightning_lora.engine.layers.alora import ALoRA, check_readers, listen, stop_listening
 from lightning_lora.engine.layers.base import Adapter, AdapterSpec, adapters
-from lightning_lora.engine.layers.fresh import Measured, check_init, check_measured, fresh_tensors, tensor_shapes
+from lightning_lora.engine.layers.fresh import (
+    Measured,
+    check_init,
+    check_measured,
+    device_of,
+    drawing_on,
+    fresh_tensors,
+    tensor_shapes,
+)
 from lightning_lora.engine.layers.frozen import (
     FrozenNorm,
     freeze_statistics,
@@ -30,9 +41,10 @@ from lightning_lora.engine.layers.linear import OutProjectionLoRA
 from lightning_lora.engine.layers.quantized import keep_in_place, let_rearrange, rearranges
 from lightning_lora.engine.layers.swapping import check_removable, check_swappable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
-from lightning_lora.engine.report import AdaptedModule, InjectionReport
+from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.storage import shape_of
 from lightning_lora.engine.targets import Selection, Target, select
+from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.vocabulary import token_tensors, vocabulary
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
@@ -80,14 +92,14 @@ def inject(
     meta device: materialise it (`to_empty`, or `load_state_dict(..., assign=True)`), load its weights, and then start
     them.
     """
-    config = config or LoRAConfig()
-    _check_unadapted(model)
-    selection = select(model, config)
+    config, tree = config or LoRAConfig(), Tree.of(model)
+    _check_unadapted(model, tree)
+    selection = select(model, config, tree)
     _check_shared_weights(model, selection)
     plan = [(target, *_planned(target, config)) for target in selection.targets]
     if config.alora_invocation_tokens:
         check_readers(model)
-    rows = vocabulary(model, config, selection)
+    vocabularies = vocabulary(model, config, selection)
     measured = measured or {}
     if start:
         check_measured(config, [target.name for target in selection.targets], measured)
@@ -100,39 +112,47 @@ def inject(
             stacklevel=2,
         )
 
-    on_meta = any(p.is_meta for target in selection.targets for p in target.module.parameters(recurse=False))
+    own_parameters = (p for target in selection.targets for p in target.module._parameters.values())
+    on_meta = any(p.is_meta for p in own_parameters if p is not None)
     start = start and not on_meta
     saved_modules = {id(m) for saved in selection.saved.values() for m in saved.modules()}
     injection = Injection(
         config=config,
-        was_trainable=frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad),
+        was_trainable=frozenset(name for name, p in tree.parameters if p.requires_grad),
         originals={name: t.detach().clone() for name, t in whole.items()},
         head=selection.head,
         frozen_norms=tuple(
-            name
-            for name, module in model.named_modules()
-            if has_running_statistics(module) and id(module) not in saved_modules
+            name for name, m in tree.modules if has_running_statistics(m) and id(m) not in saved_modules
         ),
         kept_in_place=tuple(
             name
-            for name, module in model.named_modules()
-            if rearranges(module) and all(module is not target.module for target in selection.targets)
+            for name, m in tree.modules
+            if rearranges(m) and all(m is not target.module for target in selection.targets)
         ),
         awaits_start=not start,
     )
-    tensors = [
-        fresh_tensors(target.module, geometry, spec, config, measured.get(target.name), start=start)
-        for target, geometry, spec in plan
-    ]
-    tokens = [token_tensors(module, spec, config) for _, module, _, spec in rows]
+    tensors: list[dict[str, Tensor]] = []
+    for device, steps in groupby(plan, key=lambda step: device_of(step[0].module, step[2])):
+        with drawing_on(device):
+            tensors += [
+                fresh_tensors(target.module, geometry, spec, config, measured.get(target.name), start=start)
+                for target, geometry, spec in steps
+            ]
+    tokens = [token_tensors(module, spec, config) for _, module, _, spec in vocabularies]
     # Nothing below can fail for a reason in the model or the config.
+    adapted = tuple(rows(plan, tensors, weight_users(tree.modules), set(wasteful)))
     trained = {id(t) for t in whole.values()}
-    for p in model.parameters():
+    trainable = frozen = 0
+    for p in {id(p): p for _, p in tree.parameters}.values():
         p.requires_grad_(id(p) in trained)
+        if p.requires_grad:
+            trainable += p.numel()
+        else:
+            frozen += math.prod(shape_of(p))
+    variants = variants_of(config)
     for (target, geometry, spec), own in zip(plan, tensors):
-        variants = variants_of(config)
         swap(target.module, (*variants, geometry) if variants else geometry, spec, own)
-    for (_, module, kind, spec), own in zip(rows, tokens):
+    for (_, module, kind, spec), own in zip(vocabularies, tokens):
         swap(module, kind, spec, own)
     if config.alora_invocation_tokens:
         listen(model, config.alora_invocation_tokens)
@@ -141,7 +161,16 @@ def inject(
     for name in injection.kept_in_place:
         keep_in_place(model.get_submodule(name))
     model.__dict__[_RECORD] = injection
-    return _report(model, injection, selection)
+    fresh = [t for own in (*tensors, *tokens) for t in own.values() if isinstance(t, nn.Parameter)]
+    return InjectionReport(
+        modules=adapted,
+        trained_whole=tuple(injection.trained_whole),
+        head=injection.head,
+        left_out=selection.left_out,
+        tokens={name: len(module.lora.tokens) for name, module, _, _ in vocabularies if isinstance(module, TokenRows)},
+        trainable=trainable + sum(t.numel() for t in fresh if t.requires_grad),
+        frozen=frozen + sum(t.numel() for t in fresh if not t.requires_grad),
+    )
 
 
 def remove(model: nn.Module) -> None:
@@ -220,8 +249,8 @@ def injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
             yield name, module.__dict__[_RECORD]
 
 
-def _check_unadapted(model: nn.Module) -> None:
-    present = [name for name, _ in adapters(model)]
+def _check_unadapted(model: nn.Module, tree: Tree) -> None:
+    present = [name for name, module in tree.modules if isinstance(module, Adapter)]
     if present:
         raise AdapterStateError(
             f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
@@ -229,7 +258,7 @@ def _check_unadapted(model: nn.Module) -> None:
         )
     if _RECORD in model.__dict__:
         raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you inject.")
-    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    lazy = [name for name, p in tree.parameters if nn.parameter.is_lazy(p)]
     if lazy:
         raise TargetError(f"{listed(lazy)} of {type(model).__name__} has no shape yet: run one batch through it first.")
 
@@ -277,29 +306,28 @@ def variants_of(config: LoRAConfig) -> tuple[type[Adapter], ...]:
 
 
 def _spec(config: LoRAConfig, names: tuple[str, ...], parameters: dict[str, AdapterSpec] | None = None) -> AdapterSpec:
-    return AdapterSpec(
-        rank=config.rank_of(*names),
-        alpha=config.alpha_of(*names),
-        scale=config.scale_of(*names),
-        dropout=config.dropout,
-        rank_dropout=config.rank_dropout,
-        module_dropout=config.module_dropout,
-        keeps_precision=config.adapter_dtype == "float32",
-        parameters=parameters or {},
+    spec = _spec_of(
+        config.rank_of(*names),
+        config.alpha_of(*names),
+        config.scale_of(*names),
+        config.dropout,
+        config.rank_dropout,
+        config.module_dropout,
+        config.adapter_dtype == "float32",
     )
+    return replace(spec, parameters=parameters) if parameters else spec
+
+
+_spec_of = functools.lru_cache(maxsize=64)(AdapterSpec)  # thousands of layers have the same numbers
 
 
 def _wasteful(target: Target, geometry: type[Adapter], spec: AdapterSpec) -> Iterator[str]:
     """The names of what is given a rank above its smaller side."""
+    groups: Any = vars(target.module).get("groups", 1)  # each by itself
     for name, part in (spec.parameters or {"": spec}).items():
-        if _is_wasteful(target.module, part.rank, *geometry.shapes_of(target.module, name, part.rank)):
+        A, B = geometry.shapes_of(target.module, name, part.rank)
+        if part.rank // groups > min(math.prod(A[1:]), B[0] // groups * math.prod(B[2:])):
             yield target.names_of(name)[0]
-
-
-def _is_wasteful(module: nn.Module, rank: int, A: tuple[int, ...], B: tuple[int, ...]) -> bool:
-    """Whether `rank` is above the smaller side of what A and B, of these shapes, change; each group by itself."""
-    groups = getattr(module, "groups", 1)
-    return rank // groups > min(math.prod(A[1:]), B[0] // groups * math.prod(B[2:]))
 
 
 def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
@@ -342,49 +370,10 @@ def _check_shared_weights(model: nn.Module, selection: Selection) -> None:
                 )
 
 
-def weight_users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Which modules hold each parameter directly, by the parameter's identity: more than one where weights are tied."""
+def weight_users(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Which of `modules` hold each parameter directly, by its identity: more than one where weights are tied."""
     users: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules:
         for p in {id(p) for p in module._parameters.values() if p is not None}:
             users.setdefault(p, []).append((name, module))
     return users
-
-
-def _report(model: nn.Module, injection: Injection, selection: Selection) -> InjectionReport:
-    rows = []
-    users = weight_users(model)
-    for target in selection.targets:
-        module = target.module
-        assert isinstance(module, Adapter)
-        for pair in module.lora_pairs(target.name):
-            weight = module._parameters.get(pair.parameter)
-            notes = []
-            if _is_wasteful(module, pair.spec.rank, tuple(pair.A.shape), tuple(pair.B.shape)):
-                notes.append(f"rank {pair.spec.rank} is above the smaller side of the weight")
-            if target.aliases:
-                notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")
-            tied = [name for name, user in users.get(id(weight), ()) if user is not module]
-            if tied:
-                notes.append(f"shares its weight with {', '.join(tied)}: only this module's use of it is adapted")
-            rows.append(
-                AdaptedModule(
-                    name=pair.name,
-                    kind=type(module).base_class.__name__,
-                    shape=pair.shape,
-                    rank=pair.spec.rank,
-                    scale=pair.spec.scale,
-                    parameters=sum(t.numel() for t in module.lora_trained(pair)),
-                    note="; ".join(notes),
-                )
-            )
-    parameters = list(model.parameters())
-    return InjectionReport(
-        modules=tuple(rows),
-        trained_whole=tuple(injection.trained_whole),
-        head=injection.head,
-        left_out=selection.left_out,
-        tokens={name: len(m.lora.tokens) for name, m in adapters(model) if isinstance(m, TokenRows)},
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        frozen=sum(math.prod(shape_of(p)) for p in parameters if not p.requires_grad),
-    )

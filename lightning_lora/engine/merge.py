@@ -34,7 +34,7 @@ def merge(model: nn.Module) -> None:
         raise AdapterStateError(
             f"inject was called on a module around this {type(model).__name__}: merge that one, all at once."
         )
-    users = weight_users(model)
+    users = weight_users(model.named_modules())
     tied = {
         id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]
         for module in mergeable

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from torch import Tensor, nn
+
+from lightning_lora.engine.layers.base import TENSORS, Adapter, AdapterSpec
+from lightning_lora.engine.storage import shape_of
+from lightning_lora.engine.targets import Target
 from lightning_lora.errors import listed
 
 
-@dataclass(frozen=True)
-class AdaptedModule:
+class AdaptedModule(NamedTuple):
     """One row of a report."""
 
     name: str
@@ -70,6 +75,41 @@ class InjectionReport:
             f"({100 * self.trainable_share:.2f} %), {self.frozen:,} frozen"
         )
         return "\n".join(lines)
+
+
+def rows(
+    plan: Sequence[tuple[Target, type[Adapter], AdapterSpec]],
+    tensors: Sequence[Mapping[str, Tensor]],
+    users: Mapping[int, Sequence[tuple[str, nn.Module]]],
+    wasteful: Set[str],
+) -> Iterator[AdaptedModule]:
+    """The rows of the report, for modules that are not swapped yet."""
+    for (target, geometry, spec), own in zip(plan, tensors):
+        for parameter, part in (spec.parameters or {"weight": spec}).items():
+            suffix = geometry.suffix_of(parameter)
+            A, B = own["lora_A" + suffix], own["lora_B" + suffix]
+            weight = target.module._parameters.get(parameter)
+            name, notes = target.names_of(parameter if spec.parameters else None)[0], []
+            if name in wasteful:
+                notes.append(f"rank {part.rank} is above the smaller side of the weight")
+            if target.aliases:
+                notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")
+            others = users.get(id(weight), ())
+            if len(others) > 1:
+                tied = (other for other, user in others if user is not target.module)
+                notes.append(f"shares its weight with {', '.join(tied)}: only this module's use of it is adapted")
+            mine = (
+                own if len(spec.parameters) < 2 else {k: t for k, t in own.items() if k.removesuffix(suffix) in TENSORS}
+            )
+            yield AdaptedModule(
+                name=name,
+                kind=type(target.module).__name__,
+                shape=shape_of(weight) if weight is not None else (B.shape[0], A.shape[1]),
+                rank=part.rank,
+                scale=part.scale,
+                parameters=sum(t.numel() for t in mine.values() if t.requires_grad),
+                note="; ".join(notes),
+            )
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
 from lightning_lora.engine.layers import LinearLoRA, geometry_of, register_conv1d
 from lightning_lora.engine.layers.quantized import register_bitsandbytes
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import TargetError, closest, listed
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A module to adapt."""
 
     name: str
@@ -52,18 +52,19 @@ class Selection:
     """Weights that one might take for adapted, and are not: name -> how to adapt it."""
 
 
-def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """The modules of `model` that `config` adapts or trains whole, in the model's order.
+def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Selection:
+    """The modules of `model` that `config` adapts or trains whole, in the model's order; `tree` is what it consists of.
 
     Raises TargetError for an entry that matches nothing, naming the closest names there are, and for one that matches
     a module that cannot be adapted.
     """
     register_conv1d()
     register_bitsandbytes()
-    names = _names(model)
+    tree = tree or Tree.of(model)
+    names = _names(tree)
     saved = _saved_modules(model, config, names)
     inside_saved = {id(m) for module in saved.values() for m in module.modules()}
-    candidates = list(_candidates(model, names))
+    candidates = list(_candidates(tree, names))
     everything = [t for t in candidates if id(t.module) not in inside_saved]
 
     head: str | None = None
@@ -94,7 +95,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
             f"target_modules={config.target_modules!r} matches {listed(repr(t.name) for t in unfit)}, but a "
             f"{' or '.join(kinds)} cannot be adapted. {_adaptable(everything)}"
         )
-    targets = [replace(t, parameters=_parameters_of(t.module)) for t in targets]
+    targets = [t._replace(parameters=own) if (own := _parameters_of(t.module)) else t for t in targets]
     if config.target_parameters:
         targets = _with_parameters(targets, everything, config.target_parameters, model)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -154,17 +155,17 @@ def _in_stack(model: nn.Module, name: str) -> bool:
     return False
 
 
-def _names(model: nn.Module) -> dict[int, list[str]]:
+def _names(tree: Tree) -> dict[int, list[str]]:
     """Every name of every module, by the module's identity."""
     names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in tree.every:
         names.setdefault(id(module), []).append(name)
     return names
 
 
-def _candidates(model: nn.Module, names: dict[int, list[str]]) -> Iterator[Target]:
+def _candidates(tree: Tree, names: dict[int, list[str]]) -> Iterator[Target]:
     by_name: dict[str, nn.Module] = {}  # not get_submodule, which TorchScript's modules lack
-    for name, module in model.named_modules():
+    for name, module in tree.modules:
         by_name[name] = module
         yield Target(name, module, by_name[name.rpartition(".")[0]], tuple(names[id(module)][1:]))
 
@@ -199,7 +200,7 @@ def _with_companions(targets: list[Target], everything: list[Target]) -> list[Ta
         for child in geometry.companions if geometry is not None else ():
             brought[f"{target.name}.{child}" if target.name else child] = target
     chosen = {t.name for t in targets} | brought.keys()
-    return [replace(t, within=brought[t.name].name) if t.name in brought else t for t in everything if t.name in chosen]
+    return [t._replace(within=brought[t.name].name) if t.name in brought else t for t in everything if t.name in chosen]
 
 
 def _parameters_of(module: nn.Module) -> tuple[str, ...]:
@@ -239,8 +240,7 @@ def _with_parameters(
         )
     adapted = {t.name: t for t in targets}
     return [
-        replace(
-            adapted.get(t.name, t),
+        adapted.get(t.name, t)._replace(
             parameters=tuple(dict.fromkeys((*adapted.get(t.name, t).parameters, *found.get(t.name, ())))),
         )
         for t in everything

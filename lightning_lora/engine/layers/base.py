@@ -335,7 +335,10 @@ def kept_columns(spec: AdapterSpec, A: Tensor) -> Tensor:
 
 def geometry_of(cls: type[nn.Module]) -> type[Adapter] | None:
     """The geometry registered for `cls` or for its nearest parent; None where no layer of that kind can be adapted."""
-    return next((Adapter.geometries[parent] for parent in cls.__mro__ if parent in Adapter.geometries), None)
+    for parent in cls.__mro__:
+        if parent in Adapter.geometries:
+            return Adapter.geometries[parent]
+    return None
 
 
 def has_own_forward(cls: type[nn.Module]) -> bool:

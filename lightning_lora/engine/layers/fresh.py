@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ def fresh_tensors(
 ) -> dict[str, Tensor]:
     """The parameters and buffers that `swap` gives to `module`: an update of zero, but for an initialiser of `Whole`.
 
-    `measured` is what the initialiser asks for of this layer that is measured (see `inits`). Without `start` nothing is
-    drawn or computed: A and B are zero, to be loaded or started later.
+    Called inside of `drawing_on`, for the device of the layer. `measured` is what the initialiser asks for of this
+    layer that is measured (see `inits`). Without `start` nothing is drawn or computed: A and B are zero, to be loaded
+    or started later.
     """
     given = (measured or {}) if start else None
     if not spec.parameters:
@@ -49,27 +50,24 @@ def _fresh(
     config: LoRAConfig,
     measured: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    weight = getattr(module, parameter)  # not _parameters, where a parametrization has none
-    assert isinstance(weight, Tensor)
+    weight = _read(module, parameter)
     # A quantized weight is stored as integers; its adapters are float32.
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
     if config.adapter_dtype == "float32":
         dtype = torch.promote_types(dtype, torch.float32)
     shape_A, shape_B = geometry.shapes_of(module, parameter, spec.rank)
-    with torch.inference_mode(False), torch.no_grad(), _drawing_on(weight.device):
-        # What is made in inference mode can never be trained.
-        if measured is None:
-            A, B = torch.zeros(shape_A), torch.zeros(shape_B)
-        else:
-            A, B = _start(module, geometry, parameter, spec, config, measured)
-        A, B = A.reshape(shape_A).to(dtype).contiguous(), B.reshape(shape_B).to(dtype).contiguous()
-        tensors: dict[str, Tensor] = {"lora_A": nn.Parameter(A, not config.freeze_a), "lora_B": nn.Parameter(B)}
-        if INITS[config.init].gives == "Factors":
-            tensors |= {name: t.clone() for name, t in zip(START, (A, B))}
-        if config.lora_bias:
-            tensors[BIAS] = nn.Parameter(torch.zeros(shape_B[0], dtype=dtype))
-        if config.use_dora:
-            tensors[MAGNITUDE] = nn.Parameter(output_norms(geometry, module, dense(module, weight).detach()).to(dtype))
+    if measured is None:
+        A, B = torch.zeros(shape_A), torch.zeros(shape_B)
+    else:
+        A, B = _start(module, geometry, parameter, spec, config, measured)
+    A, B = A.reshape(shape_A).to(dtype).contiguous(), B.reshape(shape_B).to(dtype).contiguous()
+    tensors: dict[str, Tensor] = {"lora_A": nn.Parameter(A, not config.freeze_a), "lora_B": nn.Parameter(B)}
+    if INITS[config.init].gives == "Factors":
+        tensors |= {name: t.clone() for name, t in zip(START, (A, B))}
+    if config.lora_bias:
+        tensors[BIAS] = nn.Parameter(torch.zeros(shape_B[0], dtype=dtype))
+    if config.use_dora:
+        tensors[MAGNITUDE] = nn.Parameter(output_norms(geometry, module, dense(module, weight).detach()).to(dtype))
     suffix = geometry.suffix_of(parameter)
     return {name + suffix: tensor for name, tensor in tensors.items()}
 
@@ -155,6 +153,10 @@ def _start(
         known["W"] = geometry.matrix(module, dense(module, weight).detach()).to(torch.float32)
     if init.gives == "Tensor" and geometry.draws_b and not config.freeze_a:
         return torch.zeros(A), torch.randn(B)
+    if init.gives == "Tensor" and not init.computes and A[0] == spec.rank:
+        drawn = init.function(**{name: known[name] for name in init.wants})
+        assert isinstance(drawn, Tensor)
+        return drawn, torch.zeros(B)
     # One matrix, or a stack of them, of which each starts by itself.
     count = A[0] // spec.rank
     stack = [known.get("W")] if count == 1 else known.get("W", [None] * count)
@@ -178,16 +180,29 @@ def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return torch.cat([found.A, kaiming(missing, d_in)]), torch.cat([found.B, more], dim=1)
 
 
+def device_of(module: nn.Module, spec: AdapterSpec) -> torch.device:
+    """Where the adapter of `module` comes into being: beside its weight."""
+    return _read(module, next(iter(spec.parameters), "weight")).device
+
+
+def _read(module: nn.Module, parameter: str) -> Tensor:
+    """The parameter, or what a parametrization computes in its place."""
+    p = module._parameters.get(parameter)
+    weight = p if p is not None else getattr(module, parameter)
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 @contextmanager
-def _drawing_on(device: torch.device) -> Iterator[None]:
-    """Lightning adapts models inside contexts that change the default device and precision; initialisers draw here."""
+def drawing_on(device: torch.device) -> Iterator[None]:
+    """Lightning adapts models inside contexts that change the default device and precision, and in inference mode, in
+    which nothing can be made that is trained; initialisers draw here."""
     before = torch.get_default_dtype()
-    if before == torch.float32 and torch.get_default_device() == device:
-        yield  # a context that changed nothing would still slow every call in it down
-        return
     torch.set_default_dtype(torch.float32)
+    # A context that changes nothing would still slow every call in it down.
+    there = nullcontext() if torch.get_default_device() == device else device
     try:
-        with device:
+        with torch.inference_mode(False), torch.no_grad(), there:
             yield
     finally:
         torch.set_default_dtype(before)

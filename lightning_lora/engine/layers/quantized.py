@@ -37,7 +37,7 @@ def register_bitsandbytes() -> None:
 
 def rearranges(module: nn.Module) -> bool:
     """Whether `module` is a Linear4bit that would, and is not adapted."""
-    return bool(getattr(module, "support_avx512bf16_for_cpu", False)) and not isinstance(module, Adapter)
+    return bool(module.__dict__.get("support_avx512bf16_for_cpu", False)) and not isinstance(module, Adapter)
 
 
 def keep_in_place(module: Any) -> None:

@@ -65,11 +65,8 @@ def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tenso
     `mixin` is a geometry, or a tuple of variants and it; `tensors` are its parameters and buffers by name."""
     base_class: Any = type(module)
     module.__dict__.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
-    for name, tensor in tensors.items():
-        if isinstance(tensor, nn.Parameter):
-            module.register_parameter(name, tensor)
-        else:
-            module.register_buffer(name, tensor)
+    for name, tensor in tensors.items():  # not register_parameter, which checks again what `check_swappable` did
+        (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[name] = tensor
     module.__dict__["lora"] = spec
     module.__dict__["lora_names"] = tuple(tensors)
     module.__class__ = swapped_class("LoRA", mixin, base_class, tuple(spec.parameters))
