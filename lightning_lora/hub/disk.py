@@ -9,11 +9,12 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_lora.errors import BankError, ConfigError
+from lightning_lora.hub.mapped import MappedTensors
 
 
 class DiskStore:
@@ -42,13 +43,11 @@ class DiskStore:
 
     def take(self, name: str) -> Tensor:
         try:
-            with safe_open(self._path(name), framework="pt") as file:
-                row: Tensor = file.get_tensor("row")
+            return MappedTensors(self._path(name))["row"]
         except (OSError, SafetensorError) as error:
             raise BankError(
                 f"The adapter {name!r} cannot be read back from {str(self._folder)!r}: {error}. Add it again."
             ) from error
-        return row
 
     def drop(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
+from lightning_lora.hub.mapped import MappedTensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -51,12 +52,15 @@ class Header:
 class TensorFile:
     """An open `adapter_model.safetensors`; tensors are read one by one, when asked for."""
 
-    def __init__(self, handle: Any, header: Header) -> None:
-        self._handle = handle
+    def __init__(self, tensors: MappedTensors, header: Header) -> None:
+        self._tensors = tensors
         self.header = header
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._handle.get_tensor(key)
+        tensor = self._tensors[key]
+        if tensor.shape != self.header.shapes[key]:
+            raise SafetensorError("it was replaced while it was read")
+        return tensor
 
 
 def check_folder(folder: Path) -> None:
@@ -103,8 +107,9 @@ def open_tensors(folder: Path) -> Iterator[TensorFile]:
     """The tensors in `folder`. Raises AdapterFormatError where the file is not what it must be, or is cut short."""
     path = folder / TENSORS
     try:
-        with safe_open(path, framework="pt") as handle:
-            yield TensorFile(handle, _header(handle, path))
+        with safe_open(path, framework="pt") as handle:  # which raises for a header that lies
+            header = _header(handle, path)
+        yield TensorFile(MappedTensors(path), header)
     except SafetensorError as error:
         raise AdapterFormatError(f"{path} is cut short, or is no safetensors file: {error}.") from error
     except OSError as error:

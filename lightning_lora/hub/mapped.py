@@ -1,0 +1,63 @@
+"""Read the tensors of a safetensors file where they lie, mapped into memory.
+
+safetensors' own `get_tensor` keeps 32 bytes of each call for good (0.8.0). That is nothing for a model that is loaded
+once, and 2 GiB a day for a bank that brings 800 adapters a second back from disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+class MappedTensors:
+    """The tensors in `path`, by key. What is written into one stays in this process.
+
+    Raises OSError where there is no such file, SafetensorError where it is cut short or is none of safetensors'.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            try:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._start = 8 + int.from_bytes(self._bytes[:8], "little")
+                self._entries = json.loads(self._bytes[8 : self._start])
+            except (ValueError, RecursionError) as error:
+                raise SafetensorError(f"its header cannot be read: {error}") from error
+
+    def __getitem__(self, key: str) -> Tensor:
+        try:
+            entry = self._entries[key]
+            dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if end - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{end - start} bytes for {shape} of {entry['dtype']}")
+            if start == end:
+                return torch.empty(shape, dtype=dtype)
+            count, offset = math.prod(shape), self._start + start
+            return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=offset).view(shape)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise SafetensorError(f"{key!r} cannot be read from it: {error}") from error
