@@ -19,6 +19,7 @@ from lightning_lora.engine import (
     inject,
     load_adapter_state_dict,
 )
+from lightning_lora.engine.state import is_finite
 from lightning_lora.errors import AdapterFormatError
 
 
@@ -92,3 +93,25 @@ def test_the_fingerprint_is_the_bases_whatever_is_trained_and_however_it_was_cas
     with torch.no_grad():
         other.a.weight[0, 0] += 1
     assert base_fingerprint(other) != mark
+
+
+def test_the_fingerprint_of_a_base_is_the_one_that_files_carry():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Embedding(2**11, 2**10 + 1))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((torch.arange(p.numel()) % 251).reshape(p.shape) / 7)
+    model.register_parameter("steps", nn.Parameter(torch.tensor([3, 1, 2]), requires_grad=False))
+    assert base_fingerprint(model) == "a80cbdb849ec89c9"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_is_what_each_number_is_even_where_their_sum_overflows(dtype):
+    largest = torch.full((8,), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(largest)
+    for broken in (float("inf"), float("-inf"), float("nan")):
+        one = torch.zeros(8, dtype=dtype)
+        one[3] = broken
+        assert not is_finite(one)
+        assert not is_finite(torch.stack([one, -one]))
+    assert is_finite(torch.tensor([1, 2]))
+    assert is_finite(torch.empty(0))
