@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -39,7 +40,7 @@ from lightning_lora.errors import (
 from lightning_lora.hub.atomic import write_folder
 from lightning_lora.hub.card import model_card
 from lightning_lora.hub.inspection import checked_config
-from lightning_lora.hub.layout import Adapted, layout_of, member, names_of_tensors, tensor_named
+from lightning_lora.hub.layout import Adapted, layout_of, member, names_of_tensors, tensors_named
 from lightning_lora.hub.matching import Fit, fit
 from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, exact_targets, own_fields, to_peft
 from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS, check_folder, open_tensors
@@ -82,7 +83,8 @@ def save_adapter(
         for name, m in adapted.items()
     }
     known = {id(getattr(m, own)) for m in adapted.values() for own in m.lora_names}
-    whole = [t for t in adapter_tensors(model).values() if id(t) not in known]
+    own_tensors = adapter_tensors(model)
+    whole = [t for t in own_tensors.values() if id(t) not in known]
     targets = targets_of(adapted, injection.config)
     layout = layout_of(root, layers, whole, targets.companions)
     saved = _saved_names(root, owner, injection.config)
@@ -107,20 +109,20 @@ def save_adapter(
         base_model=base_model,
         revision=revision,
     )
-    given = tensors or {}
+    given, live = tensors or {}, tensors_named(root)
 
     def value(name: str) -> Tensor:
-        return given.get(member(module, name), tensor_named(root, name)).detach().cpu()
+        return given.get(member(module, name), live[name]).detach().cpu()
 
     values = {key: layout.value_in_file(name, value) for key, name in layout.written_keys().items()}
     note = {
-        "version": version("lightning-lora"),
+        "version": _version(),
         "module": module,
         "config": own_fields(injection.config, dropout=targets.without_dropout),
         **describe_base(model, root),
     }
     header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
-    trained = sum(t.numel() for t in adapter_tensors(model).values())
+    trained = sum(t.numel() for t in own_tensors.values())
     files = {
         CARD: model_card(config, modules=len(adapted), parameters=trained, module=module).encode(),
         # One by one copied: names that share memory (tied weights) each get their own tensor, as the format asks.
@@ -185,10 +187,17 @@ def load_adapter(
     return report
 
 
+@functools.cache
+def _version() -> str:
+    """That of this package, which is looked up among the files of what is installed."""
+    return version("lightning-lora")
+
+
 def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`values`, named relative to the root, by the names that the engine uses on `model`."""
     names = names_of_tensors(model)
-    return {names[id(tensor_named(plan.root, name))]: value for name, value in values.items()}
+    there = tensors_named(plan.root)
+    return {names[id(there[name])]: value for name, value in values.items()}
 
 
 def only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:

@@ -11,9 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.state import is_finite
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.reading import CONFIG, TENSORS, Header, check_folder, open_tensors, read_config
@@ -43,7 +42,7 @@ def check_adapter(folder: Path) -> None:
     with open_tensors(folder) as file:
         check_header(config, file.header, where)
         # One by one: none is larger than the file, whose header was checked.
-        broken = [key for key in file.header.shapes if not _is_finite(file[key])]
+        broken = [key for key in file.header.shapes if not is_finite(file[key])]
     if broken:
         raise AdapterFormatError(f"{where} holds values that are not finite, in {listed(broken)}.")
 
@@ -166,7 +165,3 @@ def _check_expression(field: str, expression: str, where: str) -> None:
             f"{where}: {field} holds the regular expression {shown!r}, which can take practically for ever to match "
             "(it repeats what repeats, or refers back). Write the names of the modules as a list."
         )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

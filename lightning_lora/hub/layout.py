@@ -86,7 +86,8 @@ class Layout:
         """What a file holds for `name`; `value` gives the engine's tensors."""
         if name in self.whole:
             return value(name)
-        tensor = self._plain(name, value) * self._factor(name)
+        tensor, factor = self._plain(name, value), self._factor(name)
+        tensor = tensor if factor == 1 else tensor * factor
         return tensor.reshape(self.shape_in_file(name)) if tensor.shape == self.shape(name) else tensor
 
     def value(self, name: str, in_file: Tensor) -> Tensor:
@@ -158,6 +159,11 @@ def tensor_named(root: nn.Module, name: str) -> Tensor:
         tensor = owner._buffers[last]
     assert tensor is not None
     return tensor
+
+
+def tensors_named(root: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of `root`, under every name."""
+    return dict(_tensors(root))
 
 
 def names_of_tensors(root: nn.Module) -> dict[int, str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.inject import promised, tensors_trained_whole
 from lightning_lora.engine.layers.tokens import TOKENS
+from lightning_lora.engine.state import is_finite
 from lightning_lora.engine.targets import Selection, Target, name_matches, select
 from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.errors import AdapterFormatError, listed
@@ -45,7 +46,7 @@ class Fit:
         problems = []
         for name, (key, *same) in self.sources.items():
             value = file[key]
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            if not is_finite(value):
                 problems.append(f"{key} holds values that are not finite")
             unequal = [other for other in same if not _equal(file[other], value)]
             problems += [f"{key} and {other} are one tensor in the model, and differ" for other in unequal]
@@ -111,9 +112,8 @@ def _root(model: nn.Module, header: Header) -> nn.Module:
     """The module of `model` in which every module that the file adapts has its name; `model` itself if none has."""
     wanted = peft.adapted_names(map(peft.plain_key, header.shapes))
     by_note = dict(model.named_modules()).get(header.note.get("module") or "", model)
-    for root in (model, by_note, adapter_root(model)[1]):
-        names = {name for name, _ in root.named_modules(remove_duplicate=False)}
-        if wanted <= names:
+    for root in (model, by_note):
+        if wanted <= {name for name, _ in root.named_modules(remove_duplicate=False)}:
             return root
     return adapter_root(model)[1]
 

@@ -179,32 +179,41 @@ def shape_in_file(last: str, shape: tuple[int, ...], of_A: tuple[int, ...]) -> t
 def _expanded(module: str, wrapped: Collection[str], parameters: Mapping[str, Sequence[str]]) -> list[str]:
     path: list[str] = []
     parts = module.split(".") if module else []
-    for i, part in enumerate(parts, 1):
+    outer = ""
+    for i, part in enumerate(parts):
         path.append(part)
-        outer = ".".join(parts[:i])
+        outer = f"{outer}.{part}" if i else part
         if outer in wrapped:
             path += ["base_layer"] * max(1, len(parameters.get(outer, ())))
     return path
 
 
+_LEFT_IN = (
+    (re.compile(r"\.(lora_(?:embedding_)?[AB])\.default(?=\.|$)"), r".\1"),
+    (re.compile(r"\.trainable_tokens_delta\.default$"), ".trainable_tokens_delta"),
+    (re.compile(rf"\.{MAGNITUDE}(?:\.default)?(?:\.weight)?$"), f".{MAGNITUDE}"),
+    (re.compile(r"\.modules_to_save(?:\.default)?\."), "."),
+)
+_ADAPTED = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?(?:lora_(?:embedding_)?[AB]|token_adapter)(?:\.|$)")
+_WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
+
+
 def plain_key(key: str) -> str:
     """`key` without what some writers leave in: the adapter's name "default", the infix of modules_to_save."""
-    key = re.sub(r"\.(lora_(?:embedding_)?[AB])\.default(?=\.|$)", r".\1", key)
-    key = re.sub(r"\.trainable_tokens_delta\.default$", ".trainable_tokens_delta", key)
-    key = re.sub(rf"\.{MAGNITUDE}(?:\.default)?(?:\.weight)?$", f".{MAGNITUDE}", key)
-    return re.sub(r"\.modules_to_save(?:\.default)?\.", ".", key)
+    for pattern, plain in _LEFT_IN:
+        key = pattern.sub(plain, key)
+    return key
 
 
 def adapted_names(keys: Iterable[str]) -> set[str]:
     """The names, in the base model, of the modules that the tensors called `keys` adapt."""
-    own = r"(?:lora_(?:embedding_)?[AB]|token_adapter)"
-    found = (re.match(rf"{re.escape(PREFIX)}(?:(.*)\.)?{own}(?:\.|$)", key) for key in keys)
+    found = map(_ADAPTED.match, keys)
     return {base_name(match[1] or "") for match in found if match}
 
 
 def base_name(key: str) -> str:
     """The name in the base model of the parameter or module that PEFT calls `key`, prefix or not."""
-    return re.sub(r"\.base_layer(?=\.|$)", "", key.removeprefix(PREFIX))
+    return _WRAPPED.sub("", key.removeprefix(PREFIX))
 
 
 def is_untrained_original(key: str) -> bool:

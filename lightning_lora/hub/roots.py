@@ -20,8 +20,6 @@ def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
     LightningModule that has parameters, if it holds the whole adapter; else `model` itself, with the name "". A model
     without adapters is judged by its shape alone.
     """
-    adapted = any(True for _ in adapters(model))
-    whole = {id(t) for t in adapter_tensors(model).values()} if adapted else set()
     found = [("", model)]
     outermost = list(_outermost_transformers(model))
     if len(outermost) == 1:
@@ -31,6 +29,10 @@ def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
     if len(found) != 1:
         return "", model
     name, root = _without_compile(*found[0])
+    if root is model:
+        return "", model
+    adapted = any(True for _ in adapters(model))
+    whole = {id(t) for t in adapter_tensors(model).values()} if adapted else set()
     inside = {id(t) for t in _tensors(root)}
     # An adapted layer cannot be the root itself: it would have no name there.
     return (name, root) if whole <= inside and "lora_A" not in root._parameters else ("", model)
