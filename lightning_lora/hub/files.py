@@ -59,6 +59,7 @@ def save_adapter(
     task_type: str | None = None,
     metadata: Mapping[str, str] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    known_base: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the adapter of `model` as a folder in PEFT's format: adapter_config.json, adapter_model.safetensors,
     README.md. Returns the folder.
@@ -67,6 +68,7 @@ def save_adapter(
     `base_model` is the base's id on the Hub, by default the one that a transformers model was loaded from; a local path
     is never written. `task_type` is PEFT's, by default that of a transformers model. `metadata` goes into the header of
     the tensors. `tensors` are written instead of the adapter's live ones: an `adapter_state_dict` of `model`.
+    `known_base` is what `describe_base(model, root)` said, where the weights of the base need not be read again.
 
     A folder that is there is replaced as a whole, or, where it holds other files too, file by file. Raises
     AdapterStateError where `inject` was not called on `model` or inside it, ConfigError for an argument that cannot be,
@@ -119,7 +121,7 @@ def save_adapter(
         "version": _version(),
         "module": module,
         "config": own_fields(injection.config, dropout=targets.without_dropout),
-        **describe_base(model, root),
+        **(known_base or describe_base(model, root)),
     }
     header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
     trained = sum(t.numel() for t in own_tensors.values())

@@ -109,7 +109,7 @@ class LoRACallback(Callback):
     # Adapting the model.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._policy.base = None  # another module, or other base weights, may come with this run
+        self._policy.bases.clear()  # another module, or other base weights, may come with this run
         if self._policy.push is not None and stage == "fit":
             self._policy.push.check(trainer)
         attach(trainer.strategy, self._policy)

@@ -11,7 +11,7 @@ import shutil
 from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from lightning_lora.engine.product_decay import product_decay
 from lightning_lora.engine.state import describe_base, load_adapter_state_dict
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import CheckpointError, TrainingError, listed
-from lightning_lora.hub import save_adapter
+from lightning_lora.hub import adapter_root, save_adapter
 from lightning_lora.hub.resume import local_checkpoint
 from lightning_lora.training.buffers import changed_buffers, restore_buffers
 from lightning_lora.training.calibrate import start_waiting
@@ -65,8 +65,9 @@ class AdapterPolicy:
     push: Pushing | None = None
     init_batches: int = 16
     product_decay: float | None = None
-    base: dict[str, Any] | None = None
-    """What tells the base from others, once it was needed; frozen weights do not change."""
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What tells the base from others, once it was needed; frozen weights do not change. By the name of the module to
+    which the names of its weights are relative."""
 
 
 class AdapterStrategy(_Host):
@@ -140,7 +141,8 @@ class AdapterStrategy(_Host):
             return
         folder = adapter_folder(path) if self.lora.save_adapter and is_local(path) else None
         if folder is not None:
-            save_adapter(module, folder, tensors=checkpoint["state_dict"])
+            known = self._base(module, *adapter_root(module))
+            save_adapter(module, folder, tensors=checkpoint["state_dict"], known_base=known)
         elif self.lora.save_adapter:
             rank_zero_warn(f"No adapter folder was written beside {path}: it is not a local file.")
         if self.lora.push is not None:
@@ -159,9 +161,13 @@ class AdapterStrategy(_Host):
             if (folder / "adapter_config.json").exists():
                 shutil.rmtree(folder)
 
+    def _base(self, module: nn.Module, name: str, root: nn.Module) -> dict[str, Any]:
+        if name not in self.lora.bases:
+            self.lora.bases[name] = describe_base(module, root)
+        return self.lora.bases[name]
+
     def _metadata(self, module: nn.Module) -> dict[str, Any]:
-        self.lora.base = self.lora.base or describe_base(module)
-        metadata = checkpoint_metadata(module, self.lora.base)
+        metadata = checkpoint_metadata(module, self._base(module, "", module))
         if buffers := changed_buffers(module):
             metadata["buffers"] = buffers
         return metadata

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from safetensors import safe_open
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, save_adapter
+from lightning_lora.engine.state import describe_base
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
-from lightning_lora.hub import adapter_root, atomic
+from lightning_lora.hub import adapter_root, atomic, files
 from tests.hub.models import (
     Linears,
     assert_same,
@@ -184,6 +186,21 @@ def test_metadata_goes_into_the_header_of_the_tensors(tmp_path, adapted):
         assert file.metadata()["format"] == "pt"
     with pytest.raises(ConfigError, match="format"):
         save_adapter(adapted, folder, metadata={"format": "tf"})
+
+
+def test_a_base_that_is_known_is_not_read_again(tmp_path, adapted, monkeypatch):
+    first = save_adapter(adapted, tmp_path / "first")
+    known = describe_base(adapted, adapter_root(adapted)[1])
+    monkeypatch.setattr(files, "describe_base", None)
+    second = save_adapter(adapted, tmp_path / "second", known_base=known)
+    assert _note(first) == _note(second)
+    assert _note(second)["base_fingerprint"] == known["base_fingerprint"]
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        note: dict[str, Any] = json.loads(file.metadata()["lightning_lora"])
+        return note
 
 
 def _listing(folder: Path) -> dict[str, bytes]:
