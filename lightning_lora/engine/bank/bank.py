@@ -203,7 +203,7 @@ class Bank:
                 entry.users += 1
                 if entry.one is None:
                     assert entry.slot is not None
-                    entry.one = One(entry.slot, entry.rank, entry.is_affine)
+                    entry.one = One(entry.slot, entry.rank, entry.is_affine, self._device)
                 return entry.one, (entry,)
             return (None, ()) if names is None else self._enter_rows(list(names))
 

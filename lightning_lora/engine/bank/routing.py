@@ -62,6 +62,9 @@ class Routes:
 class Routing:
     """What the rows of a batch use."""
 
+    device_type: str
+    """That of the bank, hence of all that its layers compute. Asking a tensor for it takes a tenth of a product."""
+
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         """`base`, the output of the cell's layer for x, with the updates. May write into `base`."""
         raise NotImplementedError
@@ -71,10 +74,10 @@ class Routing:
 
     def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         """The same, in the precision of `base`, whatever autocast says."""
-        if x.is_floating_point() and x.dtype != base.dtype:
+        if x.dtype != base.dtype and x.is_floating_point():
             x = x.to(base.dtype)
-        if torch.is_autocast_enabled(base.device.type):
-            with torch.autocast(base.device.type, enabled=False):
+        if torch.is_autocast_enabled(self.device_type):
+            with torch.autocast(self.device_type, enabled=False):
                 return self.add(cell, base, x)
         return self.add(cell, base, x)
 
@@ -82,8 +85,8 @@ class Routing:
 class One(Routing):
     """All rows use the adapter in `slot`."""
 
-    def __init__(self, slot: int, rank: int, is_affine: bool) -> None:
-        self._slot, self._rank, self._is_affine = slot, rank, is_affine
+    def __init__(self, slot: int, rank: int, is_affine: bool, device: torch.device) -> None:
+        self._slot, self._rank, self._is_affine, self.device_type = slot, rank, is_affine, device.type
         self._factors: dict[int, Factors] = {}
 
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
@@ -102,6 +105,7 @@ class Rows(Routing):
 
     def __init__(self, slots: list[int], rank: int, is_affine: bool, device: torch.device, rooms: Rooms) -> None:
         self.count, self._rank, self._is_affine, self._rooms = len(slots), rank, is_affine, rooms
+        self.device_type = device.type
         self.index = torch.tensor(slots, device=device)
         self._copies: dict[bool, Copies] = {}
         self._may_give_back = True
