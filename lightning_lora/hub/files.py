@@ -220,7 +220,9 @@ def only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
 
 def _saved_names(root: nn.Module, owner: nn.Module, config: LoRAConfig) -> list[str]:
     """The names in `root` of the modules that are trained whole; `owner` is what the config's names are relative to."""
-    entries = config.modules_to_save or []
+    entries = config.modules_to_save
+    if not entries:
+        return []
     named = owner.named_modules(remove_duplicate=False)
     wanted = {id(module) for name, module in named if name and name_matches(entries, name)}
     return [name for name, module in root.named_modules(remove_duplicate=False) if name and id(module) in wanted]

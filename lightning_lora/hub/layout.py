@@ -124,14 +124,15 @@ def layout_of(
 ) -> Layout:
     """The layout of the modules `adapted` (by name) and the tensors `whole`, all of them in `root`."""
     aliases: dict[str, tuple[str, ...]] = {}
-    modules = dict(root.named_modules())
+    modules = dict(root.named_modules(remove_duplicate=False))
     names = {id(modules[name]): name for name in adapted}
-    for alias, module in root.named_modules(remove_duplicate=False):
+    for alias, module in modules.items():
         name = names.get(id(module), alias)
         if alias != name:
             aliases[name] = (*aliases.get(name, ()), alias)
+    whole = list(whole)
     tensors: dict[int, list[str]] = {}
-    for name, tensor in _tensors(root):
+    for name, tensor in _tensors(root) if whole else ():
         tensors.setdefault(id(tensor), []).append(name)
     trained = {}
     for tensor in whole:
