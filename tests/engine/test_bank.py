@@ -129,6 +129,33 @@ def test_a_bank_on_a_half_precision_base_computes_as_exactly_as_the_single_adapt
     assert (output.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
 
 
+@pytest.mark.parametrize("positions", [(1,), (2,), (3,), (4,), (15,), (16,), (40,), (5, 7)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_positions_gets_the_closed_form(dtype: torch.dtype, rows: int, positions: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Sequential(nn.Linear(6, 5, bias=False)).to(dtype).eval()
+    W = layer[0].weight.double()
+    bank = Bank(layer, 4, 3)
+    update = {}
+    for i in range(3):
+        A, B = (torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 6), (5, 3)))
+        bank.put(f"a{i}", {"0": LayerFactors(A, B, 0.5)})
+        update[f"a{i}"] = 0.5 * B.double() @ A.double()
+    x = torch.randn(rows, *positions, 6, generator=generator).to(dtype)
+    names = [f"a{i}" for i in range(rows)]
+
+    def check(exact: Tensor) -> None:
+        # x A^T, the output and its sum with the update are rounded, once each.
+        bound = 4 * torch.finfo(dtype).eps * float(exact.abs().max())
+        torch.testing.assert_close(layer(x).double(), exact, rtol=0, atol=bound)
+
+    with bank.use("a1"):
+        check(x.double() @ (W + update["a1"]).T)
+    with bank.use(names):
+        check(torch.stack([row.double() @ (W + update[name]).T for row, name in zip(x, names)]))
+
+
 def test_autocast_is_followed():
     base, factors, _ = small(3)
     bank = served(base, 3, MOST)

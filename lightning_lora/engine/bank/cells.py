@@ -230,7 +230,7 @@ class LinearCell(Cell, serves=LinearLoRA):
         return self.A[slot : slot + 1, :rank].mT, self.B[slot : slot + 1, :rank]
 
     def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        # As a batch of one matrix, which is how one row comes: it needs no view, of which each costs half a product.
+        # As a batch of one matrix, which is how one row comes: a view would take a third of a product's time.
         A, B = factors
         shape = x.shape
         is_one = len(shape) == 3 and shape[0] == 1
