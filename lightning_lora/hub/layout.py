@@ -124,7 +124,7 @@ def layout_of(
 ) -> Layout:
     """The layout of the modules `adapted` (by name) and the tensors `whole`, all of them in `root`."""
     aliases: dict[str, tuple[str, ...]] = {}
-    modules = dict(root.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
     names = {id(modules[name]): name for name in adapted}
     for alias, module in modules.items():
         name = names.get(id(module), alias)
