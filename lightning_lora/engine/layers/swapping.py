@@ -69,7 +69,8 @@ def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tenso
         (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[name] = tensor
     module.__dict__["lora"] = spec
     module.__dict__["lora_names"] = tuple(tensors)
-    module.__class__ = swapped_class("LoRA", mixin, base_class, tuple(spec.parameters))
+    # Past nn.Module's own __setattr__, which looks for parameters and costs more than all the rest.
+    object.__setattr__(module, "__class__", swapped_class("LoRA", mixin, base_class, tuple(spec.parameters)))
     module.swapped_in()
 
 
