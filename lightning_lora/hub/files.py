@@ -42,10 +42,10 @@ from lightning_lora.hub.card import model_card
 from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.layout import Adapted, layout_of, member, names_of_tensors, tensors_named
 from lightning_lora.hub.matching import Fit, fit
-from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, exact_targets, own_fields, to_peft
+from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, own_fields, to_peft
 from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
-from lightning_lora.hub.spelling import targets_of
+from lightning_lora.hub.spelling import exact_targets, targets_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

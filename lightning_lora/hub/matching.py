@@ -20,6 +20,7 @@ from lightning_lora.hub import peft
 from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, tensor_named
 from lightning_lora.hub.reading import Header, TensorFile
 from lightning_lora.hub.roots import adapter_root
+from lightning_lora.hub.spelling import exact_targets
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _for_model(
         modules = [place[t.name] for t in selection.targets if not t.parameters]
         parameters = [member(place[t.name], p) for t in selection.targets for p in t.parameters]
         changes |= {
-            "target_modules": peft.exact_targets(modules, others) if modules else [],
+            "target_modules": exact_targets(modules, others) if modules else [],
             "target_parameters": parameters or None,
             "trainable_token_indices": {names[id(root.get_submodule(n))]: rows for n, rows in tokens.items()} or None,
             "exclude_modules": None,

@@ -16,7 +16,6 @@ from typing import Any
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.layers.base import BIAS, MAGNITUDE
 from lightning_lora.engine.layers.tokens import TOKENS
-from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 
 PREFIX = "base_model.model."
@@ -380,21 +379,6 @@ def _number(value: float) -> int | float:
 def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """A rank or alpha pattern that gives every module of `values` its value, whatever order its entries are read in."""
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
-
-
-def exact_targets(wanted: Collection[str], others: Collection[str]) -> str | list[str]:
-    """The shortest target_modules that match all of `wanted` and none of `others`: endings, full names, or a regular
-    expression."""
-    wanted_set = set(wanted)
-    endings = sorted({name.rpartition(".")[2] for name in wanted_set})
-    # The number of a layer is a poor ending: it would mean other modules in a model that is a little longer.
-    options = [endings] if not any(e.isdigit() or not e for e in endings) else []
-    for entries in [*options, sorted(wanted_set)]:
-        if all(entries) and not any(name_matches(entries, name) for name in others if name not in wanted_set):
-            return entries
-    if wanted_set == {""}:
-        return "^$"
-    return "|".join(re.escape(name) for name in sorted(wanted_set))
 
 
 def ends_with(entries: Collection[str], name: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -13,6 +14,7 @@ from lightning_lora.engine.layers import Adapter, AdapterSpec, DoRA, Pair, Param
 from lightning_lora.engine.layers.base import START
 from lightning_lora.engine.layers.linear import OutProjectionLoRA
 from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.targets import name_matches
 
 _KNOWN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LOADS_NOT = "PEFT cannot load this adapter, since it has none for these layers"
@@ -99,3 +101,18 @@ def _plain(pair: Pair, config: LoRAConfig) -> AdapterSpec:
         return spec
     rank = 2 * spec.rank
     return replace(spec, rank=rank, alpha=spec.scale * (math.sqrt(rank) if config.use_rslora else rank))
+
+
+def exact_targets(wanted: Collection[str], others: Collection[str]) -> str | list[str]:
+    """The shortest target_modules that match all of `wanted` and none of `others`: endings, full names, or a regular
+    expression."""
+    wanted_set = set(wanted)
+    endings = sorted({name.rpartition(".")[2] for name in wanted_set})
+    # The number of a layer is a poor ending: it would mean other modules in a model that is a little longer.
+    options = [endings] if not any(e.isdigit() or not e for e in endings) else []
+    for entries in [*options, sorted(wanted_set)]:
+        if all(entries) and not any(name_matches(entries, name) for name in others if name not in wanted_set):
+            return entries
+    if wanted_set == {""}:
+        return "^$"
+    return "|".join(re.escape(name) for name in sorted(wanted_set))
