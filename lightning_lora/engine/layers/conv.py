@@ -12,7 +12,33 @@ from lightning_lora.engine.layers.base import Adapter, AdapterSpec, has_own_forw
 from lightning_lora.errors import AdapterStateError, TargetError
 
 
-class ConvLoRA(Adapter):
+class Convolution(Adapter):
+    """What all convolutions share, transposed or not."""
+
+    lora_kind = "convolution"
+
+    @classmethod
+    def check(cls, module: Any, spec: AdapterSpec) -> None:
+        if spec.rank % module.groups:
+            raise TargetError(
+                f"a convolution with groups={module.groups} needs a rank that is a multiple of it, not {spec.rank}: "
+                "set it with rank_pattern, or leave the layer out with exclude_modules"
+            )
+
+    @staticmethod
+    def dimensions_after_channels(module: Any) -> int:
+        return len(module.kernel_size)
+
+    def check_mergeable(self) -> None:
+        super().check_mergeable()
+        if has_own_forward(type(self).base_class):
+            raise AdapterStateError(
+                f"a {type(self).base_class.__name__} cannot be merged: it has a forward of its own, which may use its "
+                f"weight in another way than a {self.lora_kind} does. Use it unmerged."
+            )
+
+
+class ConvLoRA(Convolution):
     """A is (rank, in, *kernel), B is (out, rank / groups, 1, ...).
 
     The layout is PEFT's: A sees all input channels, B is grouped as the base is. Stride, padding, padding mode and
@@ -22,14 +48,6 @@ class ConvLoRA(Adapter):
 
     lora_convolve: Any
     groups: int
-
-    @classmethod
-    def check(cls, module: Any, spec: AdapterSpec) -> None:
-        if spec.rank % module.groups:
-            raise TargetError(
-                f"a convolution with groups={module.groups} needs a rank that is a multiple of it, not {spec.rank}: "
-                "set it with rank_pattern, or leave the layer out with exclude_modules"
-            )
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
@@ -53,14 +71,6 @@ class ConvLoRA(Adapter):
         A, B, bias = self.factors_in(x.dtype)
         h = self.lora_convolve(x, A, None, base.stride, padding, base.dilation)
         return self.lora_convolve(h, B, bias, groups=base.groups)
-
-    def check_mergeable(self) -> None:
-        super().check_mergeable()
-        if has_own_forward(type(self).base_class):
-            raise AdapterStateError(
-                f"a {type(self).base_class.__name__} cannot be merged: it has a forward of its own, which may use its "
-                "weight in another way than a convolution does. Use it unmerged."
-            )
 
     def delta_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         A, B = self.factors(parameter, dropped=dropped)
@@ -86,10 +96,6 @@ class ConvLoRA(Adapter):
     def merged_shape(self) -> tuple[int, ...] | None:
         base: Any = self
         return None if base.groups == 1 else (base.out_channels, base.in_channels, *base.kernel_size)
-
-    @staticmethod
-    def dimensions_after_channels(module: Any) -> int:
-        return len(module.kernel_size)
 
     @staticmethod
     def matrix(module: Any, W: Tensor) -> Tensor:

@@ -8,26 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.layers.base import Adapter, AdapterSpec, has_own_forward
-from lightning_lora.errors import AdapterStateError, TargetError
+from lightning_lora.engine.layers.base import Adapter
+from lightning_lora.engine.layers.conv import Convolution
+from lightning_lora.errors import TargetError
 
 
-class ConvTransposeLoRA(Adapter):
+class ConvTransposeLoRA(Convolution):
     """A is (rank, in / groups, 1, ...), B is (out, rank / groups, *kernel).
 
     Both are grouped as the base is. Stride, padding, output padding and dilation belong to B.
     """
 
+    lora_kind = "transposed convolution"
     lora_pointwise: Any
     lora_convolve: Any
-
-    @classmethod
-    def check(cls, module: Any, spec: AdapterSpec) -> None:
-        if spec.rank % module.groups:
-            raise TargetError(
-                f"a convolution with groups={module.groups} needs a rank that is a multiple of it, not {spec.rank}: "
-                "set it with rank_pattern, or leave the layer out with exclude_modules"
-            )
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
@@ -43,10 +37,6 @@ class ConvTransposeLoRA(Adapter):
         ones = (1,) * len(module.kernel_size)
         A = (rank, module.in_channels // module.groups, *ones)
         return A, (module.out_channels, rank // module.groups, *module.kernel_size)
-
-    @staticmethod
-    def dimensions_after_channels(module: Any) -> int:
-        return len(module.kernel_size)
 
     @classmethod
     def by_output(cls, module: Any, W: Tensor) -> Tensor:  # (in, out / groups, *kernel) -> (out, in / groups * kernel)
@@ -77,14 +67,6 @@ class ConvTransposeLoRA(Adapter):
         dtype = torch.promote_types(A.dtype, torch.float32)
         A, B = (t.to(dtype).unflatten(0, (base.groups, -1)) for t in (A.flatten(1), B))
         return self.lora.scale * torch.einsum("gri,gor...->gio...", A, B).flatten(0, 1)
-
-    def check_mergeable(self) -> None:
-        super().check_mergeable()
-        if has_own_forward(type(self).base_class):
-            raise AdapterStateError(
-                f"a {type(self).base_class.__name__} cannot be merged: it has a forward of its own, which may use its "
-                "weight in another way than a transposed convolution does. Use it unmerged."
-            )
 
 
 class ConvTranspose1dLoRA(ConvTransposeLoRA, adapts=nn.ConvTranspose1d):
