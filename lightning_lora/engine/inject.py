@@ -42,6 +42,7 @@ from lightning_lora.engine.layers.quantized import keep_in_place, let_rearrange,
 from lightning_lora.engine.layers.swapping import check_removable, check_swappable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.report import InjectionReport, rows
+from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.storage import shape_of
 from lightning_lora.engine.targets import Selection, Target, select
 from lightning_lora.engine.tree import Tree
@@ -258,6 +259,12 @@ def _check_unadapted(model: nn.Module, tree: Tree) -> None:
         )
     if _RECORD in model.__dict__:
         raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you inject.")
+    check_unsharded(
+        model,
+        "Adapters that came now would be no part of what is sharded, and each process would train its own. Call inject "
+        "first, and fully_shard (or parallelize_module, or FSDP) after.",
+        tree.modules,
+    )
     lazy = [name for name, p in tree.parameters if nn.parameter.is_lazy(p)]
     if lazy:
         raise TargetError(f"{listed(lazy)} of {type(model).__name__} has no shape yet: run one batch through it first.")

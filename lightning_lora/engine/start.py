@@ -9,6 +9,7 @@ from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import Adapter, adapters
 from lightning_lora.engine.layers.fresh import Measured, check_measured, device_of, drawing_on, fresh_tensors
 from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.sharded import fill
 from lightning_lora.engine.vocabulary import token_tensors
 from lightning_lora.errors import AdapterStateError, listed
 
@@ -44,7 +45,7 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
             if tensor.is_meta:
                 setattr(module, own, value)
             else:
-                tensor.copy_(value)
+                fill(tensor, value)
     for root, injection in waiting:
         owner = model.get_submodule(root)
         there = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers(remove_duplicate=False))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.sharded import check_complete, fill, whole
 from lightning_lora.engine.storage import is_quantized
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
 
@@ -31,6 +32,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         tensors |= {prefix + own: getattr(module, own) for own in module.lora_names}
     if not tensors:
         raise AdapterStateError(f"{type(model).__name__} has no adapters: call inject(model, config) first.")
+    check_complete(tensors)
     for root, injection in injections(model):
         if not injection.trained_whole:
             continue
@@ -66,7 +68,7 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
+            fill(tensor, state_dict[name])
     for _, injection in injections(model):
         injection.awaits_start = False
 
@@ -128,9 +130,9 @@ def _fingerprint(model: nn.Module, base: Iterable[tuple[str, nn.Parameter]]) -> 
         if is_quantized(p):
             continue
         if id(p) in replaced:  # the adapter brings these rows, whatever a resized embedding was filled with
-            values = p.detach().index_fill(0, replaced[id(p)], 0).reshape(-1)
+            values = whole(p.detach()).index_fill(0, replaced[id(p)], 0).reshape(-1)
         else:
-            values = p.detach().reshape(-1)
+            values = whole(p.detach()).reshape(-1)
         if p.is_floating_point():
             # By way of float32: a base of float64 that was loaded in float32 was rounded twice as well.
             values = values[:: max(1, values.numel() // _SAMPLE)].to(torch.float32).to(torch.bfloat16)

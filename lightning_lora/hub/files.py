@@ -27,6 +27,7 @@ from lightning_lora.engine import (
     remove,
 )
 from lightning_lora.engine.layers import LinearLoRA, register_conv1d
+from lightning_lora.engine.sharded import is_first, is_sharded, whole
 from lightning_lora.engine.state import check_same_base, describe_base
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import (
@@ -70,6 +71,9 @@ def save_adapter(
     the tensors. `tensors` are written instead of the adapter's live ones: an `adapter_state_dict` of `model`.
     `known_base` is what `describe_base(model, root)` said, where the weights of the base need not be read again.
 
+    Where the model is sharded (fully_shard), its tensors are put together here: every process must call this, and the
+    first one writes. With `tensors` that are whole and `known_base`, the first may call it alone.
+
     A folder that is there is replaced as a whole, or, where it holds other files too, file by file. Raises
     AdapterStateError where `inject` was not called on `model` or inside it, ConfigError for an argument that cannot be,
     CheckpointError where the folder cannot be written; what was there before is then still there.
@@ -86,9 +90,9 @@ def save_adapter(
     }
     known = {id(getattr(m, own)) for m in adapted.values() for own in m.lora_names}
     own_tensors = adapter_tensors(model)
-    whole = [t for t in own_tensors.values() if id(t) not in known]
+    others_trained = [t for t in own_tensors.values() if id(t) not in known]
     targets = targets_of(adapted, injection.config)
-    layout = layout_of(root, layers, whole, targets.companions)
+    layout = layout_of(root, layers, others_trained, targets.companions)
     saved = _saved_names(root, owner, injection.config)
     inside = tuple(f"{name}." for name in saved)
     named = {*targets.modules, *targets.companions, *saved}
@@ -114,7 +118,7 @@ def save_adapter(
     given, live = tensors or {}, tensors_named(root)
 
     def value(name: str) -> Tensor:
-        return given.get(member(module, name), live[name]).detach().cpu()
+        return whole(given.get(member(module, name), live[name]).detach()).cpu()
 
     values = {key: layout.value_in_file(name, value) for key, name in layout.written_keys().items()}
     note = {
@@ -132,7 +136,8 @@ def save_adapter(
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
     folder = Path(folder)
-    write_folder(folder, files)
+    if not any(map(is_sharded, own_tensors.values())) or is_first():
+        write_folder(folder, files)
     for what, names in targets.unread.items():
         warnings.warn(f"{what}: {listed(names)}. load_adapter does.", stacklevel=2)
     return folder

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import MAGNITUDE, Adapter, Pair, without_autocast
+from lightning_lora.engine.sharded import fill, is_own, whole
 from lightning_lora.engine.storage import can_be_dense, is_quantized
 from lightning_lora.errors import TargetError
 
@@ -41,8 +42,10 @@ class DoRA(Adapter):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         fresh = self._fresh_pairs()
+        given = {p: state_dict.get(prefix + MAGNITUDE + p.suffix) for p in fresh}
+        of_base = [p for p in fresh if is_own(given[p], getattr(self, MAGNITUDE + p.suffix))]
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._measure([p for p in fresh if prefix + MAGNITUDE + p.suffix not in state_dict])  # a base's
+        self._measure(of_base)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = [is_quantized(p) for p in self._parameters.values() if p is not None]
@@ -59,7 +62,7 @@ class DoRA(Adapter):
         """m starts as the norm of W, of that W which is there now."""
         for pair in pairs:
             m = getattr(self, MAGNITUDE + pair.suffix)
-            m.copy_(output_norms(self, self, self.dense_weight(pair.parameter)))
+            fill(m, output_norms(self, self, whole(self.dense_weight(pair.parameter))))
 
     def gain(self) -> Tensor:
         """g, one number for each output, in float32 or wider."""

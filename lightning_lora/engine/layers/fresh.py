@@ -13,6 +13,7 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
 from lightning_lora.engine.layers.base import BIAS, MAGNITUDE, START, Adapter, AdapterSpec
 from lightning_lora.engine.layers.dora import output_norms
+from lightning_lora.engine.sharded import whole
 from lightning_lora.engine.storage import can_be_dense, dense, shape_of
 from lightning_lora.errors import ConfigError, DataError, TargetError, listed
 
@@ -67,7 +68,8 @@ def _fresh(
     if config.lora_bias:
         tensors[BIAS] = nn.Parameter(torch.zeros(shape_B[0], dtype=dtype))
     if config.use_dora:
-        tensors[MAGNITUDE] = nn.Parameter(output_norms(geometry, module, dense(module, weight).detach()).to(dtype))
+        norms = output_norms(geometry, module, whole(dense(module, weight).detach()))
+        tensors[MAGNITUDE] = nn.Parameter(norms.to(dtype))
     suffix = geometry.suffix_of(parameter)
     return {name + suffix: tensor for name, tensor in tensors.items()}
 
@@ -150,7 +152,7 @@ def _start(
     if "W" in init.wants:
         weight = module._parameters[parameter]
         assert weight is not None
-        known["W"] = geometry.matrix(module, dense(module, weight).detach()).to(torch.float32)
+        known["W"] = geometry.matrix(module, whole(dense(module, weight).detach())).to(torch.float32)
     if init.gives == "Tensor" and geometry.draws_b and not config.freeze_a:
         return torch.zeros(A), torch.randn(B)
     if init.gives == "Tensor" and not init.computes and A[0] == spec.rank:

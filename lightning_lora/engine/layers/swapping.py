@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import FACTORS, Adapter, AdapterSpec, adapters
+from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import AdapterStateError, TargetError
 
@@ -90,6 +91,11 @@ def swap_back(module: Adapter) -> Callable[[], None]:
 
 def check_removable(model: nn.Module) -> None:
     """Raise AdapterStateError if `swap_back` would fail on a layer of `model`."""
+    check_unsharded(
+        model,
+        "To remove or merge its adapter, save it (save_adapter, in every process), and load it into a model that is "
+        "not sharded.",
+    )
     for name, module in adapters(model):
         cls = type(module)
         if "base_class" not in cls.__dict__:

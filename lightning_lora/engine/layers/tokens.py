@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.engine.layers.base import Adapter, AdapterSpec, Pair, has_own_forward
+from lightning_lora.engine.sharded import fill, is_own, whole
 from lightning_lora.errors import TargetError
 
 TOKENS = "lora_tokens"
@@ -103,11 +104,13 @@ class TokenRows(Adapter):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         own = self._parameters.get("lora_tokens")
         at = torch.tensor(self.lora.tokens, device=self.lora_rows.device)
-        is_fresh = own is not None and not own.is_meta and own.equal(self.dense_weight()[at].to(own.dtype))
+        is_fresh = (
+            own is not None and not own.is_meta and whole(own).equal(whole(self.dense_weight())[at].to(own.dtype))
+        )
+        of_base = own is not None and is_fresh and is_own(state_dict.get(prefix + "lora_tokens"), own)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if own is not None and is_fresh and prefix + "lora_tokens" not in state_dict:  # a base's: start as its rows
-            with torch.no_grad():
-                own.copy_(self.dense_weight()[at])
+        if of_base:  # start as the rows of what was loaded
+            fill(self._parameters["lora_tokens"], whole(self.dense_weight())[at])
 
 
 class TokenLogits(TokenRows):

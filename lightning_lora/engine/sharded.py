@@ -1,0 +1,76 @@
+"""Weights that are spread over processes: torch's DTensors, as fully_shard and tensor parallelism make them, and FSDP1.
+
+Nothing is imported here: a model can hold such weights only if their module was imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterStateError, listed
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether `t` is a DTensor, of which this process has a part."""
+    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(t, kind)
+
+
+def whole(t: Any) -> Tensor:
+    """All of `t`. Where it is sharded, every process that has a part of it must call this."""
+    tensor: Tensor = t.full_tensor() if is_sharded(t) else t
+    return tensor
+
+
+@torch.no_grad()
+def fill(t: Any, value: Tensor) -> None:
+    """Copy `value`, which every process has whole, into `t`, of which each keeps its part."""
+    if is_sharded(t) and not is_sharded(value):
+        distribute: Any = sys.modules["torch.distributed.tensor"]
+        value = value.to(t.device, t.dtype)
+        value = distribute.distribute_tensor(value, t.device_mesh, t.placements, src_data_rank=None)
+    t.copy_(value)
+
+
+def is_own(given: Tensor | None, own: Tensor) -> bool:
+    """Whether a state dict brings nothing for `own`: no value, or its own, which torch's set_model_state_dict fills in
+    where one is missing."""
+    parts = (t.to_local() if is_sharded(t) else t for t in (given, own) if t is not None)  # type: ignore[attr-defined]
+    return len({t.data_ptr() for t in parts}) == 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that does what only one should."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def check_complete(tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterStateError for an A or B that is no matrix: FSDP1 and ZeRO-3 leave a flat part of it there."""
+    parts = [name for name, t in tensors.items() if t.dim() < 2 and name.rpartition(".")[2] in ("lora_A", "lora_B")]
+    if parts:
+        raise AdapterStateError(
+            f"{listed(parts)} is a part of a tensor whose rest other processes have. Ask for it while the whole is "
+            "there: inside of FullyShardedDataParallel.summon_full_params, or deepspeed.zero.GatheredParameters."
+        )
+
+
+def check_unsharded(model: nn.Module, advice: str, modules: Iterable[tuple[str, nn.Module]] | None = None) -> None:
+    """Raise AdapterStateError, with what to do, where weights of `model` are sharded, or will be again: fully_shard
+    puts them together for as long as a forward takes, or `unshard` says. `modules` are those of `model`, if known."""
+    fsdp, tensors = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
+    if fsdp is None and tensors is None:
+        return
+    kinds: Any = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if fsdp is not None)
+    found = [
+        name or type(model).__name__
+        for name, module in modules or model.named_modules()
+        if isinstance(module, kinds) or any(is_sharded(p) for p in module._parameters.values() if p is not None)
+    ]
+    if found:
+        raise AdapterStateError(f"{type(model).__name__} is sharded over processes (at {listed(found, 3)}). {advice}")
