@@ -6,7 +6,7 @@ Unmerging puts the untouched base weights back; it never subtracts, since subtra
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections, release, weight_users
-from lightning_lora.engine.layers.base import Adapter, adapters, pairs
+from lightning_lora.engine.layers.base import Adapter, adapters
 from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.storage import can_be_dense, dense, is_plain, stored
 from lightning_lora.errors import AdapterStateError, listed
@@ -37,11 +37,15 @@ def merge(model: nn.Module) -> None:
     users = weight_users(model.named_modules())
     tied = {
         id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]
-        for module in mergeable
+        for module in mergeable.values()
         for p in module._parameters.values()
         if p is not None
     }
-    changed = {id(pair.module._parameters.get(pair.parameter)) for pair in pairs(model)}
+    changed = {
+        id(module._parameters.get(pair.parameter))
+        for name, module in mergeable.items()
+        for pair in module.lora_pairs(name)
+    }
     if any(tied[key] for key in changed if key in tied):  # said before anything is changed: a warning can be an error
         names = (name for key in changed for name in tied.get(key, ()))
         warnings.warn(
@@ -50,9 +54,9 @@ def merge(model: nn.Module) -> None:
             "config.tie_word_embeddings=False).",
             stacklevel=2,
         )
-    _warn_of_rounding(model)
-    _warn_of_growth(model)
-    for module in mergeable:
+    _warn_of_rounding(mergeable)
+    _warn_of_growth(mergeable)
+    for module in mergeable.values():
         values, attributes = _merged(module)
         kind = type(module)
         swap_back(module)
@@ -77,9 +81,10 @@ def merged(model: nn.Module) -> Iterator[None]:
     speed; outside, all is as it was, bit for bit. Raises AdapterStateError and warns as `merge` does."""
     undo = []
     try:
-        _warn_of_rounding(model)
-        _warn_of_growth(model)
-        for module in _mergeable(model):
+        mergeable = _mergeable(model)
+        _warn_of_rounding(mergeable)
+        _warn_of_growth(mergeable)
+        for module in mergeable.values():
             values, attributes = _merged(module)
             before = {name: module._parameters[name] for name in values}, {n: getattr(module, n) for n in attributes}
             kind = type(module)
@@ -97,19 +102,20 @@ def merged(model: nn.Module) -> Iterator[None]:
             module.parameters_replaced(module)
 
 
-def _mergeable(model: nn.Module) -> list[Adapter]:
-    """The adapted layers. Raises before anything is changed."""
+def _mergeable(model: nn.Module) -> dict[str, Adapter]:
+    """The adapted layers by name. Raises before anything is changed."""
     check_removable(model)
-    found = []
+    found = {}
     for name, module in adapters(model):
         try:
             module.check_mergeable()
         except AdapterStateError as error:
             raise AdapterStateError(f"{name!r}: {error}") from None
-        found.append(module)
+        found[name] = module
     if not found:
         raise AdapterStateError(f"{type(model).__name__} has no adapters to merge.")
-    return sorted(found, key=lambda module: bool(module.lora_names))  # what reads another's tensors, before that one
+    # What reads another's tensors comes before that one.
+    return dict(sorted(found.items(), key=lambda entry: bool(entry[1].lora_names)))
 
 
 def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -129,11 +135,11 @@ def _parameter(value: Tensor) -> nn.Parameter:
     return value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
 
 
-def _warn_of_growth(model: nn.Module) -> None:
+def _warn_of_growth(mergeable: Mapping[str, Adapter]) -> None:
     """Say which weights take another shape, before anything is changed."""
     grown = [
         f"{name} from {'x'.join(map(str, module._parameters['weight'].shape))} to {'x'.join(map(str, shape))}"  # type: ignore[union-attr]
-        for name, module in adapters(model)
+        for name, module in mergeable.items()
         if (shape := module.merged_shape()) is not None
     ]
     if grown:
@@ -144,10 +150,10 @@ def _warn_of_growth(model: nn.Module) -> None:
         )
 
 
-def _warn_of_rounding(model: nn.Module) -> None:
+def _warn_of_rounding(mergeable: Mapping[str, Adapter]) -> None:
     """Say what quantizing the adapted weights again takes away from the updates, before anything is changed."""
     lost: dict[str, float] = {}
-    for name, module in adapters(model):
+    for name, module in mergeable.items():
         for pair in module.lora_pairs(name):
             own = module._parameters.get(pair.parameter)
             if own is None or is_plain(own) or not can_be_dense(own):

@@ -238,13 +238,16 @@ class Adapter(_Host):
         """scale * B A, shaped as the layer's weight, in the precision of the factors (float32 at least)."""
         A, B = self.factors(parameter, dropped=dropped)
         dtype = torch.promote_types(A.dtype, torch.float32)
-        return self.from_matrix(self, self.lora.scale * (B.flatten(1).to(dtype) @ A.flatten(1).to(dtype)))
+        return self.from_matrix(self, (B.flatten(1).to(dtype) @ A.flatten(1).to(dtype)).mul_(self.lora.scale))
 
     def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         """The weight with the adapter in it, in float32 or wider, whatever autocast says."""
         W = self.dense_weight(parameter)
         with without_autocast(W):
-            return W + self.delta_weight(parameter, dropped=dropped)
+            delta = self.delta_weight(parameter, dropped=dropped)
+            # Without a graph the sum takes the update's memory: fresh memory costs more than the product.
+            fits = delta.stride() == W.stride() and delta.dtype == torch.promote_types(delta.dtype, W.dtype)
+            return delta.add_(W) if fits and not torch.is_grad_enabled() else W + delta
 
     def dense_weight(self, parameter: str = "weight") -> Tensor:
         """The base's own weight, in floating point."""
