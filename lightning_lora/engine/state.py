@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,14 @@ from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.sharded import check_complete, fill, whole
 from lightning_lora.engine.storage import is_quantized
+from lightning_lora.engine.witness import witness_of
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
 
 _SAMPLE = 1 << 20
 _SAME_ONCE_ROUNDED = {"torch.float32", "torch.float64", "torch.bfloat16"}
+
+_DESCRIBED: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
+"""What `describe_base` said last of a module, and the witness of the weights that it said it of."""
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -144,10 +149,24 @@ def _fingerprint(model: nn.Module, base: Iterable[tuple[str, nn.Parameter]]) -> 
 
 
 def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, Any]:
-    """What `check_same_base` needs to know the base of `model` again (or of `root` in it), as plain values."""
+    """What `check_same_base` needs to know the base of `model` again (or of `root` in it), as plain values.
+
+    It is remembered while the base is seen to be what it was (witness.py says how): reading all of it takes longer than
+    reading or writing an adapter. `base_fingerprint` always reads it.
+    """
+    root = root or model
     base = _base_parameters(model, root)
-    dtypes = sorted({type(p).__name__ if is_quantized(p) else str(p.dtype) for _, p in base})
-    return {"base_fingerprint": _fingerprint(model, base), "base_dtypes": dtypes}
+    now = witness_of(base)
+    if now is not None:
+        now += tuple(
+            (id(m._parameters["weight"]), m.lora.tokens) for _, m in adapters(model) if isinstance(m, TokenRows)
+        )
+    then, description = _DESCRIBED.get(root, (None, {}))
+    if now is None or now != then:
+        dtypes = sorted({type(p).__name__ if is_quantized(p) else str(p.dtype) for _, p in base})
+        description = {"base_fingerprint": _fingerprint(model, base), "base_dtypes": dtypes}
+        _DESCRIBED[root] = now, description
+    return dict(description)
 
 
 def check_same_base(
