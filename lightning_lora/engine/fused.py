@@ -9,7 +9,8 @@ positions, as elements are dropped.
 
 The formulation with torch's own functions is used wherever something looks into the computation: torch.compile, whose
 code generator fuses it itself and chooses what to keep; torch.func's transforms; forward-mode differentiation; tracing;
-and tensor subclasses, whose operations are their own.
+modes that see each operation, such as selective activation checkpointing, which keeps results that must not change
+afterwards; tensor subclasses, whose operations are their own; and layouts other than strides, such as nested tensors.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 _under_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
@@ -32,7 +34,9 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
     `dropout` is the probability with which an element of x is left out of the update; 0 outside of training. A and B
     are used in x's dtype, or in that of autocast.
     """
-    if W.requires_grad or not _can_fuse(x, W, A, B):
+    # Where the dtypes of x and W differ and autocast is not there to choose, torch says so.
+    unfit = x.dtype != W.dtype and _autocast_dtype(x) is None
+    if W.requires_grad or unfit or not _can_fuse(x, W, A, B, b):
         return _plain(x, F.linear(x, W, b), A, B, scale, dropout)
     if not torch.is_grad_enabled():
         return _forward(x, None, W, b, A, B, scale, dropout).y
@@ -71,10 +75,14 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return y
 
 
-def _can_fuse(*tensors: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _under_torch_func():
+def _can_fuse(*tensors: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _under_torch_func() or _modes():
         return False
     for t in tensors:
+        if t is None:
+            continue
+        if t.layout != torch.strided or t.is_nested:
+            return False
         if type(t) not in _PLAIN_TENSORS or t.is_complex() or forward_ad.unpack_dual(t).tangent is not None:
             return False
     return True

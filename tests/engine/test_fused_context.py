@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_lora.engine import fused
 from tests.engine.fused_step import (
     SCALE,
+    USES,
     both,
     call,
     every_rate,
@@ -31,9 +35,11 @@ from tests.engine.fused_step import (
 # Precision.
 
 
-def narrow_errors(way: str, function: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> dict:
+def narrow_errors(
+    way: str, function: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype, rank: int = 3
+) -> dict:
     """Errors of output and gradients against float64, where all is rounded to `dtype` but A and B are masters."""
-    exact = {n: t.to(dtype).double() if n not in "AB" else t for n, t in tensors(*shape).items()}
+    exact = {n: t.to(dtype).double() if n not in "AB" else t for n, t in tensors(*shape, rank=rank).items()}
     exact = {n: t.detach().requires_grad_(n != "W") for n, t in exact.items()}
     given = {n: t.detach().to(torch.float32 if n in "AB" else dtype).requires_grad_(n != "W") for n, t in exact.items()}
     y, y_exact = function(way, given), formula(way, exact)
@@ -57,6 +63,16 @@ def test_half_precision_loses_no_more_than_twice_what_two_products_and_a_sum_los
     theirs = narrow_errors(way, two_products, shape, dtype)
     for name, error in ours.items():
         assert error <= 2 * theirs[name], (name, error, theirs[name])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_half_precision_loses_no_more_at_any_shape(seed: int):
+    generator = random.Random(seed)
+    shape = (generator.randint(32, 300), generator.randint(16, 300))
+    rank = generator.choice([1, 3, 8, 64])
+    ours, theirs = (narrow_errors("linear", f, shape, torch.bfloat16, rank) for f in (call, two_products))
+    for name, error in ours.items():
+        assert error <= 2 * theirs[name], (name, shape, rank, error, theirs[name])
 
 
 @both
@@ -115,11 +131,46 @@ def test_activation_checkpointing_gives_the_same_gradients(way: str, p: float, r
     torch.testing.assert_close({n: t[n].grad for n in used}, expected)
 
 
+@both
+@every_rate
+def test_what_selective_checkpointing_keeps_is_not_changed_afterwards(way: str, p: float):
+    """A policy that keeps the results of matrix products, which is the usual one."""
+    t, aten = tensors(4, 5), torch.ops.aten
+    kept = [aten.mm.default, aten.addmm.default]
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    names = list(t)
+
+    def function(*given: Tensor) -> Tensor:
+        return call(way, dict(zip(names, given)), p)
+
+    torch.manual_seed(0)
+    y = checkpoint(function, *t.values(), use_reentrant=False, context_fn=contexts)
+    found = gradients(way, t, y)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, gradients(way, t, formula(way, t, F.dropout(torch.ones_like(t["x"]), p))))
+
+
+@both
+@every_rate
+def test_many_gradients_at_once_are_those_one_by_one(way: str, p: float):
+    t = tensors(4, 5)
+    used = [t[n] for n in USES[way]]
+    y = call(way, t, p)
+    several = torch.randn(3, *y.shape, dtype=y.dtype)
+    at_once = torch.autograd.grad(y, used, several, is_grads_batched=True, retain_graph=True)
+    one_by_one = zip(*(torch.autograd.grad(y, used, g, retain_graph=True) for g in several))
+    torch.testing.assert_close(list(at_once), [torch.stack(each) for each in one_by_one])
+
+
 @jvp_imports
 @both
 def test_forward_mode_differentiation_agrees_with_the_formula(way: str):
     t = tensors(4, 5)
-    for name in ("x", "A", "B"):
+    for name in USES[way]:
         tangent = torch.ones_like(t[name])
         with forward_ad.dual_level():
             given = t | {name: forward_ad.make_dual(t[name], tangent)}
@@ -181,6 +232,34 @@ def test_a_tensor_subclass_sees_torchs_own_functions(way: str):
     y = call(way, t | {"x": t["x"].as_subclass(Watched)})
     assert "linear" in seen
     torch.testing.assert_close(y.as_subclass(Tensor), formula(way, t))
+
+
+def test_a_traced_computation_draws_anew_in_each_run():
+    t = {n: v.detach() for n, v in tensors(40, 5).items()}
+    traced = make_fx(lambda x: call("linear", t | {"x": x}, 0.5))(t["x"])
+    assert not traced(t["x"]).equal(traced(t["x"]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@both
+def test_layouts_without_strides_take_the_plain_way(way: str):
+    t = {n: v.detach() for n, v in tensors(4, 5).items()}
+    expected = formula(way, t)
+    for layout in (torch.sparse_coo, torch.sparse_csr):
+        torch.testing.assert_close(call(way, t | {"x": t["x"].to_sparse(layout=layout)}), expected)
+    nested = {n: torch.nested.nested_tensor(list(t[n].split((1, 3)))) for n in ("x", "base")}
+    torch.testing.assert_close(torch.cat(call(way, t | nested).unbind()), expected)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_an_input_of_another_dtype_than_the_weight_is_an_error_as_without_an_adapter(dtypes: tuple[torch.dtype, ...]):
+    t = tensors(4, 5, wants="A B")
+    t = t | {n: t[n].to(dtype) for n, dtype in zip(("x", "W"), dtypes)} | {"b": t["b"].to(dtypes[1])}
+    with pytest.raises(RuntimeError, match="must have the same dtype"):
+        call("linear", t)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call("linear", t).dtype == torch.bfloat16
 
 
 def test_complex_tensors_take_the_plain_way():

@@ -181,3 +181,13 @@ def test_a_known_layer_keeps_its_input_and_the_narrow_product_alone(layer: Calla
     module = model["blocks"][0]
     known = [x, *module.parameters()]
     assert saved_by(lambda: module(x), *known) == 2 * 64  # A x, of rank 2
+
+
+@pytest.mark.parametrize("config", [{}, {"lora_bias": True}, {"use_dora": True}, {"init": "pissa"}], ids=str)
+def test_a_replica_of_data_parallel_computes_what_its_module_does(config: dict[str, object]):
+    module = adapted(Blocks(), **config).blocks[0][0]
+    replica = module._replicate_for_data_parallel()  # which has no parameters: it is given copies, as attributes
+    for name, p in module.named_parameters():
+        setattr(replica, name, p.detach().clone())
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(replica(x), module(x))

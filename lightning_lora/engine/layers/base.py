@@ -231,8 +231,7 @@ class Adapter(_Host):
     def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """A, B and B's bias, if it has one, as they enter the update in this forward, in `dtype`."""
         A, B = self.factors()
-        bias = self._parameters.get(BIAS)
-        return A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype)
+        return A.to(dtype), B.to(dtype), getattr(self, BIAS).to(dtype) if BIAS in self.lora_names else None
 
     def delta_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         """scale * B A, shaped as the layer's weight, in the precision of the factors (float32 at least)."""
@@ -251,9 +250,15 @@ class Adapter(_Host):
 
     def dense_weight(self, parameter: str = "weight") -> Tensor:
         """The base's own weight, in floating point."""
-        W = self._parameters[parameter]
+        W = self.own(parameter)
         assert W is not None
         return dense(self, W)
+
+    def own(self, parameter: str) -> Tensor | None:
+        """A parameter of the base's, past what a class computes in its place. A replica that nn.DataParallel makes has
+        none: it holds them as plain attributes."""
+        p: Tensor | None = self._parameters.get(parameter)
+        return self.__dict__.get(parameter) if p is None else p
 
     def merged_parameters(self) -> dict[str, Tensor]:
         """The values with which the layer's own parameters take the adapter in, each in its own precision."""

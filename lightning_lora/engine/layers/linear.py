@@ -27,7 +27,7 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (..., in) -> (..., out)
         cls: Any = type(self)
-        if cls.combine is not Adapter.combine or BIAS in self._parameters:
+        if cls.combine is not Adapter.combine or BIAS in self.lora_names:
             return super().forward(x, *args, **kwargs)
         A, B = self.factors()
         dropout = self.lora.dropout if self.training else 0.0
@@ -41,8 +41,7 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
 
     def update(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         update = fused.update(x, *self.factors(), self.lora.dropout if self.training else 0.0)
-        bias = self._parameters.get(BIAS)
-        return update if bias is None else update + bias.to(update.dtype)
+        return update + getattr(self, BIAS).to(update.dtype) if BIAS in self.lora_names else update
 
     @staticmethod
     def multiply(x: Tensor, W: Tensor) -> Tensor:
