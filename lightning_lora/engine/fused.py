@@ -16,8 +16,8 @@ afterwards; tensor subclasses, whose operations are their own; and layouts other
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
     unfit = x.dtype != W.dtype and _autocast_dtype(x) is None
     if W.requires_grad or unfit or not _can_fuse(x, W, A, B, b):
         return _plain(x, F.linear(x, W, b), A, B, scale, dropout)
-    if not torch.is_grad_enabled():
-        return _forward(x, None, W, b, A, B, scale, dropout).y
-    y: Tensor = _Linear.apply(x, None, W, b, A, B, scale, dropout)[0]
-    return y
+    return _fused(x, None, W, b, A, B, scale, dropout)
 
 
 def add_update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
@@ -51,20 +48,14 @@ def add_update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, drop
     """
     if not _can_fuse(x, base, A, B):
         return _plain(x, base, A, B, scale, dropout)
-    if not torch.is_grad_enabled():
-        return _forward(x, base, None, None, A, B, scale, dropout).y
-    y: Tensor = _Linear.apply(x, base, None, None, A, B, scale, dropout)[0]
-    return y
+    return _fused(x, base, None, None, A, B, scale, dropout)
 
 
 def update(x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -> Tensor:
     """B A drop(x) alone, for a layer that does more with it than add it."""
     if not _can_fuse(x, A, B):
         return _plain_update(x, A, B, dropout)
-    if not torch.is_grad_enabled():
-        return _forward(x, None, None, None, A, B, 1.0, dropout).y
-    y: Tensor = _Linear.apply(x, None, None, None, A, B, 1.0, dropout)[0]
-    return y
+    return _fused(x, None, None, None, A, B, 1.0, dropout)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -78,12 +69,15 @@ def dropout(x: Tensor, p: float) -> Tensor:
 def _can_fuse(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _under_torch_func() or _modes():
         return False
+    is_dual = getattr(forward_ad, "_current_level", 0) >= 0  # within dual_level
     for t in tensors:
         if t is None:
             continue
         if t.layout != torch.strided or t.is_nested:
             return False
-        if type(t) not in _PLAIN_TENSORS or t.is_complex() or forward_ad.unpack_dual(t).tangent is not None:
+        if type(t) not in _PLAIN_TENSORS or t.is_complex():
+            return False
+        if is_dual and forward_ad.unpack_dual(t).tangent is not None:
             return False
     return True
 
@@ -101,46 +95,57 @@ def _plain_update(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
     return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
-class _Forward(NamedTuple):
-    y: Tensor
-    H: Tensor
-    dropped: Tensor | None
-    scale: float
-    """The factor on B H."""
-    dtype: torch.dtype
-    """What was computed in."""
+def _fused(
+    x: Tensor, base: Tensor | None, W: Tensor | None, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+) -> Tensor:
+    narrowed = _autocast_dtype(x)
+    with nullcontext() if narrowed is None else torch.autocast(x.device.type, enabled=False):
+        dtype = narrowed or x.dtype
+        if not torch.is_grad_enabled():
+            return _forward(x, base, W, b, A, B, scale, p, dtype)[0]
+        y: Tensor = _Linear.apply(x, base, W, b, A, B, scale, p, dtype)[0]
+    return y
 
 
 def _forward(
-    x: Tensor, base: Tensor | None, W: Tensor | None, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
-) -> _Forward:
-    """The output with what W or `base` gives, or with nothing besides."""
-    dtype = _autocast_dtype(x) or x.dtype
-    with _no_autocast(x):
-        x = x.to(dtype)
-        X = _matrix(x)
-        dropped = None
-        if p:
-            dropped, scale = _draw(X, p), scale / (1 - p)
-        H = A.to(dtype) @ _without(X, dropped).T
-        if W is not None:
-            y = F.linear(x, W.to(dtype), None if b is None else b.to(dtype))
-            _add_product(y.view(X.shape[0], W.shape[0]), H, B.to(dtype).T, scale)
-        elif base is not None and base.dtype == dtype:
-            y = torch.addmm(_matrix(base), H.T, B.to(dtype).T, alpha=scale).view(base.shape)
-        else:
-            y = x.new_empty(X.shape[0], B.shape[0]).addmm_(H.T, B.to(dtype).T, beta=0, alpha=scale)
-            y = y.view(*x.shape[:-1], B.shape[0])
-            y = y if base is None else base + y.to(base.dtype)
-    return _Forward(y, H, dropped, scale, dtype)
+    x: Tensor,
+    base: Tensor | None,
+    W: Tensor | None,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output with what W or `base` gives, or with nothing besides; A x; and what of x was dropped."""
+    x = _in(dtype, x)
+    X, dropped = _matrix(x), None
+    if p:
+        dropped, scale = _draw(X, p), scale / (1 - p)
+    H = _narrow_product(_in(dtype, A), _without(X, dropped))
+    B = _in(dtype, B)
+    if W is not None:
+        y = F.linear(x, _in(dtype, W), None if b is None else _in(dtype, b))
+        _add_product(y if y.dim() == 2 else y.view(X.shape[0], W.shape[0]), H, B.t(), scale)
+    elif base is not None and base.dtype == dtype:
+        y = torch.addmm(_matrix(base), H.t(), B.t(), alpha=scale).view(base.shape)
+    else:
+        y = x.new_empty(X.shape[0], B.shape[0]).addmm_(H.t(), B.t(), beta=0, alpha=scale)
+        y = y.view(*x.shape[:-1], B.shape[0])
+        y = y if base is None else base + y.to(base.dtype)
+    return y, H, dropped
 
 
 class _Linear(torch.autograd.Function):
     """The output and H. Inside, all is in matrices: X (n, in), Y and G (n, out), H (rank, n).
 
-    H and its gradient lie with the rank first, and the gradient of B is computed as its transpose: a CPU multiplies
-    narrow matrices up to eight times as fast that way round. H is an output so that the gradient of a gradient finds
-    its way through it without x, which is not kept where A is frozen.
+    The gradient of B is computed as its transpose: a CPU multiplies narrow matrices up to eight times as fast that way
+    round. H is an output so that the gradient of a gradient finds its way through it without x, which is not kept where
+    A is frozen.
+
+    Small layers take as long as this Python does, so it asks before it calls: a `to` or a `view` that changes nothing
+    costs a third of a small product.
     """
 
     @staticmethod
@@ -154,8 +159,9 @@ class _Linear(torch.autograd.Function):
         B: Tensor,
         scale: float,
         dropout: float,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        y, H, dropped, ctx.scale, ctx.dtype = _forward(x, base, W, b, A, B, scale, dropout)
+        y, H, dropped = _forward(x, base, W, b, A, B, scale, dropout, dtype)
         needs_x, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if needs_A else None,
@@ -166,43 +172,51 @@ class _Linear(torch.autograd.Function):
             dropped if needs_x or needs_A else None,
         )
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.dtypes = x.shape, [None if t is None else t.dtype for t in (x, base, b, A, B)]
+        ctx.scale = scale / (1 - dropout) if dropout else scale
+        ctx.dtype, ctx.shape = dtype, x.shape
+        ctx.dtypes = x.dtype, A.dtype, B.dtype, None if base is None else base.dtype, None if b is None else b.dtype
         return _no_view(y), H
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, grad_H: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Each step has a gradient itself where autograd asks for it (create_graph), those in place too.
-        x, W, A, B, H, dropped = ctx.saved_tensors
-        needs_x, needs_base, _, needs_b, needs_A, needs_B, *_ = ctx.needs_input_grad
-        x_dtype, base_dtype, b_dtype, A_dtype, B_dtype = ctx.dtypes
-        dtype, scale = ctx.dtype, ctx.scale
-        grad_x = grad_base = grad_b = grad_A = grad_B = None
         some = g if g is not None else grad_H
         if some is None:
-            return (None,) * 8
-        with _no_autocast(some):
-            G = None if g is None else _matrix(g).to(dtype)
-            if G is not None:
-                assert g is not None
-                grad_base = g.to(base_dtype) if needs_base else None
-                grad_b = G.sum(0).to(b_dtype) if needs_b else None
-                if needs_B:
-                    grad_B = (H @ G).T.to(B_dtype, memory_format=torch.contiguous_format).mul_(scale)
-            if needs_x or needs_A:
-                if G is not None:
-                    # The scale waits for products that are wider, or that can take it along.
-                    from_y = B.to(dtype).T @ G.T
-                    grad_H, scale = (from_y, scale) if grad_H is None else (grad_H + scale * from_y, 1.0)
-                else:
-                    scale = 1.0
-                assert grad_H is not None
-                if needs_A:
-                    grad_A = (grad_H @ _without(_matrix(x).to(dtype), dropped)).to(A_dtype).mul_(scale)
-                if needs_x:
-                    through_W = None if G is None or W is None else G @ W.to(dtype)
-                    grad_X = _add_through_A(through_W, grad_H, A.to(dtype), scale, dropped)
-                    grad_x = grad_X.view(ctx.shape).to(x_dtype)
-        return grad_x, grad_base, None, grad_b, grad_A, grad_B, None, None
+            return (None,) * 9
+        if _autocast_dtype(some) is None:
+            return _gradients(ctx, g, grad_H)
+        # The dtypes are chosen already; autocast would choose again, by what holds in the backward pass.
+        with torch.autocast(some.device.type, enabled=False):
+            return _gradients(ctx, g, grad_H)
+
+
+def _gradients(ctx: Any, g: Tensor | None, grad_H: Tensor | None) -> tuple[Tensor | None, ...]:
+    # Each step has a gradient itself where autograd asks for it (create_graph), those in place too.
+    x, W, A, B, H, dropped = ctx.saved_tensors
+    needs_x, needs_base, _, needs_b, needs_A, needs_B, *_ = ctx.needs_input_grad
+    x_dtype, A_dtype, B_dtype, base_dtype, b_dtype = ctx.dtypes
+    dtype, scale = ctx.dtype, ctx.scale
+    grad_x = grad_base = grad_b = grad_A = grad_B = G = None
+    if g is not None:
+        G = _in(dtype, _matrix(g))
+        grad_base = _in(base_dtype, g) if needs_base else None
+        grad_b = _in(b_dtype, G.sum(0)) if needs_b else None
+        if needs_B:
+            grad_B = torch.mm(H, G).t().to(B_dtype, memory_format=torch.contiguous_format).mul_(scale)
+    if needs_x or needs_A:
+        if G is None:
+            scale = 1.0
+        else:
+            # The scale waits for products that are wider, or that can take it along.
+            from_y = _narrow_product(_in(dtype, B).t(), G)
+            grad_H, scale = (from_y, scale) if grad_H is None else (grad_H + scale * from_y, 1.0)
+        assert grad_H is not None
+        if needs_A:
+            grad_A = _in(A_dtype, torch.mm(grad_H, _without(_in(dtype, _matrix(x)), dropped))).mul_(scale)
+        if needs_x:
+            through_W = None if G is None or W is None else torch.mm(G, _in(dtype, W))
+            grad_X = _add_through_A(through_W, grad_H, _in(dtype, A), scale, dropped)
+            grad_x = _in(x_dtype, grad_X if len(ctx.shape) == 2 else grad_X.view(ctx.shape))
+    return grad_x, grad_base, None, grad_b, grad_A, grad_B, None, None, None
 
 
 class _Dropout(torch.autograd.Function):
@@ -235,17 +249,28 @@ def _add_through_A(grad: Tensor | None, grad_H: Tensor, A: Tensor, scale: float,
     return grad
 
 
+def _narrow_product(M: Tensor, X: Tensor) -> Tensor:
+    """M X^T, (rank, n), laid out with the rank first, which is up to three times as fast, or last where that is."""
+    if X.dtype == torch.bfloat16 and M.shape[0] >= 16 and X.is_cpu:
+        return torch.mm(X, M.t()).t()
+    return torch.mm(M, X.t())
+
+
 def _add_product(Y: Tensor, H: Tensor, M: Tensor, scale: float) -> Tensor:
     """Y + scale * H^T M, in Y's memory, for a Y that is contiguous."""
     rank, n = H.shape
     width = Y.shape[1]
-    if rank <= 8 and width % 1024 == 0 and n % 8 == 0 and Y.dtype == torch.float32 and Y.device.type == "cpu":
-        # Rows that lie a multiple of 4 KiB apart fall on the same few places of a processor's first cache. MKL takes
-        # three times as long there; eight rows at a time fit.
-        blocks = n // 8
-        Y.view(blocks, 8, width).baddbmm_(H.T.reshape(blocks, 8, rank), M.expand(blocks, rank, width), alpha=scale)
-        return Y
-    return Y.addmm_(H.T, M, alpha=scale)
+    if rank < 16 and width % 1024 == 0 and Y.is_cpu:
+        # Rows that lie a multiple of 4 KiB apart fall on the same few places of a processor's first cache, and narrow
+        # products take up to three times as long there: in float32 not where eight rows are done at a time, in
+        # bfloat16 not where there are sixteen ranks.
+        if Y.dtype == torch.float32 and rank <= 12 and n % 8 == 0:
+            rows = H.t().reshape(n // 8, 8, rank)
+            Y.view(n // 8, 8, width).baddbmm_(rows, M.expand(n // 8, rank, width), alpha=scale)
+            return Y
+        if Y.dtype == torch.bfloat16 and width % 2048 == 0:
+            H, M = F.pad(H, (0, 0, 0, 16 - rank)), F.pad(M, (0, 0, 0, 16 - rank))
+    return Y.addmm_(H.t(), M, alpha=scale)
 
 
 # Dropout. What is dropped are the positions of elements in X, or a mask where that is smaller.
@@ -253,15 +278,20 @@ def _add_product(Y: Tensor, H: Tensor, M: Tensor, scale: float) -> Tensor:
 
 def _draw(X: Tensor, p: float) -> Tensor:
     """Which elements of X are dropped, each with probability p, by the generator of X's device."""
-    if X.device.type != "cpu":
-        # How many positions there are is known only when they are drawn, and a GPU should not wait for the answer.
-        return torch.empty(X.shape, dtype=torch.bool, device=X.device).bernoulli_(p)
+    # On a GPU how many positions there are is known only when they are drawn, and it should not wait for the answer; a
+    # small X has its mask before the positions' dozen calls are made.
     size = X.numel()
+    if size <= _FEW or not X.is_cpu:
+        return torch.empty(X.shape, dtype=torch.bool, device=X.device).bernoulli_(p)
     at = _rare_positions(size, min(p, 1 - p))
     if 4 * p <= 1:  # four bytes each, against one for each element
         return at.to(torch.int32) if size < 2**31 else at
     mask = torch.full((size,), p > 0.5, dtype=torch.bool, device="cpu")
     return mask.index_fill_(0, at, p <= 0.5).view(X.shape)
+
+
+_FEW = 4096
+"""Up to how many elements of X a mask is drawn sooner than positions."""
 
 
 def _rare_positions(size: int, p: float) -> Tensor:
@@ -300,17 +330,16 @@ def _no_view(y: Tensor) -> Tensor:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast narrows x to in a product, if it does."""
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The dtypes are chosen already; autocast would choose again, and in the backward pass by what holds there."""
-    return nullcontext() if _autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)

@@ -12,9 +12,15 @@ from torch.nn import functional as F
 from lightning_lora.engine import fused
 
 SCALE = 0.7
-RATES = [0.0, 0.2, 0.4, 0.7]
-"""No dropout, positions, a mask, and a mask drawn from the positions that are kept."""
-every_rate = pytest.mark.parametrize("p", RATES)
+RATES = [
+    pytest.param((0.0, 0), id="none"),
+    pytest.param((0.2, 0), id="positions"),
+    pytest.param((0.4, 0), id="mask"),
+    pytest.param((0.7, 0), id="mask-of-kept"),
+    pytest.param((0.3, 4096), id="few"),
+]
+"""Dropout with what is drawn: nothing, positions, a mask, a mask from the positions that are kept, a mask at once."""
+every_rate = pytest.mark.parametrize("p", RATES, indirect=True)
 jvp_imports = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # what torch itself imports
 both = pytest.mark.parametrize("way", ["linear", "add_update", "update"])
 
