@@ -47,6 +47,7 @@ from lightning_lora.engine.storage import shape_of
 from lightning_lora.engine.targets import Selection, Target, select
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.vocabulary import token_tensors, vocabulary
+from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
 _RECORD = "lora_injection"
@@ -58,7 +59,7 @@ class Injection:
 
     config: LoRAConfig
     was_trainable: frozenset[str]
-    """Parameters that required grad before."""
+    """Parameters that required grad before, by their names without wrappers."""
     originals: dict[str, Tensor] = field(default_factory=dict)
     """Values before training of the parameters and buffers that are trained whole: `remove` puts them back."""
     head: str | None = None
@@ -119,7 +120,7 @@ def inject(
     saved_modules = {id(m) for saved in selection.saved.values() for m in saved.modules()}
     injection = Injection(
         config=config,
-        was_trainable=frozenset(name for name, p in tree.parameters if p.requires_grad),
+        was_trainable=frozenset(plain_name(name) for name, p in tree.parameters if p.requires_grad),
         originals={name: t.detach().clone() for name, t in whole.items()},
         head=selection.head,
         frozen_norms=tuple(
@@ -199,34 +200,33 @@ def remove(model: nn.Module) -> None:
 
 def _where_to_restore(model: nn.Module, injection: Injection) -> list[tuple[Tensor, Tensor]]:
     """The tensors that are trained whole, each with its value before."""
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = {name: tensor for name, (_, tensor) in tensors_by_plain_name(model).items()}
+    originals = {plain_name(name): original for name, original in injection.originals.items()}
     changed = [
-        name
-        for name, original in injection.originals.items()
-        if name not in tensors or tensors[name].shape != original.shape
+        name for name, original in originals.items() if name not in tensors or tensors[name].shape != original.shape
     ]
     if changed:
         raise AdapterStateError(
             f"{listed(changed)} of {type(model).__name__} was replaced after inject, so its old value has no place to "
             "go back to. Call remove before you change the model's modules."
         )
-    return [(tensors[name], original) for name, original in injection.originals.items()]
+    return [(tensors[name], original) for name, original in originals.items()]
 
 
 def release(model: nn.Module, injection: Injection) -> None:
     """Undo the freezing of `inject`, once the adapters are gone."""
     if injection.config.alora_invocation_tokens:
         stop_listening(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in injection.frozen_norms:
+    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    for name in map(plain_name, injection.frozen_norms):
         norm = modules.get(name)
         if isinstance(norm, FrozenNorm):  # not so if it was replaced since, by SyncBatchNorm for example
             release_statistics(norm)
-    for name in injection.kept_in_place:
+    for name in map(plain_name, injection.kept_in_place):
         if name in modules:
             let_rearrange(modules[name])
     for name, p in model.named_parameters(remove_duplicate=False):
-        p.requires_grad_(name in injection.was_trainable)
+        p.requires_grad_(plain_name(name) in injection.was_trainable)
     for p in model.parameters():
         if not p.requires_grad:
             p.grad = None

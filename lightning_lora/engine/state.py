@@ -17,6 +17,7 @@ from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.sharded import check_complete, fill, whole
 from lightning_lora.engine.storage import is_quantized
 from lightning_lora.engine.witness import witness_of
+from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
 
 _SAMPLE = 1 << 20
@@ -41,10 +42,10 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for root, injection in injections(model):
         if not injection.trained_whole:
             continue
-        owner = model.get_submodule(root)
-        there = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers(remove_duplicate=False))
+        there = tensors_by_plain_name(model.get_submodule(root))
         prefix = f"{root}." if root else ""
-        tensors |= {prefix + name: there[name] for name in injection.trained_whole}
+        for name, tensor in (there[plain_name(trained)] for trained in injection.trained_whole):
+            tensors[prefix + name] = tensor
     return tensors
 
 
@@ -204,4 +205,4 @@ def _base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str
     adapted = any(True for _ in adapters(model))
     ours = {id(t) for t in adapter_tensors(model).values()} if adapted else set()
     named = (root or model).named_parameters()
-    return sorted(((name, p) for name, p in named if id(p) not in ours), key=lambda item: item[0])
+    return sorted(((plain_name(name), p) for name, p in named if id(p) not in ours), key=lambda item: item[0])

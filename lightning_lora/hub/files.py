@@ -7,10 +7,10 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.sharded import is_first, is_sharded, whole
 from lightning_lora.engine.state import check_same_base, describe_base
 from lightning_lora.engine.targets import name_matches
+from lightning_lora.engine.wrappers import plain_name, unwrapped
 from lightning_lora.errors import (
     AdapterFormatError,
     AdapterStateError,
@@ -48,9 +49,25 @@ from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS, check_folder
 from lightning_lora.hub.roots import adapter_root
 from lightning_lora.hub.spelling import exact_targets, targets_of
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+def _beneath_wrappers(
+    function: Callable[Concatenate[nn.Module, _Arguments], _Result],
+) -> Callable[Concatenate[nn.Module, _Arguments], _Result]:
+    """Names in a folder are those of a model of which nothing is compiled or checkpointed."""
+
+    @functools.wraps(function)
+    def call(model: nn.Module, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with unwrapped(model):
+            return function(model, *args, **kwargs)
+
+    return call
+
+
+@_beneath_wrappers
 def save_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -115,10 +132,10 @@ def save_adapter(
         base_model=base_model,
         revision=revision,
     )
-    given, live = tensors or {}, tensors_named(root)
+    given, live = {plain_name(name): t for name, t in (tensors or {}).items()}, tensors_named(root)
 
     def value(name: str) -> Tensor:
-        return whole(given.get(member(module, name), live[name]).detach()).cpu()
+        return whole(given.get(plain_name(member(module, name)), live[name]).detach()).cpu()
 
     values = {key: layout.value_in_file(name, value) for key, name in layout.written_keys().items()}
     note = {
@@ -143,6 +160,7 @@ def save_adapter(
     return folder
 
 
+@_beneath_wrappers
 def load_adapter(
     model: nn.Module,
     folder_or_repo: str | os.PathLike[str],
