@@ -8,6 +8,7 @@ is a write past torch that leaves these as they are, such as one to a single num
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable
@@ -50,6 +51,7 @@ def witness_of(tensors: Iterable[tuple[str, Tensor]]) -> tuple[Any, ...] | None:
     return (*marks, digest.digest())
 
 
+@functools.lru_cache(maxsize=256)  # thousands of layers have the same shapes
 def _spread(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int], tuple[int]]:
     """The size and the stride of a sample of the memory between the first and the last number of a tensor."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))

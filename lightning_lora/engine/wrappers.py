@@ -33,7 +33,7 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
         (owner, name, child)
         for owner in model.modules()
         for name, child in owner._modules.items()
-        if child is not None and _inside(child) is not None
+        if child is not None and child._modules and _inside(child) is not None
     ]
     try:
         for owner, name, child in taken:

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.engine import (
@@ -39,15 +38,16 @@ from lightning_lora.errors import (
     closest,
     listed,
 )
-from lightning_lora.hub.atomic import write_folder
+from lightning_lora.hub.atomic import Content, write_folder
 from lightning_lora.hub.card import model_card
 from lightning_lora.hub.inspection import checked_config
-from lightning_lora.hub.layout import Adapted, layout_of, member, names_of_tensors, tensors_named
+from lightning_lora.hub.layout import Adapted, layout_of, member, names_of_tensors, tensor_named, tensors_named
 from lightning_lora.hub.matching import Fit, fit
 from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, own_fields, to_peft
 from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
 from lightning_lora.hub.spelling import exact_targets, targets_of
+from lightning_lora.hub.writing import laid_out
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -98,14 +98,15 @@ def save_adapter(
     owner, injection = only_injection(model)
     module, root = adapter_root(model)
     adapted = dict(adapters(root))
+    parts = {name: {own: getattr(m, own) for own in m.lora_names} for name, m in adapted.items()}
     layers = {
         name: Adapted(
-            {own: tuple(getattr(m, own).shape) for own in m.lora_names},
+            {own: tuple(t.shape) for own, t in parts[name].items()},
             {pair.suffix: pair.spec.rank for pair in m.lora_pairs(name)},
         )
         for name, m in adapted.items()
     }
-    known = {id(getattr(m, own)) for m in adapted.values() for own in m.lora_names}
+    known = {id(t) for part in parts.values() for t in part.values()}
     own_tensors = adapter_tensors(model)
     others_trained = [t for t in own_tensors.values() if id(t) not in known]
     targets = targets_of(adapted, injection.config)
@@ -132,7 +133,9 @@ def save_adapter(
         base_model=base_model,
         revision=revision,
     )
-    given, live = {plain_name(name): t for name, t in (tensors or {}).items()}, tensors_named(root)
+    given = {plain_name(name): t for name, t in (tensors or {}).items()}
+    live = {member(name, own): t for name, part in parts.items() for own, t in part.items()}
+    live |= {name: tensor_named(root, name) for name in layout.whole}
 
     def value(name: str) -> Tensor:
         return whole(given.get(plain_name(member(module, name)), live[name]).detach()).cpu()
@@ -146,17 +149,16 @@ def save_adapter(
     }
     header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
     trained = sum(t.numel() for t in own_tensors.values())
-    files = {
+    files: dict[str, Content] = {
         CARD: model_card(config, modules=len(adapted), parameters=trained, module=module).encode(),
-        # One by one copied: names that share memory (tied weights) each get their own tensor, as the format asks.
-        TENSORS: save({k: t.clone().contiguous() for k, t in values.items()}, header),
+        TENSORS: laid_out(values, header),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
     folder = Path(folder)
     if not any(map(is_sharded, own_tensors.values())) or is_first():
         write_folder(folder, files)
     for what, names in targets.unread.items():
-        warnings.warn(f"{what}: {listed(names)}. load_adapter does.", stacklevel=2)
+        warnings.warn(f"{what}: {listed(names)}. load_adapter does.", stacklevel=3)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,16 @@ class Adapted:
     ranks: Mapping[str, int]
     """By what the names of its tensors end in: nothing, or `_<parameter>` for each parameter that is adapted."""
 
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(end for end in self.ranks if end)
+
     def end(self, own: str) -> str:
         """What the name `own` of one of its tensors ends in."""
-        return next((end for end in self.ranks if end and own.endswith(end)), "")
+        for end in self._ends:
+            if own.endswith(end):
+                return end
+        return ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class Layout:
             return value(name)
         tensor, factor = self._plain(name, value), self._factor(name)
         tensor = tensor if factor == 1 else tensor * factor
-        return tensor.reshape(self.shape_in_file(name)) if tensor.shape == self.shape(name) else tensor
+        own, written = self.shape(name), self.shape_in_file(name)
+        return tensor.reshape(written) if own != written and tensor.shape == own else tensor
 
     def value(self, name: str, in_file: Tensor) -> Tensor:
         """What the engine holds for `name`, of what a file does."""

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -52,7 +52,7 @@ class MappedTensors:
     def __getitem__(self, key: str) -> Tensor:
         try:
             entry = self._entries[key]
-            dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if end - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{end - start} bytes for {shape} of {entry['dtype']}")
             if start == end:

@@ -96,7 +96,7 @@ def _unread(name: str, module: Adapter, attentions: Mapping[str, Adapter]) -> st
 
 def _plain(pair: Pair, config: LoRAConfig) -> AdapterSpec:
     """Rank and alpha of the plain pair that is written for `pair`: a frozen start adds as many ranks again."""
-    spec = replace(pair.spec, parameters={})
+    spec = replace(pair.spec, parameters={}) if pair.spec.parameters else pair.spec
     if START[0] + pair.suffix not in pair.module.lora_names:
         return spec
     rank = 2 * spec.rank

@@ -8,14 +8,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lightning_lora.hub.mapped import _DTYPES, MappedTensors
+from lightning_lora.hub.mapped import DTYPES, MappedTensors
 
 
 def test_tensors_of_every_kind_and_shape_are_those_that_safetensors_reads(tmp_path):
     file = tmp_path / "some.safetensors"
     shapes = {"matrix": (3, 5), "number": (), "empty": (0, 4), "one": (1,)}
     tensors = {
-        f"{dtype}.{what}": torch.randn(shape).to(dtype) for dtype in _DTYPES.values() for what, shape in shapes.items()
+        f"{dtype}.{what}": torch.randn(shape).to(dtype) for dtype in DTYPES.values() for what, shape in shapes.items()
     }
     save_file(tensors, file, metadata={"made": "here"})
     ours = MappedTensors(file)

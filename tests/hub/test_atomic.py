@@ -1,0 +1,54 @@
+"""A folder is on the disk whole before it takes its place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lightning_lora.hub import atomic
+from lightning_lora.hub.atomic import write_folder
+
+FILES: Any = {"whole": b"abc" * 1000, "pieces": [b"x", memoryview(b"yz"), b"", b"w" * (3 << 20)]}
+
+
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The files and folders that were flushed, by their inodes; 0 where a folder took its place."""
+    seen: list[int] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(handle: int) -> None:
+        fsync(handle)
+        seen.append(os.fstat(handle).st_ino)
+
+    def noted_rename(old: Any, new: Any) -> None:
+        rename(old, new)
+        seen.append(0)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    return seen
+
+
+def check(folder: Path, flushed: list[int]) -> None:
+    assert (folder / "whole").read_bytes() == FILES["whole"]
+    assert (folder / "pieces").read_bytes() == b"xyz" + b"w" * (3 << 20)
+    before, after = flushed[: flushed.index(0)], flushed[flushed.index(0) + 1 :]
+    assert set(before) == {path.stat().st_ino for path in (folder, *folder.iterdir())}
+    assert after == [folder.parent.stat().st_ino]
+
+
+def test_all_of_it_is_flushed_before_it_takes_its_place_and_that_after(tmp_path, flushed):
+    write_folder(tmp_path / "adapter", FILES)
+    check(tmp_path / "adapter", flushed)
+
+
+def test_so_it_is_where_the_interpreter_ends_and_starts_no_threads(tmp_path, flushed, monkeypatch):
+    monkeypatch.setattr(atomic, "ThreadPoolExecutor", None)
+    monkeypatch.setattr(atomic.threading, "main_thread", lambda: SimpleNamespace(is_alive=lambda: False))
+    write_folder(tmp_path / "adapter", FILES)
+    check(tmp_path / "adapter", flushed)
