@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -29,29 +29,46 @@ _ONLY_READS = {
 }
 
 
+class Reading(NamedTuple):
+    """How a parent uses a child of that name."""
+
+    weight_alone: bool
+    """It uses the weight without calling the child."""
+    at_times: bool
+    """It may never call the child, though that is a Linear like any other."""
+    besides: bool
+    """Where it is a convolution, it calls it at times, and reads its weight at others."""
+
+
+@functools.lru_cache(maxsize=4096)
+def reading(parent: Any, child: str) -> Reading:
+    """How a module of the class `parent` uses its child of that name."""
+    weight_alone = any(issubclass(parent, kind) and child in own for kind, own in _READS_WEIGHT_OF.items())
+    besides = child in ("conv1d", "conv_1d") and parent.__module__.startswith("transformers.models.")
+    if issubclass(parent, nn.MultiheadAttention):  # some of its subclasses have a plain Linear there
+        return Reading(weight_alone, child == "out_proj", besides)
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in parent.__mro__)
+    at_times = any(child in _ONLY_READS.get(name.removeprefix("transformers.models."), ()) for name in names)
+    return Reading(weight_alone, at_times, besides)
+
+
 def reads_weight(parent: nn.Module, child: str) -> bool:
     """Whether `parent` uses the weight of its child without calling the child."""
-    return any(isinstance(parent, kind) and child in children for kind, children in _READS_WEIGHT_OF.items())
+    cls: Any = type(parent)
+    return reading(cls, child).weight_alone
 
 
 def only_reads(parent: nn.Module, child: str) -> bool:
     """Whether `parent` may never call its child, though that is a Linear like any other."""
-    kind: Any = type(parent)
-    return _only_reads(kind, child)
-
-
-@functools.cache
-def _only_reads(kind: Any, child: str) -> bool:
-    if issubclass(kind, nn.MultiheadAttention):  # some of its subclasses have a plain Linear there
-        return child == "out_proj"
-    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in kind.__mro__)
-    return any(child in _ONLY_READS.get(name.removeprefix("transformers.models."), ()) for name in names)
+    cls: Any = type(parent)
+    return reading(cls, child).at_times
 
 
 def check_called(parent: nn.Module, child: str, module: nn.Module) -> None:
     """Raise TargetError where `parent` calls the convolution `module` at times, and reads its weight at others."""
+    cls: Any = type(parent)
     is_depthwise = isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
-    if is_depthwise and child in ("conv1d", "conv_1d") and type(parent).__module__.startswith("transformers.models."):
+    if is_depthwise and reading(cls, child).besides:
         raise TargetError(
             f"a {type(parent).__name__} reads its weight where it has a kernel or a cache, and calls it elsewhere: "
             "leave it out with exclude_modules"

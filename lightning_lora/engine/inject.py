@@ -6,45 +6,35 @@ to undo itself, and which parameters it left trainable, it keeps in an `Injectio
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.bypass import check_called, only_reads, reads_weight
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.layers import DoRA, ParameterLoRA, WeightReadLinearLoRA, geometry_of
-from lightning_lora.engine.layers.alora import ALoRA, check_readers, listen, stop_listening
-from lightning_lora.engine.layers.base import Adapter, AdapterSpec, adapters
-from lightning_lora.engine.layers.fresh import (
-    Measured,
-    check_init,
-    check_measured,
-    device_of,
-    drawing_on,
-    fresh_tensors,
-    tensor_shapes,
-)
+from lightning_lora.engine.layers.alora import check_readers, listen, stop_listening
+from lightning_lora.engine.layers.base import is_adapter
+from lightning_lora.engine.layers.fresh import Measured, check_measured, drawing_on, fresh_tensors
 from lightning_lora.engine.layers.frozen import (
     FrozenNorm,
     freeze_statistics,
     has_running_statistics,
+    may_have_running_statistics,
     release_statistics,
 )
-from lightning_lora.engine.layers.linear import OutProjectionLoRA
-from lightning_lora.engine.layers.quantized import keep_in_place, let_rearrange, rearranges
-from lightning_lora.engine.layers.swapping import check_removable, check_swappable, swap, swap_back
+from lightning_lora.engine.layers.quantized import keep_in_place, let_rearrange, may_rearrange, rearranges
+from lightning_lora.engine.layers.swapping import check_removable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.plan import planned, variants_of
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.storage import shape_of
-from lightning_lora.engine.targets import Selection, Target, select
+from lightning_lora.engine.targets import Selection, select
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.vocabulary import token_tensors, vocabulary
 from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
@@ -98,7 +88,7 @@ def inject(
     _check_unadapted(model, tree)
     selection = select(model, config, tree)
     _check_shared_weights(model, selection)
-    plan = [(target, *_planned(target, config)) for target in selection.targets]
+    plan = planned(selection.targets, config)
     if config.alora_invocation_tokens:
         check_readers(model)
     vocabularies = vocabulary(model, config, selection)
@@ -106,7 +96,7 @@ def inject(
     if start:
         check_measured(config, [target.name for target in selection.targets], measured)
     whole = tensors_trained_whole(model, config, selection)
-    wasteful = [name for target, geometry, spec in plan for name in _wasteful(target, geometry, spec)]
+    wasteful = [target.names_of(name)[0] for target, kind in plan if kind.wasteful for name in kind.wasteful]
     if wasteful:  # said before anything is changed, since a warning can be made an error
         warnings.warn(
             f"A rank above a layer's smaller side is legal but wasteful, since B A cannot have a higher one: "
@@ -114,48 +104,51 @@ def inject(
             stacklevel=2,
         )
 
-    own_parameters = (p for target in selection.targets for p in target.module._parameters.values())
-    on_meta = any(p.is_meta for p in own_parameters if p is not None)
-    start = start and not on_meta
+    start = start and not any(kind.is_on_meta for _, kind in plan)
     saved_modules = {id(m) for saved in selection.saved.values() for m in saved.modules()}
+    targeted = {id(target.module) for target in selection.targets}
     injection = Injection(
         config=config,
         was_trainable=frozenset(plain_name(name) for name, p in tree.parameters if p.requires_grad),
         originals={name: t.detach().clone() for name, t in whole.items()},
         head=selection.head,
         frozen_norms=tuple(
-            name for name, m in tree.modules if has_running_statistics(m) and id(m) not in saved_modules
+            name
+            for name, m in tree.of_classes(may_have_running_statistics)
+            if has_running_statistics(m) and id(m) not in saved_modules
         ),
         kept_in_place=tuple(
-            name
-            for name, m in tree.modules
-            if rearranges(m) and all(m is not target.module for target in selection.targets)
+            name for name, m in tree.of_classes(may_rearrange) if rearranges(m) and id(m) not in targeted
         ),
         awaits_start=not start,
     )
     tensors: list[dict[str, Tensor]] = []
-    for device, steps in groupby(plan, key=lambda step: device_of(step[0].module, step[2])):
+    for device, steps in groupby(plan, key=lambda step: step[1].device):
         with drawing_on(device):
             tensors += [
-                fresh_tensors(target.module, geometry, spec, config, measured.get(target.name), start=start)
-                for target, geometry, spec in steps
+                fresh_tensors(target.module, kind.recipes, measured.get(target.name), start=start)
+                for target, kind in steps
             ]
     tokens = [token_tensors(module, spec, config) for _, module, _, spec in vocabularies]
     # Nothing below can fail for a reason in the model or the config.
-    adapted = tuple(rows(plan, tensors, weight_users(tree.modules), set(wasteful)))
+    parameters = {id(p): p for _, p in tree.parameters}
+    tied = weight_users(tree.modules) if len(parameters) < len(tree.parameters) else {}
+    adapted = tuple(rows(plan, tensors, tied))
     trained = {id(t) for t in whole.values()}
     trainable = frozen = 0
-    for p in {id(p): p for _, p in tree.parameters}.values():
-        p.requires_grad_(id(p) in trained)
-        if p.requires_grad:
+    for key, p in parameters.items():
+        is_trained = key in trained
+        if p.requires_grad is not is_trained:
+            p.requires_grad_(is_trained)
+        if is_trained:
             trainable += p.numel()
         else:
-            frozen += math.prod(shape_of(p))
+            frozen += p.numel() if type(p) is nn.Parameter else math.prod(shape_of(p))
     variants = variants_of(config)
-    for (target, geometry, spec), own in zip(plan, tensors):
-        swap(target.module, (*variants, geometry) if variants else geometry, spec, own)
-    for (_, module, kind, spec), own in zip(vocabularies, tokens):
-        swap(module, kind, spec, own)
+    for (target, kind), own in zip(plan, tensors):
+        swap(target.module, (*variants, kind.geometry) if variants else kind.geometry, kind.spec, own)
+    for (_, module, rows_of_tokens, spec), own in zip(vocabularies, tokens):
+        swap(module, rows_of_tokens, spec, own)
     if config.alora_invocation_tokens:
         listen(model, config.alora_invocation_tokens)
     for name in injection.frozen_norms:
@@ -163,15 +156,16 @@ def inject(
     for name in injection.kept_in_place:
         keep_in_place(model.get_submodule(name))
     model.__dict__[_RECORD] = injection
-    fresh = [t for own in (*tensors, *tokens) for t in own.values() if isinstance(t, nn.Parameter)]
+    of_tokens = (t for own in tokens for t in own.values())
+    fresh = (t for own in tensors for t in own.values() if isinstance(t, nn.Parameter) and not t.requires_grad)
     return InjectionReport(
         modules=adapted,
         trained_whole=tuple(injection.trained_whole),
         head=injection.head,
         left_out=selection.left_out,
         tokens={name: len(module.lora.tokens) for name, module, _, _ in vocabularies if isinstance(module, TokenRows)},
-        trainable=trainable + sum(t.numel() for t in fresh if t.requires_grad),
-        frozen=frozen + sum(t.numel() for t in fresh if not t.requires_grad),
+        trainable=trainable + sum(m.parameters for m in adapted) + sum(t.numel() for t in of_tokens),
+        frozen=frozen + (sum(t.numel() for t in fresh) if config.freeze_a else 0),
     )
 
 
@@ -182,12 +176,13 @@ def remove(model: nn.Module) -> None:
     a way that cannot be undone; nothing is changed then.
     """
     injection_of(model)
-    check_removable(model)
-    adapted = [module for _, module in adapters(model)]
+    tree = Tree.of(model)
+    check_removable(model, tree)
+    adapted: Any = [module for _, module in tree.of_classes(is_adapter)]
     if not adapted:
         raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you remove.")
     # Innermost first: what an inner `inject` found was already frozen by the outer one.
-    records = [(model.get_submodule(name), injection) for name, injection in injections(model)][::-1]
+    records = [(m, m.__dict__[_RECORD]) for _, m in tree.modules if _RECORD in m.__dict__][::-1]
     restored = [_where_to_restore(owner, injection) for owner, injection in records]
     for module in adapted:
         swap_back(module)
@@ -200,6 +195,8 @@ def remove(model: nn.Module) -> None:
 
 def _where_to_restore(model: nn.Module, injection: Injection) -> list[tuple[Tensor, Tensor]]:
     """The tensors that are trained whole, each with its value before."""
+    if not injection.originals:
+        return []
     tensors = {name: tensor for name, (_, tensor) in tensors_by_plain_name(model).items()}
     originals = {plain_name(name): original for name, original in injection.originals.items()}
     changed = [
@@ -217,7 +214,9 @@ def release(model: nn.Module, injection: Injection) -> None:
     """Undo the freezing of `inject`, once the adapters are gone."""
     if injection.config.alora_invocation_tokens:
         stop_listening(model)
-    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    tree = Tree.of(model)
+    by_name = injection.frozen_norms or injection.kept_in_place
+    modules = {plain_name(name): module for name, module in tree.every} if by_name else {}
     for name in map(plain_name, injection.frozen_norms):
         norm = modules.get(name)
         if isinstance(norm, FrozenNorm):  # not so if it was replaced since, by SyncBatchNorm for example
@@ -225,10 +224,11 @@ def release(model: nn.Module, injection: Injection) -> None:
     for name in map(plain_name, injection.kept_in_place):
         if name in modules:
             let_rearrange(modules[name])
-    for name, p in model.named_parameters(remove_duplicate=False):
-        p.requires_grad_(plain_name(name) in injection.was_trainable)
-    for p in model.parameters():
-        if not p.requires_grad:
+    for name, p in tree.parameters:
+        if p.requires_grad is not (was_trainable := plain_name(name) in injection.was_trainable):
+            p.requires_grad_(was_trainable)
+    for _, p in tree.parameters:
+        if not p.requires_grad and p.grad is not None:
             p.grad = None
     del model.__dict__[_RECORD]
 
@@ -251,7 +251,7 @@ def injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
 
 
 def _check_unadapted(model: nn.Module, tree: Tree) -> None:
-    present = [name for name, module in tree.modules if isinstance(module, Adapter)]
+    present = [name for name, _ in tree.of_classes(is_adapter)]
     if present:
         raise AdapterStateError(
             f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
@@ -263,78 +263,12 @@ def _check_unadapted(model: nn.Module, tree: Tree) -> None:
         model,
         "Adapters that came now would be no part of what is sharded, and each process would train its own. Call inject "
         "first, and fully_shard (or parallelize_module, or FSDP) after.",
-        tree.modules,
+        tree,
     )
-    lazy = [name for name, p in tree.parameters if nn.parameter.is_lazy(p)]
+    unusual = tree.parameters if tree.classes_of_parameters - {nn.Parameter} else ()
+    lazy = [name for name, p in unusual if nn.parameter.is_lazy(p)]
     if lazy:
         raise TargetError(f"{listed(lazy)} of {type(model).__name__} has no shape yet: run one batch through it first.")
-
-
-def promised(target: Target, config: LoRAConfig) -> tuple[AdapterSpec, dict[str, tuple[int, ...]]]:
-    """What `inject` would give to `target`: its numbers, and the shapes of its tensors by name. Raises TargetError."""
-    geometry, spec = _planned(target, config)
-    return spec, tensor_shapes(target.module, geometry, spec, config)
-
-
-def _planned(target: Target, config: LoRAConfig) -> tuple[type[Adapter], AdapterSpec]:
-    geometry = geometry_of(type(target.module))
-    if target.parameters and (geometry is None or not issubclass(geometry, ParameterLoRA)):
-        geometry = ParameterLoRA
-    assert geometry is not None, "select() only returns modules with a geometry"
-    child = target.name.rpartition(".")[2]
-    if not issubclass(geometry, (WeightReadLinearLoRA, ParameterLoRA)):
-        if reads_weight(target.parent, child):
-            geometry = WeightReadLinearLoRA
-        elif only_reads(target.parent, child):
-            geometry = OutProjectionLoRA
-    parameters = {name: _spec(config, target.names_of(name)) for name in target.parameters}
-    spec = _spec(config, target.names_of(), parameters)
-    mixins = (*variants_of(config), geometry)
-    for mixin in mixins:
-        check_swappable(target.module, target.name, mixin)
-    try:
-        if ALoRA in mixins:
-            ALoRA.check_geometry(geometry)
-        check_called(target.parent, child, target.module)
-        geometry.check(target.module, spec)
-        check_init(target.module, geometry, spec, config)
-        for mixin in mixins:
-            mixin.check_variant(target.module, config)
-    except TargetError as error:
-        raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
-    return geometry, spec
-
-
-def variants_of(config: LoRAConfig) -> tuple[type[Adapter], ...]:
-    """What goes in front of every geometry."""
-    if config.alora_invocation_tokens:
-        return (ALoRA,)
-    return (DoRA,) if config.use_dora else ()
-
-
-def _spec(config: LoRAConfig, names: tuple[str, ...], parameters: dict[str, AdapterSpec] | None = None) -> AdapterSpec:
-    spec = _spec_of(
-        config.rank_of(*names),
-        config.alpha_of(*names),
-        config.scale_of(*names),
-        config.dropout,
-        config.rank_dropout,
-        config.module_dropout,
-        config.adapter_dtype == "float32",
-    )
-    return replace(spec, parameters=parameters) if parameters else spec
-
-
-_spec_of = functools.lru_cache(maxsize=64)(AdapterSpec)  # thousands of layers have the same numbers
-
-
-def _wasteful(target: Target, geometry: type[Adapter], spec: AdapterSpec) -> Iterator[str]:
-    """The names of what is given a rank above its smaller side."""
-    groups: Any = vars(target.module).get("groups", 1)  # each by itself
-    for name, part in (spec.parameters or {"": spec}).items():
-        A, B = geometry.shapes_of(target.module, name, part.rank)
-        if part.rank // groups > min(math.prod(A[1:]), B[0] // groups * math.prod(B[2:])):
-            yield target.names_of(name)[0]
 
 
 def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_lora.engine.layers.base import TENSORS, Adapter, AdapterSpec
+from lightning_lora.engine.candidates import Target
+from lightning_lora.engine.layers.base import TENSORS, AdapterSpec
+from lightning_lora.engine.plan import Kind, Plan
 from lightning_lora.engine.storage import shape_of
-from lightning_lora.engine.targets import Target
 from lightning_lora.errors import listed
 
 
@@ -78,38 +79,51 @@ class InjectionReport:
 
 
 def rows(
-    plan: Sequence[tuple[Target, type[Adapter], AdapterSpec]],
-    tensors: Sequence[Mapping[str, Tensor]],
-    users: Mapping[int, Sequence[tuple[str, nn.Module]]],
-    wasteful: Set[str],
+    plan: Plan, tensors: Sequence[Mapping[str, Tensor]], tied: Mapping[int, Sequence[tuple[str, nn.Module]]]
 ) -> Iterator[AdaptedModule]:
-    """The rows of the report, for modules that are not swapped yet."""
-    for (target, geometry, spec), own in zip(plan, tensors):
-        for parameter, part in (spec.parameters or {"weight": spec}).items():
-            suffix = geometry.suffix_of(parameter)
-            A, B = own["lora_A" + suffix], own["lora_B" + suffix]
-            weight = target.module._parameters.get(parameter)
-            name, notes = target.names_of(parameter if spec.parameters else None)[0], []
-            if name in wasteful:
-                notes.append(f"rank {part.rank} is above the smaller side of the weight")
-            if target.aliases:
-                notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")
-            others = users.get(id(weight), ())
-            if len(others) > 1:
-                tied = (other for other, user in others if user is not target.module)
-                notes.append(f"shares its weight with {', '.join(tied)}: only this module's use of it is adapted")
-            mine = (
-                own if len(spec.parameters) < 2 else {k: t for k, t in own.items() if k.removesuffix(suffix) in TENSORS}
-            )
-            yield AdaptedModule(
-                name=name,
-                kind=type(target.module).__name__,
-                shape=shape_of(weight) if weight is not None else (B.shape[0], A.shape[1]),
-                rank=part.rank,
-                scale=part.scale,
-                parameters=sum(t.numel() for t in mine.values() if t.requires_grad),
-                note="; ".join(notes),
-            )
+    """The rows of the report, for modules that are not swapped yet; `tied` are those that share a parameter, by its
+    identity."""
+    sizes: dict[int, list[_Size]] = {}
+    for (target, kind), own in zip(plan, tensors):
+        if id(kind) not in sizes:
+            sizes[id(kind)] = list(_sizes(target.module, kind, own))
+        for parameter, of_kind in sizes[id(kind)]:
+            name = target.names_of(parameter)[0] if parameter else target.name
+            noteworthy = tied or target.aliases or kind.wasteful
+            yield AdaptedModule(name, *of_kind, _note(target, kind, parameter, tied) if noteworthy else "")
+
+
+_Size = tuple[str | None, tuple[str, tuple[int, ...], int, float, int]]
+"""A parameter, or None for what a module computes; and a row's fields between its name and its note."""
+
+
+def _sizes(module: nn.Module, kind: Kind, own: Mapping[str, Tensor]) -> Iterator[_Size]:
+    spec, geometry = kind.spec, kind.geometry
+    parts: dict[str | None, AdapterSpec] = dict(spec.parameters.items()) or {None: spec}
+    for parameter, part in parts.items():
+        suffix = geometry.suffix_of(parameter or "weight")
+        A, B = own["lora_A" + suffix], own["lora_B" + suffix]
+        weight = module._parameters.get(parameter or "weight")
+        shape = shape_of(weight) if weight is not None else (B.shape[0], A.shape[1])
+        mine = own if len(spec.parameters) < 2 else {k: t for k, t in own.items() if k.removesuffix(suffix) in TENSORS}
+        trained = sum(t.numel() for t in mine.values() if t.requires_grad)
+        yield parameter, (type(module).__name__, shape, part.rank, part.scale, trained)
+
+
+def _note(
+    target: Target, kind: Kind, parameter: str | None, tied: Mapping[int, Sequence[tuple[str, nn.Module]]]
+) -> str:
+    notes = []
+    if parameter in kind.wasteful:
+        rank = (kind.spec.parameters[parameter] if parameter else kind.spec).rank
+        notes.append(f"rank {rank} is above the smaller side of the weight")
+    if target.aliases:
+        notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")
+    users = tied.get(id(target.module._parameters.get(parameter or "weight")), ())
+    others = [name for name, user in users if user is not target.module]
+    if others:
+        notes.append(f"shares its weight with {', '.join(others)}: only this module's use of it is adapted")
+    return "; ".join(notes)
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

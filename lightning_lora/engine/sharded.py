@@ -6,12 +6,13 @@ Nothing is imported here: a model can hold such weights only if their module was
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError, listed
 
 
@@ -60,16 +61,19 @@ def check_complete(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def check_unsharded(model: nn.Module, advice: str, modules: Iterable[tuple[str, nn.Module]] | None = None) -> None:
+def check_unsharded(model: nn.Module, advice: str, tree: Tree | None = None) -> None:
     """Raise AdapterStateError, with what to do, where weights of `model` are sharded, or will be again: fully_shard
-    puts them together for as long as a forward takes, or `unshard` says. `modules` are those of `model`, if known."""
+    puts them together for as long as a forward takes, or `unshard` says. `tree` is what it consists of, if known."""
     fsdp, tensors = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
     if fsdp is None and tensors is None:
         return
+    tree = tree or Tree.of(model)
     kinds: Any = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if fsdp is not None)
+    if tree.classes_of_parameters <= {nn.Parameter} and not any(issubclass(cls, kinds) for cls in tree.classes):
+        return  # without asking each of thousands
     found = [
         name or type(model).__name__
-        for name, module in modules or model.named_modules()
+        for name, module in tree.modules
         if isinstance(module, kinds) or any(is_sharded(p) for p in module._parameters.values() if p is not None)
     ]
     if found:

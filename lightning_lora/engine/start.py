@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import Adapter, adapters
-from lightning_lora.engine.layers.fresh import Measured, check_measured, device_of, drawing_on, fresh_tensors
+from lightning_lora.engine.layers.fresh import Measured, check_measured, device_of, drawing_on, fresh_tensors, recipes
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.sharded import fill
 from lightning_lora.engine.vocabulary import token_tensors
@@ -37,7 +37,7 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
             else:
                 of = (measured or {}).get(name)
                 with drawing_on(device_of(module, module.lora)):
-                    started = fresh_tensors(module, type(module), module.lora, injection.config, of)
+                    started = fresh_tensors(module, recipes(module, type(module), module.lora, injection.config), of)
             values += [(module, own, value) for own, value in started.items()]
     with torch.no_grad():
         for module, own, value in values:

@@ -7,36 +7,18 @@ entry of a list is the whole name or what follows a dot; `modules_to_save` are n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
+from lightning_lora.engine.candidates import Candidates, Target, entry_matches, last_part, name_in
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
-from lightning_lora.engine.layers import LinearLoRA, geometry_of, register_conv1d
+from lightning_lora.engine.layers import Adapter, LinearLoRA, geometry_of, register_conv1d
 from lightning_lora.engine.layers.quantized import register_bitsandbytes
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import TargetError, closest, listed
-
-
-class Target(NamedTuple):
-    """A module to adapt."""
-
-    name: str
-    module: nn.Module
-    parent: nn.Module
-    aliases: tuple[str, ...] = ()
-    """Further names under which the same module is registered."""
-    parameters: tuple[str, ...] = ()
-    """Those of its parameters that are adapted, where it is not what the module computes."""
-    within: str | None = None
-    """The target that it is a companion of."""
-
-    def names_of(self, parameter: str | None = None) -> tuple[str, ...]:
-        """The names by which patterns know it, or one of its parameters; its own comes first."""
-        own = (self.name,) if self.within is None else (self.name, self.within)
-        return (f"{self.name}.{parameter}" if self.name else parameter, *own) if parameter else own
 
 
 @dataclass(frozen=True)
@@ -61,52 +43,51 @@ def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Se
     register_conv1d()
     register_bitsandbytes()
     tree = tree or Tree.of(model)
-    names = _names(tree)
-    saved = _saved_modules(model, config, names)
-    inside_saved = {id(m) for module in saved.values() for m in module.modules()}
-    candidates = list(_candidates(tree, names))
-    everything = [t for t in candidates if id(t.module) not in inside_saved]
+    saved = _saved_modules(model, config, tree)
+    there = Candidates(tree, {id(m) for module in saved.values() for m in module.modules()})
 
     head: str | None = None
     if config.target_modules == "all-linear":
-        linear = [t for t in everything if is_linear(t.module)]
-        head = output_head(model, [t for t in candidates if is_linear(t.module)])
-        if head not in {t.name for t in linear}:
+        linear = there.of_classes(is_linear)
+        head = output_head(tree, linear if not saved else Candidates(tree).of_classes(is_linear))
+        if all(t.name != head for t in reversed(linear)):
             head = None  # trained whole, so there is nothing to say about it
-        targets = [t for t in linear if t.name != head]
+        targets = [t for t in linear if t.name != head] if head is not None else linear
         if not targets:
             raise TargetError(
                 f"target_modules='all-linear' finds no linear layer in {type(model).__name__}"
                 f"{f' but its head {head!r}' if head else ''}. "
-                "Name the modules to adapt: " + _adaptable(everything)
+                "Name the modules to adapt: " + _adaptable(there.all)
             )
     else:
-        named = _matched(everything, config.target_modules, "target_modules", model) if config.target_modules else []
-        targets = _with_companions(named, everything)
+        named = _matched(there, config.target_modules, "target_modules", model) if config.target_modules else []
+        targets = _with_companions(named, there)
 
     if config.exclude_modules is not None:
-        targets = _without(targets, config.exclude_modules, everything, model)
+        targets = _without(targets, config.exclude_modules, there, model)
     if config.layers_to_transform is not None:
         targets = _in_layers(targets, config)
-    unfit = [t for t in targets if geometry_of(type(t.module)) is None]
+    geometries = {cls: geometry_of(cls) for cls in {type(t.module) for t in targets}}
+    unfit = [t for t in targets if geometries[type(t.module)] is None] if None in geometries.values() else []
     if unfit:
         kinds = sorted({type(t.module).__name__ for t in unfit})
         raise TargetError(
             f"target_modules={config.target_modules!r} matches {listed(repr(t.name) for t in unfit)}, but a "
-            f"{' or '.join(kinds)} cannot be adapted. {_adaptable(everything)}"
+            f"{' or '.join(kinds)} cannot be adapted. {_adaptable(there.all)}"
         )
-    targets = [t._replace(parameters=own) if (own := _parameters_of(t.module)) else t for t in targets]
+    if any(geometry.parameters_of is not Adapter.parameters_of for geometry in geometries.values() if geometry):
+        targets = [t._replace(parameters=own) if (own := _parameters_of(t.module)) else t for t in targets]
     if config.target_parameters:
-        targets = _with_parameters(targets, everything, config.target_parameters, model)
+        targets = _with_parameters(targets, there.all, config.target_parameters, model)
     for key in ("rank_pattern", "alpha_pattern"):
         _check_patterns(key, getattr(config, key), targets)
-    left_out = _left_out(everything, targets) if config.target_modules == "all-linear" else {}
+    left_out = _left_out(there, targets) if config.target_modules == "all-linear" else {}
     return Selection(targets, saved, head, left_out)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" means `module`: nn.Linear, what derives from it, and transformers' Conv1D."""
-    geometry = geometry_of(type(module))
+def is_linear(cls: type[nn.Module]) -> bool:
+    """Whether "all-linear" means modules of that class: nn.Linear, what derives from it, and transformers' Conv1D."""
+    geometry = geometry_of(cls)
     return geometry is not None and issubclass(geometry, LinearLoRA)
 
 
@@ -114,19 +95,18 @@ def name_matches(pattern: str | list[str], name: str) -> bool:
     """PEFT's rule for one module name."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(_entry_matches(entry, name) for entry in pattern)
+    return any(entry_matches(entry, name) for entry in pattern)
 
 
-def output_head(model: nn.Module, linear: list[Target]) -> str | None:
+def output_head(tree: Tree, linear: list[Target]) -> str | None:
     """The name of the layer that turns features into outputs, or None where the model has none that one can tell.
 
     A transformers model says it itself (get_output_embeddings), or it is the last linear layer outside of its
     `base_model`. Elsewhere it is the last linear layer, unless that is the only one, or lies in a stack of blocks (a
     ModuleList, or numbered siblings of one class).
     """
-    from_transformers = (m for m in model.modules() if hasattr(m, "get_output_embeddings") and hasattr(m, "base_model"))
-    hf: Any = next(from_transformers, None)
-    body: set[int] = set()
+    hf: Any = next((m for m in _saying_their_head(tree) if hasattr(m, "base_model")), None)
+    outside = iter(reversed(linear))
     if hf is not None:
         try:
             embeddings = hf.get_output_embeddings()
@@ -135,11 +115,32 @@ def output_head(model: nn.Module, linear: list[Target]) -> str | None:
         for target in linear:
             if target.module is embeddings:
                 return target.name
-        body = {id(m) for m in (hf.base_model if isinstance(hf.base_model, nn.Module) else hf).modules()}
-    outside = [t for t in linear if id(t.module) not in body]
-    if not outside or len(linear) == 1 or _in_stack(model, outside[-1].name):
+        is_inside = _inside(hf.base_model if isinstance(hf.base_model, nn.Module) else hf, tree)
+        outside = (t for t in outside if not is_inside(t))
+    last = next(outside, None)
+    if last is None or len(linear) == 1 or _in_stack(tree.by_name[""], last.name):
         return None
-    return outside[-1].name
+    return last.name
+
+
+def _saying_their_head(tree: Tree) -> Iterator[nn.Module]:
+    """The modules with a method `get_output_embeddings`. Asked of the class first: nn.Module is slow to say no."""
+    method = "get_output_embeddings"
+    own = nn.Module.__getattr__
+    may = {c for c in tree.classes if hasattr(c, method) or getattr(c, "__getattr__", None) is not own}
+    return (m for _, m in tree.modules if (type(m) in may and hasattr(m, method)) or method in m.__dict__)
+
+
+def _inside(body: nn.Module, tree: Tree) -> Callable[[Target], bool]:
+    """Whether a target is a part of `body`: then one of its names begins with one of the body's."""
+    names = [name for name, module in tree.every if module is body]
+    if not names:  # not registered, though its parts may be
+        ids = {id(m) for m in body.modules()}
+        return lambda target: id(target.module) in ids
+    if "" in names:
+        return lambda target: True
+    stems = tuple(f"{name}." for name in names)
+    return lambda target: target.module is body or any(n.startswith(stems) for n in (target.name, *target.aliases))
 
 
 def _in_stack(model: nn.Module, name: str) -> bool:
@@ -155,52 +156,34 @@ def _in_stack(model: nn.Module, name: str) -> bool:
     return False
 
 
-def _names(tree: Tree) -> dict[int, list[str]]:
-    """Every name of every module, by the module's identity."""
-    names: dict[int, list[str]] = {}
-    for name, module in tree.every:
-        names.setdefault(id(module), []).append(name)
-    return names
-
-
-def _candidates(tree: Tree, names: dict[int, list[str]]) -> Iterator[Target]:
-    by_name: dict[str, nn.Module] = {}  # not get_submodule, which TorchScript's modules lack
-    for name, module in tree.modules:
-        by_name[name] = module
-        yield Target(name, module, by_name[name.rpartition(".")[0]], tuple(names[id(module)][1:]))
-
-
-def _entry_matches(entry: str, name: str) -> bool:
-    return name == entry or name.endswith(f".{entry}")
-
-
-def _hits(everything: list[Target], pattern: str | list[str], key: str, model: nn.Module) -> dict[str, list[Target]]:
-    """What each entry of `pattern` matches; raises TargetError for one that matches nothing."""
-    rules: dict[str, str | list[str]] = {pattern: pattern} if isinstance(pattern, str) else {e: [e] for e in pattern}
-    found = {
-        entry: [t for t in everything if any(name_matches(rule, name) for name in (t.name, *t.aliases))]
-        for entry, rule in rules.items()
-    }
+def _hits(there: Candidates, pattern: str | list[str], key: str, model: nn.Module) -> dict[str, list[int]]:
+    """The places of what each entry of `pattern` matches; raises TargetError for one that matches nothing."""
+    is_regex = isinstance(pattern, str)
+    entries = [pattern] if isinstance(pattern, str) else pattern
+    found = {entry: there.matching(entry, is_regex=is_regex) for entry in entries}
     for entry, hits in found.items():
         if not hits:
-            raise TargetError(_no_match(key, entry, everything, model, is_regex=isinstance(pattern, str)))
+            raise TargetError(_no_match(key, entry, there.all, model, is_regex=is_regex))
     return found
 
 
-def _matched(everything: list[Target], pattern: str | list[str], key: str, model: nn.Module) -> list[Target]:
-    found = {id(t) for hits in _hits(everything, pattern, key, model).values() for t in hits}
-    return [t for t in everything if id(t) in found]
+def _matched(there: Candidates, pattern: str | list[str], key: str, model: nn.Module) -> list[Target]:
+    places = {at for hits in _hits(there, pattern, key, model).values() for at in hits}
+    return [there.target(*there.modules[at]) for at in sorted(places)]
 
 
-def _with_companions(targets: list[Target], everything: list[Target]) -> list[Target]:
+def _with_companions(targets: list[Target], there: Candidates) -> list[Target]:
     """`targets` and the children that are adapted with them, in the model's order."""
+    geometries = ((cls, geometry_of(cls)) for cls in {type(t.module) for t in targets})
+    companions = {cls: geometry.companions for cls, geometry in geometries if geometry is not None}
     brought: dict[str, Target] = {}
-    for target in targets:
-        geometry = geometry_of(type(target.module))
-        for child in geometry.companions if geometry is not None else ():
+    for target in targets if any(companions.values()) else ():
+        for child in companions.get(type(target.module), ()):
             brought[f"{target.name}.{child}" if target.name else child] = target
+    if not brought:
+        return targets
     chosen = {t.name for t in targets} | brought.keys()
-    return [t._replace(within=brought[t.name].name) if t.name in brought else t for t in everything if t.name in chosen]
+    return [t._replace(within=brought[t.name].name) if t.name in brought else t for t in there.all if t.name in chosen]
 
 
 def _parameters_of(module: nn.Module) -> tuple[str, ...]:
@@ -214,12 +197,12 @@ def _with_parameters(
     """`targets` and the parameters that `entries` name: a whole name, or what follows a dot in it (PEFT's rule)."""
     found: dict[str, tuple[str, ...]] = {}
     there = [
-        (t, name, [f"{module}.{name}" if module else name for module in (t.name, *t.aliases)])
+        (t, name, [name_in(module, name) for module in (t.name, *t.aliases)])
         for t in everything
         for name, p in t.module.named_parameters(recurse=False)
     ]
     for entry in entries:
-        hits = [(t, name) for t, name, full in there if any(_entry_matches(entry, n) for n in full)]
+        hits = [(t, name) for t, name, full in there if any(entry_matches(entry, n) for n in full)]
         if not hits:
             parts = entry.count(".") + 1
             fit = {n for _, _, full in there for n in full}
@@ -248,38 +231,37 @@ def _with_parameters(
     ]
 
 
-def _left_out(everything: list[Target], targets: list[Target]) -> dict[str, str]:
+def _left_out(there: Candidates, targets: list[Target]) -> dict[str, str]:
     """What "all-linear" does not mean, though it multiplies like a linear layer."""
     left: dict[str, str] = {}
     adapted = {id(t.module) for t in targets}
-    for target in everything:
-        if id(target.module) in adapted:
-            continue
-        if isinstance(target.module, nn.MultiheadAttention):
-            for name in _parameters_of(target.module):
-                left[target.names_of(name)[0]] = "name the nn.MultiheadAttention in target_modules"
-        elif geometry_of(type(target.module)) is None:
-            for name, p in target.module.named_parameters(recurse=False):
-                if p.dim() == 3 and min(p.shape) > 1:
-                    left[target.names_of(name)[0]] = "name it in target_parameters"
+    attention = {cls for cls in there.tree.classes if issubclass(cls, nn.MultiheadAttention)}
+    unknown = {cls for cls in there.tree.classes if geometry_of(cls) is None}
+    for name, module in there.modules:
+        if type(module) in attention and id(module) not in adapted:
+            for own in _parameters_of(module):
+                left[name_in(name, own)] = "name the nn.MultiheadAttention in target_modules"
+        elif type(module) in unknown and id(module) not in adapted:
+            for own, p in module._parameters.items():
+                if p is not None and p.dim() == 3 and min(p.shape) > 1:
+                    left[name_in(name, own)] = "name it in target_parameters"
     return left
 
 
-def _without(
-    targets: list[Target], pattern: str | list[str], everything: list[Target], model: nn.Module
-) -> list[Target]:
+def _without(targets: list[Target], pattern: str | list[str], there: Candidates, model: nn.Module) -> list[Target]:
     """`targets` less what `exclude_modules` matches."""
-    hits_of = _hits(everything, pattern, "exclude_modules", model)
+    hits_of = _hits(there, pattern, "exclude_modules", model)
     targeted = {t.name for t in targets}
     for entry, hits in hits_of.items():
-        if not any(t.name in targeted or geometry_of(type(t.module)) for t in hits):
+        found = [there.modules[at] for at in hits]
+        if not any(name in targeted or geometry_of(type(module)) for name, module in found):
             # The trap: a list entry names a module itself, never what lies inside it.
-            inside = rf"(.*\.)?{re.escape(hits[0].name)}\..*"
+            inside = rf"(.*\.)?{re.escape(found[0][0])}\..*"
             raise TargetError(
-                f"exclude_modules: {entry!r} excludes nothing, since {listed(repr(t.name) for t in hits)} cannot be "
-                f"adapted itself. To exclude what lies inside, use a regular expression: exclude_modules={inside!r}."
+                f"exclude_modules: {entry!r} excludes nothing, since {listed(repr(name) for name, _ in found)} cannot "
+                f"be adapted itself. To exclude what lies inside, use a regular expression: exclude_modules={inside!r}."
             )
-    excluded = {t.name for hits in hits_of.values() for t in hits}
+    excluded = {there.modules[at][0] for hits in hits_of.values() for at in hits}
     left = [t for t in targets if t.name not in excluded]
     if not left:
         raise TargetError(f"exclude_modules={pattern!r} leaves nothing to adapt.")
@@ -305,16 +287,16 @@ def _adaptable(everything: Iterable[Target]) -> str:
     return f"Its adaptable modules end in: {listed(suffixes, 16)}."
 
 
-def _saved_modules(model: nn.Module, config: LoRAConfig, names: dict[int, list[str]]) -> dict[str, nn.Module]:
+def _saved_modules(model: nn.Module, config: LoRAConfig, tree: Tree) -> dict[str, nn.Module]:
     saved: dict[str, nn.Module] = {}
     for entry in config.modules_to_save or ():
         hits = {
             name: module
-            for name, module in model.named_modules()
-            if name and any(_entry_matches(entry, alias) for alias in names[id(module)])
+            for name, module in tree.modules
+            if name and any(entry_matches(entry, n) for n in (name, *tree.aliases.get(id(module), ())))
         }
         if not hits:
-            endings = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name))
+            endings = list(dict.fromkeys(last_part(name) for name, _ in tree.modules if name))
             near = closest(entry, endings)
             guess = f" Did you mean {listed(map(repr, near))}?" if near else f" Its modules end in: {listed(endings)}."
             raise TargetError(f"modules_to_save: {entry!r} matches no module of {type(model).__name__}.{guess}")
@@ -355,7 +337,7 @@ def _check_patterns(key: str, pattern: dict[str, Any], targets: list[Target]) ->
     for entry in pattern:
         names = [n for t in targets for parameter in (t.parameters or (None,)) for n in t.names_of(parameter)]
         if not any(pattern_matches(entry, name) for name in names):
-            endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            endings = list(dict.fromkeys(last_part(name) for name in names))
             near = closest(entry, endings)
             guess = f"Did you mean {listed(map(repr, near))}?" if near else f"They end in: {listed(endings)}."
             raise TargetError(f"{key}: {entry!r} matches none of the {len(targets)} adapted modules. {guess}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,22 +15,45 @@ class Tree:
 
     every: list[tuple[str, nn.Module]]
     """As `model.named_modules(remove_duplicate=False)`: under every name."""
-    modules: list[tuple[str, nn.Module]]
-    """As `model.named_modules()`: each under its first name."""
 
     @staticmethod
     def of(model: nn.Module) -> Tree:
-        every, waiting = [], [("", model)]
-        while waiting:
-            name, module = waiting.pop()
-            every.append((name, module))
-            prefix = f"{name}." if name else ""
-            children = [(prefix + own, child) for own, child in module._modules.items() if child is not None]
-            waiting += reversed(children)
+        every = [("", model)]
+        _descend(model, "", every)
+        return Tree(every)
+
+    @cached_property
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """As `model.named_modules()`: each under its first name."""
         first: dict[int, tuple[str, nn.Module]] = {}
-        for entry in every:
+        for entry in self.every:
             first.setdefault(id(entry[1]), entry)
-        return Tree(every, list(first.values()))
+        return self.every if len(first) == len(self.every) else list(first.values())
+
+    @cached_property
+    def aliases(self) -> dict[int, tuple[str, ...]]:
+        """The further names of those modules that have several, by the module's identity."""
+        if self.modules is self.every:
+            return {}
+        names: dict[int, list[str]] = {}
+        for name, module in self.every:
+            names.setdefault(id(module), []).append(name)
+        return {key: tuple(own[1:]) for key, own in names.items() if len(own) > 1}
+
+    @cached_property
+    def by_name(self) -> dict[str, nn.Module]:
+        """Each module by its first name. Not get_submodule, which TorchScript's modules lack."""
+        return dict(self.modules)
+
+    @cached_property
+    def classes(self) -> set[type[nn.Module]]:
+        """Those of its modules: few, where modules are many."""
+        return {type(module) for _, module in self.modules}
+
+    def of_classes(self, wanted: Callable[[type[nn.Module]], bool]) -> list[tuple[str, nn.Module]]:
+        """Those of `modules` whose class is `wanted`."""
+        classes = {cls for cls in self.classes if wanted(cls)}
+        return [entry for entry in self.modules if type(entry[1]) in classes] if classes else []
 
     @cached_property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -37,6 +61,21 @@ class Tree:
         return [
             (f"{name}.{own}" if name else own, p)
             for name, module in self.every
+            if module._parameters
             for own, p in module._parameters.items()
             if p is not None
         ]
+
+    @cached_property
+    def classes_of_parameters(self) -> set[type[nn.Parameter]]:
+        """nn.Parameter, and others where some are quantized, sharded or without a shape yet."""
+        return {type(p) for _, p in self.parameters}
+
+
+def _descend(module: nn.Module, prefix: str, every: list[tuple[str, nn.Module]]) -> None:
+    for own, child in module._modules.items():
+        if child is not None:
+            name = prefix + own
+            every.append((name, child))
+            if child._modules:
+                _descend(child, f"{name}.", every)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.inject import promised, tensors_trained_whole
+from lightning_lora.engine.inject import tensors_trained_whole
+from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
+from lightning_lora.engine.plan import promised
 from lightning_lora.engine.state import is_finite
-from lightning_lora.engine.targets import Selection, Target, name_matches, select
+from lightning_lora.engine.targets import Selection, name_matches, select
 from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
@@ -78,13 +80,13 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
         relative = replace(relative, bias="none")
     whole = tensors_trained_whole(root, relative, selection)
     numbers = replace(relative, rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
-    adapted = {t.name: _adapted(t, numbers) for t in selection.targets}
+    adapted = {t.name: _adapted(spec, shapes) for t, spec, shapes in promised(selection.targets, numbers)}
     tokens = {}
-    for name, _, _, spec in vocabulary(root, relative, selection):
-        if spec.owner is None:
-            tokens[name] = list(spec.tokens)
+    for name, _, _, rows in vocabulary(root, relative, selection):
+        if rows.owner is None:
+            tokens[name] = list(rows.tokens)
             weight = tensor_named(root, member(name, "weight"))
-            adapted[name] = Adapted({TOKENS: (len(spec.tokens), weight.shape[1])}, {})
+            adapted[name] = Adapted({TOKENS: (len(rows.tokens), weight.shape[1])}, {})
     packed = {t.name for t in selection.targets if t.parameters == ("in_proj_weight",) and not config.use_dora}
     doubled = [t.name for t in selection.targets if t.within in packed]
     layout = layout_of(root, adapted, whole.values(), doubled)
@@ -103,8 +105,7 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
     )
 
 
-def _adapted(target: Target, config: LoRAConfig) -> Adapted:
-    spec, shapes = promised(target, config)
+def _adapted(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]]) -> Adapted:
     parts = {f"_{name}": part for name, part in spec.parameters.items()} or {"": spec}
     return Adapted(shapes, {end: part.rank for end, part in parts.items()})
 

@@ -14,9 +14,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_lora.engine.bank.cells import CELLS, Cell, cell_kind
 from lightning_lora.engine.bank.routing import Routes
 from lightning_lora.engine.bypass import only_reads, reads_weight
+from lightning_lora.engine.candidates import Target
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.swap import swapped_class
-from lightning_lora.engine.targets import Target
 from lightning_lora.errors import AdapterStateError, TargetError
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lightning_lora.engine import fused
 from lightning_lora.engine.storage import can_be_dense, dense, shape_of
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError
 
 FACTORS = ("lora_A", "lora_B")
@@ -125,7 +126,8 @@ class Adapter(_Host):
 
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
-        """Raise TargetError if `module` cannot be adapted with `spec`; called before anything is changed."""
+        """Raise TargetError if `module` cannot be adapted with `spec`; called before anything is changed, and once for
+        all modules that differ in the values of their tensors alone."""
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
@@ -359,9 +361,13 @@ def has_own_forward(cls: type[nn.Module]) -> bool:
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """The adapted layers of `model` with their names; a layer registered under several names comes once."""
-    for name, module in model.named_modules():
-        if isinstance(module, Adapter):
-            yield name, module
+    found: Any = Tree.of(model).of_classes(is_adapter)
+    yield from found
+
+
+def is_adapter(cls: type[nn.Module]) -> bool:
+    """Whether modules of that class are adapted layers."""
+    return issubclass(cls, Adapter)
 
 
 def pairs(model: nn.Module) -> Iterator[Pair]:

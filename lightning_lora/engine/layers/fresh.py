@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
-from lightning_lora.engine.layers.base import BIAS, MAGNITUDE, START, Adapter, AdapterSpec
+from lightning_lora.engine.layers.base import BIAS, FACTORS, MAGNITUDE, START, Adapter, AdapterSpec
 from lightning_lora.engine.layers.dora import output_norms
 from lightning_lora.engine.sharded import whole
 from lightning_lora.engine.storage import can_be_dense, dense, shape_of
@@ -21,14 +23,82 @@ Measured = Mapping[str, Mapping[str, Tensor]]
 """What initialisers ask for that is measured: layer -> letter -> matrix (see `inits`)."""
 
 
+class Recipe:
+    """How the adapter of one parameter comes into being: all that layers of one kind have in common."""
+
+    def __init__(
+        self, module: nn.Module, geometry: type[Adapter], parameter: str, spec: AdapterSpec, config: LoRAConfig
+    ) -> None:
+        weight = _read(module, parameter)
+        # A quantized weight is stored as integers; its adapters are float32.
+        dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
+        self.dtype = torch.promote_types(dtype, torch.float32) if config.adapter_dtype == "float32" else dtype
+        self.geometry, self.parameter, self.spec, self.config = geometry, parameter, spec, config
+        self.init = INITS[config.init]
+        self.shape_A, self.shape_B = geometry.shapes_of(module, parameter, spec.rank)
+        self.names = [name + geometry.suffix_of(parameter) for name in (*FACTORS, *START, BIAS, MAGNITUDE)]
+        numbers = {"rank": spec.rank, "scale": spec.scale, "d_in": self.d_in, "d_out": self.shape_B[0]}
+        is_A_drawn = self.init.gives == "Tensor" and (config.freeze_a or not geometry.draws_b)
+        self.draw: Callable[[], Any] | None = None
+        if is_A_drawn and not self.init.computes and self.shape_A[0] == spec.rank:
+            self.draw = functools.partial(self.init.function, **{name: numbers[name] for name in self.init.wants})
+        self.has_more = self.init.gives == "Factors" or config.lora_bias or config.use_dora
+
+    @property
+    def d_in(self) -> int:
+        return math.prod(self.shape_A[1:])
+
+    def tensors(self, module: nn.Module, measured: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Those of `module`, of that kind. Without `measured`, all is zero: nothing is drawn or computed."""
+        zeros, dtype = torch.zeros, self.dtype
+        if measured is None:
+            A, B = zeros(self.shape_A, dtype=dtype), zeros(self.shape_B, dtype=dtype)
+        elif self.draw is not None:
+            A, B = self.draw(), zeros(self.shape_B, dtype=dtype)
+        else:
+            A, B = self._start(module, measured)
+            B = B.reshape(self.shape_B).to(dtype).contiguous()
+        if A.shape != self.shape_A or A.dtype is not dtype or not A.is_contiguous():
+            A = A.reshape(self.shape_A).to(dtype).contiguous()
+        config, (name_A, name_B, *start, bias, magnitude) = self.config, self.names
+        tensors: dict[str, Tensor] = {name_A: nn.Parameter(A, not config.freeze_a), name_B: nn.Parameter(B)}
+        if not self.has_more:
+            return tensors
+        if self.init.gives == "Factors":
+            tensors |= {name: t.clone() for name, t in zip(start, (A, B))}
+        if config.lora_bias:
+            tensors[bias] = nn.Parameter(torch.zeros(self.shape_B[0], dtype=self.dtype))
+        if config.use_dora:
+            W = whole(dense(module, _read(module, self.parameter)).detach())
+            tensors[magnitude] = nn.Parameter(output_norms(self.geometry, module, W).to(self.dtype))
+        return tensors
+
+    def _start(self, module: nn.Module, measured: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        init, spec, A, B = self.init, self.spec, self.shape_A, self.shape_B
+        if init.gives == "Tensor" and self.geometry.draws_b and not self.config.freeze_a:
+            return torch.zeros(A), torch.randn(B)
+        known: dict[str, Any] = {"rank": spec.rank, "scale": spec.scale, "d_in": self.d_in, "d_out": B[0], **measured}
+        if "W" in init.wants:
+            weight = module._parameters[self.parameter]
+            assert weight is not None
+            known["W"] = self.geometry.matrix(module, whole(dense(module, weight).detach())).to(torch.float32)
+        # One matrix, or a stack of them, of which each starts by itself.
+        count = A[0] // spec.rank
+        stack = [known.get("W")] if count == 1 else known.get("W", [None] * count)
+        starts = [_started(init, {**known, "W": W}) for W in stack]
+        each_A = starts[0][0] if count == 1 else torch.cat([A for A, _ in starts])
+        if init.gives == "Tensor":
+            return each_A, torch.zeros(B)  # in the shape of the geometry, which may have groups or a kernel
+        return each_A, torch.stack([B for _, B in starts], dim=-1)
+
+
+def recipes(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig) -> list[Recipe]:
+    """One for what `module` computes, or for each of its parameters that are adapted."""
+    return [Recipe(module, geometry, name, own, config) for name, own in (spec.parameters or {"weight": spec}).items()]
+
+
 def fresh_tensors(
-    module: nn.Module,
-    geometry: type[Adapter],
-    spec: AdapterSpec,
-    config: LoRAConfig,
-    measured: Mapping[str, Tensor] | None = None,
-    *,
-    start: bool = True,
+    module: nn.Module, recipes: Sequence[Recipe], measured: Mapping[str, Tensor] | None = None, *, start: bool = True
 ) -> dict[str, Tensor]:
     """The parameters and buffers that `swap` gives to `module`: an update of zero, but for an initialiser of `Whole`.
 
@@ -37,41 +107,9 @@ def fresh_tensors(
     or started later.
     """
     given = (measured or {}) if start else None
-    if not spec.parameters:
-        return _fresh(module, geometry, "weight", spec, config, given)
-    made = (_fresh(module, geometry, name, part, config, given) for name, part in spec.parameters.items())
-    return {name: tensor for tensors in made for name, tensor in tensors.items()}
-
-
-def _fresh(
-    module: nn.Module,
-    geometry: type[Adapter],
-    parameter: str,
-    spec: AdapterSpec,
-    config: LoRAConfig,
-    measured: Mapping[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    weight = _read(module, parameter)
-    # A quantized weight is stored as integers; its adapters are float32.
-    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
-    if config.adapter_dtype == "float32":
-        dtype = torch.promote_types(dtype, torch.float32)
-    shape_A, shape_B = geometry.shapes_of(module, parameter, spec.rank)
-    if measured is None:
-        A, B = torch.zeros(shape_A), torch.zeros(shape_B)
-    else:
-        A, B = _start(module, geometry, parameter, spec, config, measured)
-    A, B = A.reshape(shape_A).to(dtype).contiguous(), B.reshape(shape_B).to(dtype).contiguous()
-    tensors: dict[str, Tensor] = {"lora_A": nn.Parameter(A, not config.freeze_a), "lora_B": nn.Parameter(B)}
-    if INITS[config.init].gives == "Factors":
-        tensors |= {name: t.clone() for name, t in zip(START, (A, B))}
-    if config.lora_bias:
-        tensors[BIAS] = nn.Parameter(torch.zeros(shape_B[0], dtype=dtype))
-    if config.use_dora:
-        norms = output_norms(geometry, module, whole(dense(module, weight).detach()))
-        tensors[MAGNITUDE] = nn.Parameter(norms.to(dtype))
-    suffix = geometry.suffix_of(parameter)
-    return {name + suffix: tensor for name, tensor in tensors.items()}
+    if len(recipes) == 1:
+        return recipes[0].tensors(module, given)
+    return {name: t for recipe in recipes for name, t in recipe.tensors(module, given).items()}
 
 
 def tensor_shapes(
@@ -97,6 +135,8 @@ def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured)
     """Raise ConfigError unless `measured` has what the initialiser asks for, of each layer in `names`, and DataError
     where that is not finite."""
     wants = INITS[config.init].measures
+    if not wants:
+        return
     names = list(names)
     lacking = [name for name in names if not wants <= measured.get(name, {}).keys()]
     if lacking:
@@ -135,38 +175,6 @@ def check_init(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, co
             f"init={config.init!r} starts from the layer's weight, which is stored in a way that is not known here: "
             "choose one that draws, such as init='kaiming'"
         )
-
-
-def _start(
-    module: nn.Module,
-    geometry: type[Adapter],
-    parameter: str,
-    spec: AdapterSpec,
-    config: LoRAConfig,
-    measured: Mapping[str, Tensor],
-) -> tuple[Tensor, Tensor]:
-    init = INITS[config.init]
-    A, B = geometry.shapes_of(module, parameter, spec.rank)
-    d_in, d_out = torch.Size(A[1:]).numel(), B[0]
-    known: dict[str, Any] = {"rank": spec.rank, "scale": spec.scale, "d_in": d_in, "d_out": d_out, **measured}
-    if "W" in init.wants:
-        weight = module._parameters[parameter]
-        assert weight is not None
-        known["W"] = geometry.matrix(module, whole(dense(module, weight).detach())).to(torch.float32)
-    if init.gives == "Tensor" and geometry.draws_b and not config.freeze_a:
-        return torch.zeros(A), torch.randn(B)
-    if init.gives == "Tensor" and not init.computes and A[0] == spec.rank:
-        drawn = init.function(**{name: known[name] for name in init.wants})
-        assert isinstance(drawn, Tensor)
-        return drawn, torch.zeros(B)
-    # One matrix, or a stack of them, of which each starts by itself.
-    count = A[0] // spec.rank
-    stack = [known.get("W")] if count == 1 else known.get("W", [None] * count)
-    starts = [_started(init, {**known, "W": W}) for W in stack]
-    each_A = starts[0][0] if count == 1 else torch.cat([A for A, _ in starts])
-    if init.gives == "Tensor":
-        return each_A, torch.zeros(B)  # in the shape of the geometry, which may have groups or a kernel
-    return each_A, torch.stack([B for _, B in starts], dim=-1)
 
 
 def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

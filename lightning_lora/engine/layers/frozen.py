@@ -28,9 +28,14 @@ class FrozenNorm(_Host):
         return super().train(False)
 
 
+def may_have_running_statistics(cls: type[nn.Module]) -> bool:
+    """Whether a module of that class can have some that are not frozen yet."""
+    return issubclass(cls, _NormBase) and not issubclass(cls, FrozenNorm)
+
+
 def has_running_statistics(module: nn.Module) -> bool:
     """Whether a forward in training mode would change buffers of `module`; not so where they are frozen already."""
-    return isinstance(module, _NormBase) and module.track_running_stats and not isinstance(module, FrozenNorm)
+    return may_have_running_statistics(type(module)) and bool(module.track_running_stats)
 
 
 def freeze_statistics(module: Any) -> None:

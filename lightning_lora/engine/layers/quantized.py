@@ -35,6 +35,12 @@ def register_bitsandbytes() -> None:
         Adapter.geometries.setdefault(module.Linear4bit, Linear4bitLoRA)
 
 
+def may_rearrange(cls: type[nn.Module]) -> bool:
+    """Whether a module of that class can be a Linear4bit that would, and is not adapted."""
+    bitsandbytes: Any = sys.modules.get("bitsandbytes.nn")
+    return bitsandbytes is not None and issubclass(cls, bitsandbytes.Linear4bit) and not issubclass(cls, Adapter)
+
+
 def rearranges(module: nn.Module) -> bool:
     """Whether `module` is a Linear4bit that would, and is not adapted."""
     return bool(module.__dict__.get("support_avx512bf16_for_cpu", False)) and not isinstance(module, Adapter)

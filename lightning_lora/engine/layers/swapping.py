@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.engine.layers.base import FACTORS, Adapter, AdapterSpec, adapters
+from lightning_lora.engine.layers.base import FACTORS, Adapter, AdapterSpec, is_adapter
 from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError, TargetError
 
 _TAKE_OFF = "take them off with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
@@ -19,8 +20,10 @@ _TAKE_OFF = "take them off with accelerate.hooks.remove_hook_from_module(model, 
 def _is_wrapped(module: nn.Module) -> bool:
     """Whether something put another forward on the instance; accelerate, undone, leaves the class's own there."""
     forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
     is_own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", 0) is type(module).forward
-    return forward is not None and not is_own
+    return not is_own
 
 
 def check_swappable(module: nn.Module, name: str, mixin: type = Adapter) -> None:
@@ -65,11 +68,11 @@ def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tenso
 
     `mixin` is a geometry, or a tuple of variants and it; `tensors` are its parameters and buffers by name."""
     base_class: Any = type(module)
-    module.__dict__.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
+    own = module.__dict__
+    own.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
     for name, tensor in tensors.items():  # not register_parameter, which checks again what `check_swappable` did
-        (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[name] = tensor
-    module.__dict__["lora"] = spec
-    module.__dict__["lora_names"] = tuple(tensors)
+        own["_parameters" if isinstance(tensor, nn.Parameter) else "_buffers"][name] = tensor
+    own["lora"], own["lora_names"] = spec, tuple(tensors)
     # Past nn.Module's own __setattr__, which looks for parameters and costs more than all the rest.
     object.__setattr__(module, "__class__", swapped_class("LoRA", mixin, base_class, tuple(spec.parameters)))
     module.swapped_in()
@@ -77,32 +80,39 @@ def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tenso
 
 def swap_back(module: Adapter) -> Callable[[], None]:
     """Undo `swap`: the class that the module had, no factors, its weight untouched. Returns what swaps it again."""
-    module_: Any = module
-    mixin, spec = type(module).mixin, module.lora
-    tensors = {name: getattr(module, name) for name in module.lora_names}
+    cls: Any = type(module)
+    own = module.__dict__
+    spec, names = own["lora"], own["lora_names"]
     module.swapped_out()
-    module_.__dict__.pop("forward", None)
-    module_.__class__ = type(module).base_class
-    for name in tensors:
-        delattr(module_, name)
-    del module_.__dict__["lora"], module_.__dict__["lora_names"]
-    return functools.partial(swap, module_, mixin, spec, tensors)
+    own.pop("forward", None)
+    object.__setattr__(module, "__class__", cls.base_class)
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        held = own["_parameters"]
+        if name not in held:
+            held = own["_buffers"] if name in own["_buffers"] else own
+        tensors[name] = held.pop(name)
+    del own["lora"], own["lora_names"]
+    return functools.partial(swap, module, cls.mixin, spec, tensors)
 
 
-def check_removable(model: nn.Module) -> None:
-    """Raise AdapterStateError if `swap_back` would fail on a layer of `model`."""
+def check_removable(model: nn.Module, tree: Tree | None = None) -> None:
+    """Raise AdapterStateError if `swap_back` would fail on a layer of `model`; `tree` is what it consists of, if
+    known."""
+    tree = tree or Tree.of(model)
     check_unsharded(
         model,
         "To remove or merge its adapter, save it (save_adapter, in every process), and load it into a model that is "
         "not sharded.",
+        tree,
     )
-    for name, module in adapters(model):
-        cls = type(module)
-        if "base_class" not in cls.__dict__:
+    changed = {cls for cls in tree.classes if is_adapter(cls) and "base_class" not in cls.__dict__}
+    for name, module in tree.of_classes(is_adapter):
+        if type(module) in changed:
             # Parametrizations swap classes as well; taking ours out from under theirs would take theirs too.
             raise AdapterStateError(
-                f"{name!r} changed its class to {cls.__name__} after it was adapted (a parametrization, for example). "
-                "Undo that first, then remove or merge the adapter."
+                f"{name!r} changed its class to {type(module).__name__} after it was adapted (a parametrization, for "
+                "example). Undo that first, then remove or merge the adapter."
             )
         if _is_wrapped(module):
             raise AdapterStateError(

@@ -1,0 +1,195 @@
+"""What each target becomes. What its kind decides alone is decided, and checked, once for all targets of that kind."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lora.engine.bypass import Reading, check_called, reading
+from lightning_lora.engine.candidates import Target, last_part
+from lightning_lora.engine.config import LoRAConfig
+from lightning_lora.engine.layers import DoRA, ParameterLoRA, WeightReadLinearLoRA, geometry_of
+from lightning_lora.engine.layers.alora import ALoRA
+from lightning_lora.engine.layers.base import Adapter, AdapterSpec
+from lightning_lora.engine.layers.fresh import Recipe, check_init, device_of, recipes, tensor_shapes
+from lightning_lora.engine.layers.linear import OutProjectionLoRA
+from lightning_lora.engine.layers.swapping import check_swappable
+from lightning_lora.errors import TargetError
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What targets become that differ in their names and in the values of their tensors alone."""
+
+    geometry: type[Adapter]
+    spec: AdapterSpec
+    recipes: Sequence[Recipe]
+    device: torch.device
+    """Where its adapters come into being."""
+    is_on_meta: bool
+    """Whether any parameter of its own has no values yet."""
+    wasteful: tuple[str | None, ...]
+    """Which of its parameters is given a rank above its smaller side; None stands for what it computes."""
+
+
+Plan = list[tuple[Target, Kind]]
+
+
+def planned(targets: Sequence[Target], config: LoRAConfig) -> Plan:
+    """What `targets` become. Raises TargetError for the first of them that cannot be adapted; nothing is changed."""
+    kinds: dict[Hashable, Kind] = {}
+    common = None if config.rank_pattern or config.alpha_pattern else _spec(config, ())
+    plan = []
+    for target in targets:
+        if target.parameters:
+            plan.append((target, _kind(target, _spec_of_parameters(config, target), config)))
+            continue
+        spec = common or _spec(config, target.names_of())
+        parent: Any = type(target.parent)
+        alike = _alike(target.module, reading(parent, target.name.rpartition(".")[2]))
+        key = (spec.rank, spec.alpha, alike)
+        try:
+            kind = kinds.get(key)
+        except TypeError:  # something that it holds cannot be compared
+            alike = kind = None
+        if kind is None:
+            kind = _kind(target, spec, config)
+            if alike is not None:
+                kinds[key] = kind
+        plan.append((target, kind))
+    return plan
+
+
+def promised(
+    targets: Sequence[Target], config: LoRAConfig
+) -> Iterator[tuple[Target, AdapterSpec, dict[str, tuple[int, ...]]]]:
+    """What `inject` would give to `targets`: to each its numbers, and the shapes of its tensors by name."""
+    shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+    for target, kind in planned(targets, config):
+        if id(kind) not in shapes:
+            shapes[id(kind)] = tensor_shapes(target.module, kind.geometry, kind.spec, config)
+        yield target, kind.spec, shapes[id(kind)]
+
+
+def _alike(module: nn.Module, how_read: Reading) -> Hashable:
+    """Equal for modules that differ in the values of their tensors alone, and are read by their parents in one way.
+
+    None for a module that is like no other: one with children, buffers, a forward of its own, or parameters that are
+    more than numbers (quantized or sharded ones)."""
+    cls: Any = type(module)
+    state = module.__dict__
+    if cls.__getattr__ is not _PLAIN or "forward" in state or state["_modules"] or state["_buffers"]:
+        return None
+    values_of = _own_values(tuple(state))  # the same one for the same names
+    key = [cls, how_read, values_of, *values_of(state)]
+    for name, p in state["_parameters"].items():
+        if p is None:
+            key.append(name)
+        elif type(p) is nn.Parameter:
+            key += (name, p.shape, p.dtype, p.device)
+        else:
+            return None
+    return tuple(key)
+
+
+_PLAIN = nn.Module.__getattr__
+_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+@functools.lru_cache(maxsize=256)
+def _own_values(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """What gives those attributes of a module that not every module has."""
+    own = [name for name in names if name not in _EVERY_MODULE]
+    if len(own) > 1 and _PADDING not in own:
+        return itemgetter(*own)
+    # A list, which convolutions have one of, cannot be compared as others can.
+    return lambda state: tuple(tuple(v) if isinstance(v := state[name], list) else v for name in own)
+
+
+_PADDING = "_reversed_padding_repeated_twice"
+
+
+def _kind(target: Target, spec: AdapterSpec, config: LoRAConfig) -> Kind:
+    module = target.module
+    geometry = _geometry(target, spec, config)
+    return Kind(
+        geometry,
+        spec,
+        recipes(module, geometry, spec, config),
+        device_of(module, spec),
+        any(p.is_meta for p in module._parameters.values() if p is not None),
+        tuple(_wasteful(module, geometry, spec)),
+    )
+
+
+def _geometry(target: Target, spec: AdapterSpec, config: LoRAConfig) -> type[Adapter]:
+    """That of `target`. Raises TargetError where it cannot be adapted."""
+    geometry = geometry_of(type(target.module))
+    if target.parameters and (geometry is None or not issubclass(geometry, ParameterLoRA)):
+        geometry = ParameterLoRA
+    assert geometry is not None, "select() only returns modules with a geometry"
+    child = last_part(target.name)
+    if not issubclass(geometry, (WeightReadLinearLoRA, ParameterLoRA)):
+        parent: Any = type(target.parent)
+        how_read = reading(parent, child)
+        if how_read.weight_alone:
+            geometry = WeightReadLinearLoRA
+        elif how_read.at_times:
+            geometry = OutProjectionLoRA
+    mixins = (*variants_of(config), geometry)
+    for mixin in mixins:
+        check_swappable(target.module, target.name, mixin)
+    try:
+        if ALoRA in mixins:
+            ALoRA.check_geometry(geometry)
+        check_called(target.parent, child, target.module)
+        geometry.check(target.module, spec)
+        check_init(target.module, geometry, spec, config)
+        for mixin in mixins:
+            mixin.check_variant(target.module, config)
+    except TargetError as error:
+        raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
+    return geometry
+
+
+def variants_of(config: LoRAConfig) -> tuple[type[Adapter], ...]:
+    """What goes in front of every geometry."""
+    if config.alora_invocation_tokens:
+        return (ALoRA,)
+    return (DoRA,) if config.use_dora else ()
+
+
+def _spec(config: LoRAConfig, names: tuple[str, ...]) -> AdapterSpec:
+    return _spec_of(
+        config.rank_of(*names),
+        config.alpha_of(*names),
+        config.scale_of(*names),
+        config.dropout,
+        config.rank_dropout,
+        config.module_dropout,
+        config.adapter_dtype == "float32",
+    )
+
+
+_spec_of = functools.lru_cache(maxsize=64)(AdapterSpec)  # thousands of layers have the same numbers
+
+
+def _spec_of_parameters(config: LoRAConfig, target: Target) -> AdapterSpec:
+    each = {name: _spec(config, target.names_of(name)) for name in target.parameters}
+    return replace(_spec(config, target.names_of()), parameters=each)
+
+
+def _wasteful(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec) -> Iterator[str | None]:
+    groups: Any = vars(module).get("groups", 1)  # each by itself
+    parts: dict[str | None, AdapterSpec] = dict(spec.parameters.items()) or {None: spec}
+    for name, part in parts.items():
+        A, B = geometry.shapes_of(module, name or "weight", part.rank)
+        if part.rank // groups > min(math.prod(A[1:]), B[0] // groups * math.prod(B[2:])):
+            yield name
