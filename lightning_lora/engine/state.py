@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.layers.tokens import TokenRows
-from lightning_lora.engine.sharded import check_complete, fill, whole
+from lightning_lora.engine.sharded import check_complete, fill, is_sharded, whole
 from lightning_lora.engine.storage import is_quantized
 from lightning_lora.engine.witness import witness_of
 from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
@@ -66,6 +66,12 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
     """
     own = adapter_tensors(model)
     check_fits(own, state_dict, what="the adapter")
+    fill_adapter(model, own, state_dict)
+
+
+def fill_adapter(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy `values`, which fit, into `own`, the `adapter_tensors` of `model`. Raises AdapterStateError, with nothing
+    changed, for a model on the meta device."""
     absent = [name for name, tensor in own.items() if tensor.is_meta]
     if absent:
         raise AdapterStateError(
@@ -74,13 +80,17 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            fill(tensor, state_dict[name])
+            if is_sharded(tensor):
+                fill(tensor, values[name])
+            else:
+                tensor.copy_(values[name])
     for _, injection in injections(model):
         injection.awaits_start = False
 
 
-def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str) -> None:
-    """Raise AdapterFormatError unless `given` holds exactly the tensors of `own`, in shape."""
+def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str, are_finite: bool = False) -> None:
+    """Raise AdapterFormatError unless `given` holds exactly the tensors of `own`, in shape, and finite, which need not
+    be looked at again where it is known (`are_finite`)."""
     if not isinstance(given, Mapping):
         raise AdapterFormatError(f"{what[0].upper()}{what[1:]} is a {type(given).__name__}, not a state dict.")
     problems = []
@@ -100,7 +110,7 @@ def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str
             problems.append(f"{name} has shape {tuple(value.shape)} where the model has {tuple(tensor.shape)}")
         elif value.is_floating_point() != tensor.is_floating_point():
             problems.append(f"{name} is {value.dtype} where the model has {tensor.dtype}")
-        elif not is_finite(value):
+        elif not (are_finite or is_finite(value)):
             problems.append(f"{name} holds values that are not finite")
     if problems:
         raise AdapterFormatError(

@@ -22,12 +22,11 @@ from lightning_lora.engine import (
     adapters,
     inject,
     injections,
-    load_adapter_state_dict,
     remove,
 )
 from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.sharded import is_first, is_sharded, whole
-from lightning_lora.engine.state import check_same_base, describe_base
+from lightning_lora.engine.state import check_fits, check_same_base, describe_base, fill_adapter
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.wrappers import plain_name, unwrapped
 from lightning_lora.errors import (
@@ -205,7 +204,9 @@ def load_adapter(
     except TargetError as error:
         raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
     try:
-        load_adapter_state_dict(model, _on(model, plan, values))
+        own, given = adapter_tensors(model), _on(model, plan, values)
+        check_fits(own, given, what="the adapter", are_finite=True)  # by `read`
+        fill_adapter(model, own, given)
         if check_base:
             check_same_base(model, note, plan.root, what=f"The adapter in {folder}")
     except BaseException:
@@ -222,6 +223,8 @@ def _version() -> str:
 
 def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`values`, named relative to the root, by the names that the engine uses on `model`."""
+    if plan.root is model:
+        return dict(values)
     names = names_of_tensors(model)
     there = tensors_named(plan.root)
     return {names[id(there[name])]: value for name, value in values.items()}

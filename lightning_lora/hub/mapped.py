@@ -49,6 +49,17 @@ class MappedTensors:
             except (ValueError, RecursionError) as error:
                 raise SafetensorError(f"its header cannot be read: {error}") from error
 
+    def are_finite(self) -> bool:
+        """Whether it takes one sum to know that all its numbers are: they are of one type, and the sum is."""
+        try:
+            types = {entry["dtype"] for key, entry in self._entries.items() if key != "__metadata__"}
+            dtype = DTYPES[types.pop()] if len(types) == 1 else torch.bool
+            if not dtype.is_floating_point or dtype.itemsize == 1:
+                return False
+            return bool(torch.frombuffer(self._bytes, dtype=dtype, offset=self._start).sum().isfinite())
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+            return False  # what is wrong with one is said where that one is read
+
     def __getitem__(self, key: str) -> Tensor:
         try:
             entry = self._entries[key]

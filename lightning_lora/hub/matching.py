@@ -16,6 +16,7 @@ from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.plan import promised
 from lightning_lora.engine.state import is_finite
 from lightning_lora.engine.targets import Selection, name_matches, select
+from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
@@ -42,14 +43,15 @@ class Fit:
     """Tensors that are trained but not in the file, which keep the base's values."""
     where: str
 
-    def read(self, file: TensorFile) -> dict[str, Tensor]:
+    def read(self, file: TensorFile | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors to load, by the engine's names relative to the root. Raises AdapterFormatError for one that is
         not finite, for two that should be equal and differ, and for base weights other than the model's."""
         values: dict[str, Tensor] = {}
         problems = []
+        are_finite = isinstance(file, TensorFile) and file.are_finite()
         for name, (key, *same) in self.sources.items():
             value = file[key]
-            if not is_finite(value):
+            if not (are_finite or is_finite(value)):
                 problems.append(f"{key} holds values that are not finite")
             unequal = [other for other in same if not _equal(file[other], value)]
             problems += [f"{key} and {other} are one tensor in the model, and differ" for other in unequal]
@@ -113,10 +115,12 @@ def _adapted(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]]) -> Adapte
 def _root(model: nn.Module, header: Header) -> nn.Module:
     """The module of `model` in which every module that the file adapts has its name; `model` itself if none has."""
     wanted = peft.adapted_names(map(peft.plain_key, header.shapes))
-    by_note = dict(model.named_modules()).get(header.note.get("module") or "", model)
-    for root in (model, by_note):
-        if wanted <= {name for name, _ in root.named_modules(remove_duplicate=False)}:
-            return root
+    tree = Tree.of(model)
+    if wanted <= {name for name, _ in tree.every}:
+        return model
+    by_note = tree.by_name.get(header.note.get("module") or "", model)
+    if wanted <= {name for name, _ in Tree.of(by_note).every}:
+        return by_note
     return adapter_root(model)[1]
 
 

@@ -62,6 +62,10 @@ class TensorFile:
             raise SafetensorError("it was replaced while it was read")
         return tensor
 
+    def are_finite(self) -> bool:
+        """Whether it is known, without a look at each of them, that all its numbers are finite."""
+        return self._tensors.are_finite()
+
 
 def check_folder(folder: Path) -> None:
     """Raise AdapterFormatError unless `folder` holds an adapter in PEFT's layout, naming what it looks like."""

@@ -77,3 +77,33 @@ def test_reading_keeps_no_memory(tmp_path):
 
     # Other threads may allocate meanwhile, but what each call keeps shows every time: safetensors' get_tensor, 32.
     assert min(growth() for _ in range(4)) < 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_sum_says_that_all_numbers_are_finite_and_never_so_where_one_is_not(tmp_path, dtype):
+    file = tmp_path / "some.safetensors"
+    tensors = {"a": torch.randn(3, 5).to(dtype), "empty": torch.zeros(0, dtype=dtype), "z": torch.randn(2).to(dtype)}
+    save_file(tensors, file, metadata={"made": "here"})
+    assert MappedTensors(file).are_finite()
+    for key, at, value in (("a", (0, 0), "nan"), ("a", (2, 4), "inf"), ("z", (1,), "-inf")):
+        spoilt = {name: t.clone() for name, t in tensors.items()}
+        spoilt[key][at] = float(value)
+        save_file(spoilt, file)
+        assert not MappedTensors(file).are_finite()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.float16)},
+        {"a": torch.zeros(2, dtype=torch.int32)},
+        {"a": torch.zeros(2, dtype=torch.float8_e4m3fn)},
+        {"a": torch.full((4,), 6e4, dtype=torch.float16)},
+        {"a": torch.zeros(0)},
+    ],
+    ids=["several types", "integers", "eight bits", "a sum too large", "nothing"],
+)
+def test_where_one_sum_cannot_say_so_each_tensor_is_looked_at(tmp_path, tensors):
+    file = tmp_path / "some.safetensors"
+    save_file(tensors, file)
+    assert not MappedTensors(file).are_finite()
