@@ -28,14 +28,20 @@ def whole(t: Any) -> Tensor:
     return tensor
 
 
+def shard_like(value: Tensor, t: Any, *, drawn: bool = False) -> Tensor:
+    """`value`, which every process has whole, sharded as `t` is, if it is. Where it was `drawn`, each has its own, and
+    all of them take the first one's."""
+    if not is_sharded(t) or is_sharded(value):
+        return value
+    distribute: Any = sys.modules["torch.distributed.tensor"].distribute_tensor
+    part: Tensor = distribute(value, t.device_mesh, t.placements, src_data_rank=0 if drawn else None)
+    return part
+
+
 @torch.no_grad()
-def fill(t: Any, value: Tensor) -> None:
-    """Copy `value`, which every process has whole, into `t`, of which each keeps its part."""
-    if is_sharded(t) and not is_sharded(value):
-        distribute: Any = sys.modules["torch.distributed.tensor"]
-        value = value.to(t.device, t.dtype)
-        value = distribute.distribute_tensor(value, t.device_mesh, t.placements, src_data_rank=None)
-    t.copy_(value)
+def fill(t: Any, value: Tensor, *, drawn: bool = False) -> None:
+    """Copy `value` into `t`, of which each process keeps its part."""
+    t.copy_(shard_like(value.to(t.device, t.dtype), t, drawn=drawn))
 
 
 def is_own(given: Tensor | None, own: Tensor) -> bool:

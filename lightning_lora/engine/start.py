@@ -45,7 +45,7 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
             if tensor.is_meta:
                 setattr(module, own, value)
             else:
-                fill(tensor, value)
+                fill(tensor, value, drawn=True)
     for root, injection in waiting:
         owner = model.get_submodule(root)
         there = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers(remove_duplicate=False))

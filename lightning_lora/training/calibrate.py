@@ -21,6 +21,7 @@ from torchmetrics import Metric
 from lightning_lora.engine import LoRAConfig, adapter_tensors, injections, start_adapters
 from lightning_lora.engine.calibration import calibrate, residuals
 from lightning_lora.engine.inits import INITS
+from lightning_lora.engine.sharded import is_sharded
 from lightning_lora.errors import ConfigError, TrainingError
 from lightning_lora.hub.base_weights import weights_of
 from lightning_lora.hub.roots import adapter_root
@@ -51,7 +52,8 @@ def start_waiting(module: LightningModule, batches: int) -> None:
         set_random_state(before)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in adapter_tensors(module).values():
-            torch.distributed.broadcast(tensor.detach(), 0)
+            if not is_sharded(tensor):  # those that are were given out by the first process
+                torch.distributed.broadcast(tensor.detach(), 0)
 
 
 def _measured(module: LightningModule, root: str, config: LoRAConfig, batches: int) -> Mapping[str, Any]:

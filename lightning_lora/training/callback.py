@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -24,7 +25,14 @@ from lightning_lora.training.launch import adapt_before_launch
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.randomness import ExactResume
-from lightning_lora.training.strategy import AdapterPolicy, attach, check_only_adapters, has_adapters, unfrozen
+from lightning_lora.training.strategy import (
+    AdapterPolicy,
+    attach,
+    check_only_adapters,
+    has_adapters,
+    shards,
+    unfrozen,
+)
 
 # They put layers of their own in the place of a model's.
 _REPLACES_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
@@ -114,7 +122,8 @@ class LoRACallback(Callback):
             self._policy.push.check(trainer)
         attach(trainer.strategy, self._policy)
         # Layers may be built by the module's own hooks, which run after this one: adapt after the last of them.
-        last = next((h for h in ("configure_model", "setup") if is_overridden(h, pl_module)), None)
+        hooks = ("setup",) if shards(trainer.strategy) else ("configure_model", "setup")  # configure_model shards it
+        last = next((h for h in hooks if is_overridden(h, pl_module)), None)
         if last is None:
             self._adapt(trainer, pl_module)
         else:
@@ -141,7 +150,7 @@ class LoRACallback(Callback):
         if not has_adapters(pl_module):
             if isinstance(trainer.precision_plugin, _REPLACES_LAYERS):
                 trainer.precision_plugin.convert_module(pl_module)  # later, it would replace what was adapted
-            self._inject(pl_module)
+            self._inject(pl_module, trainer.strategy)
         elif present != [self.config]:
             raise AdapterStateError(
                 f"{type(pl_module).__name__} has adapters already, of another config than this callback's "
@@ -167,9 +176,19 @@ class LoRACallback(Callback):
         if average is not None and not has_adapters(average):
             callback.setup(trainer, pl_module, "fit")
 
-    def _inject(self, pl_module: LightningModule) -> None:
+    def _inject(self, pl_module: LightningModule, strategy: Strategy) -> None:
         # What takes time to compute waits until it is known that no checkpoint brings it, and for data and device.
-        self.report = inject(pl_module, self.config, start=not INITS[self.config.init].computes)
+        # And on sharded weights all processes start with what the first one draws.
+        later = INITS[self.config.init].computes or shards(strategy)
+        try:
+            self.report = inject(pl_module, self.config, start=not later)
+        except TargetError as error:
+            if not shards(strategy):
+                raise
+            raise TargetError(
+                f"{error} Under {type(strategy).__name__} the layers must be there before "
+                "configure_model, which shards them: build them in __init__ or setup."
+            ) from None
         rank_zero_info(str(self.report))
 
     def before_launch(self, trainer: Trainer) -> None:
@@ -181,7 +200,7 @@ class LoRACallback(Callback):
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
         try:
-            self._inject(pl_module)
+            self._inject(pl_module, trainer.strategy)
         except TargetError:
             if not is_overridden("setup", pl_module):
                 raise

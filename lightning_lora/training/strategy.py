@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -28,6 +34,7 @@ from lightning_lora.engine import adapter_state_dict, adapter_tensors, adapters,
 from lightning_lora.engine.layers.frozen import freeze_statistics, has_running_statistics
 from lightning_lora.engine.optim import fit_optimizers, lora_plus
 from lightning_lora.engine.product_decay import product_decay
+from lightning_lora.engine.sharded import whole
 from lightning_lora.engine.state import describe_base, load_adapter_state_dict
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import CheckpointError, TrainingError, listed
@@ -43,6 +50,7 @@ from lightning_lora.training.checkpoint import (
     leave_out_modules,
     reading,
 )
+from lightning_lora.training.sharding import WholeCheckpoints
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -104,7 +112,7 @@ class AdapterStrategy(_Host):
         module = self.lightning_module
         if module is None or not has_adapters(module):
             return super().lightning_module_state_dict()
-        return adapter_state_dict(module)
+        return {name: whole(tensor) for name, tensor in adapter_state_dict(module).items()}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
@@ -137,11 +145,14 @@ class AdapterStrategy(_Host):
         super().save_checkpoint(checkpoint, filepath, storage_options)
         path = str(filepath)
         # Hidden files are the learning-rate and batch-size finders' own.
-        if not self.is_global_zero or Path(path).name.startswith("."):
+        if Path(path).name.startswith("."):
             return
         folder = adapter_folder(path) if self.lora.save_adapter and is_local(path) else None
+        # In every process: of a sharded base each has a part.
+        known = None if folder is None else self._base(module, *adapter_root(module))
+        if not self.is_global_zero:
+            return
         if folder is not None:
-            known = self._base(module, *adapter_root(module))
             save_adapter(module, folder, tensors=checkpoint["state_dict"], known_base=known)
         elif self.lora.save_adapter:
             rank_zero_warn(f"No adapter folder was written beside {path}: it is not a local file.")
@@ -209,14 +220,22 @@ def attach(strategy: Strategy, policy: AdapterPolicy) -> None:
     Raises TrainingError for a strategy that shards or moves weights in a way that adapters are not made for yet.
     """
     # DeepSpeed's strategy derives from DDP's, but partitions weights and writes checkpoints of its own.
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
+    known = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+    if not isinstance(strategy, known) or isinstance(strategy, DeepSpeedStrategy):
         raise TrainingError(
             f"LoRACallback does not support {type(strategy).__name__} yet: on sharded weights adapters could diverge "
-            "silently between processes. Use a single device, or Trainer(strategy='ddp')."
+            "silently between processes. Use a single device, Trainer(strategy='ddp'), or a ModelParallelStrategy "
+            "(fully_shard)."
         )
     strategy.lora = policy  # type: ignore[union-attr]
     if not isinstance(strategy, AdapterStrategy):
-        strategy.__class__ = swapped_class("LoRA", AdapterStrategy, type(strategy))
+        mixins = (AdapterStrategy, WholeCheckpoints) if shards(strategy) else AdapterStrategy
+        strategy.__class__ = swapped_class("LoRA", mixins, type(strategy))
+
+
+def shards(strategy: Strategy) -> bool:
+    """Whether the module is sharded in its configure_model, as `strategy` asks."""
+    return isinstance(strategy, ModelParallelStrategy)
 
 
 def has_adapters(module: nn.Module) -> bool:

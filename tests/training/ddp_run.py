@@ -76,13 +76,20 @@ class WithDropout(Shared):
     dropout = 0.3
 
 
-def fit(style: type[Shared], folder: Path, strategy: str = "auto", devices: int = 1, ckpt: str | None = None) -> Any:
+def fit(
+    style: type[Shared],
+    folder: Path,
+    strategy: Any = "auto",
+    devices: int = 1,
+    ckpt: str | None = None,
+    **settings: Any,
+) -> Any:
     """The module after two epochs, and its Trainer; the adapter is in `folder`/adapter.pt as well."""
     pl.seed_everything(3 if ckpt is None else 4, verbose=False)
     module = style()
     saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=3)
     run = trainer(
-        LoRACallback(rank=2),
+        LoRACallback(rank=2, **settings),
         saver,
         strategy=strategy,
         devices=devices,

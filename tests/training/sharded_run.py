@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import load_adapter, save_adapter
@@ -29,9 +35,15 @@ from lightning_lora.engine import (
     remove,
     start_adapters,
 )
-from lightning_lora.errors import AdapterStateError
+from lightning_lora.engine.sharded import whole
+from lightning_lora.errors import AdapterStateError, TargetError, TrainingError
+
+from .ddp_run import Shared, fit
 
 WORLD = 2
+# Sums over two processes are added in another order.
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
+_PATIENCE = timedelta(seconds=60)
 
 
 def together(function: Callable[..., None], *arguments: Any) -> None:
@@ -44,7 +56,8 @@ def together(function: Callable[..., None], *arguments: Any) -> None:
 
 def _join(rank: int, store: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    os.environ["LOCAL_RANK"] = str(rank)  # by which Lightning knows that the processes are there
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=_PATIENCE)
     function(rank, *arguments)
     dist.destroy_process_group()
 
@@ -214,8 +227,64 @@ def flat_parts_are_not_taken_for_tensors(rank: int, folder: Path) -> None:
     torch.testing.assert_close(plain.eval()(batch(0)), one.eval()(batch(0)))
 
 
-def refused(call: Callable[[], Any], says: str) -> None:
-    import pytest
+class Sharded(Shared):
+    """Each Linear by itself, and the rest."""
 
+    def configure_model(self) -> None:
+        if isinstance(self.net, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+class ShardedInPart(Shared):
+    def configure_model(self) -> None:
+        fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+
+
+class BuiltWhereSharded(Sharded):
+    def build(self, seed: int) -> None: ...
+
+    def configure_model(self) -> None:
+        super().build(0)
+        super().configure_model()
+
+
+def strategy() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+
+
+def fits_as_one(rank: int, folder: Path, expected: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """In Lightning, and so does a run that is resumed, in as many processes or in one."""
+    two, run = fit(Sharded, folder / "two", strategy(), WORLD, **settings)
+    assert all(isinstance(p, DTensor) for p in two.parameters())
+    found = {name: whole(t) for name, t in adapter_state_dict(two).items()}
+    torch.testing.assert_close(found, expected, **CLOSE)
+    resumed, _ = fit(Sharded, folder / "resumed", strategy(), WORLD, str(folder / "two" / "step=3.ckpt"), **settings)
+    for name, tensor in adapter_state_dict(resumed).items():
+        assert torch.equal(whole(tensor), found[name])
+    run.save_checkpoint(folder / "after.ckpt")
+    predicted = run.predict(Sharded(), ckpt_path=folder / "after.ckpt", weights_only=True)
+    torch.testing.assert_close(predicted[0], two.eval()(next(iter(two.predict_dataloader()))[0]))
+    saved = torch.load(folder / "after.ckpt")
+    torch.testing.assert_close(saved["state_dict"], found)
+    assert not any(isinstance(t, DTensor) for t in tree_leaves(saved))
+
+
+def is_told_of_what_is_not_sharded(rank: int, folder: Path) -> None:
+    for style, error, says, settings in (
+        (ShardedInPart, TrainingError, "is not sharded, so each process would train its own", {}),
+        (BuiltWhereSharded, TargetError, "build them in __init__ or setup", {}),
+        (Sharded, TrainingError, "is measured on a whole model", {"init": "eva"}),
+    ):
+        with pytest.raises(error, match=says):
+            fit(style, folder, strategy(), WORLD, **settings)
+        gc.collect()
+
+
+def refused(call: Callable[[], Any], says: str) -> None:
     with pytest.raises(AdapterStateError, match=says):
         call()

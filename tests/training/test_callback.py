@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import (
     ModelSummary,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, remove
@@ -119,8 +119,8 @@ def test_adapters_of_another_config_are_an_error() -> None:
     trainer(LoRACallback(rank=4), max_epochs=1).fit(module)
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
-def test_a_strategy_that_shards_is_refused(kind: type[Strategy]) -> None:
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_a_strategy_that_shards_in_a_way_of_its_own_is_refused(kind: type[Strategy]) -> None:
     with pytest.raises(TrainingError, match=f"does not support {kind.__name__} yet"):
         attach(object.__new__(kind), AdapterPolicy())
 

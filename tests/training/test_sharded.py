@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_lora import load_adapter
+from lightning_lora.engine import adapter_state_dict
+
 from . import sharded_run
+from .ddp_run import Shared, fit
 from .sharded_run import together
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),  # Python's, of forking with threads
 ]
 
@@ -46,3 +51,20 @@ def test_what_would_let_processes_diverge_is_refused() -> None:
 
 def test_flat_parts_of_parameters_are_not_saved_for_the_whole(tmp_path: Path) -> None:
     together(sharded_run.flat_parts_are_not_taken_for_tensors, tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_plus_ratio": 2.0}, {"product_decay": 0.1}, {"init": "pissa"}], ids=str)
+def test_lightning_trains_a_sharded_model_as_one_that_is_not(settings: dict[str, Any], tmp_path: Path) -> None:
+    one, _ = fit(Shared, tmp_path / "one", **settings)
+    together(sharded_run.fits_as_one, tmp_path, adapter_state_dict(one), settings)
+    bases = [Shared(), Shared()]
+    for base, run in zip(bases, ("one", "two")):
+        load_adapter(base, tmp_path / run / "step=9-adapter")
+    torch.testing.assert_close(*(adapter_state_dict(base) for base in bases), **sharded_run.CLOSE)
+    with pytest.warns(UserWarning, match="random state of 2 processes and this run has 1"):  # nothing random is left
+        again, _ = fit(Shared, tmp_path / "again", ckpt=str(tmp_path / "two" / "step=3.ckpt"), **settings)
+    torch.testing.assert_close(adapter_state_dict(again), adapter_state_dict(one), **sharded_run.CLOSE)
+
+
+def test_what_lightning_would_train_apart_is_refused(tmp_path: Path) -> None:
+    together(sharded_run.is_told_of_what_is_not_sharded, tmp_path)
