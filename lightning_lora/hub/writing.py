@@ -7,18 +7,17 @@ the length of the header in 8 bytes, the header as JSON, filled with spaces to w
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFormatError
 from lightning_lora.hub.mapped import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_NUMPYS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
-"""What stands for the numbers that numpy does not know."""
 
 
 def laid_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
@@ -32,7 +31,15 @@ def laid_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list
             raise AdapterFormatError(f"{key} holds {t.dtype}, which has no place in a file of safetensors.")
         start, end = end, end + t.nbytes
         header[key] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
-        pieces.append(t.contiguous().view(_NUMPYS.get(t.dtype, t.dtype)).numpy().data)
+        pieces.append(_memory(t.contiguous()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little"), text, *pieces]
+
+
+def _memory(t: Tensor) -> memoryview:
+    """That of a contiguous tensor. Not by way of numpy, which would leave it in a storage that cannot be resized any
+    more, as FSDP does to those of parameters."""
+    memory: Any = (ctypes.c_ubyte * t.nbytes).from_address(t.data_ptr())
+    memory.owner = t  # lives as long as what looks at it
+    return memoryview(memory)

@@ -67,3 +67,11 @@ def test_nothing_is_copied():
 def test_numbers_that_have_no_place_in_a_file_are_named():
     with pytest.raises(AdapterFormatError, match=r"head\.weight holds torch\.complex128"):
         laid_out({"head.weight": torch.zeros(2, dtype=torch.complex128)}, METADATA)
+
+
+def test_what_was_written_lies_in_memory_that_can_still_be_resized() -> None:
+    t = torch.arange(6.0)
+    assert b"".join(laid_out({"t": t}, METADATA)).endswith(t.numpy().copy().tobytes())
+    fresh = torch.arange(6.0)
+    laid_out({"t": fresh}, METADATA)
+    fresh.untyped_storage().resize_(0)
