@@ -59,7 +59,12 @@ class Candidates:
     def of_classes(self, wanted: Callable[[type[nn.Module]], bool]) -> list[Target]:
         """Those whose class is `wanted`."""
         classes = {cls for cls in self.tree.classes if wanted(cls)}
-        return [self.target(name, module) for name, module in self.modules if type(module) in classes]
+        named, aliases = self.tree.by_name, self.tree.aliases
+        return [
+            Target(name, module, named[name.rpartition(".")[0]], aliases.get(id(module), ()) if aliases else ())
+            for name, module in self.modules
+            if type(module) in classes
+        ]
 
     def matching(self, pattern: str, *, is_regex: bool) -> list[int]:
         """The places, among `modules`, of those that an entry of a config matches under any of their names."""

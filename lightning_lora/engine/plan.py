@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.engine.bypass import Reading, check_called, reading
+from lightning_lora.engine.bypass import check_called, reading
 from lightning_lora.engine.candidates import Target, last_part
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import DoRA, ParameterLoRA, WeightReadLinearLoRA, geometry_of
@@ -21,6 +21,7 @@ from lightning_lora.engine.layers.base import Adapter, AdapterSpec
 from lightning_lora.engine.layers.fresh import Recipe, check_init, device_of, recipes, tensor_shapes
 from lightning_lora.engine.layers.linear import OutProjectionLoRA
 from lightning_lora.engine.layers.swapping import check_swappable
+from lightning_lora.engine.scaling import scale_of
 from lightning_lora.errors import TargetError
 
 
@@ -52,16 +53,14 @@ def planned(targets: Sequence[Target], config: LoRAConfig) -> Plan:
             plan.append((target, _kind(target, _spec_of_parameters(config, target), config)))
             continue
         spec = common or _spec(config, target.names_of())
-        parent: Any = type(target.parent)
-        alike = _alike(target.module, reading(parent, target.name.rpartition(".")[2]))
-        key = (spec.rank, spec.alpha, alike)
+        key = _alike(target, spec)
         try:
             kind = kinds.get(key)
         except TypeError:  # something that it holds cannot be compared
-            alike = kind = None
+            key = kind = None
         if kind is None:
             kind = _kind(target, spec, config)
-            if alike is not None:
+            if key is not None:
                 kinds[key] = kind
         plan.append((target, kind))
     return plan
@@ -78,22 +77,25 @@ def promised(
         yield target, kind.spec, shapes[id(kind)]
 
 
-def _alike(module: nn.Module, how_read: Reading) -> Hashable:
-    """Equal for modules that differ in the values of their tensors alone, and are read by their parents in one way.
+def _alike(target: Target, spec: AdapterSpec) -> Hashable:
+    """Equal for modules that differ in the values of their tensors alone, are read by their parents in one way, and get
+    the same numbers.
 
     None for a module that is like no other: one with children, buffers, a forward of its own, or parameters that are
     more than numbers (quantized or sharded ones)."""
+    name, module, owner, *_ = target
     cls: Any = type(module)
+    parent: Any = type(owner)
     state = module.__dict__
     if cls.__getattr__ is not _PLAIN or "forward" in state or state["_modules"] or state["_buffers"]:
         return None
     values_of = _own_values(tuple(state))  # the same one for the same names
-    key = [cls, how_read, values_of, *values_of(state)]
-    for name, p in state["_parameters"].items():
+    key = [cls, reading(parent, name.rpartition(".")[2]), spec.rank, spec.alpha, values_of, *values_of(state)]
+    for own, p in state["_parameters"].items():
         if p is None:
-            key.append(name)
+            key.append(own)
         elif type(p) is nn.Parameter:
-            key += (name, p.shape, p.dtype, p.device)
+            key += (own, p.shape, p.dtype, p.device, p.requires_grad)
         else:
             return None
     return tuple(key)
@@ -167,10 +169,11 @@ def variants_of(config: LoRAConfig) -> tuple[type[Adapter], ...]:
 
 
 def _spec(config: LoRAConfig, names: tuple[str, ...]) -> AdapterSpec:
+    rank, alpha = config.rank_of(*names), config.alpha_of(*names)  # each pattern is asked once
     return _spec_of(
-        config.rank_of(*names),
-        config.alpha_of(*names),
-        config.scale_of(*names),
+        rank,
+        alpha,
+        scale_of(alpha, rank, rank_stabilised=config.use_rslora),
         config.dropout,
         config.rank_dropout,
         config.module_dropout,

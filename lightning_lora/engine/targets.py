@@ -238,10 +238,11 @@ def _left_out(there: Candidates, targets: list[Target]) -> dict[str, str]:
     attention = {cls for cls in there.tree.classes if issubclass(cls, nn.MultiheadAttention)}
     unknown = {cls for cls in there.tree.classes if geometry_of(cls) is None}
     for name, module in there.modules:
-        if type(module) in attention and id(module) not in adapted:
+        kind = type(module)
+        if kind in attention and id(module) not in adapted:
             for own in _parameters_of(module):
                 left[name_in(name, own)] = "name the nn.MultiheadAttention in target_modules"
-        elif type(module) in unknown and id(module) not in adapted:
+        elif kind in unknown and module._parameters and id(module) not in adapted:
             for own, p in module._parameters.items():
                 if p is not None and p.dim() == 3 and min(p.shape) > 1:
                     left[name_in(name, own)] = "name it in target_parameters"

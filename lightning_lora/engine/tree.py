@@ -25,10 +25,12 @@ class Tree:
     @cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:
         """As `model.named_modules()`: each under its first name."""
+        if len({id(module) for _, module in self.every}) == len(self.every):
+            return self.every
         first: dict[int, tuple[str, nn.Module]] = {}
         for entry in self.every:
             first.setdefault(id(entry[1]), entry)
-        return self.every if len(first) == len(self.every) else list(first.values())
+        return list(first.values())
 
     @cached_property
     def aliases(self) -> dict[int, tuple[str, ...]]:

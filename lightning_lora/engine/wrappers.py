@@ -17,7 +17,9 @@ _WRAPPER = re.compile(rf"(^|\.)(?:{'|'.join(_INSIDE)})(?=\.|$)")
 
 def plain_name(name: str) -> str:
     """A name as it were without wrappers."""
-    return _WRAPPER.sub("", name).removeprefix(".") if "_" in name else name
+    if "_orig_mod" not in name and "_wrapped_module" not in name:  # thousands are asked for, and few are wrapped
+        return name
+    return _WRAPPER.sub("", name).removeprefix(".")
 
 
 def tensors_by_plain_name(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
