@@ -2,7 +2,8 @@
 
     python benchmarks/folders.py
 
-A model here holds one adapter, so its figures know no count. For many adapters on one base see bank.py.
+A model here holds one adapter, so its figures know no count. For many adapters on one base see bank.py. Our folders
+say of which base an adapter is, PEFT's do not: for that a base is read when it is first seen, or was changed.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from lightning_lora.engine import adapters
 Calls = Mapping[str, Callable[[], object]]
 
 RANK = 8
+CHECKED, FIRST = "ours, base checked", "ours, base read"
 
 
-def model_of(layers: int) -> nn.Module:
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": layers, "num_attention_heads": 8}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=1000)).eval()
+def model_of(layers: int, hidden: int = 256) -> nn.Module:
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, vocab_size=1000)).eval()
 
 
-def measured(base: nn.Module, counts: list[int], rounds: int, place: Path) -> dict[str, list[Row]]:
+def adapted(base: nn.Module) -> tuple[nn.Module, Any]:
+    """Two copies of `base`, by us and by PEFT."""
     ours = copy.deepcopy(base)
     inject(ours, LoRAConfig(rank=RANK, target_modules=list(ALL_LINEAR)))
-    empty = copy.deepcopy(base)
-    theirs: Any = get_peft_model(copy.deepcopy(base), LoraConfig(r=RANK, target_modules=list(ALL_LINEAR)))
-    theirs.save_pretrained(place / "given")
-    tables: dict[str, list[Row]] = {}
-    loaded = 1
+    return ours, get_peft_model(copy.deepcopy(base), LoraConfig(r=RANK, target_modules=list(ALL_LINEAR)))
 
+
+def merging(ours: nn.Module, theirs: Any) -> Calls:
     def merge_ours() -> None:
         with merged(ours):
             pass
@@ -51,9 +52,24 @@ def measured(base: nn.Module, counts: list[int], rounds: int, place: Path) -> di
         theirs.merge_adapter()
         theirs.unmerge_adapter()
 
+    return {"ours": merge_ours, "PEFT": merge_theirs}
+
+
+def measured(base: nn.Module, counts: list[int], rounds: int, place: Path) -> dict[str, list[Row]]:
+    ours, theirs = adapted(base)
+    empty = copy.deepcopy(base)
+    theirs.save_pretrained(place / "given")
+    save_adapter(ours, place / "checked")
+    tables: dict[str, list[Row]] = {}
+    loaded = 1
+
     def empty_ours() -> None:
         if any(True for _ in adapters(empty)):
             remove(empty)
+
+    @torch.no_grad()
+    def forget(model: nn.Module) -> None:
+        model.lm_head.weight.mul_(1)  # written to, so the base is read again
 
     def empty_theirs() -> None:
         if "more" in theirs.peft_config:
@@ -63,18 +79,29 @@ def measured(base: nn.Module, counts: list[int], rounds: int, place: Path) -> di
         "Save": (
             {
                 "ours": lambda: save_adapter(ours, place / "ours"),
+                FIRST: lambda: save_adapter(ours, place / "first"),
                 "PEFT": lambda: theirs.save_pretrained(place / "theirs", selected_adapters=["default"]),
             },
-            {"ours": lambda: shutil.rmtree(place / "ours", ignore_errors=True)},
+            {
+                "ours": lambda: shutil.rmtree(place / "ours", ignore_errors=True),
+                FIRST: lambda: (shutil.rmtree(place / "first", ignore_errors=True), forget(ours)),
+            },
         ),
         "Load into a model that has none": (
             {
                 "ours": lambda: load_adapter(empty, place / "given"),
+                CHECKED: lambda: load_adapter(empty, place / "checked"),
+                FIRST: lambda: load_adapter(empty, place / "checked"),
                 "PEFT": lambda: theirs.load_adapter(place / "given", "more"),
             },
-            {"ours": empty_ours, "PEFT": empty_theirs},
+            {
+                "ours": empty_ours,
+                CHECKED: empty_ours,
+                FIRST: lambda: (empty_ours(), forget(empty)),
+                "PEFT": empty_theirs,
+            },
         ),
-        "Merge, and undo it": ({"ours": merge_ours, "PEFT": merge_theirs}, {}),
+        "Merge, and undo it": (merging(ours, theirs), {}),
     }
     for count in counts:
         for i in range(loaded, count):
@@ -101,6 +128,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for title, rows in measured(base, counts, given.rounds, Path(place)).items():
             report.table(title, rows)
+    wide = model_of(1, 64) if given.quick else model_of(4, 1024)
+    times = in_turn(merging(*adapted(wide)), rounds=given.rounds)
+    report.table("Merge, and undo it, hidden 1024, 4 layers", comparison(times, against="ours"))
     report.write(given.results)
 
 

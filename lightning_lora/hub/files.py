@@ -28,6 +28,7 @@ from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.sharded import is_first, is_sharded, whole
 from lightning_lora.engine.state import check_fits, check_same_base, describe_base, fill_adapter
 from lightning_lora.engine.targets import name_matches
+from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.wrappers import plain_name, unwrapped
 from lightning_lora.errors import (
     AdapterFormatError,
@@ -113,7 +114,7 @@ def save_adapter(
     saved = _saved_names(root, owner, injection.config)
     inside = tuple(f"{name}." for name in saved)
     named = {*targets.modules, *targets.companions, *saved}
-    others = [n for n, _ in root.named_modules() if n not in named and not n.startswith(inside)]
+    others = [n for n, _ in Tree.of(root).modules if n not in named and not n.startswith(inside)]
 
     base_model = _base_id(root, base_model)
     if revision is None and base_model is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import START
+from lightning_lora.engine.tree import Tree
 from lightning_lora.hub.peft import shape_in_file, tensor_key
 
 
@@ -25,6 +26,11 @@ class Adapted:
     @cached_property
     def _ends(self) -> tuple[str, ...]:
         return tuple(end for end in self.ranks if end)
+
+    @cached_property
+    def has_start(self) -> bool:
+        """Whether it has a frozen start."""
+        return any(own.removesuffix(self.end(own)) in START for own in self.shapes)
 
     def end(self, own: str) -> str:
         """What the name `own` of one of its tensors ends in."""
@@ -58,8 +64,11 @@ class Layout:
         embeddings = {n for module in self.embeddings for n in self._every(module)}
         keys: dict[str, str] = {}
         for module, adapted in self.adapted.items():
+            names = self._every(module)
             for own in adapted.shapes:
-                for alias in self._every(module) if own.removesuffix(adapted.end(own)) not in START else ():
+                if adapted.has_start and own.removesuffix(adapted.end(own)) in START:
+                    continue
+                for alias in names:
                     keys[tensor_key(member(alias, own), parameters, embeddings, parameters)] = member(module, own)
         for name in self.whole:
             for alias in self._every(name):
@@ -106,19 +115,21 @@ class Layout:
 
     def _factor(self, name: str) -> float:
         module, _, last = name.rpartition(".")
-        return 0.5 if module in self.doubled and last.startswith("lora_B") else 1
+        return 0.5 if self.doubled and module in self.doubled and last.startswith("lora_B") else 1
 
     def _plain(self, name: str, value: Callable[[str], Tensor]) -> Tensor:
         """A frozen start becomes further ranks, B A - B0 A0 = [B - B0, B0] [A; A - A0], so that the file is for the
         base as it is (as PEFT converts its PiSSA and OLoRA)."""
         module, _, last = name.rpartition(".")
         tensor, adapted = value(name), self.adapted[module]
+        if not adapted.has_start:
+            return tensor
         end = adapted.end(last)
         A0, B0 = (start + end for start in START)
-        if A0 in adapted.shapes and last == "lora_A" + end:  # of each matrix, where they are a stack
+        if last == "lora_A" + end:  # of each matrix, where they are a stack
             start = tensor - value(member(module, A0)).to(tensor)
             return torch.cat([t.unflatten(0, (-1, adapted.ranks[end])) for t in (tensor, start)], dim=1).flatten(0, 1)
-        if A0 in adapted.shapes and last == "lora_B" + end:
+        if last == "lora_B" + end:
             start = value(member(module, B0)).to(tensor)
             both = [t.unflatten(1, (adapted.ranks[end], -1)) for t in (tensor - start, start)]
             return torch.cat(both, dim=1).flatten(1, 2)
@@ -133,7 +144,7 @@ def layout_of(
 ) -> Layout:
     """The layout of the modules `adapted` (by name) and the tensors `whole`, all of them in `root`."""
     aliases: dict[str, tuple[str, ...]] = {}
-    modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = dict(Tree.of(root).every)
     names = {id(modules[name]): name for name in adapted}
     for alias, module in modules.items():
         name = names.get(id(module), alias)
