@@ -193,7 +193,7 @@ def data(steps: int) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    given = arguments(__doc__, rounds=3, steps=120)
+    given = arguments(__doc__, rounds=3, steps=60)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "The '\\w+_dataloader' does not have many workers")
     steps, every = (4, 2) if given.quick else (given.steps, 10)
