@@ -35,7 +35,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, module in adapters(model):
         prefix = f"{name}." if name else ""
-        tensors |= {prefix + own: getattr(module, own) for own in module.lora_names}
+        for own in module.lora_names:
+            tensors[prefix + own] = getattr(module, own)
     if not tensors:
         raise AdapterStateError(f"{type(model).__name__} has no adapters: call inject(model, config) first.")
     check_complete(tensors)
@@ -142,7 +143,7 @@ def base_fingerprint(model: nn.Module, root: nn.Module | None = None) -> str:
 def _fingerprint(model: nn.Module, base: Iterable[tuple[str, nn.Parameter]]) -> str:
     digest = hashlib.sha256()
     replaced = {id(m.dense_weight()): m.lora_rows for _, m in adapters(model) if isinstance(m, TokenRows)}
-    for name, p in base:
+    for name, p in sorted(((plain_name(name), p) for name, p in base), key=lambda item: item[0]):
         if is_quantized(p):
             continue
         if id(p) in replaced:  # the adapter brings these rows, whatever a resized embedding was filled with
@@ -214,5 +215,4 @@ def _base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str
     """The parameters of `root` that are no part of the adapter of `model`, by name."""
     adapted = any(True for _ in adapters(model))
     ours = {id(t) for t in adapter_tensors(model).values()} if adapted else set()
-    named = (root or model).named_parameters()
-    return sorted(((plain_name(name), p) for name, p in named if id(p) not in ours), key=lambda item: item[0])
+    return [(name, p) for name, p in (root or model).named_parameters() if id(p) not in ours]
