@@ -16,7 +16,7 @@ afterwards; tensor subclasses, whose operations are their own; and layouts other
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
     are used in x's dtype, or in that of autocast.
     """
     # Where the dtypes of x and W differ and autocast is not there to choose, torch says so.
-    unfit = x.dtype != W.dtype and _autocast_dtype(x) is None
-    if W.requires_grad or unfit or not _can_fuse(x, W, A, B, b):
+    fit = x.dtype == W.dtype or _autocast_dtype(x) is not None
+    if W.requires_grad or not fit or not _can_fuse(x, W, A, B, b):
         return _plain(x, F.linear(x, W, b), A, B, scale, dropout)
     return _fused(x, None, W, b, A, B, scale, dropout)
 
@@ -66,22 +66,23 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return y
 
 
-def _can_fuse(*tensors: Tensor | None) -> bool:
+def _can_fuse(x: Tensor, *others: Tensor | None) -> bool:
+    # Asked at each call, mostly after a large product has emptied the processor's caches: each further function of
+    # torch's that it calls is a few microseconds there.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _under_torch_func() or _modes():
         return False
     is_dual = getattr(forward_ad, "_current_level", 0) >= 0  # within dual_level
-    for t in tensors:
+    for t in (x, *others):
         if t is None:
             continue
-        if t.layout != torch.strided or t.is_nested:
-            return False
-        if type(t) not in _PLAIN_TENSORS or t.is_complex():
+        if type(t) not in _PLAIN_TENSORS or t.layout != torch.strided:
             return False
         if is_dual and forward_ad.unpack_dual(t).tangent is not None:
             return False
-    return True
+    return x.dtype in _FLOATS and not x.is_nested
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
@@ -98,13 +99,12 @@ def _plain_update(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
 def _fused(
     x: Tensor, base: Tensor | None, W: Tensor | None, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
 ) -> Tensor:
+    compute: Callable[..., tuple[Tensor, ...]] = _Linear.apply if torch.is_grad_enabled() else _forward
     narrowed = _autocast_dtype(x)
-    with nullcontext() if narrowed is None else torch.autocast(x.device.type, enabled=False):
-        dtype = narrowed or x.dtype
-        if not torch.is_grad_enabled():
-            return _forward(x, base, W, b, A, B, scale, p, dtype)[0]
-        y: Tensor = _Linear.apply(x, base, W, b, A, B, scale, p, dtype)[0]
-    return y
+    if narrowed is None:
+        return compute(x, base, W, b, A, B, scale, p, x.dtype)[0]
+    with torch.autocast(x.device.type, enabled=False):
+        return compute(x, base, W, b, A, B, scale, p, narrowed)[0]
 
 
 def _forward(
@@ -210,12 +210,13 @@ def _gradients(ctx: Any, g: Tensor | None, grad_H: Tensor | None) -> tuple[Tenso
             from_y = _narrow_product(_in(dtype, B).t(), G)
             grad_H, scale = (from_y, scale) if grad_H is None else (grad_H + scale * from_y, 1.0)
         assert grad_H is not None
-        if needs_A:
-            grad_A = _in(A_dtype, torch.mm(grad_H, _without(_in(dtype, _matrix(x)), dropped))).mul_(scale)
         if needs_x:
             through_W = None if G is None or W is None else torch.mm(G, _in(dtype, W))
             grad_X = _add_through_A(through_W, grad_H, _in(dtype, A), scale, dropped)
             grad_x = _in(x_dtype, grad_X if len(ctx.shape) == 2 else grad_X.view(ctx.shape))
+        # Last, since x, kept since the forward pass, takes the place in the cache that G and its product had.
+        if needs_A:
+            grad_A = _in(A_dtype, torch.mm(grad_H, _without(_in(dtype, _matrix(x)), dropped))).mul_(scale)
     return grad_x, grad_base, None, grad_b, grad_A, grad_B, None, None, None
 
 
@@ -340,6 +341,6 @@ def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast narrows x to in a product, if it does."""
     kind = "cpu" if x.is_cpu else x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not (x.is_cpu or torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
         return None
-    return torch.get_autocast_dtype(kind)
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
