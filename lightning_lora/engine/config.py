@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -165,19 +165,22 @@ class LoRAConfig:
 
 def pattern_matches(key: str, name: str) -> bool:
     """Whether the rank or alpha pattern `key` holds for the module called `name` (PEFT's rule)."""
-    return _pattern_of(key).match(name) is not None
+    end, matches = _pattern_of(key)
+    return name.endswith(end) and matches(name) is not None
 
 
 @functools.cache  # re's own cache holds 512 and is then emptied: an adapter may have a pattern for each module
-def _pattern_of(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
+def _pattern_of(key: str) -> tuple[str, Callable[[str], re.Match[str] | None]]:
+    """What a name ends in where it matches, as far as that is plain, and whether it does."""
+    end = key.rpartition(".")[2] if re.fullmatch(r"[\w.]*", key) else ""
+    return end, re.compile(rf"(.*\.)?({key})$").match
 
 
 def _first_match(pattern: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
-    if not pattern:
-        return default
-    matching = (value for key, value in pattern.items() if any(pattern_matches(key, name) for name in names))
-    return next(matching, default)
+    for key, value in pattern.items():
+        if any(pattern_matches(key, name) for name in names):
+            return value
+    return default
 
 
 def _copied(value: Any) -> Any:

@@ -335,9 +335,13 @@ def _layer_of(name: str, patterns: list[str]) -> int | None:
 
 
 def _check_patterns(key: str, pattern: dict[str, Any], targets: list[Target]) -> None:
+    if not pattern:
+        return
+    names = [n for t in targets for parameter in (t.parameters or (None,)) for n in t.names_of(parameter)]
+    known = set(names)
     for entry in pattern:
-        names = [n for t in targets for parameter in (t.parameters or (None,)) for n in t.names_of(parameter)]
-        if not any(pattern_matches(entry, name) for name in names):
+        is_a_name = entry in known and pattern_matches(entry, entry)
+        if not is_a_name and not any(pattern_matches(entry, name) for name in names):
             endings = list(dict.fromkeys(last_part(name) for name in names))
             near = closest(entry, endings)
             guess = f"Did you mean {listed(map(repr, near))}?" if near else f"They end in: {listed(endings)}."

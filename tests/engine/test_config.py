@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.config import pattern_matches
 from lightning_lora.errors import ConfigError
 
 NOT_A_RANK = [0, -1, True, "8", 8.0, None, [8], math.nan]
@@ -142,3 +143,11 @@ def test_a_config_cannot_be_changed():
 def test_scales_are_alpha_over_rank_and_over_its_root():
     assert LoRAConfig(rank=4, alpha=16).scale_of("any") == 4
     assert LoRAConfig(rank=4, alpha=16, use_rslora=True).scale_of("any") == 8
+
+
+@pytest.mark.parametrize("key", ["fc", "q_proj", "layers.1.fc", "1.fc", r"layers\.1\..*", "f.", "(fc|q_proj)", "", "."])
+@pytest.mark.parametrize(
+    "name", ["fc", "q_proj", "a.fc", "afc", "layers.1.fc", "layers_1_fc", "layers.11fc", "11.fc", ""]
+)
+def test_a_pattern_matches_what_the_whole_expression_matches(key: str, name: str) -> None:
+    assert pattern_matches(key, name) == bool(re.match(rf"(.*\.)?({key})$", name))
