@@ -16,7 +16,6 @@ afterwards; tensor subclasses, whose operations are their own; and layouts other
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,12 +98,15 @@ def _plain_update(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
 def _fused(
     x: Tensor, base: Tensor | None, W: Tensor | None, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
 ) -> Tensor:
-    compute: Callable[..., tuple[Tensor, ...]] = _Linear.apply if torch.is_grad_enabled() else _forward
+    compute: Any = _Linear.apply if torch.is_grad_enabled() else _forward
     narrowed = _autocast_dtype(x)
+    y: Tensor
     if narrowed is None:
-        return compute(x, base, W, b, A, B, scale, p, x.dtype)[0]
-    with torch.autocast(x.device.type, enabled=False):
-        return compute(x, base, W, b, A, B, scale, p, narrowed)[0]
+        y, *_ = compute(x, base, W, b, A, B, scale, p, x.dtype)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y, *_ = compute(x, base, W, b, A, B, scale, p, narrowed)
+    return y
 
 
 def _forward(
