@@ -239,16 +239,19 @@ class Adapter(_Host):
         """scale * B A, shaped as the layer's weight, in the precision of the factors (float32 at least)."""
         A, B = self.factors(parameter, dropped=dropped)
         dtype = torch.promote_types(A.dtype, torch.float32)
-        return self.from_matrix(self, (B.flatten(1).to(dtype) @ A.flatten(1).to(dtype)).mul_(self.lora.scale))
+        product = B.flatten(1).to(dtype) @ A.flatten(1).to(dtype)
+        # In place, since fresh memory costs more than the product; but a DTensor may have to be laid out anew.
+        scaled = product.mul_(self.lora.scale) if type(product) is Tensor else self.lora.scale * product
+        return self.from_matrix(self, scaled)
 
     def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         """The weight with the adapter in it, in float32 or wider, whatever autocast says."""
         W = self.dense_weight(parameter)
         with without_autocast(W):
             delta = self.delta_weight(parameter, dropped=dropped)
-            # Without a graph the sum takes the update's memory: fresh memory costs more than the product.
             fits = delta.stride() == W.stride() and delta.dtype == torch.promote_types(delta.dtype, W.dtype)
-            return delta.add_(W) if fits and not torch.is_grad_enabled() else W + delta
+            in_place = fits and type(delta) is Tensor and not torch.is_grad_enabled()
+            return delta.add_(W) if in_place else W + delta
 
     def dense_weight(self, parameter: str = "weight") -> Tensor:
         """The base's own weight, in floating point."""
