@@ -64,11 +64,11 @@ class MappedTensors:
         try:
             entry = self._entries[key]
             dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if end - start != math.prod(shape) * dtype.itemsize:
+            count = math.prod(shape)
+            if end - start != count * dtype.itemsize:
                 raise ValueError(f"{end - start} bytes for {shape} of {entry['dtype']}")
             if start == end:
                 return torch.empty(shape, dtype=dtype)
-            count, offset = math.prod(shape), self._start + start
-            return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=offset).view(shape)
+            return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=self._start + start).view(shape)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise SafetensorError(f"{key!r} cannot be read from it: {error}") from error

@@ -7,6 +7,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -291,3 +292,50 @@ def test_what_is_added_and_removed_for_long_takes_no_more_memory():
             assert close_to(base(x)[0], alone[name](x)[0])
     assert len(bank._slots._free) + len(bank.resident) == 2
     assert len(bank._slots._store) + len(bank.resident) == len(bank)
+
+
+def _layers() -> dict[str, LayerFactors]:
+    """For two layers of one shape, one of another, and one that shares its A's shape with the first two."""
+    torch.manual_seed(0)
+    sizes = {"0": (6, 6), "1": (6, 6), "2": (6, 4), "3": (4, 6)}
+    return {n: LayerFactors(torch.randn(3, i), torch.randn(o, 3), 1.7) for n, (i, o) in sizes.items()}
+
+
+def _changed(name: str, **changes: object) -> dict[str, LayerFactors]:
+    layers = _layers()
+    return {**layers, name: replace(layers[name], **changes)}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("max_rank", [3, 5])
+@pytest.mark.parametrize(
+    "factors",
+    [
+        _layers(),
+        {name: values for name, values in _layers().items() if name != "1"},
+        _changed("1", A=torch.randn(2, 6), B=torch.randn(6, 2)),
+        _changed("1", A=torch.randn(3, 6, dtype=torch.float64)),
+        _changed("2", B=torch.randn(4, 3).half()),
+        _changed("0", scale=0.3),
+        _changed("0", bias=torch.randn(6)),
+        _changed("3", A=torch.randn(4, 3).T, B=torch.randn(3, 6).T),
+    ],
+    ids=["whole", "a layer less", "ranks", "precisions of A", "of B", "scales", "a bias", "views"],
+)
+def test_a_slot_holds_what_was_put_whether_its_layers_come_in_whole_blocks_or_not(
+    factors: dict[str, LayerFactors], max_rank: int, dtype: torch.dtype
+) -> None:
+    base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(4, 6))
+    bank = Bank(base, 2, max_rank, target_modules=r"\d", dtype=dtype)
+    bank.put("before", _layers())
+    bank.put("x", factors)
+    for name, cell in bank._cells.items():
+        A, B = (t[bank._slots.entries["x"].slot] for t in (cell.A, cell.B))
+        values = factors.get(name)
+        rank = 0 if values is None else values.A.shape[0]
+        assert not A[rank:].any()
+        assert not B[rank:].any()
+        if values is not None:
+            scaled = values.B.T.to(torch.promote_types(values.B.dtype, dtype)) * values.scale
+            assert A[:rank].equal(values.A.to(dtype))
+            assert B[:rank].equal(scaled.to(dtype))

@@ -18,6 +18,7 @@ from lightning_lora.engine.bank.routing import One, Routes, Routing, Rows
 from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes, width_of
 from lightning_lora.engine.bank.slots import Entry, Slots
 from lightning_lora.engine.bank.tiers import HostStore, Store
+from lightning_lora.engine.bank.writing import write
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers.base import adapters
 from lightning_lora.engine.targets import select
@@ -139,8 +140,7 @@ class Bank:
     def _write(self, name: str, slot: int, factors: Mapping[str, LayerFactors]) -> None:
         self._slots.clear(slot)
         with torch.no_grad():
-            for layer, values in factors.items():
-                self._cells[layer].write(slot, values)
+            write(self._slots.slab, self._cells, slot, factors)
             row = self._slots.slab.data[slot]
             # One sum tells, unless it overflows where no value does.
             if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):

@@ -142,7 +142,7 @@ class Cell:
     def write(self, slot: int, values: LayerFactors) -> None:
         """Write an adapter's part, in which `problems` finds none, into `slot`, which holds zeros."""
         if values.bias is not None:
-            _copy_scaled(self.shift[slot], values.bias.flatten(), values.scale)
+            copy_scaled(self.shift[slot], values.bias.flatten(), values.scale)
         if values.magnitude is None:
             self.store(slot, values.A, values.B, values.scale)
             return
@@ -224,7 +224,7 @@ class LinearCell(Cell, serves=LinearLoRA):
 
     def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
         self.A[slot, : A.shape[0]].copy_(A)
-        _copy_scaled(self.B[slot, : A.shape[0]], B.T, scale)
+        copy_scaled(self.B[slot, : A.shape[0]], B.T, scale)
 
     def one(self, slot: int, rank: int) -> Factors:
         return self.A[slot : slot + 1, :rank].mT, self.B[slot : slot + 1, :rank]
@@ -276,7 +276,7 @@ class EmbeddingCell(Cell, serves=EmbeddingLoRA):
 
     def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
         self.A[slot, :, : A.shape[0]].copy_(A.T)
-        _copy_scaled(self.B[slot, : A.shape[0]], B.T, scale)
+        copy_scaled(self.B[slot, : A.shape[0]], B.T, scale)
 
     def one(self, slot: int, rank: int) -> Factors:
         return self.A[slot, :, :rank], self.B[slot, :rank]
@@ -324,7 +324,7 @@ class ConvCell(Cell, serves=ConvLoRA):
         for group in range(groups):
             inner = slice(group * wide, (group + 1) * wide)
             outer = slice(group * tall, (group + 1) * tall)
-            _copy_scaled(self.B[slot, inner, outer], B[outer].flatten(1).T, scale)
+            copy_scaled(self.B[slot, inner, outer], B[outer].flatten(1).T, scale)
 
     def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
         A, B = factors
@@ -357,7 +357,7 @@ def cell_kind(module: nn.Module, name: str) -> type[Cell]:
     return Cell.kinds[served]
 
 
-def _copy_scaled(to: Tensor, values: Tensor, scale: float) -> None:
+def copy_scaled(to: Tensor, values: Tensor, scale: float) -> None:
     """scale * values, in the wider of the two precisions, rounded once."""
     if scale == 1:
         to.copy_(values)

@@ -1,16 +1,18 @@
 """One flat slab holds every adapter of a bank: a row for each, in which every layer has its place.
 
 A layer's stacked factors are strided views of the slab. So what is loaded, evicted or cleared is one contiguous row,
-whatever the number of layers, and a forward reads its factors where they lie.
+whatever the number of layers, and a forward reads its factors where they lie. In a row, parts of one shape lie side by
+side, as a block: an adapter is written into it block by block.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,22 +44,38 @@ class MemoryPlan:
         )
 
 
+class Block(NamedTuple):
+    """Parts of one kind and shape."""
+
+    part: int
+    """Which of a layer's: A, B, gain or shift."""
+    layers: tuple[str, ...]
+    stacked: Tensor
+    """(rows, layers, *shape)"""
+
+
 class Slab:
-    """`rows` adapters with room for the tensors of `shapes`; `views` are (rows, *shape) each."""
+    """`rows` adapters with room for the tensors of `shapes`; `views` of a layer are (rows, *shape) each."""
 
     def __init__(self, shapes: Shapes, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.width = width_of(shapes)
         with torch.inference_mode(False):  # or it could only be written in inference mode
             self.data = _zeros(rows * self.width, dtype, device).view(rows, self.width)
-        self.views: dict[str, tuple[Tensor, ...]] = {}
-        start = 0
+        layers: dict[tuple[int, tuple[int, ...]], list[str]] = defaultdict(list)
         for name, parts in shapes.items():
-            views = []
-            for shape in parts:
-                size = math.prod(shape)
-                views.append(self.data[:, start : start + size].unflatten(1, shape))
-                start += size
-            self.views[name] = tuple(views)
+            for part, shape in enumerate(parts):
+                layers[part, shape].append(name)
+        self.blocks: list[Block] = []
+        views: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        start = 0
+        for (part, shape), names in layers.items():
+            size = len(names) * math.prod(shape)
+            stacked = self.data[:, start : start + size].unflatten(1, (len(names), *shape))
+            start += size
+            self.blocks.append(Block(part, tuple(names), stacked))
+            for at, name in enumerate(names):
+                views[name][part] = stacked[:, at]
+        self.views = {name: tuple(views[name][part] for part in range(len(parts))) for name, parts in shapes.items()}
 
 
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,52 @@
+"""An adapter goes into its slot block by block, where its layers come in whole blocks; else layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_lora.engine.bank.cells import Cell, LayerFactors, LinearCell, copy_scaled
+from lightning_lora.engine.bank.slab import Slab
+
+
+def write(slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str, LayerFactors]) -> None:
+    """Write `factors`, which fit `cells`, into the row `slot`, which holds zeros."""
+    plain = {name for name, values in factors.items() if type(cells[name]) is LinearCell and not values.is_affine}
+    written: dict[int, set[str]] = {0: set(), 1: set()}
+    for part, layers, stacked in slab.blocks:
+        if part in written and plain.issuperset(layers):
+            of_block = [factors[name] for name in layers]
+            if (_write_A if part == 0 else _write_B)(stacked[slot], of_block):
+                written[part].update(layers)
+    for name, values in factors.items():
+        if not (name in written[0] and name in written[1]):
+            cells[name].write(slot, values)
+
+
+def _write_A(to: Tensor, of_block: Sequence[LayerFactors]) -> bool:  # (layers, max_rank, in)
+    """Whether they could be written at once."""
+    As = [values.A for values in of_block]
+    if not _are_alike(As):
+        return False
+    if As[0].shape == to.shape[1:] and As[0].dtype == to.dtype and As[0].device == to.device:
+        torch.stack(As, out=to)
+    else:
+        to[:, : As[0].shape[0]].copy_(torch.stack(As))
+    return True
+
+
+def _write_B(to: Tensor, of_block: Sequence[LayerFactors]) -> bool:  # (layers, max_rank, out)
+    """The same for B, which lies transposed and is scaled."""
+    Bs, scale = [values.B for values in of_block], of_block[0].scale
+    if not _are_alike(Bs) or any(values.scale != scale for values in of_block):
+        return False
+    copy_scaled(to[:, : Bs[0].shape[1]], torch.stack(Bs).mT, scale)
+    return True
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether they can be stacked."""
+    shape, dtype, device = tensors[0].shape, tensors[0].dtype, tensors[0].device
+    return all(t.shape == shape and t.dtype == dtype and t.device == device for t in tensors)
