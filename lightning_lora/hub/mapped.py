@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,14 +46,16 @@ class MappedTensors:
             try:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 self._start = 8 + int.from_bytes(self._bytes[:8], "little")
-                self._entries = json.loads(self._bytes[8 : self._start])
-            except (ValueError, RecursionError) as error:
+                self.entries: dict[str, Any] = json.loads(self._bytes[8 : self._start])
+                """What its header says of each tensor."""
+                self.metadata: dict[str, str] = self.entries.pop("__metadata__", None) or {}
+            except (ValueError, RecursionError, AttributeError, TypeError) as error:
                 raise SafetensorError(f"its header cannot be read: {error}") from error
 
     def are_finite(self) -> bool:
         """Whether it takes one sum to know that all its numbers are: they are of one type, and the sum is."""
         try:
-            types = {entry["dtype"] for key, entry in self._entries.items() if key != "__metadata__"}
+            types = {entry["dtype"] for entry in self.entries.values()}
             dtype = DTYPES[types.pop()] if len(types) == 1 else torch.bool
             if not dtype.is_floating_point or dtype.itemsize == 1:
                 return False
@@ -62,7 +65,7 @@ class MappedTensors:
 
     def __getitem__(self, key: str) -> Tensor:
         try:
-            entry = self._entries[key]
+            entry = self.entries[key]
             dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             count = math.prod(shape)
             if end - start != count * dtype.itemsize:

@@ -57,10 +57,7 @@ class TensorFile:
         self.header = header
 
     def __getitem__(self, key: str) -> Tensor:
-        tensor = self._tensors[key]
-        if tensor.shape != self.header.shapes[key]:
-            raise SafetensorError("it was replaced while it was read")
-        return tensor
+        return self._tensors[key]
 
     def are_finite(self) -> bool:
         """Whether it is known, without a look at each of them, that all its numbers are finite."""
@@ -111,27 +108,29 @@ def open_tensors(folder: Path) -> Iterator[TensorFile]:
     """The tensors in `folder`. Raises AdapterFormatError where the file is not what it must be, or is cut short."""
     path = folder / TENSORS
     try:
-        with safe_open(path, framework="pt") as handle:  # which raises for a header that lies
-            header = _header(handle, path)
-        yield TensorFile(MappedTensors(path), header)
+        with safe_open(path, framework="np"):  # which raises for a header that lies; as torch's, it would map it all
+            tensors = MappedTensors(path)
+        yield TensorFile(tensors, _header(tensors, path))
     except SafetensorError as error:
         raise AdapterFormatError(f"{path} is cut short, or is no safetensors file: {error}.") from error
     except OSError as error:
         raise CheckpointError(f"{path} could not be read: {error}.") from error
 
 
-def _header(handle: Any, path: Path) -> Header:
+def _header(tensors: MappedTensors, path: Path) -> Header:
     shapes, floating = {}, {}
-    for key in handle.keys():  # noqa: SIM118
-        part = handle.get_slice(key)
-        shapes[key] = tuple(part.get_shape())
-        floating[key] = part.get_dtype() in _FLOATING
+    try:
+        for key, entry in sorted(tensors.entries.items()):
+            shapes[key] = tuple(entry["shape"])
+            floating[key] = entry["dtype"] in _FLOATING
+        note: Any = tensors.metadata.get(NOTE, "{}")
+    except (AttributeError, LookupError, TypeError) as error:
+        raise SafetensorError("it was replaced while it was opened") from error
     if not shapes:
         raise AdapterFormatError(f"{path} holds no tensor.")
-    note = (handle.metadata() or {}).get(NOTE, "{}")
     try:
         note = json.loads(note)
-    except (ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError):
         note = None
     if not isinstance(note, dict) or not all(isinstance(note.get(k, ""), str) for k in ("module", "base_fingerprint")):
         raise AdapterFormatError(f"{path}: the entry {NOTE!r} of its metadata is not what this package writes there.")

@@ -8,7 +8,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lightning_lora.errors import AdapterFormatError
+from lightning_lora.hub import reading
 from lightning_lora.hub.mapped import DTYPES, MappedTensors
+from lightning_lora.hub.reading import TENSORS, open_tensors
 
 
 def test_tensors_of_every_kind_and_shape_are_those_that_safetensors_reads(tmp_path):
@@ -107,3 +110,17 @@ def test_where_one_sum_cannot_say_so_each_tensor_is_looked_at(tmp_path, tensors)
     file = tmp_path / "some.safetensors"
     save_file(tensors, file)
     assert not MappedTensors(file).are_finite()
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_named_and_not_believed(tmp_path, monkeypatch):
+    """What safetensors has checked by then is another file."""
+    file = tmp_path / TENSORS
+    save_file({"x": torch.zeros(2)}, file)
+
+    def replaced(path):
+        path.write_bytes(_file({"x": []}))
+        return MappedTensors(path)
+
+    monkeypatch.setattr(reading, "MappedTensors", replaced)
+    with pytest.raises(AdapterFormatError, match="replaced while it was opened"), open_tensors(tmp_path):
+        pass
