@@ -159,7 +159,7 @@ class AdapterBank(Bank):
             plan, parts = self._parts(config, file.header, str(folder))
             if check_base and file.header.note:
                 self._check_base(file.header.note, plan.root, str(folder))
-            return _read(plan, parts, file)
+            return _read(plan, parts, file.at_once() if not plan.base else file)
 
     def _of_state_dict(self, tensors: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, LayerFactors]:
         if config is None:

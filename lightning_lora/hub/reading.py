@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,10 @@ class TensorFile:
 
     def __getitem__(self, key: str) -> Tensor:
         return self._tensors[key]
+
+    def at_once(self) -> Mapping[str, Tensor] | MappedTensors:
+        """All of them, which share memory where they can: to be read, not kept."""
+        return self._tensors.at_once()
 
     def are_finite(self) -> bool:
         """Whether it is known, without a look at each of them, that all its numbers are finite."""

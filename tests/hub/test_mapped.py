@@ -124,3 +124,44 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_named_and_not_believed(tm
     monkeypatch.setattr(reading, "MappedTensors", replaced)
     with pytest.raises(AdapterFormatError, match="replaced while it was opened"), open_tensors(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_all_at_once_are_what_each_is_by_itself(tmp_path, dtype):
+    file = tmp_path / "some.safetensors"
+    shapes = {"b": (3, 5), "number": (), "empty": (0, 4), "a": (2, 1, 2)}
+    save_file({key: torch.randn(shape).mul(9).to(dtype) for key, shape in shapes.items()}, file)
+    tensors = MappedTensors(file)
+    at_once = tensors.at_once()
+    assert isinstance(at_once, dict)
+    assert at_once.keys() == shapes.keys()
+    assert all(t.equal(tensors[key]) and t.shape == tensors[key].shape for key, t in at_once.items())
+
+
+def test_where_they_are_of_several_types_each_is_read_by_itself(tmp_path):
+    file = tmp_path / "some.safetensors"
+    save_file({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.float64)}, file)
+    tensors = MappedTensors(file)
+    assert tensors.at_once() is tensors
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"x": []},
+        {"x": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
+        {"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+        {n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "xy"},
+        {n: {"dtype": "F32", "shape": [2], "data_offsets": [at, at + 4]} for n, at in (("x", 0), ("y", 4))},
+    ],
+    ids=["no entry", "type", "size", "word", "beyond", "negative", "gap", "overlap", "sum alone"],
+)
+def test_nothing_is_read_at_once_from_a_file_that_lies(tmp_path, entries):
+    file = tmp_path / "some.safetensors"
+    file.write_bytes(_file(entries))
+    tensors = MappedTensors(file)
+    assert tensors.at_once() is tensors
