@@ -366,6 +366,9 @@ CASES = [
     Case("conv1d", _conv(1), (2, 4, 9)),
     Case("conv2d", _conv(2), (2, 4, 7, 7)),
     Case("conv3d", _conv(3), (2, 4, 5, 5, 5)),
+    # Long, so that it is convolved with W + s B A in one.
+    Case("conv1d-in-one", _conv(1), (4, 4, 20)),
+    Case("conv2d-in-one", _conv(2, stride=2, padding=1, padding_mode="reflect"), (4, 4, 12, 12), peft=_PADS),
     Case("conv1d-stride-padding", _conv(1, stride=2, padding=1, bias=False), (2, 4, 9)),
     Case("conv2d-stride-padding", _conv(2, stride=(2, 1), padding=(1, 2)), (2, 4, 7, 7)),
     Case("conv2d-padding-same", _conv(2, padding="same"), (2, 4, 7, 7)),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.engine.layers.base import Adapter, AdapterSpec, has_own_forward
+from lightning_lora.engine.layers.base import BIAS, Adapter, AdapterSpec, has_own_forward
 from lightning_lora.errors import AdapterStateError, TargetError
+
+_EXACT = (torch.float32, torch.float64)
 
 
 class Convolution(Adapter):
@@ -47,6 +50,8 @@ class ConvLoRA(Convolution):
     """
 
     lora_convolve: Any
+    lora_known: ClassVar[type[nn.Module]]
+    """It convolves with the weight, adds the bias, and does nothing else."""
     groups: int
 
     @classmethod
@@ -62,6 +67,41 @@ class ConvLoRA(Convolution):
         ones = (1,) * len(module.kernel_size)
         A = (rank, module.in_channels, *module.kernel_size)
         return A, (module.out_channels, rank // module.groups, *ones)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self._is_faster_in_one(x):
+            return super().forward(x, *args, **kwargs)
+        base: Any = self
+        return base._conv_forward(x, self.adapted_weight(dropped=True).to(x.dtype), base.bias)
+
+    def _is_faster_in_one(self, x: Tensor) -> bool:
+        """Whether to convolve x once with W + s B A, in place of once with W, and with A, and with B.
+
+        Its gradient is one convolution, those of the other way three, to and from the few channels of the rank, which
+        are slow: on a CPU rank 8 costs as much as rank 16. What is kept is no more than before where the weight is
+        smaller than x. Not in half precision, in which an update smaller than the weight's rounding would be lost.
+        """
+        cls: Any = type(self)
+        base: Any = self
+        W = self.own("weight")
+        if (
+            cls.combine is not Adapter.combine
+            or cls.base_class.forward is not cls.lora_known.forward
+            or cls.base_class._conv_forward is not cls.lora_known._conv_forward
+            or BIAS in self.lora_names
+            or base.groups != 1
+            or (self.lora.dropout and self.training)  # A reads another x than W does
+            or W is None
+            or base.weight is not W
+            or W.dtype not in _EXACT
+            or x.dtype != W.dtype
+            or torch.compiler.is_compiling()  # to which a size that decides would be a limit
+            or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+        ):
+            return False
+        channels, kernel = W.shape[0], W[0, 0].numel()
+        positions = x.numel() // max(1, base.in_channels * math.prod(base.stride))  # of an output, about
+        return channels <= max(64, 2 * self.lora.rank) and positions >= max(4, kernel) * channels
 
     def update(self, x: Tensor) -> Tensor:  # (N, in, *size) -> (N, out, *size')
         base: Any = self
@@ -107,12 +147,15 @@ class ConvLoRA(Convolution):
 
 
 class Conv1dLoRA(ConvLoRA, adapts=nn.Conv1d):
+    lora_known = nn.Conv1d
     lora_convolve = staticmethod(torch.conv1d)
 
 
 class Conv2dLoRA(ConvLoRA, adapts=nn.Conv2d):
+    lora_known = nn.Conv2d
     lora_convolve = staticmethod(torch.conv2d)
 
 
 class Conv3dLoRA(ConvLoRA, adapts=nn.Conv3d):
+    lora_known = nn.Conv3d
     lora_convolve = staticmethod(torch.conv3d)
