@@ -66,7 +66,8 @@ def check_sharded(module: nn.Module, processes: int) -> None:
     if apart and processes > 1:
         raise TrainingError(
             f"{listed(apart)} is not sharded, so each process would train its own. Call fully_shard on a module around "
-            "it in configure_model; on all that the rest of a model is, where its blocks are sharded by themselves."
+            "it in configure_model; on all that the rest of a model is, where its blocks are sharded by themselves. "
+            "Under tensor parallelism, name its layer in the plan of parallelize_module, or in exclude_modules."
         )
     measured = [i.config.init for _, i in injections(module) if i.awaits_start and INITS[i.config.init].measures]
     if measured:

@@ -17,10 +17,13 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from lightning_lora import load_adapter, save_adapter
 from lightning_lora.engine import (
@@ -38,7 +41,8 @@ from lightning_lora.engine import (
 from lightning_lora.engine.sharded import whole
 from lightning_lora.errors import AdapterStateError, TargetError, TrainingError
 
-from .ddp_run import Shared, fit
+from .ddp_run import BATCH, Share, Shared, fit
+from .lit import data
 
 WORLD = 2
 # Sums over two processes are added in another order.
@@ -157,6 +161,29 @@ def takes_the_fused_step(rank: int) -> None:
     assert all(taken)
 
 
+def is_split_as_one(rank: int, folder: Path) -> None:
+    """Tensor parallelism: by outputs, by inputs, and by both, one after the other."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    by_outputs, by_inputs = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
+    for plan in (
+        {"blocks.0.0": by_outputs},
+        {"blocks.0.2": by_inputs},
+        {"blocks.0.0": ColwiseParallel(), "blocks.0.2": RowwiseParallel(), "first": by_outputs, "last": by_inputs},
+    ):
+        model, one = adapted(), adapted()
+        parallelize_module(model, mesh, plan)
+        torch.testing.assert_close(loss(model, 0), loss(one, 0))
+        loss(model, 0).backward()
+        loss(one, 0).backward()
+        for name, p in trainable(one).items():
+            torch.testing.assert_close(whole(trainable(model)[name].grad), p.grad)
+        written = save_adapter(model, folder / f"{len(plan)}{next(iter(plan))}")
+        dist.barrier()
+        plain = base()
+        load_adapter(plain, written)
+        torch.testing.assert_close(plain(batch(0)), one(batch(0)))
+
+
 def saves_and_loads(rank: int, folder: Path, config: dict[str, Any]) -> None:
     """Written by one process with the tensors of all of them, in the same numbers as an unsharded model's."""
     for each in (True, False):
@@ -240,6 +267,18 @@ class Sharded(Shared):
         fully_shard(self.net, mesh=mesh)
 
 
+class Split(Shared):
+    """Two of its layers are split over the processes, which read the same rows."""
+
+    def configure_model(self) -> None:
+        plan = {"0": ColwiseParallel(), "3": RowwiseParallel()}
+        if not isinstance(self.net[0].weight, DTensor):
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(data(), batch_size=BATCH, sampler=Share(0, 1))
+
+
 class ShardedInPart(Shared):
     def configure_model(self) -> None:
         fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
@@ -253,21 +292,24 @@ class BuiltWhereSharded(Sharded):
         super().configure_model()
 
 
-def strategy() -> ModelParallelStrategy:
-    return ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+def strategy(style: type[Shared]) -> ModelParallelStrategy:
+    sizes = (1, WORLD) if style is Split else (WORLD, 1)
+    return ModelParallelStrategy(*sizes)
 
 
-def fits_as_one(rank: int, folder: Path, expected: dict[str, Tensor], settings: dict[str, Any]) -> None:
+def fits_as_one(
+    rank: int, folder: Path, style: type[Shared], expected: dict[str, Tensor], settings: dict[str, Any]
+) -> None:
     """In Lightning, and so does a run that is resumed, in as many processes or in one."""
-    two, run = fit(Sharded, folder / "two", strategy(), WORLD, **settings)
-    assert all(isinstance(p, DTensor) for p in two.parameters())
+    two, run = fit(style, folder / "two", strategy(style), WORLD, **settings)
+    assert all(isinstance(p, DTensor) for p in trainable(two).values())
     found = {name: whole(t) for name, t in adapter_state_dict(two).items()}
     torch.testing.assert_close(found, expected, **CLOSE)
-    resumed, _ = fit(Sharded, folder / "resumed", strategy(), WORLD, str(folder / "two" / "step=3.ckpt"), **settings)
+    resumed, _ = fit(style, folder / "resumed", strategy(style), WORLD, str(folder / "two" / "step=3.ckpt"), **settings)
     for name, tensor in adapter_state_dict(resumed).items():
         assert torch.equal(whole(tensor), found[name])
     run.save_checkpoint(folder / "after.ckpt")
-    predicted = run.predict(Sharded(), ckpt_path=folder / "after.ckpt", weights_only=True)
+    predicted = run.predict(style(), ckpt_path=folder / "after.ckpt", weights_only=True)
     torch.testing.assert_close(predicted[0], two.eval()(next(iter(two.predict_dataloader()))[0]))
     saved = torch.load(folder / "after.ckpt")
     torch.testing.assert_close(saved["state_dict"], found)
@@ -281,7 +323,7 @@ def is_told_of_what_is_not_sharded(rank: int, folder: Path) -> None:
         (Sharded, TrainingError, "is measured on a whole model", {"init": "eva"}),
     ):
         with pytest.raises(error, match=says):
-            fit(style, folder, strategy(), WORLD, **settings)
+            fit(style, folder, strategy(style), WORLD, **settings)
         gc.collect()
 
 

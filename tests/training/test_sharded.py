@@ -53,10 +53,26 @@ def test_flat_parts_of_parameters_are_not_saved_for_the_whole(tmp_path: Path) ->
     together(sharded_run.flat_parts_are_not_taken_for_tensors, tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_plus_ratio": 2.0}, {"product_decay": 0.1}, {"init": "pissa"}], ids=str)
-def test_lightning_trains_a_sharded_model_as_one_that_is_not(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_that_is_split_over_processes_computes_as_one_that_is_not(tmp_path: Path) -> None:
+    together(sharded_run.is_split_as_one, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("style", "settings"),
+    [
+        (sharded_run.Sharded, {}),
+        (sharded_run.Sharded, {"lora_plus_ratio": 2.0}),
+        (sharded_run.Sharded, {"product_decay": 0.1}),
+        (sharded_run.Sharded, {"init": "pissa"}),
+        (sharded_run.Split, {"product_decay": 0.1}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_lightning_trains_a_sharded_model_as_one_that_is_not(
+    style: type[Shared], settings: dict[str, Any], tmp_path: Path
+) -> None:
     one, _ = fit(Shared, tmp_path / "one", **settings)
-    together(sharded_run.fits_as_one, tmp_path, adapter_state_dict(one), settings)
+    together(sharded_run.fits_as_one, tmp_path, style, adapter_state_dict(one), settings)
     bases = [Shared(), Shared()]
     for base, run in zip(bases, ("one", "two")):
         load_adapter(base, tmp_path / run / "step=9-adapter")
