@@ -181,13 +181,15 @@ def first_values() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def data(steps: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on, and rows that are held back, of consecutive tokens of the standard library's source."""
+    """Rows to train on, and rows that are held back, of consecutive tokens from all over the standard library's source:
+    neighbours in a file are alike, and a few files in turn would teach one after the other."""
     splits = StdlibSource().load()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
 
     def packed(texts: list[str], count: int) -> Tensor:
-        tokens = itertools.chain.from_iterable(tokenizer(text)["input_ids"] for text in texts)
-        return torch.tensor(list(itertools.islice(tokens, count * TOKENS))).view(-1, TOKENS)
+        tokens = torch.tensor(list(itertools.chain.from_iterable(tokenizer(text)["input_ids"] for text in texts)))
+        rows = tokens[: len(tokens) // TOKENS * TOKENS].view(-1, TOKENS)
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]]
 
     return packed(splits.train["text"], steps * ROWS), packed(splits.validation["text"], 4 * ROWS)
 
