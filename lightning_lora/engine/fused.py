@@ -37,7 +37,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
     # Where the dtypes of x and W differ and autocast is not there to choose, torch says so.
     fit = x.dtype == W.dtype or _autocast_dtype(x) is not None
     if W.requires_grad or not fit or not _can_fuse(x, W, A, B, b):
-        return add_update(F.linear(x, W, b), x, A, B, scale, dropout)  # quantized, W alone may be of a kind of its own
+        return add_update(F.linear(x, W, b), x, A, B, scale, dropout)
     return _fused(x, None, W, b, A, B, scale, dropout)
 
 
