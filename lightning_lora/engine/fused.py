@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 _under_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_traces = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 _exports = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
@@ -66,20 +67,20 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return y
 
 
-def _can_fuse(x: Tensor, *others: Tensor | None) -> bool:
-    # Asked at each call, mostly after a large product has emptied the processor's caches: each further function of
-    # torch's that it calls is a few microseconds there.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _under_torch_func() or _modes():
+def _can_fuse(x: Tensor, base: Tensor | None = None, *own: Tensor | None) -> bool:
+    # Asked at each call, mostly after a large product has emptied the processor's caches: each further function that it
+    # calls is a few microseconds there.
+    if torch.compiler.is_compiling() or _traces() or _under_torch_func() or _modes():
         return False
-    is_dual = getattr(forward_ad, "_current_level", 0) >= 0  # within dual_level
-    for t in (x, *others):
-        if t is None:
-            continue
-        if type(t) not in _PLAIN_TENSORS or t.layout != torch.strided:
+    for t in (x, base, *own):
+        if t is not None and type(t) not in _PLAIN_TENSORS:
             return False
-        if is_dual and forward_ad.unpack_dual(t).tangent is not None:
+    if getattr(forward_ad, "_current_level", 0) >= 0:  # within dual_level
+        given = (t for t in (x, base, *own) if t is not None)
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
             return False
-    return x.dtype in _FLOATS and not x.is_nested
+    is_strided = x.layout is torch.strided and (base is None or base.layout is torch.strided)
+    return is_strided and x.dtype in _FLOATS and not x.is_nested
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import Written, randomise, reference
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -191,3 +191,21 @@ def test_a_replica_of_data_parallel_computes_what_its_module_does(config: dict[s
         setattr(replica, name, p.detach().clone())
     x = torch.randn(3, 8)
     torch.testing.assert_close(replica(x), module(x))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B"])
+def test_a_parametrized_tensor_is_read_as_its_parametrization_says(name: str):
+    class Tripled(nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return 3 * t
+
+    layer = nn.Sequential(nn.Linear(5, 4)).double()
+    inject(layer, LoRAConfig(rank=2, target_modules=["0"]))
+    x = torch.randn(3, 5, dtype=torch.float64)
+    tensors = {own: getattr(layer[0], own).detach().clone().normal_() for own in ("weight", "bias", "lora_A", "lora_B")}
+    with torch.no_grad():
+        for own, value in tensors.items():
+            getattr(layer[0], own).copy_(value)
+    parametrize.register_parametrization(layer[0], name, Tripled())
+    W, b, A, B = (3 * t if own == name else t for own, t in tensors.items())
+    torch.testing.assert_close(layer(x), x @ W.T + b + layer[0].lora.scale * x @ A.T @ B.T)

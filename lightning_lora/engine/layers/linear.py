@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.engine import fused
-from lightning_lora.engine.layers.base import BIAS, Adapter, AdapterSpec, has_own_forward, kept_columns
+from lightning_lora.engine.layers.base import BIAS, FACTORS, Adapter, AdapterSpec, has_own_forward, kept_columns
 from lightning_lora.engine.storage import is_plain
 from lightning_lora.errors import AdapterStateError, TargetError
+
+_PLAIN = frozenset(("weight", "bias", *FACTORS))
 
 
 class LinearLoRA(Adapter, adapts=nn.Linear):
@@ -25,8 +27,28 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
     def shapes(module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, module.in_features), (module.out_features, rank)
 
+    lora_is_plain: ClassVar[bool]
+    """Whether it computes by nothing but its weight, bias and factors, where nn.Module keeps them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        is_own = [getattr(cls, name) is getattr(Adapter, name) for name in ("combine", "factors", "matrix")]
+        finds = getattr(cls, "__getattr__", None) is nn.Module.__getattr__
+        cls.lora_is_plain = finds and all(is_own) and not any(hasattr(cls, name) for name in _PLAIN)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (..., in) -> (..., out)
         cls: Any = type(self)
+        own: Any = self._parameters
+        spec = self.lora
+        if (
+            cls.lora_is_plain
+            and cls.base_class.forward is cls.lora_known_forward
+            and self.lora_names == FACTORS
+            and own.keys() >= _PLAIN
+            and not (spec.rank_dropout or spec.module_dropout or args or kwargs)
+        ):  # as below, without nn.Module's lookups, which take a small layer as long as a product
+            A, B = own["lora_A"], own["lora_B"]
+            return fused.linear(x, own["weight"], own["bias"], A, B, spec.scale, spec.dropout if self.training else 0.0)
         if cls.combine is not Adapter.combine or BIAS in self.lora_names:
             return super().forward(x, *args, **kwargs)
         A, B = self.factors()
