@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,13 +17,10 @@ from lightning_lora.errors import CheckpointError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_BUFFER = 1 << 20
-Content = bytes | Sequence[bytes | memoryview]
 
 
-def write_folder(folder: Path, files: Mapping[str, Content]) -> None:
-    """Put `files` (name -> content, whole or in pieces) into `folder`, which is made or, if it holds nothing else,
-    replaced as a whole.
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put `files` (name -> content) into `folder`, which is made or, if it holds nothing else, replaced as a whole.
 
     Where it holds other files too, those stay and each of ours is replaced atomically, in the order given. Raises
     CheckpointError where it cannot be written; the folder is then as it was, and nothing is left beside it.
@@ -38,7 +35,7 @@ def write_folder(folder: Path, files: Mapping[str, Content]) -> None:
         made = _make(folder.parent)
         staged.mkdir()
         for name, content in files.items():
-            _write(staged / name, content)
+            (staged / name).write_bytes(content)
         _sync_all([*(staged / name for name in files), staged])
         if not folder.exists():
             os.rename(staged, folder)
@@ -72,11 +69,6 @@ def _make(folder: Path) -> list[Path]:
     for path in missing:
         path.mkdir(exist_ok=True)
     return missing
-
-
-def _write(path: Path, content: Content) -> None:
-    with open(path, "wb", buffering=_BUFFER) as file:
-        file.writelines([content] if isinstance(content, bytes) else content)
 
 
 def _sync_all(paths: list[Path]) -> None:

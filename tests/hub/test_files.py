@@ -207,16 +207,16 @@ def _listing(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("broken", ["_write", "_sync", "_exchange"])
+@pytest.mark.parametrize(("where", "broken"), [(Path, "write_bytes"), (atomic, "_sync"), (atomic, "_exchange")])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_save_that_fails_leaves_the_folder_as_it_was(adapted, folder, monkeypatch, broken, error):
+def test_a_save_that_fails_leaves_the_folder_as_it_was(adapted, folder, monkeypatch, where, broken, error):
     before = _listing(folder.parent)
     shake(adapted)
 
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(atomic, broken, fail)
+    monkeypatch.setattr(where, broken, fail)
     with pytest.raises((CheckpointError, KeyboardInterrupt)):
         save_adapter(adapted, folder)
     assert _listing(folder.parent) == before
