@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -22,14 +21,14 @@ from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine, product_change
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 from lightning_lora.hub import peft
-from lightning_lora.hub.atomic import write_folder
 from lightning_lora.hub.card import RunFacts, base_id, model_card
 from lightning_lora.hub.combine_report import CombinedModule, CombineReport, shown_error
 from lightning_lora.hub.compatibility import check_bases, check_combinable, groups_of
 from lightning_lora.hub.inspection import LARGEST_SCALE
 from lightning_lora.hub.parts import Pair, Parts, parts_of
 from lightning_lora.hub.pull import adapter_folder
-from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS
+from lightning_lora.hub.reading import NOTE
+from lightning_lora.hub.writing import write_adapter
 
 # What PEFT and others call them -> what to say.
 _ELSEWHERE = {
@@ -109,12 +108,8 @@ def combine_adapters(
     # The name of the base inside the model that was trained, where it was the same in all.
     module = _common([parts.note.get("module") or "" for parts in adapters.values()]) or ""
     header = _header(adapters, module, report)
-    files = {
-        CARD: _card(config, report, module, sum(t.numel() for t in tensors.values())).encode(),
-        TENSORS: save({key: t.contiguous().clone() for key, t in sorted(tensors.items())}, header),
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-    }
-    write_folder(target, files)
+    card = _card(config, report, module, sum(t.numel() for t in tensors.values()))
+    write_adapter(target, config, tensors, header, card)
     return report
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -12,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 from lightning_lora.hub import peft
-from lightning_lora.hub.atomic import write_folder
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.consumers import Consumer, consumer_called
@@ -27,7 +24,8 @@ from lightning_lora.hub.lowering import Lowered, dora_spectra, lowered, with_eve
 from lightning_lora.hub.obstacles import head_of, other_base, refuse, refuse_loss, unclear, unsupported
 from lightning_lora.hub.parts import Parts, header_of, magnitude_key, parts_of
 from lightning_lora.hub.pull import adapter_folder
-from lightning_lora.hub.reading import CARD, CONFIG, TENSORS
+from lightning_lora.hub.reading import CARD, CONFIG
+from lightning_lora.hub.writing import write_adapter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -77,12 +75,7 @@ def export_adapter(
     except AdapterFormatError as error:
         what = f"{adapter} cannot be exported for {row.title}"
         raise AdapterFormatError(f"{what}: {str(error).rstrip('.')}. Nothing was written.") from error
-    files = {
-        CARD: _card(source, config, parts, tensors, row).encode(),
-        TENSORS: save({key: t.contiguous().clone() for key, t in tensors.items()}, header_of(parts)),
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-    }
-    write_folder(target, files)
+    write_adapter(target, config, tensors, header_of(parts), _card(source, config, parts, tensors, row))
     return report
 
 

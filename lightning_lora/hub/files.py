@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.engine import (
@@ -39,15 +38,15 @@ from lightning_lora.errors import (
     closest,
     listed,
 )
-from lightning_lora.hub.atomic import write_folder
 from lightning_lora.hub.card import model_card
 from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.layout import Adapted, layout_of, member, names_of_tensors, tensor_named, tensors_named
 from lightning_lora.hub.matching import Fit, fit
 from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, own_fields, to_peft
-from lightning_lora.hub.reading import CARD, CONFIG, NOTE, TENSORS, check_folder, open_tensors
+from lightning_lora.hub.reading import NOTE, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
 from lightning_lora.hub.spelling import exact_targets, targets_of
+from lightning_lora.hub.writing import write_adapter
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -149,14 +148,10 @@ def save_adapter(
     }
     header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
     trained = sum(t.numel() for t in own_tensors.values())
-    files = {
-        CARD: model_card(config, modules=len(adapted), parameters=trained, module=module).encode(),
-        TENSORS: save(_apart(values), header),
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-    }
+    card = model_card(config, modules=len(adapted), parameters=trained, module=module)
     folder = Path(folder)
     if not any(map(is_sharded, own_tensors.values())) or is_first():
-        write_folder(folder, files)
+        write_adapter(folder, config, values, header, card)
     for what, names in targets.unread.items():
         warnings.warn(f"{what}: {listed(names)}. load_adapter does.", stacklevel=3)
     return folder
@@ -214,17 +209,6 @@ def load_adapter(
         remove(model)
         raise
     return report
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each in memory of its own, as the format asks, copied where another name (tied weights) has it already."""
-    apart: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for key, t in tensors.items():
-        place = t.untyped_storage().data_ptr()
-        apart[key] = (t.clone() if place in taken else t).contiguous()
-        taken.add(place)
-    return apart
 
 
 @functools.cache
