@@ -168,19 +168,9 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        base: Tensor | None,
-        W: Tensor | None,
-        b: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        dropout: float,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        y, H, dropped = _forward(x, base, W, b, A, B, scale, dropout, dtype)
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:  # as _forward
+        y, H, dropped = _forward(*given)
+        x, base, W, b, A, B, scale, p, dtype = given
         needs_x, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if needs_A else None,
@@ -191,7 +181,7 @@ class _Linear(torch.autograd.Function):
             dropped if needs_x or needs_A else None,
         )
         ctx.set_materialize_grads(False)
-        ctx.scale = scale / (1 - dropout) if dropout else scale
+        ctx.scale = scale / (1 - p) if p else scale
         ctx.dtype, ctx.shape = dtype, x.shape
         ctx.dtypes = x.dtype, A.dtype, B.dtype, None if base is None else base.dtype, None if b is None else b.dtype
         return _no_view(y), H

@@ -22,13 +22,12 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
 
     lora_known_forward: ClassVar[Any] = nn.Linear.forward
     """It multiplies by the weight, adds the bias, and does nothing else."""
+    lora_is_plain: ClassVar[bool]
+    """Whether it computes by nothing but its weight, bias and factors, where nn.Module keeps them."""
 
     @staticmethod
     def shapes(module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, module.in_features), (module.out_features, rank)
-
-    lora_is_plain: ClassVar[bool]
-    """Whether it computes by nothing but its weight, bias and factors, where nn.Module keeps them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
