@@ -239,7 +239,7 @@ def reference(model: nn.Module) -> nn.Module:
                 * m.view([-1 if d == out else 1 for d in range(V.dim())])
             )
         if (b := module._parameters.get("lora_B_bias")) is not None:
-            module.bias = nn.Parameter(module.bias + module.lora.scale * b)
+            module.bias = nn.Parameter(module._parameters["bias"] + module.lora.scale * b)
         for name in module.lora_names:
             delattr(module, name)
         module.__class__ = type(module).base_class

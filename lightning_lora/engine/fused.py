@@ -67,6 +67,17 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return y
 
 
+def sees_every_step() -> bool:
+    """Whether something looks into what is computed here (see above), so that nothing may be kept or hidden from it."""
+    return (
+        torch.compiler.is_compiling()
+        or _traces()
+        or _under_torch_func()
+        or bool(_modes())
+        or getattr(forward_ad, "_current_level", 0) >= 0
+    )
+
+
 def _can_fuse(x: Tensor, base: Tensor | None = None, *own: Tensor | None) -> bool:
     # Asked at each call, mostly after a large product has emptied the processor's caches: each further function that it
     # calls is a few microseconds there.

@@ -33,6 +33,7 @@ from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.plan import planned, variants_of
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.sharded import check_unsharded
+from lightning_lora.engine.shown import listen_for_forwards, unlisten_for_forwards
 from lightning_lora.engine.storage import shape_of
 from lightning_lora.engine.targets import Selection, select
 from lightning_lora.engine.tree import Tree
@@ -146,9 +147,11 @@ def inject(
             frozen += p.numel() if type(p) is nn.Parameter else math.prod(shape_of(p))
     variants = variants_of(config)
     for (target, kind), own in zip(plan, tensors):
-        swap(target.module, (*variants, kind.geometry) if variants else kind.geometry, kind.spec, own)
-    for (_, module, rows_of_tokens, spec), own in zip(vocabularies, tokens):
-        swap(module, rows_of_tokens, spec, own)
+        mixin = (*variants, kind.geometry) if variants else kind.geometry
+        swap(target.module, mixin, kind.spec, own, target.name)
+    for (name, module, rows_of_tokens, spec), own in zip(vocabularies, tokens):
+        swap(module, rows_of_tokens, spec, own, name)
+    listen_for_forwards(model)
     if config.alora_invocation_tokens:
         listen(model, config.alora_invocation_tokens)
     for name in injection.frozen_norms:
@@ -214,6 +217,7 @@ def release(model: nn.Module, injection: Injection) -> None:
     """Undo the freezing of `inject`, once the adapters are gone."""
     if injection.config.alora_invocation_tokens:
         stop_listening(model)
+    unlisten_for_forwards(model)
     tree = Tree.of(model)
     by_name = injection.frozen_norms or injection.kept_in_place
     modules = {plain_name(name): module for name, module in tree.every} if by_name else {}

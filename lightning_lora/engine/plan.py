@@ -15,13 +15,16 @@ from torch import nn
 from lightning_lora.engine.bypass import check_called, reading
 from lightning_lora.engine.candidates import Target, last_part
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.layers import DoRA, ParameterLoRA, WeightReadLinearLoRA, geometry_of
+from lightning_lora.engine.layers import DoRA, LinearLoRA, ParameterLoRA, geometry_of
 from lightning_lora.engine.layers.alora import ALoRA
-from lightning_lora.engine.layers.base import Adapter, AdapterSpec
+from lightning_lora.engine.layers.base import Adapter, AdapterSpec, has_own_forward
+from lightning_lora.engine.layers.by_weight import adds_its_update, by_weight
+from lightning_lora.engine.layers.conv import ConvLoRA, Convolution
 from lightning_lora.engine.layers.fresh import Recipe, check_init, device_of, recipes, tensor_shapes
-from lightning_lora.engine.layers.linear import OutProjectionLoRA
+from lightning_lora.engine.layers.linear import FastPathLinearLoRA, OutProjectionLoRA
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.scaling import scale_of
+from lightning_lora.engine.storage import is_plain
 from lightning_lora.errors import TargetError
 
 
@@ -138,13 +141,10 @@ def _geometry(target: Target, spec: AdapterSpec, config: LoRAConfig) -> type[Ada
         geometry = ParameterLoRA
     assert geometry is not None, "select() only returns modules with a geometry"
     child = last_part(target.name)
-    if not issubclass(geometry, (WeightReadLinearLoRA, ParameterLoRA)):
-        parent: Any = type(target.parent)
-        how_read = reading(parent, child)
-        if how_read.weight_alone:
-            geometry = WeightReadLinearLoRA
-        elif how_read.at_times:
-            geometry = OutProjectionLoRA
+    try:
+        geometry = _way(target, child, geometry)
+    except TargetError as error:
+        raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
     mixins = (*variants_of(config), geometry)
     for mixin in mixins:
         check_swappable(target.module, target.name, mixin)
@@ -158,6 +158,38 @@ def _geometry(target: Target, spec: AdapterSpec, config: LoRAConfig) -> type[Ada
             mixin.check_variant(target.module, config)
     except TargetError as error:
         raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
+    return geometry
+
+
+def _way(target: Target, child: str, geometry: Any) -> type[Adapter]:
+    """`geometry`, by weight where it is not known that the update can be added to the output of `target`."""
+    module: Any = target.module
+    for name in target.parameters or ("weight",):
+        P = module._parameters.get(name)
+        if P is not None and (P.is_complex() or P.layout is not torch.strided):
+            raise TargetError(
+                f"its {name} holds {P.dtype} values in the layout {P.layout}, and adapters are real and dense: leave "
+                "it out with exclude_modules"
+            )
+    parent: Any = type(target.parent)
+    if issubclass(geometry, LinearLoRA) and not geometry.lora_by_weight:
+        how_read = reading(parent, child)
+        if how_read.at_times:
+            return OutProjectionLoRA
+        geometry = FastPathLinearLoRA if how_read.weight_alone else geometry
+    if issubclass(geometry, LinearLoRA) and has_own_forward(type(module)):
+        W = module._parameters.get("weight")
+        if W is not None and not is_plain(W):
+            return geometry  # the libraries that quantize multiply by what the weight stands for
+        if W is None or not adds_its_update(module, geometry.multiply, geometry.shapes(module, 1)[0][1]):
+            return by_weight(geometry)
+    if issubclass(geometry, Convolution) and geometry.computes_otherwise(module):
+        if module.groups != 1 and issubclass(geometry, ConvLoRA):
+            raise TargetError(
+                f"its class has a forward of its own, and with groups={module.groups} its adapter is no change of its "
+                "weight, so how the two go together cannot be known: leave it out with exclude_modules"
+            )
+        return by_weight(geometry)
     return geometry
 
 

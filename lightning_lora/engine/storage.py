@@ -16,12 +16,12 @@ from torch import Tensor
 
 def is_plain(W: Tensor) -> bool:
     """Whether a weight holds its own numbers, in 16 bits or more."""
-    return W.is_floating_point() and W.dtype.itemsize > 1 and not _is_torchao(W)
+    return W.is_floating_point() and W.dtype.itemsize > 1 and not is_torchao(W)
 
 
 def is_quantized(W: Tensor) -> bool:
     """Whether it stands for other numbers, in a way that is known here."""
-    return _is_4bit(W) or _is_8bit(W) or _is_torchao(W)
+    return _is_4bit(W) or _is_8bit(W) or is_torchao(W)
 
 
 def can_be_dense(W: Tensor | None) -> bool:
@@ -34,7 +34,7 @@ def dense(module: Any, W: Tensor) -> Tensor:
     if is_plain(W):
         return W
     with torch.no_grad():
-        if _is_torchao(W):
+        if is_torchao(W):
             return W.dequantize()
         functional = sys.modules["bitsandbytes.functional"]
         if _is_4bit(W):
@@ -94,7 +94,8 @@ def _is_8bit(W: Tensor) -> bool:
     return _is_a(W, "bitsandbytes.nn", "Int8Params") and W.dtype == torch.int8
 
 
-def _is_torchao(W: Tensor) -> bool:
+def is_torchao(W: Tensor) -> bool:
+    """Whether it is one of torchao's, which torch's functions compute with."""
     return _is_a(W, "torchao.utils", "TorchAOBaseTensor")
 
 

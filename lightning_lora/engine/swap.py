@@ -45,4 +45,10 @@ def _property(name: str) -> Any:
     def read(self: Any) -> Any:
         return self.read_attribute(name)
 
-    return property(read)
+    def write(self: Any, value: Any) -> None:  # not called for a Parameter, which nn.Module keeps elsewhere
+        self.__dict__[name] = value
+
+    def delete(self: Any) -> None:
+        del self.__dict__[name]
+
+    return property(read, write, delete)

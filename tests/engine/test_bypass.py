@@ -73,15 +73,16 @@ def test_every_adapter_of_an_attention_gets_a_gradient_in_training():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_a_linear_that_its_parent_reads_and_that_computes_otherwise_is_refused():
+def test_a_linear_that_its_parent_reads_and_that_computes_otherwise_is_adapted_by_its_weight():
     class Odd(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + 1
+            return 2 * super().forward(x)
 
-    model = encoder(1)
+    model, x = encoder(1), torch.randn(2, 5, 8)
     model.layers[0].linear1 = Odd(8, 12)
-    with pytest.raises(TargetError, match="reads its weight without calling it"):
-        inject(model, LoRAConfig(rank=2, target_modules=["linear1"]))
+    inject(model, LoRAConfig(rank=2, target_modules=["linear1"]))
+    randomise(model)
+    torch.testing.assert_close(model(x).double(), exact_output(model, x, None), rtol=1e-4, atol=1e-5)
 
 
 def test_accelerates_hooks_are_refused_before_anything_is_changed():
@@ -135,7 +136,8 @@ def test_a_weight_normed_layer_is_adapted_and_removed_but_not_merged():
     inject(model, LoRAConfig(rank=2))
     assert model(x).equal(output)
     randomise(model)
-    W, A, B = model.a.weight, model.a.lora_A, model.a.lora_B
+    W, A, B = model.a.parametrizations.weight(), model.a.lora_A, model.a.lora_B
+    torch.testing.assert_close(model.a.weight, W + model.a.lora.scale * B @ A)
     expected = model.out(nn.functional.linear(x, W + model.a.lora.scale * B @ A, model.a.bias))
     torch.testing.assert_close(model(x), expected)
     adapted = snapshot(model)
@@ -146,9 +148,8 @@ def test_a_weight_normed_layer_is_adapted_and_removed_but_not_merged():
     assert_same(snapshot(model), before)
 
 
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_layer_that_was_parametrized_after_injection_is_refused_before_anything_is_changed(name: str):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+def test_a_layer_that_was_parametrized_after_injection_is_refused_before_anything_is_changed():
+    model, name = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "bias"
     inject(model, LoRAConfig(rank=2, target_modules=["0", "1"]))
     parametrize.register_parametrization(model[1], name, nn.Identity())
     before = snapshot(model)
@@ -159,17 +160,3 @@ def test_a_layer_that_was_parametrized_after_injection_is_refused_before_anythin
     parametrize.remove_parametrizations(model[1], name)
     remove(model)
     assert type(model[1]) is nn.Linear
-
-
-def test_a_subclass_whose_output_is_not_linear_in_its_weight_is_adapted_but_not_merged():
-    class Halved(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) / 2
-
-    model = nn.Sequential(Halved(4, 4), nn.Linear(4, 4))
-    inject(model, LoRAConfig(rank=2, target_modules=["0"]))
-    randomise(model)
-    before = snapshot(model)
-    with pytest.raises(AdapterStateError, match="'0': a Halved cannot be merged"):
-        merge(model)
-    assert_same(snapshot(model), before)

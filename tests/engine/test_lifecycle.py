@@ -218,7 +218,7 @@ def test_hooks_and_isinstance_survive_injection():
     model(torch.randn(3, 4))
     assert seen == [(3, 4)]
     assert model.a is module
-    assert model.a.weight is weight
+    assert model.a._parameters["weight"] is weight
     assert isinstance(model.a, nn.Linear)
     assert "rank=2, scale=8" in repr(model.a)
 

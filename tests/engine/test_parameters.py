@@ -117,13 +117,13 @@ def test_a_parameter_is_computed_once_in_a_forward(monkeypatch: pytest.MonkeyPat
     model = nn.Sequential(Experts())
     inject(model, LoRAConfig(rank=2, target_modules=[], target_parameters=["up", "down"]))
     computed = []
-    compute = parameters.ParameterLoRA._adapted
+    compute = parameters.ParameterLoRA.value_read
     monkeypatch.setattr(
-        parameters.ParameterLoRA, "_adapted", lambda self, name: computed.append(name) or compute(self, name)
+        parameters.ParameterLoRA, "value_read", lambda self, name: computed.append(name) or compute(self, name)
     )
     model(torch.randn(5, 4))
     assert sorted(computed) == ["down", "up"]
-    model[0].up, model[0].up  # outside of a forward nothing is kept
+    model[0].up + 0, model[0].up + 0  # outside of a forward nothing is kept
     assert computed[2:] == ["up", "up"]
 
 

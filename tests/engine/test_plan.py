@@ -110,7 +110,7 @@ def test_a_layer_is_read_as_its_own_parent_reads_it() -> None:
     model = chain(nn.TransformerEncoderLayer(8, 2, 8), nn.Sequential(nn.Linear(8, 8)))
     inject(model, LoRAConfig(rank=2))
     kinds = {name: type(m).mixin.__name__ for name, m in adapters(model)}
-    assert kinds["layers.0.linear1"] == "WeightReadLinearLoRA"
+    assert kinds["layers.0.linear1"] == "FastPathLinearLoRA"
     assert kinds["layers.1.0"] == "LinearLoRA"
 
 

@@ -189,7 +189,7 @@ def test_merging_quantizes_again_and_says_what_that_loses(kind: str, variant: st
     numbers[0].weight.data, numbers[2].weight.data = model[0].adapted_weight().detach(), stored.float()
     if variant == "bias-of-b":
         for i in (0, 2):
-            numbers[i].bias.data = (model[i].bias + model[i].lora.scale * model[i].lora_B_bias).detach()
+            numbers[i].bias.data = (model[i]._parameters["bias"] + model[i].lora.scale * model[i].lora_B_bias).detach()
     inside = merged(model)
     with pytest.warns(UserWarning, match=rf"1 adapted weights again.* up to {lost:.2g} times .*'2'"):
         inside.__enter__()

@@ -4,7 +4,7 @@ from lightning_lora.engine.layers import attention, conv, conv_transpose, embedd
 from lightning_lora.engine.layers.base import FACTORS, Adapter, AdapterSpec, Pair, adapters, geometry_of, pairs
 from lightning_lora.engine.layers.conv1d import register_conv1d
 from lightning_lora.engine.layers.dora import DoRA
-from lightning_lora.engine.layers.linear import LinearLoRA, WeightReadLinearLoRA
+from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.engine.layers.parameters import ParameterLoRA
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "LinearLoRA",
     "Pair",
     "ParameterLoRA",
-    "WeightReadLinearLoRA",
     "adapters",
     "attention",
     "conv",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import Adapter, adapters
-from lightning_lora.engine.layers.linear import LinearLoRA, WeightReadLinearLoRA
+from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.errors import AdapterStateError, TargetError
 
 
@@ -26,7 +26,7 @@ class ALoRA(Adapter):
     @classmethod
     def check_geometry(cls, geometry: type[Adapter]) -> None:
         """Raise TargetError unless a layer of that geometry computes each position by itself."""
-        if not issubclass(geometry, LinearLoRA) or issubclass(geometry, WeightReadLinearLoRA):
+        if not issubclass(geometry, LinearLoRA) or geometry.lora_by_weight:
             raise TargetError(
                 "alora_invocation_tokens adapts linear layers alone, whose update can be added at some positions and "
                 "not at others: leave it out with exclude_modules"
@@ -35,6 +35,12 @@ class ALoRA(Adapter):
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
         invoked = self.lora_invocation.at(base)[..., None]
         return torch.where(invoked, super().combine(base, update), base)
+
+    def check_shown(self, name: str) -> None:
+        raise AdapterStateError(
+            f"The weight of {self.lora_path!r} was read. Its adapter acts from its invocation tokens on, and a weight "
+            "acts everywhere: call the layer and do not read its weight, or leave it out with exclude_modules."
+        )
 
     def check_mergeable(self) -> None:
         raise AdapterStateError(

@@ -14,6 +14,7 @@ class MultiheadAttentionLoRA(ParameterLoRA, adapts=nn.MultiheadAttention):
     make them differ, q_proj_weight, k_proj_weight and v_proj_weight; and out_proj. PEFT does so with the packed one."""
 
     companions = ("out_proj",)
+    lora_to_kernels = True
 
     @staticmethod
     def parameters_of(module: Any) -> tuple[str, ...]:

@@ -11,17 +11,19 @@ nn.Linear, quantized or otherwise derived, is found through its parents and keep
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_lora.engine import fused
-from lightning_lora.engine.storage import can_be_dense, dense, shape_of
+from lightning_lora.engine import fused, shown
+from lightning_lora.engine.storage import can_be_dense, dense, is_plain, is_torchao, shape_of
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError
 
@@ -94,6 +96,17 @@ if TYPE_CHECKING:
 else:
     _Host = object  # the mixin goes in front of a module's own class, which brings nn.Module
 
+NOT_GIVEN: Any = object()
+"""In place of an input that was given by its name."""
+_INSIDE: ContextVar[dict[int, dict[Any, Tensor]] | None] = ContextVar("lora_inside", default=None)
+"""The layers whose own forward runs here, by identity, each with what it has read so far."""
+
+
+@functools.lru_cache(maxsize=256)
+def _name_of_input(cls: Any) -> str:
+    """What `cls` calls the first argument of its forward."""
+    return list(inspect.signature(cls.forward).parameters)[1]
+
 
 class Adapter(_Host):
     """What every adapted layer is, beside its own class: `isinstance(module, Adapter)` tells which ones are ours."""
@@ -105,6 +118,12 @@ class Adapter(_Host):
     lora: AdapterSpec
     lora_names: tuple[str, ...]
     """The names under which it holds the tensors of its adapter."""
+    lora_path: str
+    """Its name in the model, for messages."""
+    lora_by_weight: ClassVar[bool] = False
+    """Whether its own forward reads the adapted weight, and no update is added to what it computes."""
+    lora_is_inside: bool = False
+    """Whether its own forward runs just now, in code that is being compiled (elsewhere `_INSIDE` says so)."""
     lora_A: nn.Parameter  # noqa: N815
     lora_B: nn.Parameter  # noqa: N815
     lora_A0: Tensor  # noqa: N815
@@ -205,8 +224,102 @@ class Adapter(_Host):
 
     # What all of them share.
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.combine(super().forward(x, *args, **kwargs), self.update(x))
+    def forward(self, input: Any = NOT_GIVEN, *args: Any, **kwargs: Any) -> Any:
+        if input is NOT_GIVEN:
+            input, kwargs = self.given_by_name(kwargs)
+        base = self.base_forward(input, *args, **kwargs)
+        return base if self.lora_by_weight else self.combine(base, self.update(input))
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own class computes, in which it reads its own weight (see `read_attribute`)."""
+        forward: Any = type(self).base_class.forward
+        if torch.compiler.is_compiling():
+            self.lora_is_inside = True
+            try:
+                return forward(self, *args, **kwargs)
+            finally:
+                self.lora_is_inside = False
+        # What is read is computed once in a forward: a mixture of experts reads its stack once for each expert.
+        token = _INSIDE.set({**(_INSIDE.get() or {}), id(self): {}})
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _INSIDE.reset(token)
+
+    def given_by_name(self, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The input, where it was given by the name that the module's own class has for it, and all else."""
+        own_class: Any = type(self).base_class
+        name = _name_of_input(own_class)
+        if name not in kwargs:
+            raise TypeError(f"{type(self).__name__}.forward() misses its argument {name!r}.")
+        return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks for it."""
+        raise AdapterStateError(
+            f"{self.lora_path!r} is adapted, and TorchScript reads the code of a class, which an adapted one has not: "
+            "call merge(model) first, or use torch.jit.trace or torch.compile."
+        )
+
+    # Reads of a weight or a bias by its name, from outside of the layer or by its own class.
+
+    def read_attribute(self, name: str) -> Any:
+        """What `self.<name>` gives: to the module's own forward the base's own, unless it is adapted by its weight; to
+        all others the adapted one (see shown.py)."""
+        own = self.own(name)
+        reads = self.__dict__.get("lora_is_inside", False)
+        if not torch.compiler.is_compiling():
+            reads = (_INSIDE.get() or {}).get(id(self))
+        is_inside = reads is not None and reads is not False
+        if is_inside and not self.lora_by_weight:
+            return own
+        if own is not None and not is_plain(own) and not is_torchao(own):
+            return own  # its numbers are no weight for one who does not know how they are stored
+        if own is not None and self._awaits(own):
+            return own  # while weights are loaded into a model that was adapted on the meta device
+        if is_inside:
+            if not isinstance(reads, dict):
+                return self.value_read(name)
+            # What was computed without a graph is no answer for one who needs it (activation checkpointing).
+            key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            if key not in reads:
+                reads[key] = self.value_read(name)
+            return reads[key]
+        if own is None and name != "bias":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if own is None:
+            return self.value_read(name)
+        is_drawn = self.lora_by_weight and self.training and self._drops(name)
+        leaves = self.shown_leaves()
+        return shown.show(self, name, own, leaves, is_drawn=is_drawn, to_kernels=self.lora_to_kernels)
+
+    lora_to_kernels: ClassVar[bool] = False
+    """Whether its reader hands the weight to kernels that do not ask what they are given."""
+
+    def value_read(self, name: str) -> Any:
+        """The adapted weight or bias, in the base's own precision. Raises AdapterStateError where it has none."""
+        if name == "bias":
+            bias, mine = self.own("bias"), self._parameters.get(BIAS)
+            if mine is None:
+                return bias
+            update = self.lora.scale * mine
+            return update.to(self.dense_weight().dtype) if bias is None else (bias + update).to(bias.dtype)
+        self.check_shown(name)
+        return self.adapted_weight(name, dropped=self.lora_by_weight).to(self.dense_weight(name).dtype)
+
+    def check_shown(self, name: str) -> None:
+        """Raise AdapterStateError where no weight of the base's shape computes what this layer does."""
+
+    def shown_leaves(self) -> tuple[Tensor, ...]:
+        """The tensors that an adapted weight depends on, and that may be trained."""
+        return tuple(p for p in self._parameters.values() if p is not None)
+
+    def _drops(self, name: str) -> bool:
+        spec = self.lora.parameters.get(name, self.lora)
+        return bool(spec.dropout or spec.rank_dropout or spec.module_dropout)
+
+    def _awaits(self, own: Tensor) -> bool:
+        return not own.is_meta and any(getattr(self, name).is_meta for name in self.lora_names)
 
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
         """The adapted output from the base's output and the unscaled update."""
@@ -260,10 +373,16 @@ class Adapter(_Host):
         return dense(self, W)
 
     def own(self, parameter: str) -> Tensor | None:
-        """A parameter of the base's, past what a class computes in its place. A replica that nn.DataParallel makes has
-        none: it holds them as plain attributes."""
+        """The base's own weight or bias: its parameter, or a plain attribute (in replicas of nn.DataParallel, after
+        pruning), or what its class computes in its place (parametrizations)."""
         p: Tensor | None = self._parameters.get(parameter)
-        return self.__dict__.get(parameter) if p is None else p
+        if p is not None:
+            return p
+        p = self.__dict__.get(parameter, self._buffers.get(parameter))
+        if p is None and parameter not in self._parameters:
+            computed = getattr(type(self).base_class, parameter, None)
+            p = computed.__get__(self, type(self)) if computed is not None else None
+        return p
 
     def merged_parameters(self) -> dict[str, Tensor]:
         """The values with which the layer's own parameters take the adapter in, each in its own precision."""
@@ -322,6 +441,7 @@ class Adapter(_Host):
         ours = {prefix + name for name in self.lora_names}
         is_base_checkpoint = ours.isdisjoint(state_dict)
         found: list[str] = []
+        shown.forget(self)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, found, *rest)
         missing.extend(key for key in found if not (is_base_checkpoint and key in ours))
 
@@ -339,11 +459,6 @@ def kept_ranks(spec: AdapterSpec, A: Tensor, dim: int = 0) -> Tensor:
     keep = keep & (torch.rand(1, device=A.device, dtype=torch.float32) >= whole)
     keep = keep.repeat(A.shape[dim] // spec.rank)  # a frozen start goes with the ranks that began as it
     return (keep.to(A.dtype) / ((1 - each) * (1 - whole))).view(-1, *(1,) * (A.dim() - dim - 1))
-
-
-def kept_columns(spec: AdapterSpec, A: Tensor) -> Tensor:
-    """The same for the columns of A, where its input cannot be dropped out of because only a weight is read."""
-    return F.dropout(torch.ones_like(A[..., :1, :]), spec.dropout)
 
 
 def geometry_of(cls: type[nn.Module]) -> type[Adapter] | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.engine.layers.base import BIAS, Adapter, AdapterSpec, has_own_forward
+from lightning_lora.engine.layers.base import BIAS, NOT_GIVEN, Adapter, AdapterSpec
 from lightning_lora.errors import AdapterStateError, TargetError
 
 _EXACT = (torch.float32, torch.float64)
@@ -32,13 +32,12 @@ class Convolution(Adapter):
     def dimensions_after_channels(module: Any) -> int:
         return len(module.kernel_size)
 
-    def check_mergeable(self) -> None:
-        super().check_mergeable()
-        if has_own_forward(type(self).base_class):
-            raise AdapterStateError(
-                f"a {type(self).base_class.__name__} cannot be merged: it has a forward of its own, which may use its "
-                f"weight in another way than a {self.lora_kind} does. Use it unmerged."
-            )
+    @classmethod
+    def computes_otherwise(cls, module: Any) -> bool:
+        """Whether the class of `module` may do more than convolve with its weight and add its bias."""
+        own = type(module)
+        known = next(parent for parent in own.__mro__ if parent in Adapter.geometries)
+        return any(getattr(own, name, None) is not getattr(known, name, None) for name in ("forward", "_conv_forward"))
 
 
 class ConvLoRA(Convolution):
@@ -50,8 +49,6 @@ class ConvLoRA(Convolution):
     """
 
     lora_convolve: Any
-    lora_known: ClassVar[type[nn.Module]]
-    """It convolves with the weight, adds the bias, and does nothing else."""
     groups: int
 
     @classmethod
@@ -68,11 +65,13 @@ class ConvLoRA(Convolution):
         A = (rank, module.in_channels, *module.kernel_size)
         return A, (module.out_channels, rank // module.groups, *ones)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not self._is_faster_in_one(x):
-            return super().forward(x, *args, **kwargs)
+    def forward(self, input: Any = NOT_GIVEN, *args: Any, **kwargs: Any) -> Tensor:
+        if input is NOT_GIVEN:
+            input, kwargs = self.given_by_name(kwargs)
+        if args or kwargs or not self._is_faster_in_one(input):
+            return super().forward(input, *args, **kwargs)
         base: Any = self
-        return base._conv_forward(x, self.adapted_weight(dropped=True).to(x.dtype), base.bias)
+        return base._conv_forward(input, self.adapted_weight(dropped=True).to(input.dtype), self.own("bias"))
 
     def _is_faster_in_one(self, x: Tensor) -> bool:
         """Whether to convolve x once with W + s B A, in place of once with W, and with A, and with B.
@@ -83,16 +82,14 @@ class ConvLoRA(Convolution):
         """
         cls: Any = type(self)
         base: Any = self
-        W = self.own("weight")
+        W = self._parameters.get("weight", self.__dict__.get("weight"))
         if (
             cls.combine is not Adapter.combine
-            or cls.base_class.forward is not cls.lora_known.forward
-            or cls.base_class._conv_forward is not cls.lora_known._conv_forward
+            or "base_class" not in cls.__dict__  # parametrized after it was adapted
             or BIAS in self.lora_names
             or base.groups != 1
             or (self.lora.dropout and self.training)  # A reads another x than W does
             or W is None
-            or base.weight is not W
             or W.dtype not in _EXACT
             or x.dtype != W.dtype
             or torch.compiler.is_compiling()  # to which a size that decides would be a limit
@@ -102,6 +99,14 @@ class ConvLoRA(Convolution):
         channels, kernel = W.shape[0], W[0, 0].numel()
         positions = x.numel() // max(1, base.in_channels * math.prod(base.stride))  # of an output, about
         return channels <= max(64, 2 * self.lora.rank) and positions >= max(4, kernel) * channels
+
+    def check_shown(self, name: str) -> None:
+        if self.groups != 1:
+            raise AdapterStateError(
+                f"The weight of {self.lora_path!r} was read. It is a convolution with groups={self.groups}, whose "
+                "adapter reads channels that its weight does not, so no weight of that shape shows it: call the layer "
+                "and do not read its weight, or leave it out with exclude_modules."
+            )
 
     def update(self, x: Tensor) -> Tensor:  # (N, in, *size) -> (N, out, *size')
         base: Any = self
@@ -147,15 +152,12 @@ class ConvLoRA(Convolution):
 
 
 class Conv1dLoRA(ConvLoRA, adapts=nn.Conv1d):
-    lora_known = nn.Conv1d
     lora_convolve = staticmethod(torch.conv1d)
 
 
 class Conv2dLoRA(ConvLoRA, adapts=nn.Conv2d):
-    lora_known = nn.Conv2d
     lora_convolve = staticmethod(torch.conv2d)
 
 
 class Conv3dLoRA(ConvLoRA, adapts=nn.Conv3d):
-    lora_known = nn.Conv3d
     lora_convolve = staticmethod(torch.conv3d)

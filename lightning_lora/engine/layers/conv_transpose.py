@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.conv import Convolution
 from lightning_lora.errors import TargetError
 
@@ -47,8 +46,8 @@ class ConvTransposeLoRA(Convolution):
         blocks = M.unflatten(1, (-1, *module.kernel_size)).unflatten(0, (module.groups, -1))
         return blocks.transpose(1, 2).flatten(0, 1)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return self.combine(super(Adapter, self).forward(x, output_size), self.update(x, output_size))
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # type: ignore[override]
+        return self.combine(self.base_forward(input, output_size), self.update(input, output_size))
 
     def update(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:  # (N, in, *size) -> (N, out, *size')
         base: Any = self

@@ -35,7 +35,7 @@ class DoRA(Adapter):
 
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
         g = self.gain().to(base.dtype).view(-1, *(1,) * self.dimensions_after_channels(self))
-        bias = self.own("bias")
+        bias = self.own("bias")  # a parametrized one too: it is no part of what is scaled
         linear = base if bias is None else base - bias.to(base.dtype).view(g.shape)
         # Not g * linear + bias: a fresh adapter, whose g is 1, must not change a bit.
         return super().combine(base + (g - 1) * linear, g * update.to(base.dtype))

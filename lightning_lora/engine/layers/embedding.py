@@ -77,9 +77,11 @@ class EmbeddingBagLoRA(EmbeddingLoRA, adapts=nn.EmbeddingBag):
             )
         super().check(module, spec)
 
-    def forward(self, x: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        base = super(Adapter, self).forward(x, offsets, per_sample_weights)
-        return self.combine(base, self.update(x, offsets, per_sample_weights))
+    def forward(  # type: ignore[override]
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        base = self.base_forward(input, offsets, per_sample_weights)
+        return self.combine(base, self.update(input, offsets, per_sample_weights))
 
     def update(self, x: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         base: Any = self

@@ -129,9 +129,7 @@ def tensor_shapes(
         if config.lora_bias:
             shapes[BIAS + suffix] = B[:1]
         if config.use_dora:
-            weight = module._parameters[parameter]
-            assert weight is not None
-            W = torch.empty(shape_of(weight), device="meta")
+            W = torch.empty(shape_of(_read(module, parameter)), device="meta")
             shapes[MAGNITUDE + suffix] = tuple(geometry.by_output(module, W).shape[:-1])
     return shapes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,14 +14,11 @@ from lightning_lora.engine.layers.base import (
     Adapter,
     AdapterSpec,
     Pair,
-    kept_columns,
     kept_ranks,
     without_autocast,
 )
+from lightning_lora.engine.layers.by_weight import kept_columns
 from lightning_lora.errors import AdapterStateError, TargetError
-
-_READS: ContextVar[dict[int, dict[Any, Tensor]] | None] = ContextVar("reads", default=None)
-"""What was read so far in the forwards that run just now, by the module's identity."""
 
 
 class ParameterLoRA(Adapter):
@@ -76,32 +72,14 @@ class ParameterLoRA(Adapter):
     def from_matrix(module: Any, M: Tensor) -> Tensor:
         return M.mT if M.dim() == 3 and _is_transposed(module) else M
 
+    lora_by_weight = True
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        forward = type(self).base_class.forward
-        if torch.compiler.is_compiling():
-            return forward(self, *args, **kwargs)
-        # Each parameter is computed once in a forward: a mixture of experts reads its stack once for each expert.
-        token = _READS.set({**(_READS.get() or {}), id(self): {}})
-        try:
-            return forward(self, *args, **kwargs)
-        finally:
-            _READS.reset(token)
+        return self.base_forward(*args, **kwargs)
 
-    def read_attribute(self, name: str) -> Tensor:
+    def value_read(self, name: str) -> Tensor:
         """The parameter called `name`, adapted."""
-        reads = None if torch.compiler.is_compiling() else (_READS.get() or {}).get(id(self))
-        if reads is None:
-            return self._adapted(name)
-        # What was computed without a graph is no answer for one who needs it (activation checkpointing).
-        key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        if key not in reads:
-            reads[key] = self._adapted(name)
-        return reads[key]
-
-    def _adapted(self, name: str) -> Tensor:
         P = self.dense_weight(name)
-        if getattr(self, "lora_A" + self.suffix_of(name)).is_meta and not P.is_meta:
-            return P  # while weights are loaded into a model that was adapted on the meta device
         if MAGNITUDE + self.suffix_of(name) in self.lora_names:
             return self.adapted_weight(name, dropped=True).to(P.dtype)
         A, B = self.factors(name)
@@ -128,7 +106,7 @@ class ParameterLoRA(Adapter):
         spec = self.lora.parameters[parameter]
         if dropped and self.training:
             A = A * kept_ranks(spec, A, A.dim() - 2) if spec.rank_dropout or spec.module_dropout else A
-            A = A * kept_columns(spec, A) if spec.dropout else A
+            A = A * kept_columns(A[..., :1, :], spec.dropout) if spec.dropout else A
         return A, B
 
     def delta_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:

@@ -23,9 +23,9 @@ class Linear4bitLoRA(LinearLoRA):
     replaces = ("support_avx512bf16_for_cpu",)
     support_avx512bf16_for_cpu = property(lambda self: False)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         _put_back(self)
-        return super().forward(x, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 def register_bitsandbytes() -> None:

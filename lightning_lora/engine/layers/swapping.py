@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.engine.layers.base import FACTORS, Adapter, AdapterSpec, is_adapter
+from lightning_lora.engine.layers.base import BIAS, FACTORS, Adapter, AdapterSpec, is_adapter
 from lightning_lora.engine.sharded import check_unsharded
+from lightning_lora.engine.shown import forget
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError, TargetError
@@ -63,18 +64,23 @@ def _own_names(mixin: type) -> frozenset[str]:
     return frozenset((*FACTORS, "lora", *ours))
 
 
-def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Make `module` an adapted layer, in place.
+def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tensor], path: str = "") -> None:
+    """Make `module`, called `path` in its model, an adapted layer, in place.
 
     `mixin` is a geometry, or a tuple of variants and it; `tensors` are its parameters and buffers by name."""
     base_class: Any = type(module)
     own = module.__dict__
+    # What readers see with the adapter in it. A layer type of a user's own need not have a weight.
+    reads = tuple(spec.parameters) or (
+        ("weight",) if "weight" in own["_parameters"] or hasattr(module, "weight") else ()
+    )
+    reads = (*reads, "bias") if BIAS in tensors else reads
     own.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
     for name, tensor in tensors.items():  # not register_parameter, which checks again what `check_swappable` did
         own["_parameters" if isinstance(tensor, nn.Parameter) else "_buffers"][name] = tensor
-    own["lora"], own["lora_names"] = spec, tuple(tensors)
+    own["lora"], own["lora_names"], own["lora_path"] = spec, tuple(tensors), path
     # Past nn.Module's own __setattr__, which looks for parameters and costs more than all the rest.
-    object.__setattr__(module, "__class__", swapped_class("LoRA", mixin, base_class, tuple(spec.parameters)))
+    object.__setattr__(module, "__class__", swapped_class("LoRA", mixin, base_class, reads))
     module.swapped_in()
 
 
@@ -82,7 +88,7 @@ def swap_back(module: Adapter) -> Callable[[], None]:
     """Undo `swap`: the class that the module had, no factors, its weight untouched. Returns what swaps it again."""
     cls: Any = type(module)
     own = module.__dict__
-    spec, names = own["lora"], own["lora_names"]
+    spec, names, path = own["lora"], own["lora_names"], own["lora_path"]
     module.swapped_out()
     own.pop("forward", None)
     object.__setattr__(module, "__class__", cls.base_class)
@@ -92,8 +98,9 @@ def swap_back(module: Adapter) -> Callable[[], None]:
         if name not in held:
             held = own["_buffers"] if name in own["_buffers"] else own
         tensors[name] = held.pop(name)
-    del own["lora"], own["lora_names"]
-    return functools.partial(swap, module, cls.mixin, spec, tensors)
+    del own["lora"], own["lora_names"], own["lora_path"]
+    forget(module)
+    return functools.partial(swap, module, cls.mixin, spec, tensors, path)
 
 
 def check_removable(model: nn.Module, tree: Tree | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.engine.layers.base import Adapter, AdapterSpec, Pair, has_own_forward
+from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter, AdapterSpec, Pair, has_own_forward
 from lightning_lora.engine.sharded import fill, is_own, whole
 from lightning_lora.errors import TargetError
 
@@ -78,8 +78,10 @@ class TokenRows(Adapter):
         rows: Tensor = owner.lora_tokens[self.lora_places]
         return rows
 
-    def forward(self, x: Tensor) -> Tensor:  # (...) of indices -> (..., width)
-        base: Tensor = super(Adapter, self).forward(x)
+    def forward(self, input: Any = NOT_GIVEN, **kwargs: Any) -> Tensor:  # (...) of indices -> (..., width)
+        if input is NOT_GIVEN:
+            input, kwargs = self.given_by_name(kwargs)
+        x, base = input, self.base_forward(input, **kwargs)
         rows = self.lora_rows.to(x.dtype)
         place = torch.searchsorted(rows, x).clamp(max=len(rows) - 1)
         found = F.embedding(place, self.tokens).to(base.dtype)
@@ -87,9 +89,16 @@ class TokenRows(Adapter):
         found = found if factor is None else found * factor.to(found.dtype)
         return torch.where((rows[place] == x)[..., None], found, base)
 
-    def merged_parameters(self) -> dict[str, Tensor]:
+    def value_read(self, name: str) -> Tensor:
         W = self.dense_weight()
-        return {"weight": W.index_copy(0, self.lora_rows, self.tokens.to(W.dtype))}
+        return W.index_copy(0, self.lora_rows, self.tokens.to(W.dtype))
+
+    def shown_leaves(self) -> tuple[Tensor, ...]:
+        owner: Any = self if self.lora.owner is None else self.lora.owner
+        return (owner.lora_tokens,)
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        return {"weight": self.value_read("weight")}
 
     def shares_with(self, other: nn.Module) -> bool:
         mine = self if self.lora.owner is None else self.lora.owner
@@ -121,8 +130,10 @@ class TokenLogits(TokenRows):
         if has_own_forward(type(module)):
             raise TargetError("its class has a forward of its own, so its output need not be one for each row")
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., width) -> (..., vocabulary)
-        base: Tensor = super(Adapter, self).forward(x)
+    def forward(self, input: Any = NOT_GIVEN, **kwargs: Any) -> Tensor:  # (..., width) -> (..., vocabulary)
+        if input is NOT_GIVEN:
+            input, kwargs = self.given_by_name(kwargs)
+        x, base = input, self.base_forward(input, **kwargs)
         bias = self._parameters.get("bias")
         logits = F.linear(x, self.tokens.to(x.dtype), None if bias is None else bias[self.lora_rows])
         return base.index_copy(-1, self.lora_rows, logits.to(base.dtype))

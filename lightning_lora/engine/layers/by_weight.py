@@ -1,0 +1,107 @@
+"""Layers that are adapted by their weight: their own forward reads W + s B A in place of W, whatever it does with it.
+
+That is right for every forward, and takes the memory and the time for one more weight. So it is for those alone of
+which it is not known that W + s B A gives the output of W plus an update: a Linear that masks or normalises its weight,
+for example.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.engine.layers.base import Adapter
+from lightning_lora.errors import TargetError
+
+
+class ByWeight(Adapter):
+    """In front of a geometry. Dropout is on the columns of A, one draw for all that a forward reads, since the input of
+    A is not known here; the mean is that of dropout on the input."""
+
+    lora_by_weight = True
+
+    def factors(self, parameter: str = "weight", *, dropped: bool = True) -> tuple[Tensor, Tensor]:
+        A, B = super().factors(parameter, dropped=dropped)
+        return (A * kept_columns(A[:1], self.lora.dropout) if dropped and self.training and self.lora.dropout else A), B
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_forward(*args, **kwargs)
+
+
+@functools.lru_cache(maxsize=64)
+def by_weight(geometry: Any) -> Any:
+    """`geometry`, adapted by its weight."""
+    if geometry.lora_by_weight:
+        return geometry
+    return type(f"{geometry.__name__}ByWeight", (ByWeight, geometry), {"__module__": geometry.__module__})
+
+
+def kept_columns(row: Tensor, p: float) -> Tensor:
+    """A factor for each column of A, in the shape of a `row` of it: 0 where it is dropped in this forward, and such
+    that the mean is 1."""
+    return F.dropout(torch.ones_like(row), p)
+
+
+def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
+    """Whether the class's forward, for a weight changed by D, gives its output plus x D: tried in a copy of `module`.
+
+    False where it cannot be tried. Raises TargetError where the weight makes no difference to the output. `multiply`
+    is x D in the layout of the class, `width` the size of x.
+    """
+    forward: Any = type(module).forward
+    device = module._parameters["weight"].device  # type: ignore[union-attr]
+    if device.type == "meta":
+        return False
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.no_grad(), torch.inference_mode(False):
+        try:
+            tried: Any = copy.deepcopy(module).float()
+        except Exception:  # what cannot be copied cannot be tried
+            return False
+        W = tried._parameters["weight"]
+        generator = torch.Generator(W.device).manual_seed(0)
+        draw = functools.partial(torch.randn, generator=generator, device=W.device)
+        direction = draw(W.shape) * W.abs().amax().clamp(min=1.0)
+        for shape in ((2, width), (2, 3, width)):
+            x = draw(shape)
+            for training in (False, True):
+                tried.train(training)
+
+                def output(change: Tensor, x: Tensor = x) -> Tensor:
+                    torch.default_generator.manual_seed(0)
+                    for own in cuda:
+                        torch.cuda.default_generators[own.index or 0].manual_seed(0)
+                    tried._parameters["weight"] = nn.Parameter(W + change, requires_grad=False)
+                    with torch.autocast(W.device.type, enabled=False):
+                        y: Tensor = forward(tried, x)
+                    return y
+
+                try:
+                    base = output(torch.zeros_like(W))
+                    # As large as W, where masks and norms show; and small, where a weight that is rounded shows.
+                    for size in (1.0, 2.0**-6):
+                        D = size * direction
+                        expected, changed = multiply(x, D), output(D) - base
+                        if size == 1.0 and not bool(changed.any()):
+                            raise TargetError(
+                                f"the forward of {type(module).__name__} gives the same output with another weight, so "
+                                "an adapter of its weight would have no effect: leave it out with exclude_modules"
+                            )
+                        # float32 loses less than k eps |W| |x| to rounding, a thousandth of what the smaller D changes.
+                        if (
+                            changed.shape != expected.shape
+                            or not (changed - expected).abs().amax() <= 0.01 * expected.abs().amax()
+                        ):
+                            return False
+                except TargetError:
+                    raise
+                except Exception:  # it asks for another input
+                    break
+            else:
+                return True
+    return False
