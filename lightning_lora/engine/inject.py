@@ -33,7 +33,7 @@ from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.plan import planned, variants_of
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.sharded import check_unsharded
-from lightning_lora.engine.storage import shape_of
+from lightning_lora.engine.storage import is_plain, shape_of
 from lightning_lora.engine.targets import Selection, select
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.vocabulary import token_tensors, vocabulary
@@ -143,7 +143,7 @@ def inject(
         if is_trained:
             trainable += p.numel()
         else:
-            frozen += p.numel() if type(p) is nn.Parameter else math.prod(shape_of(p))
+            frozen += math.prod(shape_of(p))
     variants = variants_of(config)
     for (target, kind), own in zip(plan, tensors):
         swap(target.module, (*variants, kind.geometry) if variants else kind.geometry, kind.spec, own)
@@ -283,7 +283,7 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
             wanted = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
             if (saved or (wanted and "bias" in name)) and id(p) not in seen:
                 full = f"{prefix}.{name}" if prefix else name
-                if not p.is_floating_point():
+                if not is_plain(p):
                     raise TargetError(f"{full!r} cannot be trained: it holds {p.dtype} values (quantized weights).")
                 seen.add(id(p))
                 whole[full] = p

@@ -16,7 +16,7 @@ from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
 from lightning_lora.engine.layers.base import BIAS, FACTORS, MAGNITUDE, START, Adapter, AdapterSpec
 from lightning_lora.engine.layers.dora import output_norms
 from lightning_lora.engine.sharded import whole
-from lightning_lora.engine.storage import can_be_dense, dense, shape_of
+from lightning_lora.engine.storage import can_be_dense, dense, is_plain, shape_of
 from lightning_lora.errors import ConfigError, DataError, TargetError, listed
 
 Measured = Mapping[str, Mapping[str, Tensor]]
@@ -31,7 +31,7 @@ class Recipe:
     ) -> None:
         weight = _read(module, parameter)
         # A quantized weight is stored as integers; its adapters are float32.
-        dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
+        dtype = weight.dtype if is_plain(weight) else torch.float32
         self.dtype = torch.promote_types(dtype, torch.float32) if config.adapter_dtype == "float32" else dtype
         self.geometry, self.parameter, self.spec, self.config = geometry, parameter, spec, config
         self.init = INITS[config.init]
