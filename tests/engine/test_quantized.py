@@ -61,9 +61,7 @@ BITSANDBYTES = {
     "nf4-in-bfloat16": lambda: linear4bit("nf4", False, torch.bfloat16),
     "int8": lambda: bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False),
 }
-REREAD = {
-    f"{kind} from a file": functools.partial(lambda make: reread(make()), make) for kind, make in BITSANDBYTES.items()
-}
+REREAD = {f"{kind} from a file": functools.partial(reread, make) for kind, make in BITSANDBYTES.items()}
 TORCHAO = {
     "torchao-int8": lambda: of_torchao(torchao.Int8WeightOnlyConfig()),
     "torchao-int4": lambda: of_torchao(
