@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.engine.inject import injections, release, weight_users
 from lightning_lora.engine.layers.base import Adapter, adapters
 from lightning_lora.engine.layers.swapping import check_removable, swap_back
+from lightning_lora.engine.memory import Memory, repeats
 from lightning_lora.engine.storage import can_be_dense, dense, is_plain, stored
 from lightning_lora.errors import AdapterStateError, listed
 
@@ -24,7 +25,8 @@ def merge(model: nn.Module) -> None:
     """Bake the adapters into the base weights of `model`; they are gone afterwards, and what was frozen is trainable
     as it was before `inject`.
 
-    A tied weight is untied first, with a warning, since only one of its users was adapted. A quantized weight is
+    A weight that is tied, or that lies in the memory of another tensor, is untied first, with a warning, so that what
+    was not adapted stays as it is. A quantized weight is
     quantized again, with a warning that says how much of the update is lost in that; one of torchao's becomes a plain
     one. Raises AdapterStateError where there are no adapters or a layer cannot be merged; nothing is changed then.
     """
@@ -34,23 +36,17 @@ def merge(model: nn.Module) -> None:
         raise AdapterStateError(
             f"inject was called on a module around this {type(model).__name__}: merge that one, all at once."
         )
-    users = weight_users(model.named_modules())
-    tied = {
-        id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]
-        for module in mergeable.values()
-        for p in module._parameters.values()
-        if p is not None
-    }
+    shared = _shared(model, mergeable)
     changed = {
         id(module._parameters.get(pair.parameter))
         for name, module in mergeable.items()
         for pair in module.lora_pairs(name)
     }
-    if any(tied[key] for key in changed if key in tied):  # said before anything is changed: a warning can be an error
-        names = (name for key in changed for name in tied.get(key, ()))
+    names = dict.fromkeys(name for key in changed for name in shared.get(key, ()))
+    if names:  # said before anything is changed: a warning can be an error
         warnings.warn(
-            f"Merging unties a weight that is shared with {listed(names)}: only "
-            "one of its users was adapted. Save the model with its weights untied (in transformers: "
+            f"Merging unties a weight that is shared with {listed(names)}, in one parameter or in one memory: each "
+            "keeps what it computes. Save the model with its weights untied (in transformers: "
             "config.tie_word_embeddings=False).",
             stacklevel=2,
         )
@@ -63,8 +59,8 @@ def merge(model: nn.Module) -> None:
         for name, value in values.items():
             parameter = module._parameters[name]
             assert parameter is not None
-            in_place = is_plain(parameter) and parameter.shape == value.shape
-            if tied[id(parameter)] or not in_place:  # the others keep the weight that they share
+            in_place = is_plain(parameter) and parameter.shape == value.shape and not repeats(parameter)
+            if shared[id(parameter)] or not in_place:  # the others keep the weight that they share
                 module._parameters[name] = _parameter(value)
             else:
                 with torch.no_grad():
@@ -116,6 +112,19 @@ def _mergeable(model: nn.Module) -> dict[str, Adapter]:
         raise AdapterStateError(f"{type(model).__name__} has no adapters to merge.")
     # What reads another's tensors comes before that one.
     return dict(sorted(found.items(), key=lambda entry: bool(entry[1].lora_names)))
+
+
+def _shared(model: nn.Module, mergeable: Mapping[str, Adapter]) -> dict[int, list[str]]:
+    """By the identity of each parameter of the adapted layers: who else has it, or a tensor in the same memory."""
+    modules = list(model.named_modules())
+    users, memory = weight_users(modules), Memory(modules)
+    return {
+        id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]
+        + [held.name for held in memory.sharing(p)]
+        for module in mergeable.values()
+        for p in module._parameters.values()
+        if p is not None
+    }
 
 
 def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
