@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections, release, weight_users
-from lightning_lora.engine.layers.base import Adapter, adapters
+from lightning_lora.engine.layers.base import BIAS, Adapter, adapters
 from lightning_lora.engine.layers.swapping import check_removable, swap_back
+from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory, repeats
-from lightning_lora.engine.storage import can_be_dense, dense, is_plain, stored
+from lightning_lora.engine.storage import dense, is_plain, stored
 from lightning_lora.errors import AdapterStateError, listed
 
 
@@ -26,9 +27,10 @@ def merge(model: nn.Module) -> None:
     as it was before `inject`.
 
     A weight that is tied, or that lies in the memory of another tensor, is untied first, with a warning, so that what
-    was not adapted stays as it is. A quantized weight is
-    quantized again, with a warning that says how much of the update is lost in that; one of torchao's becomes a plain
-    one. Raises AdapterStateError where there are no adapters or a layer cannot be merged; nothing is changed then.
+    was not adapted stays as it is. A quantized weight is quantized again, with a warning that says how much of the
+    update is lost in that; one of torchao's becomes a plain one. Where a weight of 16 bits keeps less than nine tenths
+    of its update, a warning says so, layer by layer. Raises AdapterStateError where there are no adapters or a layer
+    cannot be merged; nothing is changed then.
     """
     mergeable = _mergeable(model)
     records = [(model.get_submodule(name), injection) for name, injection in injections(model)][::-1]
@@ -159,22 +161,25 @@ def _warn_of_growth(mergeable: Mapping[str, Adapter]) -> None:
         )
 
 
+_SURVIVES = 0.9
+"""The share of an update below which `merge` says that less than that of it is left."""
+
+
 def _warn_of_rounding(mergeable: Mapping[str, Adapter]) -> None:
-    """Say what quantizing the adapted weights again takes away from the updates, before anything is changed."""
+    """Say what storing the adapted weights takes away from the updates, before anything is changed."""
     lost: dict[str, float] = {}
-    for name, module in mergeable.items():
-        for pair in module.lora_pairs(name):
-            own = module._parameters.get(pair.parameter)
-            if own is None or is_plain(own) or not can_be_dense(own):
-                continue
-            with torch.no_grad():
-                before = dense(module, own).float()
-                wanted = module.adapted_weight(pair.parameter).float()
-                value, _ = stored(module, wanted, own)
-                # What a weight is stored as knows its own scales: no module's are asked for.
-                got = dense(nn.Module(), value).float()
-            if not is_plain(value):
-                lost[pair.name] = float((got - wanted).norm() / (wanted - before).norm().clamp(min=1e-30))
+    kept: dict[str, float] = {}
+    with torch.no_grad():
+        for name, module in mergeable.items():
+            for changed, own, before, wanted in _changes(name, module):
+                if is_plain(own):
+                    kept[changed] = _share_kept(before, wanted)
+                    continue
+                value, _ = stored(module, wanted.float(), own)
+                if not is_plain(value):
+                    # What a weight is stored as knows its own scales: no module's are asked for.
+                    got = dense(nn.Module(), value).float()
+                    lost[changed] = float((got - wanted).norm() / (wanted - before).norm().clamp(min=1e-30))
     if lost:
         worst = max(lost, key=lost.__getitem__)
         warnings.warn(
@@ -183,3 +188,39 @@ def _warn_of_rounding(mergeable: Mapping[str, Adapter]) -> None:
             "full precision.",
             stacklevel=3,
         )
+    weak = sorted((share, name) for name, share in kept.items() if share < _SURVIVES)
+    if weak:
+        warnings.warn(
+            f"Merging rounds weights to a precision in which {len(weak)} of {len(kept)} updates are partly lost: of "
+            f"each, this share is left: {listed(f'{name} {share:.2f}' for share, name in weak)}. To lose nothing, use "
+            "the adapter unmerged, or merge it into the base in float32: call model.float() before merge.",
+            stacklevel=3,
+        )
+
+
+def _changes(name: str, module: Adapter) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """What merging changes in a layer: a name for it, the parameter, its numbers, and what they are to be, unrounded.
+
+    Embeddings, of which rows are trained, are given by these rows.
+    """
+    for pair in module.lora_pairs(name):
+        own = module._parameters.get(pair.parameter)
+        if own is not None:
+            yield pair.name, own, module.dense_weight(pair.parameter), module.adapted_weight(pair.parameter)
+    if isinstance(module, TokenRows):
+        own = module.dense_weight()
+        yield name, own, own[module.lora_rows], module.tokens
+    mine, bias = module._parameters.get(BIAS), module._parameters.get("bias")
+    if mine is not None and bias is not None:
+        yield f"{name}.bias" if name else "bias", bias, bias, bias.float() + module.lora.scale * mine.float()
+
+
+def _share_kept(before: Tensor, wanted: Tensor) -> float:
+    """How much of a change is left once its result is rounded to the dtype of `before`: the projection of what is left
+    on the change, in units of the change. 1 where nothing changes, or nothing is rounded."""
+    if before.dtype.itemsize >= wanted.dtype.itemsize:
+        return 1.0
+    change = wanted - before
+    left = wanted.to(before.dtype).to(wanted.dtype) - before
+    size = change.square().sum(dtype=torch.float64)
+    return float((left * change).sum(dtype=torch.float64) / size) if size else 1.0

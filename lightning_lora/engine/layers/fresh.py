@@ -75,7 +75,9 @@ class Recipe:
             tensors[bias] = nn.Parameter(torch.zeros(self.shape_B[0], dtype=self.dtype))
         if config.use_dora:
             W = whole(dense(module, _read(module, self.parameter)).detach())
-            tensors[magnitude] = nn.Parameter(output_norms(self.geometry, module, W).to(self.dtype))
+            # Not in 16 bits: divided by the norm, a rounded one would not be 1.
+            wide = torch.promote_types(self.dtype, torch.float32)
+            tensors[magnitude] = nn.Parameter(output_norms(self.geometry, module, W).to(wide))
         return tensors
 
     def _start(self, module: nn.Module, measured: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
