@@ -127,7 +127,7 @@ def inject(
     for device, steps in groupby(plan, key=lambda step: step[1].device):
         with drawing_on(device):
             tensors += [
-                fresh_tensors(target.module, kind.recipes, measured.get(target.name), start=start)
+                fresh_tensors(target.name, target.module, kind.recipes, measured.get(target.name), start=start)
                 for target, kind in steps
             ]
     tokens = [token_tensors(module, spec, config) for _, module, _, spec in vocabularies]

@@ -208,8 +208,8 @@ def _changes(name: str, module: Adapter) -> Iterator[tuple[str, Tensor, Tensor, 
         if own is not None:
             yield pair.name, own, module.dense_weight(pair.parameter), module.adapted_weight(pair.parameter)
     if isinstance(module, TokenRows):
-        own = module.dense_weight()
-        yield name, own, own[module.lora_rows], module.tokens
+        W = module.dense_weight()
+        yield name, W, W[module.lora_rows], module.tokens
     mine, bias = module._parameters.get(BIAS), module._parameters.get("bias")
     if mine is not None and bias is not None:
         yield f"{name}.bias" if name else "bias", bias, bias, bias.float() + module.lora.scale * mine.float()

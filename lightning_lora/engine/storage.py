@@ -46,6 +46,17 @@ def dense(module: Any, W: Tensor) -> Tensor:
         return dequantize()
 
 
+def dtype_of(W: Any) -> torch.dtype:
+    """The dtype of the numbers that `W` stands for; float32 where it does not say."""
+    if W is None:
+        return torch.float32
+    if _is_4bit(W):
+        dtype: torch.dtype = W.quant_state.original_dtype if is_rearranged(W) else W.quant_state.dtype
+    else:
+        dtype = W.dtype if W.is_floating_point() and W.dtype.itemsize > 1 else torch.float32
+    return dtype
+
+
 def shape_of(W: Any) -> tuple[int, ...]:
     """The shape of the numbers that `W` stands for."""
     return tuple(W.quant_state.shape if _is_4bit(W) else W.shape)
