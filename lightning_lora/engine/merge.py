@@ -52,7 +52,7 @@ def merge(model: nn.Module) -> None:
             "config.tie_word_embeddings=False).",
             stacklevel=2,
         )
-    _warn_of_rounding(mergeable)
+    _check_rounding(mergeable)
     _warn_of_growth(mergeable)
     for module in mergeable.values():
         values, attributes = _merged(module)
@@ -80,7 +80,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     undo = []
     try:
         mergeable = _mergeable(model)
-        _warn_of_rounding(mergeable)
+        _check_rounding(mergeable)
         _warn_of_growth(mergeable)
         for module in mergeable.values():
             values, attributes = _merged(module)
@@ -165,8 +165,10 @@ _SURVIVES = 0.9
 """The share of an update below which `merge` says that less than that of it is left."""
 
 
-def _warn_of_rounding(mergeable: Mapping[str, Adapter]) -> None:
-    """Say what storing the adapted weights takes away from the updates, before anything is changed."""
+def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
+    """Say what storing the adapted weights takes away from the updates, before anything is changed. Raises
+    AdapterStateError where it leaves no numbers."""
+    broken: list[str] = []
     lost: dict[str, float] = {}
     kept: dict[str, float] = {}
     with torch.no_grad():
@@ -174,12 +176,19 @@ def _warn_of_rounding(mergeable: Mapping[str, Adapter]) -> None:
             for changed, own, before, wanted in _changes(name, module):
                 if is_plain(own):
                     kept[changed] = _share_kept(before, wanted)
+                    if bool((before.isfinite() & ~wanted.to(before.dtype).isfinite()).any()):
+                        broken.append(f"{changed} (in {str(before.dtype).removeprefix('torch.')})")
                     continue
                 value, _ = stored(module, wanted.float(), own)
                 if not is_plain(value):
                     # What a weight is stored as knows its own scales: no module's are asked for.
                     got = dense(nn.Module(), value).float()
                     lost[changed] = float((got - wanted).norm() / (wanted - before).norm().clamp(min=1e-30))
+    if broken:
+        raise AdapterStateError(
+            f"Merged, the weights of {listed(broken)} would hold values that are not finite: the adapter diverged, or "
+            "its update is too large for that precision (call model.float() first)."
+        )
     if lost:
         worst = max(lost, key=lost.__getitem__)
         warnings.warn(

@@ -13,6 +13,7 @@ from snapshot import assert_same, snapshot
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig, adapter_tensors, inject, merge, merged
+from lightning_lora.errors import AdapterStateError
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
@@ -149,3 +150,17 @@ def test_half_of_a_pair_of_neighbours_is_rounded_as_torch_rounds():
         assert kept == ({"0": 0.0} if not share else {})
         y: Tensor = model[0].adapted_weight().detach().to(torch.bfloat16)
         assert float(y) - 1 == pytest.approx(share * change)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 7e4), (torch.float32, float("inf"))])
+@pytest.mark.parametrize("how", [merge, lambda model: merged(model).__enter__()])
+def test_what_would_not_be_a_number_is_not_merged(dtype: torch.dtype, value: float, how: Any):
+    model: Any = nn.Sequential(nn.Linear(4, 4)).to(dtype)
+    inject(model, LoRAConfig(rank=1, alpha=1))
+    with torch.no_grad():
+        model[0].lora_A.fill_(1)
+        model[0].lora_B[1] = value
+    before = snapshot(model)
+    with pytest.raises(AdapterStateError, match=r"weights of 0 \(in float\d\d\) would hold values that are not finite"):
+        how(model)
+    assert_same(snapshot(model), before)
