@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -30,14 +30,15 @@ from lightning_lora.engine.layers.frozen import (
 from lightning_lora.engine.layers.quantized import keep_in_place, let_rearrange, may_rearrange, rearranges
 from lightning_lora.engine.layers.swapping import check_removable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.memory import Memory
 from lightning_lora.engine.plan import planned, variants_of
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.shown import listen_for_forwards, unlisten_for_forwards
-from lightning_lora.engine.storage import shape_of
+from lightning_lora.engine.storage import is_plain, shape_of
 from lightning_lora.engine.targets import Selection, select
 from lightning_lora.engine.tree import Tree
-from lightning_lora.engine.vocabulary import token_tensors, vocabulary
+from lightning_lora.engine.vocabulary import Vocabulary, token_tensors, vocabulary
 from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
@@ -88,7 +89,6 @@ def inject(
     config, tree = config or LoRAConfig(), Tree.of(model)
     _check_unadapted(model, tree)
     selection = select(model, config, tree)
-    _check_shared_weights(model, selection)
     plan = planned(selection.targets, config)
     if config.alora_invocation_tokens:
         check_readers(model)
@@ -97,6 +97,7 @@ def inject(
     if start:
         check_measured(config, [target.name for target in selection.targets], measured)
     whole = tensors_trained_whole(model, config, selection)
+    _check_shared(model, config, selection, whole, vocabularies)
     wasteful = [target.names_of(name)[0] for target, kind in plan if kind.wasteful for name in kind.wasteful]
     if wasteful:  # said before anything is changed, since a warning can be made an error
         warnings.warn(
@@ -127,7 +128,7 @@ def inject(
     for device, steps in groupby(plan, key=lambda step: step[1].device):
         with drawing_on(device):
             tensors += [
-                fresh_tensors(target.module, kind.recipes, measured.get(target.name), start=start)
+                fresh_tensors(target.name, target.module, kind.recipes, measured.get(target.name), start=start)
                 for target, kind in steps
             ]
     tokens = [token_tensors(module, spec, config) for _, module, _, spec in vocabularies]
@@ -144,7 +145,7 @@ def inject(
         if is_trained:
             trainable += p.numel()
         else:
-            frozen += p.numel() if type(p) is nn.Parameter else math.prod(shape_of(p))
+            frozen += math.prod(shape_of(p))
     variants = variants_of(config)
     for (target, kind), own in zip(plan, tensors):
         mixin = (*variants, kind.geometry) if variants else kind.geometry
@@ -277,21 +278,18 @@ def _check_unadapted(model: nn.Module, tree: Tree) -> None:
 
 def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
     """Parameters and persistent buffers that are trained whole, under the first name of each."""
-    inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
-    adapted = {id(t.module) for t in selection.targets}
+    is_saved, is_wanted = _trained_whole(config, selection)
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for prefix, module in model.named_modules() if inside or config.bias != "none" else ():
-        saved = id(module) in inside
+    for prefix, module in model.named_modules() if selection.saved or config.bias != "none" else ():
         for name, p in module.named_parameters(recurse=False):
-            wanted = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
-            if (saved or (wanted and "bias" in name)) and id(p) not in seen:
+            if is_wanted(module, name) and id(p) not in seen:
                 full = f"{prefix}.{name}" if prefix else name
-                if not p.is_floating_point():
+                if not is_plain(p):
                     raise TargetError(f"{full!r} cannot be trained: it holds {p.dtype} values (quantized weights).")
                 seen.add(id(p))
                 whole[full] = p
-        if saved:
+        if is_saved(module):
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
                     whole[f"{prefix}.{name}" if prefix else name] = buffer
@@ -300,19 +298,58 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
     return whole
 
 
-def _check_shared_weights(model: nn.Module, selection: Selection) -> None:
-    """Refuse to train a weight whole that another module uses as well: that one would change unasked."""
+def _trained_whole(
+    config: LoRAConfig, selection: Selection
+) -> tuple[Callable[[nn.Module], bool], Callable[[nn.Module, str], bool]]:
+    """Whether all of a module is trained whole, and whether a parameter of it is."""
     inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
-    own = {id(p): name for name, module in selection.saved.items() for p in module.parameters()}
-    for name, module in model.named_modules() if own else ():
-        if id(module) in inside:
-            continue
-        for p in module.parameters(recurse=False):
-            if id(p) in own:
-                raise TargetError(
-                    f"modules_to_save: {own[id(p)]!r} shares its weight with {name!r} (tied weights), which would be "
-                    f"trained with it. Name both in modules_to_save, or untie them first."
-                )
+    adapted = {id(t.module) for t in selection.targets}
+
+    def is_saved(module: nn.Module) -> bool:
+        return id(module) in inside
+
+    def is_wanted(module: nn.Module, name: str) -> bool:
+        biases = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
+        return id(module) in inside or (biases and "bias" in name)
+
+    return is_saved, is_wanted
+
+
+def _check_shared(
+    model: nn.Module,
+    config: LoRAConfig,
+    selection: Selection,
+    whole: Mapping[str, Tensor],
+    vocabularies: Vocabulary,
+) -> None:
+    """Refuse to train what others use as well, by the tensor itself or by its memory: they would change unasked."""
+    if not whole and not vocabularies:
+        return
+    _, is_wanted = _trained_whole(config, selection)
+    modules = list(model.named_modules())
+    memory = Memory(modules)
+    trained = {id(t): name for name, t in whole.items()}
+    for prefix, module in modules:
+        for own, p in module._parameters.items():
+            if id(p) in trained and not is_wanted(module, own):
+                raise TargetError(_shared_by(trained[id(p)], [f"{prefix}.{own}" if prefix else own], config))
+    rows = {f"{name}.weight": module._parameters["weight"] for name, module, _, _ in vocabularies}
+    for name, t in (*whole.items(), *rows.items()):
+        assert t is not None
+        others = [held.name for held in memory.sharing(t) if not held.is_attribute and id(held.tensor) not in trained]
+        if others:
+            raise TargetError(_shared_by(name, others, config))
+
+
+def _shared_by(name: str, others: Iterable[str], config: LoRAConfig) -> str:
+    others = listed(repr(other.removesuffix(".weight")) for other in others)
+    what = {"modules_to_save": config.modules_to_save, "trainable_token_indices": config.trainable_token_indices}
+    asked = [option for option, value in what.items() if value] + [f"bias={config.bias!r}"] * (config.bias != "none")
+    return (
+        f"{' and '.join(asked)}: {name.removesuffix('.weight')!r} shares its weight with {others} (they are one "
+        "parameter, or two in the same memory), which would be trained with it. Name both, or untie them first: give "
+        "each a weight in memory of its own."
+    )
 
 
 def weight_users(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[tuple[str, nn.Module]]]:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections, release, weight_users
-from lightning_lora.engine.layers.base import Adapter, adapters
+from lightning_lora.engine.layers.base import BIAS, Adapter, adapters
 from lightning_lora.engine.layers.swapping import check_removable, swap_back
-from lightning_lora.engine.storage import can_be_dense, dense, is_plain, stored
+from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.memory import Memory, repeats
+from lightning_lora.engine.storage import dense, is_plain, stored
 from lightning_lora.errors import AdapterStateError, listed
 
 
@@ -24,9 +26,11 @@ def merge(model: nn.Module) -> None:
     """Bake the adapters into the base weights of `model`; they are gone afterwards, and what was frozen is trainable
     as it was before `inject`.
 
-    A tied weight is untied first, with a warning, since only one of its users was adapted. A quantized weight is
-    quantized again, with a warning that says how much of the update is lost in that; one of torchao's becomes a plain
-    one. Raises AdapterStateError where there are no adapters or a layer cannot be merged; nothing is changed then.
+    A weight that is tied, or that lies in the memory of another tensor, is untied first, with a warning, so that what
+    was not adapted stays as it is. A quantized weight is quantized again, with a warning that says how much of the
+    update is lost in that; one of torchao's becomes a plain one. Where a weight of 16 bits keeps less than nine tenths
+    of its update, a warning says so, layer by layer. Raises AdapterStateError where there are no adapters or a layer
+    cannot be merged; nothing is changed then.
     """
     mergeable = _mergeable(model)
     records = [(model.get_submodule(name), injection) for name, injection in injections(model)][::-1]
@@ -34,27 +38,21 @@ def merge(model: nn.Module) -> None:
         raise AdapterStateError(
             f"inject was called on a module around this {type(model).__name__}: merge that one, all at once."
         )
-    users = weight_users(model.named_modules())
-    tied = {
-        id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]
-        for module in mergeable.values()
-        for p in module._parameters.values()
-        if p is not None
-    }
+    shared = _shared(model, mergeable)
     changed = {
         id(module._parameters.get(pair.parameter))
         for name, module in mergeable.items()
         for pair in module.lora_pairs(name)
     }
-    if any(tied[key] for key in changed if key in tied):  # said before anything is changed: a warning can be an error
-        names = (name for key in changed for name in tied.get(key, ()))
+    names = dict.fromkeys(name for key in changed for name in shared.get(key, ()))
+    if names:  # said before anything is changed: a warning can be an error
         warnings.warn(
-            f"Merging unties a weight that is shared with {listed(names)}: only "
-            "one of its users was adapted. Save the model with its weights untied (in transformers: "
+            f"Merging unties a weight that is shared with {listed(names)}, in one parameter or in one memory: each "
+            "keeps what it computes. Save the model with its weights untied (in transformers: "
             "config.tie_word_embeddings=False).",
             stacklevel=2,
         )
-    _warn_of_rounding(mergeable)
+    _check_rounding(mergeable)
     _warn_of_growth(mergeable)
     for module in mergeable.values():
         values, attributes = _merged(module)
@@ -63,8 +61,8 @@ def merge(model: nn.Module) -> None:
         for name, value in values.items():
             parameter = module._parameters[name]
             assert parameter is not None
-            in_place = is_plain(parameter) and parameter.shape == value.shape
-            if tied[id(parameter)] or not in_place:  # the others keep the weight that they share
+            in_place = is_plain(parameter) and parameter.shape == value.shape and not repeats(parameter)
+            if shared[id(parameter)] or not in_place:  # the others keep the weight that they share
                 module._parameters[name] = _parameter(value)
             else:
                 with torch.no_grad():
@@ -82,7 +80,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     undo = []
     try:
         mergeable = _mergeable(model)
-        _warn_of_rounding(mergeable)
+        _check_rounding(mergeable)
         _warn_of_growth(mergeable)
         for module in mergeable.values():
             values, attributes = _merged(module)
@@ -118,6 +116,19 @@ def _mergeable(model: nn.Module) -> dict[str, Adapter]:
     return dict(sorted(found.items(), key=lambda entry: bool(entry[1].lora_names)))
 
 
+def _shared(model: nn.Module, mergeable: Mapping[str, Adapter]) -> dict[int, list[str]]:
+    """By the identity of each parameter of the adapted layers: who else has it, or a tensor in the same memory."""
+    modules = list(model.named_modules())
+    users, memory = weight_users(modules), Memory(modules)
+    return {
+        id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]
+        + [held.name for held in memory.sharing(p)]
+        for module in mergeable.values()
+        for p in module._parameters.values()
+        if p is not None
+    }
+
+
 def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The parameters and attributes of the layer with its adapter in them, stored as its own are."""
     values: dict[str, Tensor] = {}
@@ -150,22 +161,34 @@ def _warn_of_growth(mergeable: Mapping[str, Adapter]) -> None:
         )
 
 
-def _warn_of_rounding(mergeable: Mapping[str, Adapter]) -> None:
-    """Say what quantizing the adapted weights again takes away from the updates, before anything is changed."""
+_SURVIVES = 0.9
+"""The share of an update below which `merge` says that less than that of it is left."""
+
+
+def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
+    """Say what storing the adapted weights takes away from the updates, before anything is changed. Raises
+    AdapterStateError where it leaves no numbers."""
+    broken: list[str] = []
     lost: dict[str, float] = {}
-    for name, module in mergeable.items():
-        for pair in module.lora_pairs(name):
-            own = module._parameters.get(pair.parameter)
-            if own is None or is_plain(own) or not can_be_dense(own):
-                continue
-            with torch.no_grad():
-                before = dense(module, own).float()
-                wanted = module.adapted_weight(pair.parameter).float()
-                value, _ = stored(module, wanted, own)
-                # What a weight is stored as knows its own scales: no module's are asked for.
-                got = dense(nn.Module(), value).float()
-            if not is_plain(value):
-                lost[pair.name] = float((got - wanted).norm() / (wanted - before).norm().clamp(min=1e-30))
+    kept: dict[str, float] = {}
+    with torch.no_grad():
+        for name, module in mergeable.items():
+            for changed, own, before, wanted in _changes(name, module):
+                if is_plain(own):
+                    kept[changed] = _share_kept(before, wanted)
+                    if bool((before.isfinite() & ~wanted.to(before.dtype).isfinite()).any()):
+                        broken.append(f"{changed} (in {str(before.dtype).removeprefix('torch.')})")
+                    continue
+                value, _ = stored(module, wanted.float(), own)
+                if not is_plain(value):
+                    # What a weight is stored as knows its own scales: no module's are asked for.
+                    got = dense(nn.Module(), value).float()
+                    lost[changed] = float((got - wanted).norm() / (wanted - before).norm().clamp(min=1e-30))
+    if broken:
+        raise AdapterStateError(
+            f"Merged, the weights of {listed(broken)} would hold values that are not finite: the adapter diverged, or "
+            "its update is too large for that precision (call model.float() first)."
+        )
     if lost:
         worst = max(lost, key=lost.__getitem__)
         warnings.warn(
@@ -174,3 +197,39 @@ def _warn_of_rounding(mergeable: Mapping[str, Adapter]) -> None:
             "full precision.",
             stacklevel=3,
         )
+    weak = sorted((share, name) for name, share in kept.items() if share < _SURVIVES)
+    if weak:
+        warnings.warn(
+            f"Merging rounds weights to a precision in which {len(weak)} of {len(kept)} updates are partly lost: of "
+            f"each, this share is left: {listed(f'{name} {share:.2f}' for share, name in weak)}. To lose nothing, use "
+            "the adapter unmerged, or merge it into the base in float32: call model.float() before merge.",
+            stacklevel=3,
+        )
+
+
+def _changes(name: str, module: Adapter) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """What merging changes in a layer: a name for it, the parameter, its numbers, and what they are to be, unrounded.
+
+    Embeddings, of which rows are trained, are given by these rows.
+    """
+    for pair in module.lora_pairs(name):
+        own = module._parameters.get(pair.parameter)
+        if own is not None:
+            yield pair.name, own, module.dense_weight(pair.parameter), module.adapted_weight(pair.parameter)
+    if isinstance(module, TokenRows):
+        W = module.dense_weight()
+        yield name, W, W[module.lora_rows], module.tokens
+    mine, bias = module._parameters.get(BIAS), module._parameters.get("bias")
+    if mine is not None and bias is not None:
+        yield f"{name}.bias" if name else "bias", bias, bias, bias.float() + module.lora.scale * mine.float()
+
+
+def _share_kept(before: Tensor, wanted: Tensor) -> float:
+    """How much of a change is left once its result is rounded to the dtype of `before`: the projection of what is left
+    on the change, in units of the change. 1 where nothing changes, or nothing is rounded."""
+    if before.dtype.itemsize >= wanted.dtype.itemsize:
+        return 1.0
+    change = wanted - before
+    left = wanted.to(before.dtype).to(wanted.dtype) - before
+    size = change.square().sum(dtype=torch.float64)
+    return float((left * change).sum(dtype=torch.float64) / size) if size else 1.0

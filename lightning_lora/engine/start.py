@@ -37,7 +37,8 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
             else:
                 of = (measured or {}).get(name)
                 with drawing_on(device_of(module, module.lora)):
-                    started = fresh_tensors(module, recipes(module, type(module), module.lora, injection.config), of)
+                    how = recipes(module, type(module), module.lora, injection.config)
+                    started = fresh_tensors(name, module, how, of)
             values += [(module, own, value) for own, value in started.items()]
     with torch.no_grad():
         for module, own, value in values:

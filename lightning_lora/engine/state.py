@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import adapters
+from lightning_lora.engine.layers.base import FACTORS
 from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.overflow import largest, largest_in, too_large
 from lightning_lora.engine.sharded import check_complete, fill, is_sharded, whole
-from lightning_lora.engine.storage import is_quantized
+from lightning_lora.engine.storage import dtype_of, is_quantized
 from lightning_lora.engine.witness import witness_of
 from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
@@ -63,7 +65,8 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
     """Copy an `adapter_state_dict` into the adapters of `model`, in place.
 
     Strict both ways: raises AdapterFormatError naming every tensor that is missing, unexpected, of another shape or
-    not finite, and AdapterStateError for a model on the meta device; nothing is changed then.
+    not finite, or so large that it would overflow in its layer, and AdapterStateError for a model on the meta device;
+    nothing is changed then.
     """
     own = adapter_tensors(model)
     check_fits(own, state_dict, what="the adapter")
@@ -72,13 +75,14 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
 
 def fill_adapter(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy `values`, which fit, into `own`, the `adapter_tensors` of `model`. Raises AdapterStateError, with nothing
-    changed, for a model on the meta device."""
+    changed, for a model on the meta device, and AdapterFormatError for numbers that would overflow in its layers."""
     absent = [name for name, tensor in own.items() if tensor.is_meta]
     if absent:
         raise AdapterStateError(
             f"{listed(absent)} of {type(model).__name__} is on the meta device, where nothing can be loaded: "
             "materialise the model first, with to_empty, or with load_state_dict(..., assign=True) and start_adapters."
         )
+    _check_sizes(model, own, values)
     with torch.no_grad():
         for name, tensor in own.items():
             if is_sharded(tensor):
@@ -87,6 +91,36 @@ def fill_adapter(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[st
                 tensor.copy_(values[name])
     for _, injection in injections(model):
         injection.awaits_start = False
+
+
+def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Raise AdapterFormatError for finite numbers that would overflow in the precision in which their layers compute:
+    A, B, scale * B and scale * B A, and what is trained besides."""
+    problems = []
+    rest = dict(own)
+    for name, module in adapters(model):
+        prefix = f"{name}." if name else ""
+        for pair in module.lora_pairs(name):
+            A, B = (values[prefix + factor + pair.suffix] for factor in FACTORS)
+            found = too_large(A, B, pair.spec.scale, dtype_of(module.own(pair.parameter)))
+            problems += [f"{pair.name} has {found}"] if found else []
+            for factor in FACTORS:
+                del rest[prefix + factor + pair.suffix]
+    for name, tensor in rest.items():
+        if tensor.is_floating_point():
+            # A buffer may hold the lowest number that there is, as masks do.
+            is_trained = isinstance(tensor, nn.Parameter)
+            most = largest(tensor.dtype) if is_trained else torch.finfo(tensor.dtype).max
+            size = largest_in(values[name])
+            if not size <= most:
+                problems.append(
+                    f"{name} has {size:.3g}, where {str(tensor.dtype).removeprefix('torch.')} allows {most:.3g}"
+                )
+    if problems:
+        raise AdapterFormatError(
+            f"The adapter holds numbers that are finite and yet too large for the model: {listed(problems)}. It is "
+            "broken, or its alpha is, or it was trained in a wider precision. Nothing was loaded."
+        )
 
 
 def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str, are_finite: bool = False) -> None:

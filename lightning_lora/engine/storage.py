@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_plain(W: Tensor) -> bool:
     """Whether a weight holds its own numbers, in 16 bits or more."""
-    return W.is_floating_point() and W.dtype.itemsize > 1 and not is_torchao(W)
+    return W.is_floating_point() and W.dtype.itemsize > 1 and not is_quantized(W)
 
 
 def is_quantized(W: Tensor) -> bool:
-    """Whether it stands for other numbers, in a way that is known here."""
-    return _is_4bit(W) or _is_8bit(W) or is_torchao(W)
+    """Whether it stands for other numbers than it holds."""
+    return _is_4bit(W) or _is_8bit(W) or is_wrapper(W)
 
 
 def can_be_dense(W: Tensor | None) -> bool:
     """Whether it is known which numbers a weight stands for."""
-    return W is not None and (is_plain(W) or is_quantized(W))
+    return W is not None and (is_plain(W) or _is_4bit(W) or _is_8bit(W) or _dequantizer(W) is not None)
 
 
 def dense(module: Any, W: Tensor) -> Tensor:
@@ -34,14 +35,26 @@ def dense(module: Any, W: Tensor) -> Tensor:
     if is_plain(W):
         return W
     with torch.no_grad():
-        if is_torchao(W):
-            return W.dequantize()
-        functional = sys.modules["bitsandbytes.functional"]
-        if _is_4bit(W):
+        functional = sys.modules.get("bitsandbytes.functional")
+        if functional is not None and _is_4bit(W):
             data, state = unpacked(W)
             return functional.dequantize_4bit(data, state)
-        assert _is_8bit(W), "can_be_dense was asked before"
-        return functional.int8_vectorwise_dequant(W.data, _scales(module, W))
+        if functional is not None and _is_8bit(W):
+            return functional.int8_vectorwise_dequant(W.data, _scales(module, W))
+        dequantize = _dequantizer(W)
+        assert dequantize is not None, "can_be_dense was asked before"
+        return dequantize()
+
+
+def dtype_of(W: Any) -> torch.dtype:
+    """The dtype of the numbers that `W` stands for; float32 where it does not say."""
+    if W is None:
+        return torch.float32
+    if _is_4bit(W):
+        dtype: torch.dtype = W.quant_state.original_dtype if is_rearranged(W) else W.quant_state.dtype
+    else:
+        dtype = W.dtype if W.is_floating_point() and W.dtype.itemsize > 1 else torch.float32
+    return dtype
 
 
 def shape_of(W: Any) -> tuple[int, ...]:
@@ -55,12 +68,12 @@ def stored(module: Any, W: Tensor, like: Tensor) -> tuple[Tensor, dict[str, Any]
     if is_plain(like):
         return W.to(like.dtype), {}
     W = W.to(dense(module, like).dtype)
-    kind: Any = type(like)
     if _is_4bit(like):
         made = {name: getattr(like, name) for name in _CHOICES_4BIT}
-        parameter = kind(W.contiguous(), **made).to(like.device)
+        parameter = sys.modules["bitsandbytes.nn"].Params4bit(W.contiguous(), **made).to(like.device)
         return parameter, {"quant_state": parameter.quant_state}
     if _is_8bit(like):
+        kind = sys.modules["bitsandbytes.nn"].Int8Params
         state = copy.copy(module.state)  # the layer takes over the new numbers in its next forward
         state.CB = state.SCB = None
         return kind(W.contiguous().cpu(), requires_grad=False).to(like.device), {"state": state}
@@ -70,15 +83,29 @@ def stored(module: Any, W: Tensor, like: Tensor) -> tuple[Tensor, dict[str, Any]
 _CHOICES_4BIT = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
 
 
+def is_rearranged(W: Any) -> bool:
+    """Whether it is a 4-bit weight that bitsandbytes has rearranged for a CPU with AVX512-BF16."""
+    return _is_4bit(W) and bool(getattr(W.quant_state, "packing_format_for_cpu", False))
+
+
 def unpacked(W: Any) -> tuple[Tensor, Any]:
-    """The data and the state of a 4-bit weight, as they were before bitsandbytes rearranged them for a CPU."""
-    if not getattr(W.quant_state, "packing_format_for_cpu", False):
-        return W.data, W.quant_state
-    # It changes the state that it is given.
-    restored: tuple[Tensor, Any] = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse(
-        W.data, copy.copy(W.quant_state)
-    )
-    return restored
+    """The data and the state of a 4-bit weight in the order in which bitsandbytes quantizes.
+
+    Of one that was rearranged, the scales are those that it computes with since, one for each block in float32: what
+    their rounding to bfloat16 took away is lost, and they are not quantized a second time, which would change them
+    again.
+    """
+    packed = W.quant_state
+    if not is_rearranged(W):
+        return W.data, packed
+    state = copy.copy(packed)
+    state.original_nested = False
+    # bitsandbytes' inverse, which changes the state that it is given, is right in all but the scales: these it leaves
+    # transposed, as (blocks of a row, rows).
+    data, state = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse(W.data, state)
+    state.absmax = packed.absmax.T.to(torch.float32).flatten()
+    state.offset = state.state2 = None
+    return data, state
 
 
 def _is_a(W: Any, module: str, name: str) -> bool:
@@ -86,17 +113,35 @@ def _is_a(W: Any, module: str, name: str) -> bool:
     return kind is not None and isinstance(W, kind)
 
 
+# By what bitsandbytes keeps beside its weights, not by their class, which they lose where a model is pickled. Their
+# dtype tells nothing: four bits may be stored two in a byte or four in a bfloat16 (quant_storage).
+
+
 def _is_4bit(W: Any) -> bool:
-    return _is_a(W, "bitsandbytes.nn", "Params4bit") and W.quant_state is not None
+    kind = getattr(sys.modules.get("bitsandbytes.functional"), "QuantState", None)
+    return kind is not None and isinstance(getattr(W, "quant_state", None), kind)
 
 
 def _is_8bit(W: Tensor) -> bool:
-    return _is_a(W, "bitsandbytes.nn", "Int8Params") and W.dtype == torch.int8
+    return W.dtype == torch.int8 and "bitsandbytes.nn" in sys.modules and hasattr(W, "SCB")
 
 
-def is_torchao(W: Tensor) -> bool:
-    """Whether it is one of torchao's, which torch's functions compute with."""
-    return _is_a(W, "torchao.utils", "TorchAOBaseTensor")
+def is_wrapper(W: Tensor) -> bool:
+    """Whether its numbers lie in other tensors, as those of torchao's weights do. A DTensor's are its own."""
+    kind = type(W)
+    if kind is nn.Parameter or kind is Tensor:
+        return False
+    return hasattr(kind, "__tensor_flatten__") and not _is_a(W, "torch.distributed.tensor", "DTensor")
+
+
+def _dequantizer(W: Any) -> Callable[[], Tensor] | None:
+    """What gives the numbers of a wrapper; None where its class cannot, as some of torchao's for one kernel."""
+    if not is_wrapper(W):
+        return None
+    if _is_a(W, "torchao.utils", "TorchAOBaseTensor"):
+        known: Callable[[], Tensor] | None = W.dequantize
+        return known if type(W).dequantize is not Tensor.dequantize else None
+    return getattr(W, "get_original_weight", None)  # torchao's NF4Tensor
 
 
 def _scales(module: Any, W: Any) -> Tensor:

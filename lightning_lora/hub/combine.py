@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine, product_change
+from lightning_lora.engine.overflow import largest
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.card import RunFacts, base_id, model_card
@@ -230,7 +231,7 @@ def _written(
         like, rank = _any_pair(module, adapters), ranks[module]
         groups, scale = groups_of(like), alpha / ranks[module]
         A, B = c.A.to(dtype), (c.B.double() / scale).to(dtype)
-        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+        if not (c.norm <= largest(dtype) and bool(torch.isfinite(A).all() and torch.isfinite(B).all())):
             overflowing.append(module)
         rounded = product_change(c.B.double(), c.A.double(), scale * B.double(), A.double())
         more = rank // groups - A.shape[-2]

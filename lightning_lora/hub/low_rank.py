@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_lora.engine.layers.dora import gains
+
 
 @dataclass(frozen=True)
 class Truncated:
@@ -63,11 +65,12 @@ def spectrum(matrix: Tensor) -> Spectrum:
 def dora_update(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor) -> Tensor:
     """m (W + s B A) / ||W + s B A|| - W, norms over each row (Liu et al. 2024, arXiv:2402.09353, equation 5).
 
-    W (out, in), A (r, in), B (out, r), magnitude (out,). Of full rank in general: the rows of W are rescaled.
+    W (out, in), A (r, in), B (out, r), magnitude (out,). Of full rank in general: the rows of W are rescaled, but for
+    those that are zero once adapted, which have no direction.
     """
     W = W.double()
     adapted = W + scale * B.double() @ A.double()
-    return magnitude.double()[:, None] * adapted / adapted.norm(dim=1, keepdim=True) - W
+    return gains(magnitude.double(), adapted.norm(dim=1))[:, None] * adapted - W
 
 
 def norm_of_product(B: Tensor, A: Tensor) -> float:

@@ -18,7 +18,7 @@ from lightning_lora.engine.bank.routing import One, Routes, Routing, Rows
 from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes, width_of
 from lightning_lora.engine.bank.slots import Entry, Slots
 from lightning_lora.engine.bank.tiers import HostStore, Store
-from lightning_lora.engine.bank.writing import write
+from lightning_lora.engine.bank.writing import problem_written, write
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers.base import adapters
 from lightning_lora.engine.targets import select
@@ -141,12 +141,9 @@ class Bank:
         self._slots.clear(slot)
         with torch.no_grad():
             write(self._slots.slab, self._cells, slot, factors)
-            row = self._slots.slab.data[slot]
-            # One sum tells, unless it overflows where no value does.
-            if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):
-                raise AdapterFormatError(
-                    f"The adapter {name!r} holds values that are not finite in {row.dtype}. Nothing was added."
-                )
+            problem = problem_written(self._slots.slab, self._cells, slot, factors)
+        if problem:
+            raise AdapterFormatError(f"The adapter {name!r} holds {problem}. Nothing was added.")
 
     def check_new(self, name: str) -> None:
         """Raise BankError where the name is taken."""

@@ -22,7 +22,7 @@ from lightning_lora.engine.bank.routing import FEW_POSITIONS
 from lightning_lora.engine.layers import geometry_of
 from lightning_lora.engine.layers.base import has_own_forward
 from lightning_lora.engine.layers.conv import ConvLoRA
-from lightning_lora.engine.layers.dora import output_norms
+from lightning_lora.engine.layers.dora import gains, output_norms
 from lightning_lora.engine.layers.embedding import EmbeddingLoRA
 from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.engine.storage import can_be_dense, dense, is_quantized
@@ -155,9 +155,8 @@ class Cell:
         A, B = (t.to(self.A.device, torch.float32) for t in (values.A, values.B))
         W = self._dense_weight(AdapterFormatError)
         change = self.geometry.from_matrix(self.module, values.scale * (B.flatten(1) @ A.flatten(1)))
-        g = values.magnitude.to(self.A.device, torch.float32).flatten() / output_norms(
-            self.geometry, self.module, W + change
-        )
+        norms = output_norms(self.geometry, self.module, W + change)
+        g = gains(values.magnitude.to(self.A.device, torch.float32).flatten(), norms)
         self.store(slot, A, B * g.view(-1, *(1,) * (B.dim() - 1)), values.scale)
         self.gain[slot].copy_(g - 1)
 

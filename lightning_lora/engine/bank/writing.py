@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from lightning_lora.engine.bank.cells import Cell, LayerFactors, LinearCell, copy_scaled
 from lightning_lora.engine.bank.slab import Slab
+from lightning_lora.engine.overflow import largest, largest_in, too_large
+from lightning_lora.engine.storage import dtype_of
+from lightning_lora.errors import listed
 
 
 def write(slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str, LayerFactors]) -> None:
@@ -23,6 +27,25 @@ def write(slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str
     for name, values in factors.items():
         if not (name in written[0] and name in written[1]):
             cells[name].write(slot, values)
+
+
+def problem_written(
+    slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str, LayerFactors]
+) -> str | None:
+    """What of `factors`, which `write` has written, is not finite there or would overflow in its layer, in words."""
+    row = slab.data[slot]
+    size = largest_in(row)
+    if not math.isfinite(size):
+        return f"values that are not finite in {row.dtype}"
+    if size * size * max(values.A.shape[0] for values in factors.values()) <= largest(torch.float16):
+        return None  # no product can be too large in any dtype
+    problems = []
+    for name, values in factors.items():
+        dtype = dtype_of(cells[name].module._parameters.get("weight"))
+        found = too_large(values.A, values.B, values.scale, dtype, values.magnitude, values.bias)
+        if found:
+            problems.append(f"{name} has {found}")
+    return f"numbers that are finite and yet too large for the model: {listed(problems)}" if problems else None
 
 
 def _write_A(to: Tensor, of_block: Sequence[LayerFactors]) -> bool:  # (layers, max_rank, in)

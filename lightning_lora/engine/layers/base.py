@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import fused, shown
-from lightning_lora.engine.storage import can_be_dense, dense, is_plain, is_torchao, shape_of
+from lightning_lora.engine.storage import can_be_dense, dense, is_plain, is_wrapper, shape_of
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError
 
@@ -232,17 +232,16 @@ class Adapter(_Host):
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class computes, in which it reads its own weight (see `read_attribute`)."""
-        forward: Any = type(self).base_class.forward
         if torch.compiler.is_compiling():
             self.lora_is_inside = True
             try:
-                return forward(self, *args, **kwargs)
+                return super().forward(*args, **kwargs)
             finally:
                 self.lora_is_inside = False
         # What is read is computed once in a forward: a mixture of experts reads its stack once for each expert.
         token = _INSIDE.set({**(_INSIDE.get() or {}), id(self): {}})
         try:
-            return forward(self, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
             _INSIDE.reset(token)
 
@@ -273,7 +272,7 @@ class Adapter(_Host):
         is_inside = reads is not None and reads is not False
         if is_inside and not self.lora_by_weight:
             return own
-        if own is not None and not is_plain(own) and not is_torchao(own):
+        if own is not None and not is_plain(own) and not is_wrapper(own):
             return own  # its numbers are no weight for one who does not know how they are stored
         if own is not None and self._awaits(own):
             return own  # while weights are loaded into a model that was adapted on the meta device

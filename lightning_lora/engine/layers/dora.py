@@ -20,6 +20,9 @@ class DoRA(Adapter):
     The norm is that of the weights of one output, so m, `lora_magnitude_vector`, has a number for each, and starts as
     the norm of W. No gradient passes through the norm (section 4.3). With g = m / ||W + s B A|| an output is
     g (W x + s B A x) + b: as in plain LoRA, dropout is on the input of A alone.
+
+    Weights of an output that are all zero have no direction: g is 1 there, as in plain LoRA. The output is that of the
+    base, B gets its gradient, and from its first step on there is a direction, whose size m learns from 0.
     """
 
     lora_magnitude_vector: nn.Parameter
@@ -68,13 +71,19 @@ class DoRA(Adapter):
         """g, one number for each output, in float32 or wider."""
         with torch.no_grad():
             norm = output_norms(self, self, super().adapted_weight())
-        return self.lora_magnitude_vector.to(norm.dtype) / norm
+        return gains(self.lora_magnitude_vector, norm)
 
     def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         V = self.by_output(self, super().adapted_weight(parameter, dropped=dropped))
         norm = output_norms(self, self, V.detach(), is_by_output=True)
         m: Tensor = getattr(self, MAGNITUDE + self.suffix_of(parameter))
-        return self.from_output(self, (m.to(V.dtype) / norm)[..., None] * V)
+        return self.from_output(self, gains(m, norm)[..., None] * V)
+
+
+def gains(m: Tensor, norm: Tensor) -> Tensor:
+    """g = m / ||W + s B A||, and 1 where that norm is 0."""
+    is_zero = norm == 0
+    return torch.where(is_zero, 1.0, m.to(norm.dtype) / torch.where(is_zero, 1.0, norm))
 
 
 def output_norms(geometry: Any, module: Any, W: Tensor, *, is_by_output: bool = False) -> Tensor:

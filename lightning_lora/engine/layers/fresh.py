@@ -15,8 +15,9 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
 from lightning_lora.engine.layers.base import BIAS, FACTORS, MAGNITUDE, START, Adapter, AdapterSpec
 from lightning_lora.engine.layers.dora import output_norms
+from lightning_lora.engine.overflow import largest, too_large
 from lightning_lora.engine.sharded import whole
-from lightning_lora.engine.storage import can_be_dense, dense, shape_of
+from lightning_lora.engine.storage import can_be_dense, dense, dtype_of, is_plain, shape_of
 from lightning_lora.errors import ConfigError, DataError, TargetError, listed
 
 Measured = Mapping[str, Mapping[str, Tensor]]
@@ -30,8 +31,9 @@ class Recipe:
         self, module: nn.Module, geometry: type[Adapter], parameter: str, spec: AdapterSpec, config: LoRAConfig
     ) -> None:
         weight = _read(module, parameter)
+        self.computes_in = dtype_of(weight)
         # A quantized weight is stored as integers; its adapters are float32.
-        dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
+        dtype = weight.dtype if is_plain(weight) else torch.float32
         self.dtype = torch.promote_types(dtype, torch.float32) if config.adapter_dtype == "float32" else dtype
         self.geometry, self.parameter, self.spec, self.config = geometry, parameter, spec, config
         self.init = INITS[config.init]
@@ -52,8 +54,9 @@ class Recipe:
     def d_in(self) -> int:
         return math.prod(self.shape_A[1:])
 
-    def tensors(self, module: nn.Module, measured: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Those of `module`, of that kind. Without `measured`, all is zero: nothing is drawn or computed."""
+    def tensors(self, module: nn.Module, measured: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
+        """Those of `module`, of that kind; errors call it `name`. Without `measured`, all is zero: nothing is drawn or
+        computed."""
         dtype = self.dtype
         if measured is None:
             A, B = self.zeros_A(), self.zeros_B()
@@ -61,6 +64,7 @@ class Recipe:
             A, B = self.draw(), self.zeros_B()
         else:
             A, B = self._start(module, measured)
+            self._check_start(A, B, name)
             B = B.reshape(self.shape_B).to(dtype).contiguous()
         if A.shape != self.shape_A or A.dtype is not dtype or not A.is_contiguous():
             A = A.reshape(self.shape_A).to(dtype).contiguous()
@@ -75,8 +79,21 @@ class Recipe:
             tensors[bias] = nn.Parameter(torch.zeros(self.shape_B[0], dtype=self.dtype))
         if config.use_dora:
             W = whole(dense(module, _read(module, self.parameter)).detach())
-            tensors[magnitude] = nn.Parameter(output_norms(self.geometry, module, W).to(self.dtype))
+            # Not in 16 bits: divided by the norm, a rounded one would not be 1.
+            wide = torch.promote_types(self.dtype, torch.float32)
+            tensors[magnitude] = nn.Parameter(output_norms(self.geometry, module, W).to(wide))
         return tensors
+
+    def _check_start(self, A: Tensor, B: Tensor, name: str) -> None:
+        """Raise where what was computed is not finite, or overflows in the layer's precision, or in that of A and B."""
+        narrow = min((self.computes_in, self.dtype), key=largest)
+        found = too_large(A, B if B.numel() else B.new_zeros(1, 1), self.spec.scale, narrow)
+        if found is not None:
+            error, whence = (DataError, "what was measured") if self.init.measures else (TargetError, "its weight")
+            raise error(
+                f"init={self.config.init!r} gives {name!r} {found}: look at {whence}, or choose init='kaiming', which "
+                "starts from nothing."
+            )
 
     def _start(self, module: nn.Module, measured: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         init, spec, A, B = self.init, self.spec, self.shape_A, self.shape_B
@@ -103,18 +120,24 @@ def recipes(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, confi
 
 
 def fresh_tensors(
-    module: nn.Module, recipes: Sequence[Recipe], measured: Mapping[str, Tensor] | None = None, *, start: bool = True
+    name: str,
+    module: nn.Module,
+    recipes: Sequence[Recipe],
+    measured: Mapping[str, Tensor] | None = None,
+    *,
+    start: bool = True,
 ) -> dict[str, Tensor]:
     """The parameters and buffers that `swap` gives to `module`: an update of zero, but for an initialiser of `Whole`.
 
     Called inside of `drawing_on`, for the device of the layer. `measured` is what the initialiser asks for of this
     layer that is measured (see `inits`). Without `start` nothing is drawn or computed: A and B are zero, to be loaded
-    or started later.
+    or started later. `name` is what errors call the layer: raises DataError where what was measured, or TargetError
+    where the weight, makes a start that is not finite or overflows.
     """
     given = (measured or {}) if start else None
     if len(recipes) == 1:
-        return recipes[0].tensors(module, given)
-    return {name: t for recipe in recipes for name, t in recipe.tensors(module, given).items()}
+        return recipes[0].tensors(module, given, name)
+    return {own: t for recipe in recipes for own, t in recipe.tensors(module, given, name).items()}
 
 
 def tensor_shapes(
@@ -161,8 +184,11 @@ _MEASURED_BY = {
 
 
 def check_init(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig) -> None:
-    """Raise TargetError where the initialiser has no meaning for `module`; called before anything is changed."""
+    """Raise TargetError where the initialiser or the scale has no meaning for `module`; called before anything is
+    changed."""
     init = INITS[config.init]
+    if not abs(spec.scale) <= largest(torch.float32):
+        raise TargetError(f"its scale is {spec.scale:.3g}, by which its update would overflow: lower alpha")
     if getattr(module, "groups", 1) != 1 and (init.computes or init.gives != "Tensor"):
         raise TargetError(
             f"init={config.init!r} starts from the matrix of a layer, and a convolution with groups={module.groups} "

@@ -1,31 +1,88 @@
-"""bitsandbytes' 4-bit Linear. Its 8-bit one and torchao's weights need no class of their own: see engine/storage.py."""
+"""bitsandbytes' 4-bit Linear. Its 8-bit one and torchao's weights need no class of their own: see engine/storage.py.
+
+Where a CPU has AVX512-BF16, such a layer rearranges its weight in its first forward in eval mode: it rounds the scales
+to bfloat16, which cannot be undone, and passes no gradient on from then on. In an adapted model that must not happen: a
+validation would change the base, and adapters below the layer would no longer train. What was rearranged before, the
+model's output depends on: it stays as it is.
+"""
 
 from __future__ import annotations
 
+import copy
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.linear import LinearLoRA
-from lightning_lora.engine.storage import unpacked
+from lightning_lora.engine.storage import dense, is_rearranged, unpacked
+from lightning_lora.engine.swap import swapped_class
+
+if TYPE_CHECKING:
+    _Host = nn.Module
+else:
+    _Host = object
 
 
-class Linear4bitLoRA(LinearLoRA):
-    """A Linear4bit must not rearrange its weight for the CPU.
+class Steady4bit(_Host):
+    """Mixin in front of Linear4bit: its weight stays as it is, and a gradient passes it."""
 
-    Where a CPU has AVX512-BF16 it does so in its first forward in eval mode, rounds its scales, and passes no gradient
-    on from then on: after a validation, the adapters below it would no longer train. The same goes for those that are
-    not adapted, which are kept from it while others are.
-    """
+    base_class: type[nn.Module]
 
-    replaces = ("support_avx512bf16_for_cpu",)
     support_avx512bf16_for_cpu = property(lambda self: False)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        _put_back(self)
-        return super().forward(*args, **kwargs)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bias = self._parameters["bias"]
+        values = None if bias is None or bias.requires_grad else bias.data
+        needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+        if needs_grad and torch.is_grad_enabled() and is_rearranged(self._parameters["weight"]):
+            output: Tensor = _Rearranged.apply(x, bias, self, super().forward)
+        else:
+            output = super().forward(x, *args, **kwargs)
+        if bias is not None and values is not None and bias.dtype != values.dtype:
+            bias.data = values  # rounded for good otherwise, to the dtype in which the layer computes
+        return output
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # bitsandbytes puts the weight back for it, in place, with its scales in the wrong order.
+        own: Any = self._parameters["weight"]
+        if is_rearranged(own):
+            self._parameters["weight"] = _put_back(copy.copy(own))
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._parameters["weight"] = own
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        weight: Any = self._parameters["weight"]
+        if is_rearranged(weight) and fn(torch.empty(0)).device.type != "cpu":  # it is an order for CPUs alone
+            _put_back(weight)
+        return super()._apply(fn, recurse)
+
+
+class Linear4bitLoRA(LinearLoRA, Steady4bit):
+    """The mixin comes after the adapter: it is what the adapter takes for the base's own forward."""
+
+    replaces = ("support_avx512bf16_for_cpu",)
+
+
+class _Rearranged(torch.autograd.Function):
+    """What a rearranged layer computes, with the gradient that bitsandbytes does not pass on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: nn.Module, forward: Callable[..., Tensor]) -> Tensor:
+        ctx.module = module
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        needs_x, needs_bias, *_ = ctx.needs_input_grad
+        W = dense(ctx.module, ctx.module._parameters["weight"])
+        of_x = gradient @ W.to(gradient.dtype) if needs_x else None
+        return of_x, gradient.flatten(0, -2).sum(0) if needs_bias else None, None, None
 
 
 def register_bitsandbytes() -> None:
@@ -36,28 +93,30 @@ def register_bitsandbytes() -> None:
 
 
 def may_rearrange(cls: type[nn.Module]) -> bool:
-    """Whether a module of that class can be a Linear4bit that would, and is not adapted."""
+    """Whether a module of that class can be a Linear4bit that rearranges its weight."""
     bitsandbytes: Any = sys.modules.get("bitsandbytes.nn")
-    return bitsandbytes is not None and issubclass(cls, bitsandbytes.Linear4bit) and not issubclass(cls, Adapter)
+    return bitsandbytes is not None and issubclass(cls, bitsandbytes.Linear4bit) and not issubclass(cls, Steady4bit)
 
 
 def rearranges(module: nn.Module) -> bool:
-    """Whether `module` is a Linear4bit that would, and is not adapted."""
-    return bool(module.__dict__.get("support_avx512bf16_for_cpu", False)) and not isinstance(module, Adapter)
+    """Whether `module` is a Linear4bit that would rearrange its weight, or has done so."""
+    would = bool(module.__dict__.get("support_avx512bf16_for_cpu", False))
+    return may_rearrange(type(module)) and (would or is_rearranged(module._parameters["weight"]))
 
 
 def keep_in_place(module: Any) -> None:
-    """Keep a Linear4bit from rearranging its weight; what it has rearranged is put back."""
-    module.support_avx512bf16_for_cpu = False
-    _put_back(module)
+    """Keep the weight of a Linear4bit without an adapter as it is, and pass gradients through it."""
+    base_class: Any = type(module)
+    module.__class__ = swapped_class("Steady", Steady4bit, base_class)
 
 
 def let_rearrange(module: Any) -> None:
-    """Undo `keep_in_place`."""
-    module.support_avx512bf16_for_cpu = True
+    """Undo `keep_in_place`; nothing is done to a module that took the place of the one that was kept."""
+    cls: Any = type(module)
+    if issubclass(cls, Steady4bit) and "base_class" in vars(cls):
+        module.__class__ = cls.base_class
 
 
-def _put_back(module: Any) -> None:
-    weight = module._parameters["weight"]
-    if getattr(weight.quant_state, "packing_format_for_cpu", False):
-        weight.data, weight.quant_state = unpacked(weight)
+def _put_back(weight: Any) -> Any:
+    weight.data, weight.quant_state = unpacked(weight)
+    return weight

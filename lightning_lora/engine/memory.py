@@ -1,0 +1,121 @@
+"""Which tensors of a model lie in the same memory, though they are different tensors.
+
+`decoder.weight = nn.Parameter(encoder.weight.t())` and `head.weight.data = embed.weight.data` make two parameters of
+one memory: what is written into one changes the other. Views of one buffer that overlap nowhere do not share anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Held(NamedTuple):
+    """A tensor, and where a model has it."""
+
+    name: str
+    tensor: Tensor
+    is_attribute: bool
+    """Whether it is neither a parameter nor a buffer."""
+
+
+class Memory:
+    """The memory of the parameters, the buffers and the other tensors that the modules of a model hold."""
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        located = [(span, held) for held in _held_by(modules) if (span := _span(held.tensor)) is not None]
+        located.sort(key=lambda entry: entry[0][:2])
+        self._near: dict[int, list[Held]] = {}
+        """Of each tensor that has neighbours, those whose memory lies within one stretch with its own."""
+        stretch: list[Held] = []
+        device, end = "", 0
+        for (on, first, last), held in located:
+            if on != device or first >= end:
+                stretch, device, end = [], on, last
+            stretch.append(held)
+            self._near[id(held.tensor)] = stretch
+            end = max(end, last)
+
+    def sharing(self, tensor: Tensor) -> list[Held]:
+        """The other tensors that have a number in common with it.
+
+        Not those in which several parameters lie side by side, which are only the place where those are kept."""
+        near = [held for held in self._near.get(id(tensor), ()) if held.tensor is not tensor]
+        return [held for held in near if overlap(held.tensor, tensor) and not self._is_a_place(held.tensor)]
+
+    def _is_a_place(self, tensor: Tensor) -> bool:
+        if isinstance(tensor, nn.Parameter):
+            return False
+        inside = {id(h.tensor): h.tensor for h in self._near[id(tensor)] if isinstance(h.tensor, nn.Parameter)}
+        return sum(overlap(tensor, p) for p in inside.values()) > 1
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have a number in memory in common."""
+    span, span_b = _span(a), _span(b)
+    if span is None or span_b is None:
+        return False
+    (on, first, last), (on_b, first_b, last_b) = span, span_b
+    if on != on_b or first >= last_b or first_b >= last:
+        return False
+    if _is_dense(a) and _is_dense(b):
+        return True
+    # In the steps that both are laid out in: which ones `a` takes, and whether `b` takes one of them.
+    start, end = min(first, first_b), max(last, last_b)
+    step = math.gcd(a.element_size(), b.element_size(), first - start, first_b - start)
+    taken = torch.zeros((end - start) // step, dtype=torch.bool)
+    _laid_out(taken, a, (first - start) // step, step).fill_(True)
+    return bool(_laid_out(taken, b, (first_b - start) // step, step).any())
+
+
+def repeats(t: Tensor) -> bool:
+    """Whether several of its numbers are one number in memory, as after `expand`: it cannot be written to then."""
+    span = _span(t)
+    if span is None or _is_dense(t):
+        return False
+    taken = torch.zeros((span[2] - span[1]) // t.element_size(), dtype=torch.bool)
+    _laid_out(taken, t, 0, t.element_size()).fill_(True)
+    return int(taken.sum()) < t.numel()
+
+
+def _held_by(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Held]:
+    for prefix, module in modules:
+        at = f"{prefix}." if prefix else ""
+        for own in (module._parameters, module._buffers):
+            yield from (Held(at + name, t, False) for name, t in own.items() if t is not None)
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            yield from (Held(at + name, t, True) for t in (value, *values) if isinstance(t, Tensor))
+
+
+def _span(t: Tensor) -> tuple[str, int, int] | None:
+    """The device, the address of its first byte and the one after its last; None where it has no memory of its own."""
+    if t.layout is not torch.strided or t.is_meta or not t.numel():
+        return None
+    try:
+        first = t.data_ptr()
+    except RuntimeError:  # a wrapper, or a tensor that a compiler or functorch traces
+        return None
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    return (str(t.device), first, first + extent * t.element_size()) if first else None
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether it takes every number between its first and its last, each once."""
+    if t.is_contiguous():
+        return True
+    laid_out = sorted((stride, size) for size, stride in zip(t.shape, t.stride()) if size > 1)
+    return laid_out[0][0] == 1 and all(a * n == b for (a, n), (b, _) in pairwise(laid_out))
+
+
+def _laid_out(taken: Tensor, t: Tensor, start: int, step: int) -> Tensor:
+    """The steps of `taken` that `t` takes, of which it takes several for each of its numbers."""
+    each = t.element_size() // step
+    return taken.as_strided((*t.shape, each), (*(stride * each for stride in t.stride()), 1), start)

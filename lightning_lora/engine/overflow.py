@@ -1,0 +1,38 @@
+"""Numbers that are finite and yet too large: what a layer computes with them is infinite, or no number at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def largest(dtype: torch.dtype) -> float:
+    """The largest size that a number of an adapter may have, for a layer that computes in `dtype`.
+
+    In float16 it is the largest number that there is. In dtypes of a wider range it is the root of that: outputs are
+    squared in norms, and multiplied by each other in attention, and a weight of 2^64 is none that was learned.
+    """
+    return max(torch.finfo(dtype).max ** 0.5, torch.finfo(torch.float16).max)
+
+
+def largest_in(*tensors: Tensor) -> float:
+    """The largest size of a number in them; not a number where one of them is none."""
+    ends = [end for t in tensors if t.numel() for end in t.detach().aminmax()]
+    return max((abs(end.item()) for end in ends), key=lambda size: (size != size, size), default=0.0)
+
+
+def too_large(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, *besides: Tensor | None) -> str | None:
+    """What is too large of an update scale * B A for a layer that computes in `dtype`, in words; None where all fits.
+    `besides` are what DoRA and a bias of B have besides.
+
+    No number of B A is larger than the largest norm of a row of B times the largest norm of a column of A (Cauchy and
+    Schwarz), which holds for each matrix of a stack, and for groups, too: the product is not formed.
+    """
+    most, a, b = largest(dtype), largest_in(A), largest_in(B)
+    sizes = {"an A": a, "a B": b, "a scale * B": abs(scale) * b}
+    if not abs(scale) * a * b * A.shape[0] <= most:
+        rows, columns = (t.detach().flatten(1).double().norm(dim=dim).max() for t, dim in ((B, 1), (A, 0)))
+        sizes["a change scale * B A"] = abs(scale) * float(rows * columns)
+    sizes["another number"] = largest_in(*(t for t in besides if t is not None))
+    found = next((f"{what} of up to {size:.3g}" for what, size in sizes.items() if not size <= most), None)
+    return found and f"{found}, where {str(dtype).removeprefix('torch.')} allows {most:.3g}"
