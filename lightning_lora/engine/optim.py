@@ -248,7 +248,7 @@ class _LoRAPlus:
         if not bs:
             return [group]
         own = {key: b for key, (a, b) in group.get(_OWN, {}).items() if key in group and _same(group[key], a)}
-        shared = {key: _copied(value) for key, value in group.items() if key != _OWN and key not in own}
+        shared = {key: _copied(group[key]) for key in group.keys() - own.keys() - {"params", _OWN}}
         rates = {key: shared[key] * self.ratio for key in _RATES if shared.get(key) is not None}
         twin = {**shared, **rates, **own, "params": bs}
         given = {key: twin[key] for key in _RATES if key in twin}

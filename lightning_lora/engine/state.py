@@ -11,11 +11,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.inject import injections
+from lightning_lora.engine.inject import check_as_injected, injections
 from lightning_lora.engine.layers import adapters
+from lightning_lora.engine.layers.base import is_adapter
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.sharded import check_complete, fill, is_sharded, whole
 from lightning_lora.engine.storage import is_quantized
+from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.witness import witness_of
 from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
@@ -31,20 +33,28 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors that make up the adapter of `model`, by name: `<module>.lora_A`, `<module>.lora_B` (and what its
     variant has besides), and what is trained whole under its own name.
 
-    Raises AdapterStateError where the model has no adapters."""
+    Raises AdapterStateError where the model has no adapters, or not all that `inject` gave it."""
     tensors: dict[str, Tensor] = {}
-    for name, module in adapters(model):
+    tree = Tree.of(model)
+    check_as_injected(model, tree)
+    layers: Any = tree.of_classes(is_adapter)
+    for name, module in layers:
         prefix = f"{name}." if name else ""
         for own in module.lora_names:
             tensors[prefix + own] = getattr(module, own)
     if not tensors:
         raise AdapterStateError(f"{type(model).__name__} has no adapters: call inject(model, config) first.")
     check_complete(tensors)
-    for root, injection in injections(model):
+    for root, injection in injections(model, tree):
         if not injection.trained_whole:
             continue
-        there = tensors_by_plain_name(model.get_submodule(root))
+        there = tensors_by_plain_name(tree.by_name[root])
         prefix = f"{root}." if root else ""
+        if absent := [name for name in injection.trained_whole if plain_name(name) not in there]:
+            raise AdapterStateError(
+                f"{listed(prefix + name for name in absent)} of {type(model).__name__} was trained whole, and is not "
+                "there any more: its module was replaced or deleted since inject. Put it back, or call remove first."
+            )
         for name, tensor in (there[plain_name(trained)] for trained in injection.trained_whole):
             tensors[prefix + name] = tensor
     return tensors
