@@ -147,7 +147,7 @@ def base_fingerprint(model: nn.Module, root: nn.Module | None = None) -> str:
     2^20 elements enter whole, larger ones by 2^20 evenly spaced elements; buffers do not, since training moves some,
     nor do quantized weights, whose bytes depend on the device that quantized them.
     """
-    return _fingerprint(model, _base_parameters(model, root))
+    return _fingerprint(model, base_parameters(model, root))
 
 
 def _fingerprint(model: nn.Module, base: Iterable[tuple[str, nn.Parameter]]) -> str:
@@ -177,7 +177,7 @@ def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, 
     reading or writing an adapter. `base_fingerprint` always reads it.
     """
     root = root or model
-    base = _base_parameters(model, root)
+    base = base_parameters(model, root)
     now = witness_of(base)
     if now is not None:
         now += tuple(
@@ -221,7 +221,7 @@ def compare_bases(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str,
         )
 
 
-def _base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
+def base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
     """The parameters of `root` that are no part of the adapter of `model`, by name."""
     adapted = any(True for _ in adapters(model))
     ours = {id(t) for t in adapter_tensors(model).values()} if adapted else set()

@@ -19,6 +19,7 @@ from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
 from lightning_lora.engine.product_decay import check_strength
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, closest, listed
+from lightning_lora.training.base_watch import BaseWatch
 from lightning_lora.training.buffers import watch_buffers
 from lightning_lora.training.checkpoint import accept_adapters
 from lightning_lora.training.launch import adapt_before_launch
@@ -112,12 +113,14 @@ class LoRACallback(Callback):
         self._awaits_gradient: dict[str, Any] | None = None
         self._heard_backward = False
         self._held = 0
+        self._first_step = 0
         adapt_before_launch()
 
     # Adapting the model.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._policy.bases.clear()  # another module, or other base weights, may come with this run
+        self._policy.watch = None
         if self._policy.push is not None and stage == "fit":
             self._policy.push.check(trainer)
         attach(trainer.strategy, self._policy)
@@ -221,6 +224,8 @@ class LoRACallback(Callback):
         if self._policy.push is not None:
             self._policy.push.start(trainer, pl_module)
         watch_buffers(pl_module)
+        if not shards(trainer.strategy):  # of whose weights each process sees a part
+            self._policy.watch = BaseWatch(pl_module, is_error=self._policy.check_base)
         self._awaits_gradient = {pair.name: pair for pair in pairs(pl_module)}
         self._heard_backward = False
         self._held = 0
@@ -248,6 +253,7 @@ class LoRACallback(Callback):
     # Exact resumption.
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = trainer.global_step
         self._resume.on_train_start(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -265,6 +271,8 @@ class LoRACallback(Callback):
     ) -> None:
         if self._awaits_gradient is not None and self._heard_backward:  # not so where a training_step returned None
             self._report_unused(pl_module)
+        if self._policy.watch is not None:
+            self._policy.watch.after_batch(pl_module, trainer.global_step > self._first_step)
         self._resume.on_train_batch_end(trainer, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -275,6 +283,10 @@ class LoRACallback(Callback):
             self._resume.on_validation_end()
             if self._policy.push is not None:
                 self._policy.push.record(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._policy.watch is not None:
+            self._policy.watch.check(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._policy.push is not None:
