@@ -9,9 +9,9 @@ from __future__ import annotations
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_lora.engine.state import base_parameters, describe_base
+from lightning_lora.engine.state import base_parameters, check_same_base, describe_base
 from lightning_lora.engine.witness import marks_of
-from lightning_lora.errors import TrainingError, listed
+from lightning_lora.errors import BaseMismatchError, TrainingError, listed
 
 
 class BaseWatch:
@@ -43,7 +43,11 @@ class BaseWatch:
         now = marks_of(base_parameters(module, None))
         if now == self.marks:
             return
-        if describe_base(module) == self.description:
+        try:
+            check_same_base(module, self.description)
+        except BaseMismatchError:
+            pass
+        else:  # bitsandbytes, for one, casts biases in its layers' forward
             self.marks = now
             return
         changed = [name for name in {**self.marks, **now} if self.marks.get(name) != now.get(name)]
