@@ -62,6 +62,8 @@ class Injection:
     adapted: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     """The adapted modules by their names without wrappers, for `check_as_injected`; not the module itself that the
     record lies on."""
+    report: InjectionReport | None = field(default=None, repr=False)
+    """What `inject` returned."""
 
     @property
     def trained_whole(self) -> list[str]:
@@ -166,7 +168,7 @@ def inject(
     model.__dict__[_RECORD] = injection
     of_tokens = (t for own in tokens for t in own.values())
     fresh = (t for own in tensors for t in own.values() if isinstance(t, nn.Parameter) and not t.requires_grad)
-    return InjectionReport(
+    injection.report = InjectionReport(
         modules=adapted,
         trained_whole=tuple(injection.trained_whole),
         head=injection.head,
@@ -175,6 +177,7 @@ def inject(
         trainable=trainable + sum(m.parameters for m in adapted) + sum(t.numel() for t in of_tokens),
         frozen=frozen + (sum(t.numel() for t in fresh) if config.freeze_a else 0),
     )
+    return injection.report
 
 
 def remove(model: nn.Module) -> None:
@@ -316,8 +319,9 @@ def _check_unadapted(model: nn.Module, tree: Tree) -> None:
             f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
             "Call remove(model) or merge(model) first; AdapterBank holds several adapters on one base."
         )
-    if _RECORD in model.__dict__:
-        raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you inject.")
+    if merged := [name for name, m in tree.modules if _RECORD in m.__dict__]:
+        what = f"{type(model).__name__}{f' ({merged[0]!r} in it)' if merged[0] else ''}"
+        raise AdapterStateError(f"{what} is merged: leave `with merged(model)` before you inject.")
     check_unsharded(
         model,
         "Adapters that came now would be no part of what is sharded, and each process would train its own. Call inject "
