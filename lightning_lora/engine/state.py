@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine.foreign import foreign_layout_of
 from lightning_lora.engine.inject import check_as_injected, injections
 from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.layers.base import is_adapter
@@ -123,6 +124,8 @@ def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str
             problems.append(f"{name} is {value.dtype} where the model has {tensor.dtype}")
         elif not (are_finite or is_finite(value)):
             problems.append(f"{name} holds values that are not finite")
+    if unexpected and (foreign := foreign_layout_of(unexpected, beside=own)):
+        raise AdapterFormatError(f"{what[0].upper()}{what[1:]} is {foreign}. Nothing was loaded.")
     if problems:
         raise AdapterFormatError(
             f"{what[0].upper()}{what[1:]} does not fit the model: {listed(problems)}. Nothing was loaded."
