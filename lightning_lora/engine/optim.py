@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.engine.layers import adapters, pairs
 from lightning_lora.errors import ConfigError, TrainingError, listed
@@ -67,28 +68,44 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
         # Some optimizers (Adagrad) make the state of all parameters when they are constructed.
         made_state = bool(optimizer.state)
         joined: list[nn.Parameter] = []
-        for group in optimizer.param_groups:
-            kept: list[nn.Parameter] = []
-            for p in group["params"]:
-                if id(p) in trainable or id(p) not in names:  # what is not this model's is not ours to judge
-                    kept.append(p)
-                    continue
-                optimizer.state.pop(p, None)
-                inherited = [heir for heir in heirs.get(id(p), ()) if orphans.pop(id(heir), None) is not None]
-                replaced, dropped = replaced + bool(inherited), dropped + (not inherited)
-                joined += inherited
-                kept += inherited
-            _set_params(group, kept, names)
+        seen: set[int] = set()
+        waiting = dict(orphans)
+        for one in with_inner(optimizer):  # which mostly share their groups
+            replace_hooks(one)
+            groups = [group for group in one.param_groups if id(group) not in seen]
+            seen.update(map(id, groups))
+            left = dict(waiting)
+            for group in groups:
+                kept: list[nn.Parameter] = []
+                for p in group["params"]:
+                    if id(p) in trainable or id(p) not in names:  # what is not this model's is not ours to judge
+                        kept.append(p)
+                        continue
+                    one.state.pop(p, None)
+                    inherited = [heir for heir in heirs.get(id(p), ()) if left.pop(id(heir), None) is not None]
+                    kept += inherited
+                    if one is optimizer:
+                        replaced, dropped = replaced + bool(inherited), dropped + (not inherited)
+                        joined += inherited
+                _set_params(group, kept, names)
+            if one is optimizer:
+                orphans = left
         if len(optimizers) == 1 and orphans:
             warnings.warn(
                 f"The optimizer was not given {listed(names[key] for key in orphans)}: they join its first group. "
                 "Give it all parameters with requires_grad to choose otherwise.",
                 stacklevel=2,
             )
-            group = optimizer.param_groups[0]
-            _set_params(group, [*group["params"], *orphans.values()], names)
+            firsts = {id(one.param_groups[0]): one.param_groups[0] for one in with_inner(optimizer)}
+            for group in firsts.values():
+                _set_params(group, [*group["params"], *orphans.values()], names)
             joined += orphans.values()
         if made_state and joined:
+            if len(with_inner(optimizer)) > 1:
+                raise TrainingError(
+                    f"{type(optimizer).__name__} noted its parameters when it was made, before the model was adapted. "
+                    "Make it in configure_optimizers, which is called after."
+                )
             optimizer.state.update(type(optimizer)(joined, **optimizer.defaults).state)
     trained = sum(id(p) in trainable for o in optimizers for group in o.param_groups for p in group["params"])
     return OptimizerReport(trained=trained, dropped=dropped, replaced=replaced, added=len(orphans))
@@ -147,6 +164,15 @@ def with_inner(optimizer: Optimizer) -> list[Optimizer]:
     return found
 
 
+def replace_hooks(optimizer: Optimizer, kind: str | None = None, *handles: RemovableHandle) -> None:
+    """Take off the hooks of `kind` that were put on `optimizer` before (without a kind, all of ours), and note those
+    that take their place: a module may return the same optimizer in each of its runs."""
+    noted: dict[str, tuple[RemovableHandle, ...]] = vars(optimizer).setdefault("lora_hooks", {})
+    for handle in [h for name, of_kind in noted.items() if kind in (None, name) for h in of_kind]:
+        handle.remove()
+    vars(optimizer)["lora_hooks"] = {} if kind is None else {**noted, kind: handles}
+
+
 def check_hooks(optimizer: Optimizer, consequence: str) -> None:
     """Raise TrainingError, with the `consequence`, for an optimizer whose steps do not call hooks."""
     if not getattr(type(optimizer).step, "hooked", False) or "_optimizer_step_pre_hooks" not in vars(optimizer):
@@ -199,12 +225,17 @@ class _LoRAPlus:
         """Whose step the groups are split for: the outermost one's."""
         self.halves: list[_Half] = []
         for optimizer in optimizers:
-            optimizer.register_step_pre_hook(self.before_step)
-            optimizer.register_step_post_hook(self.after_step)
+            handles = [
+                optimizer.register_step_pre_hook(self.before_step),
+                optimizer.register_step_post_hook(self.after_step),
+            ]
             # A step that raised leaves the groups split; a checkpoint must neither hold them so nor meet them so.
             if "_optimizer_state_dict_pre_hooks" in vars(optimizer):
-                optimizer.register_state_dict_pre_hook(lambda _: self.join())
-                optimizer.register_load_state_dict_pre_hook(lambda *_: self.join())
+                handles += [
+                    optimizer.register_state_dict_pre_hook(lambda _: self.join()),
+                    optimizer.register_load_state_dict_pre_hook(lambda *_: self.join()),
+                ]
+            replace_hooks(optimizer, "lora_plus", *handles)
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.running is not None and self.running is not optimizer:

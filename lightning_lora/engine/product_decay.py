@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_lora.engine.layers import Pair, ParameterLoRA, pairs
 from lightning_lora.engine.layers.conv_transpose import ConvTransposeLoRA
-from lightning_lora.engine.optim import check_hooks, with_inner
+from lightning_lora.engine.optim import check_hooks, replace_hooks, with_inner
 from lightning_lora.errors import ConfigError, TrainingError
 
 
@@ -47,7 +47,7 @@ def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> No
                     p.sub_(g * (rates[id(p)] * strength))
 
     for one in innermost:  # of SAM and the like, whose user may take the two halves of a step by hand
-        one.register_step_post_hook(decay)
+        replace_hooks(one, "product_decay", one.register_step_post_hook(decay))
 
 
 def check_strength(strength: object) -> None:

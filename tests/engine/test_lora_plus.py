@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.engine.layers import adapters
-from lightning_lora.engine.optim import lora_plus
+from lightning_lora.engine.optim import fit_optimizers, lora_plus
 from lightning_lora.engine.product_decay import product_decay
 from lightning_lora.errors import TrainingError
 
@@ -365,3 +365,62 @@ def test_product_decay_refuses_an_optimizer_whose_steps_it_would_not_see() -> No
 def _with_decay(run: Run) -> Run:
     product_decay(run.optimizer, run.net, 0.5)
     return run
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_is_given_again_has_the_rate_once(name: str) -> None:
+    run = Run(OPTIMIZERS[name], explicit=False)
+    for _ in range(2):
+        lora_plus(run.optimizer, run.net, RATIO)
+    assert equal(Run(OPTIMIZERS[name], explicit=True).steps(3), run.steps(3))
+
+
+@pytest.mark.parametrize("name", ["sam", "lookahead"])
+def test_a_run_without_lora_plus_takes_it_off_an_optimizer_of_a_run_before(name: str) -> None:
+    run, plain = Run(OPTIMIZERS[name], explicit=False), Run(OPTIMIZERS[name], explicit=False)
+    product_decay(run.optimizer, run.net, 0.5)
+    for one in (run, plain):
+        fit_optimizers([one.optimizer], one.net)
+    assert equal(run.steps(3), plain.steps(3))
+    assert not equal(run, Run(OPTIMIZERS[name], explicit=False).steps(3))
+
+
+def test_a_product_decay_that_is_given_again_decays_once() -> None:
+    once, twice = (Run(OPTIMIZERS["sam"], explicit=True) for _ in range(2))
+    for run in (once, twice, twice):
+        product_decay(run.optimizer, run.net, 0.5)
+    assert equal(once.steps(3), twice.steps(3))
+
+
+@pytest.mark.parametrize("make", [SAM, SAMOfOwnGroups])
+@pytest.mark.parametrize("held", ["all", "none of the layers"])
+def test_an_inner_optimizer_that_was_made_before_injection_trains_the_adapters(make: Any, held: str) -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    scale = nn.Parameter(torch.ones(()))
+    optimizer = make([*net.parameters()] if held == "all" else [scale], LR)
+    inject(net, LoRAConfig(rank=2, target_modules=["0", "2"]))
+    if held == "all":
+        fit_optimizers([optimizer], net)
+    else:
+        with pytest.warns(UserWarning, match="join its first group"):
+            fit_optimizers([optimizer], net)
+    x = torch.randn(6, 8)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (net(x) * scale).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert all(bool(m.lora_B.any()) for _, m in adapters(net))
+
+
+def test_a_wrapper_that_noted_its_parameters_before_injection_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    optimizer = Lookahead(SGD(net.parameters(), lr=LR))
+    inject(net, LoRAConfig(rank=2, target_modules=["0", "2"]))
+    with pytest.raises(TrainingError, match="Lookahead noted its parameters when it was made, before"):
+        fit_optimizers([optimizer], net)
