@@ -61,6 +61,11 @@ class Injection:
     """4-bit layers without an adapter that were kept from rearranging their weights."""
     awaits_start: bool = False
     """Whether A and B are zero still: neither started nor loaded."""
+    adapted: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    """The adapted modules by their names without wrappers, for `check_as_injected`; not the module itself that the
+    record lies on."""
+    report: InjectionReport | None = field(default=None, repr=False)
+    """What `inject` returned."""
 
     @property
     def trained_whole(self) -> list[str]:
@@ -123,6 +128,11 @@ def inject(
             name for name, m in tree.of_classes(may_rearrange) if rearranges(m) and id(m) not in targeted
         ),
         awaits_start=not start,
+        adapted={
+            plain_name(name): module
+            for name, module in (*((t.name, t.module) for t in selection.targets), *(v[:2] for v in vocabularies))
+            if module is not model
+        },
     )
     tensors: list[dict[str, Tensor]] = []
     for device, steps in groupby(plan, key=lambda step: step[1].device):
@@ -162,7 +172,7 @@ def inject(
     model.__dict__[_RECORD] = injection
     of_tokens = (t for own in tokens for t in own.values())
     fresh = (t for own in tensors for t in own.values() if isinstance(t, nn.Parameter) and not t.requires_grad)
-    return InjectionReport(
+    injection.report = InjectionReport(
         modules=adapted,
         trained_whole=tuple(injection.trained_whole),
         head=injection.head,
@@ -171,6 +181,7 @@ def inject(
         trainable=trainable + sum(m.parameters for m in adapted) + sum(t.numel() for t in of_tokens),
         frozen=frozen + (sum(t.numel() for t in fresh) if config.freeze_a else 0),
     )
+    return injection.report
 
 
 def remove(model: nn.Module) -> None:
@@ -248,11 +259,62 @@ def injection_of(model: nn.Module) -> Injection:
     return injection
 
 
-def injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
-    """The records of `inject` on `model` and on modules inside it, each with the name of its module."""
-    for name, module in model.named_modules():
+def injections(model: nn.Module, tree: Tree | None = None) -> Iterator[tuple[str, Injection]]:
+    """The records of `inject` on `model` and on modules inside it, each with the name of its module; `tree` is what
+    `model` consists of, if known."""
+    for name, module in (tree or Tree.of(model)).modules:
         if _RECORD in module.__dict__:
             yield name, module.__dict__[_RECORD]
+
+
+def check_as_injected(model: nn.Module, tree: Tree | None = None) -> None:
+    """Raise AdapterStateError where adapted layers of `model` are not where `inject` left them: replaced
+    (resize_token_embeddings makes a new lm_head), deleted, copied, of another shape, or under other names. What reads
+    the adapter would take the rest for all of it. A model without any adapter is not looked at; `tree` is what it
+    consists of, if known.
+    """
+    tree = tree or Tree.of(model)
+    present = tree.of_classes(is_adapter)
+    records = [(root, injection) for root, injection in injections(model, tree) if injection.adapted]
+    known = {id(module) for _, injection in records for module in injection.adapted.values()}
+    problems = []
+    for root, injection in records if present else ():
+        found = present if not root else Tree.of(tree.by_name[root]).of_classes(is_adapter)
+        names = {id(module): plain_name(name) for name, module in found}
+        prefix = f"{root}." if root else ""
+        for name, module in injection.adapted.items():
+            now = names.get(id(module))
+            if now is None:
+                problems.append(f"{prefix}{name} has no adapter any more")
+            elif now != name:
+                problems.append(f"{prefix}{name} is now {prefix}{now}")
+        added = [name for key, name in names.items() if key not in known and name]
+        problems += [f"{prefix}{name} has one that inject did not give it" for name in added]
+    problems += [what for name, module in present if (what := _changed(name, module)) is not None]
+    if problems:
+        raise AdapterStateError(
+            f"{type(model).__name__} is not as inject left it: {listed(dict.fromkeys(problems))}. Layers were "
+            "replaced, deleted, copied, resized or moved since (or a part is merged just now), so what is left is not "
+            "the adapter that was trained. Put them back; or save_adapter or merge first, remove(model), change its "
+            "layers (resize_token_embeddings, for one), and call inject or load_adapter then."
+        )
+
+
+def _changed(name: str, module: Any) -> str | None:
+    """What became of the tensors of an adapted layer, if they are not what they were; thousands are asked."""
+    state = module.__dict__
+    parameters, buffers = state["_parameters"], state["_buffers"]
+    for own in state["lora_names"]:
+        if parameters.get(own) is None and buffers.get(own) is None and state.get(own) is None:
+            return f"{name} has lost its {own}"
+    A, B, spec = parameters.get("lora_A"), parameters.get("lora_B"), state["lora"]
+    if A is None or B is None or A.dim() < 2 or spec.parameters:  # a part of it is elsewhere, or each is by itself
+        return None
+    fits = module.shapes(module, spec.rank)
+    if (A.shape, B.shape) == fits:
+        return None
+    shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+    return f"{name} has A and B of {shapes}, and its layer takes {fits[0]} and {fits[1]} now"
 
 
 def _check_unadapted(model: nn.Module, tree: Tree) -> None:
@@ -262,8 +324,9 @@ def _check_unadapted(model: nn.Module, tree: Tree) -> None:
             f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
             "Call remove(model) or merge(model) first; AdapterBank holds several adapters on one base."
         )
-    if _RECORD in model.__dict__:
-        raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you inject.")
+    if merged := [name for name, m in tree.modules if _RECORD in m.__dict__]:
+        what = f"{type(model).__name__}{f' ({merged[0]!r} in it)' if merged[0] else ''}"
+        raise AdapterStateError(f"{what} is merged: leave `with merged(model)` before you inject.")
     check_unsharded(
         model,
         "Adapters that came now would be no part of what is sharded, and each process would train its own. Call inject "

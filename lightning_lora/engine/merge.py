@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.inject import injections, release, weight_users
+from lightning_lora.engine.inject import check_as_injected, injections, release, weight_users
 from lightning_lora.engine.layers.base import BIAS, Adapter, adapters
 from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
@@ -102,6 +102,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 def _mergeable(model: nn.Module) -> dict[str, Adapter]:
     """The adapted layers by name. Raises before anything is changed."""
+    check_as_injected(model)
     check_removable(model)
     found = {}
     for name, module in adapters(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.engine.layers import adapters, pairs
 from lightning_lora.errors import ConfigError, TrainingError, listed
@@ -66,28 +68,44 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
         # Some optimizers (Adagrad) make the state of all parameters when they are constructed.
         made_state = bool(optimizer.state)
         joined: list[nn.Parameter] = []
-        for group in optimizer.param_groups:
-            kept: list[nn.Parameter] = []
-            for p in group["params"]:
-                if id(p) in trainable or id(p) not in names:  # what is not this model's is not ours to judge
-                    kept.append(p)
-                    continue
-                optimizer.state.pop(p, None)
-                inherited = [heir for heir in heirs.get(id(p), ()) if orphans.pop(id(heir), None) is not None]
-                replaced, dropped = replaced + bool(inherited), dropped + (not inherited)
-                joined += inherited
-                kept += inherited
-            _set_params(group, kept, names)
+        seen: set[int] = set()
+        waiting = dict(orphans)
+        for one in with_inner(optimizer):  # which mostly share their groups
+            replace_hooks(one)
+            groups = [group for group in one.param_groups if id(group) not in seen]
+            seen.update(map(id, groups))
+            left = dict(waiting)
+            for group in groups:
+                kept: list[nn.Parameter] = []
+                for p in group["params"]:
+                    if id(p) in trainable or id(p) not in names:  # what is not this model's is not ours to judge
+                        kept.append(p)
+                        continue
+                    one.state.pop(p, None)
+                    inherited = [heir for heir in heirs.get(id(p), ()) if left.pop(id(heir), None) is not None]
+                    kept += inherited
+                    if one is optimizer:
+                        replaced, dropped = replaced + bool(inherited), dropped + (not inherited)
+                        joined += inherited
+                _set_params(group, kept, names)
+            if one is optimizer:
+                orphans = left
         if len(optimizers) == 1 and orphans:
             warnings.warn(
                 f"The optimizer was not given {listed(names[key] for key in orphans)}: they join its first group. "
                 "Give it all parameters with requires_grad to choose otherwise.",
                 stacklevel=2,
             )
-            group = optimizer.param_groups[0]
-            _set_params(group, [*group["params"], *orphans.values()], names)
+            firsts = {id(one.param_groups[0]): one.param_groups[0] for one in with_inner(optimizer)}
+            for group in firsts.values():
+                _set_params(group, [*group["params"], *orphans.values()], names)
             joined += orphans.values()
         if made_state and joined:
+            if len(with_inner(optimizer)) > 1:
+                raise TrainingError(
+                    f"{type(optimizer).__name__} noted its parameters when it was made, before the model was adapted. "
+                    "Make it in configure_optimizers, which is called after."
+                )
             optimizer.state.update(type(optimizer)(joined, **optimizer.defaults).state)
     trained = sum(id(p) in trainable for o in optimizers for group in o.param_groups for p in group["params"])
     return OptimizerReport(trained=trained, dropped=dropped, replaced=replaced, added=len(orphans))
@@ -96,16 +114,38 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
 def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
     """Train every B with `ratio` times the learning rate of its group (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
 
-    The factor is applied around each step only: between steps a group is as the user made it, so every scheduler, the
-    learning-rate finder and the optimizer's state dict see one learning rate per group. Raises ConfigError for a ratio
-    that is not a finite number above 0, TrainingError for LBFGS, which cannot have groups.
+    While a step runs, B has a group of its own, as if the optimizer had been made with it: numbers that the optimizer
+    keeps in its groups (a count of steps, a sum of weights) are counted for B by themselves. Between steps a group is
+    as the user made it, so every scheduler, the learning-rate finder and the optimizer's state dict see one learning
+    rate per group. Where B's own numbers differ they lie in the group under "lora_plus", for the state dict.
+
+    An optimizer around another (SAM, Lookahead) has its groups split with the inner one's. Raises ConfigError for a
+    ratio that is not a finite number above 0, TrainingError for an optimizer that would not use such groups: LBFGS, and
+    one that keeps lists of its parameters, sets its learning rate by itself, or takes steps without torch's hooks.
     """
     check_ratio(ratio)
-    if isinstance(optimizer, LBFGS):
-        raise TrainingError(
-            "lora_plus_ratio cannot be used with LBFGS, which has one learning rate for all parameters."
-        )
-    _LoRAPlus(optimizer, {id(pair.B) for pair in pairs(model)}, float(ratio))
+    optimizers = with_inner(optimizer)
+    factors_b = {id(pair.B) for pair in pairs(model)}
+    advice = (
+        "To train B so all the same, leave lora_plus_ratio out, and give the optimizer the parameters called lora_B "
+        f"in a group of their own, with {ratio:g} times the learning rate of the others."
+    )
+    for one in optimizers:
+        if isinstance(one, LBFGS):
+            raise TrainingError(
+                "lora_plus_ratio cannot be used with LBFGS, which has one learning rate for all parameters."
+            )
+        check_hooks(one, f"lora_plus_ratio cannot be used with it. {advice}")
+        for name, value in vars(one).items():
+            if name not in ("state", "param_groups", "defaults") and _lists_tensors(value):
+                raise TrainingError(
+                    f"lora_plus_ratio cannot be used with {type(one).__name__}: it keeps a list of tensors beside its "
+                    f"groups ({name}), so a group that is made for a step would not reach them. {advice}"
+                )
+        for group in one.param_groups:
+            if any(id(p) in factors_b for p in group["params"]):
+                _check_rate(one, group, advice)
+    _LoRAPlus(optimizers, factors_b, float(ratio))
 
 
 def check_ratio(ratio: object) -> None:
@@ -114,20 +154,93 @@ def check_ratio(ratio: object) -> None:
         raise ConfigError(f"lora_plus_ratio is a finite number above 0, not {ratio!r}.")
 
 
+def with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """`optimizer` and those that it holds (SAM, Lookahead), the innermost last."""
+    found = [optimizer]
+    for one in found:
+        for value in vars(one).values():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            found += [inner for inner in held if isinstance(inner, Optimizer) and inner not in found]
+    return found
+
+
+def replace_hooks(optimizer: Optimizer, kind: str | None = None, *handles: RemovableHandle) -> None:
+    """Take off the hooks of `kind` that were put on `optimizer` before (without a kind, all of ours), and note those
+    that take their place: a module may return the same optimizer in each of its runs."""
+    noted: dict[str, tuple[RemovableHandle, ...]] = vars(optimizer).setdefault("lora_hooks", {})
+    for handle in [h for name, of_kind in noted.items() if kind in (None, name) for h in of_kind]:
+        handle.remove()
+    vars(optimizer)["lora_hooks"] = {} if kind is None else {**noted, kind: handles}
+
+
+def check_hooks(optimizer: Optimizer, consequence: str) -> None:
+    """Raise TrainingError, with the `consequence`, for an optimizer whose steps do not call hooks."""
+    if not getattr(type(optimizer).step, "hooked", False) or "_optimizer_step_pre_hooks" not in vars(optimizer):
+        raise TrainingError(
+            f"{type(optimizer).__name__} does not call the hooks of torch's optimizers around its step (it was made "
+            f"without Optimizer.__init__), so {consequence}"
+        )
+
+
+def _lists_tensors(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) or _lists_tensors(v) for v in value)
+
+
+def _check_rate(optimizer: Optimizer, group: dict[str, Any], advice: str) -> None:
+    if group.get("lr") is None or group.get("relative_step"):
+        relative = ", relative_step=True" if group.get("relative_step") else ""
+        raise TrainingError(
+            f"lora_plus_ratio multiplies a learning rate, and {type(optimizer).__name__} sets its own (a group has "
+            f"lr={group.get('lr')}{relative}). Give it one (lr=..., relative_step=False). {advice}"
+        )
+
+
+_OWN = "lora_plus"
+"""In a group: name -> (the group's number, B's own), for what differs after a step beside the learning rate."""
+_RATES = ("lr", "initial_lr")
+"""What B's group has `ratio` times; schedulers note the second, and some optimizers divide by it."""
+
+
+@dataclass
+class _Half:
+    """A group while it is split: `host` keeps A, `twin` has B."""
+
+    host: dict[str, Any]
+    params: list[Tensor]
+    twin: dict[str, Any]
+    given: dict[str, Any]
+    """The rates that the twin was given, to see whether the step wrote others."""
+    kept: frozenset[str]
+    """The rates among them that a step wrote before, and nobody since."""
+    is_alone: bool
+    """Whether the group holds no A: the twin then takes its place."""
+
+
 class _LoRAPlus:
     """Splits each group into A's and B's while a step runs, and joins it again after."""
 
-    def __init__(self, optimizer: Optimizer, factors_b: set[int], ratio: float) -> None:
-        self.factors_b, self.ratio = factors_b, ratio
-        self.hosts: list[tuple[dict[str, Any], list[Tensor]]] = []
-        self.twins: list[dict[str, Any]] = []
-        optimizer.register_step_pre_hook(self.before_step)
-        optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self.join(optimizer))
-        # A step that raised leaves the groups split; a checkpoint must not hold them so.
-        optimizer.register_state_dict_pre_hook(self.join)
+    def __init__(self, optimizers: list[Optimizer], factors_b: set[int], ratio: float) -> None:
+        self.optimizers, self.factors_b, self.ratio = optimizers, factors_b, ratio
+        self.running: Optimizer | None = None
+        """Whose step the groups are split for: the outermost one's."""
+        self.halves: list[_Half] = []
+        for optimizer in optimizers:
+            handles = [
+                optimizer.register_step_pre_hook(self.before_step),
+                optimizer.register_step_post_hook(self.after_step),
+            ]
+            # A step that raised leaves the groups split; a checkpoint must neither hold them so nor meet them so.
+            if "_optimizer_state_dict_pre_hooks" in vars(optimizer):
+                handles += [
+                    optimizer.register_state_dict_pre_hook(lambda _: self.join()),
+                    optimizer.register_load_state_dict_pre_hook(lambda *_: self.join()),
+                ]
+            replace_hooks(optimizer, "lora_plus", *handles)
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.join(optimizer)
+        if self.running is not None and self.running is not optimizer:
+            return None  # inside of the step of one that holds it
+        self.join()
         _, *positional = args  # torch passes the optimizer itself as the first argument of its step
         closure: Callable[[], Any] | None = positional[0] if positional else kwargs.get("closure")
         if closure is None:
@@ -136,7 +249,7 @@ class _LoRAPlus:
 
         def closure_then_split() -> Any:
             # Lightning runs training_step inside the closure: it must see the groups as they are.
-            self.join(optimizer)
+            self.join()
             loss = closure()
             self.split(optimizer)
             return loss
@@ -145,28 +258,82 @@ class _LoRAPlus:
             return (optimizer, closure_then_split, *positional[1:]), kwargs
         return args, {**kwargs, "closure": closure_then_split}
 
-    def split(self, optimizer: Optimizer) -> None:
-        groups = []
-        for group in optimizer.param_groups:
-            groups.append(group)
-            params = group["params"]
-            bs = [p for p in params if id(p) in self.factors_b]
-            if not bs:
-                continue
-            self.hosts.append((group, params))
-            group["params"] = [p for p in params if id(p) not in self.factors_b]
-            self.twins.append({**group, "params": bs, "lr": group["lr"] * self.ratio})
-            groups.append(self.twins[-1])
-        optimizer.param_groups[:] = groups
+    def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.running is optimizer:
+            self.join()
 
-    def join(self, optimizer: Optimizer) -> None:
-        if not self.hosts:
+    def split(self, optimizer: Optimizer) -> None:
+        if self.running is not None:
             return
-        twins = {id(twin) for twin in self.twins}
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if id(group) not in twins]
-        for group, params in self.hosts:
-            group["params"] = params
-        self.hosts, self.twins = [], []
+        self.running = optimizer
+        parts: dict[int, list[dict[str, Any]]] = {}  # optimizers may share groups, in one list or in several
+        for groups in {id(one.param_groups): one.param_groups for one in self.optimizers}.values():
+            for group in groups:
+                if id(group) not in parts:
+                    parts[id(group)] = self.parts(group)
+            groups[:] = [part for group in groups for part in parts[id(group)]]
+
+    def parts(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        params = group["params"]
+        bs = [p for p in params if id(p) in self.factors_b]
+        if not bs:
+            return [group]
+        own = {key: b for key, (a, b) in group.get(_OWN, {}).items() if key in group and _same(group[key], a)}
+        shared = {key: _copied(group[key]) for key in group.keys() - own.keys() - {"params", _OWN}}
+        rates = {key: shared[key] * self.ratio for key in _RATES if shared.get(key) is not None}
+        twin = {**shared, **rates, **own, "params": bs}
+        given = {key: twin[key] for key in _RATES if key in twin}
+        half = _Half(group, params, twin, given, frozenset(own).intersection(_RATES), len(bs) == len(params))
+        self.halves.append(half)
+        if half.is_alone:
+            return [twin]
+        group["params"] = [p for p in params if id(p) not in self.factors_b]
+        return [group, twin]
+
+    def join(self) -> None:
+        self.running = None
+        hosts = {id(half.twin): [half.host] if half.is_alone else [] for half in self.halves}
+        for groups in {id(one.param_groups): one.param_groups for one in self.optimizers}.values() if hosts else ():
+            groups[:] = [part for group in groups for part in hosts.get(id(group), [group])]
+        for half in self.halves:
+            half.host["params"] = half.params
+            self.note(half)
+        self.halves = []
+
+    def note(self, half: _Half) -> None:
+        """Keep in the group what the step has written into B's."""
+        host, own = half.host, {}
+        for key, value in half.twin.items():
+            is_rate = key in half.given
+            if key in ("params", "param_names") or (is_rate and key not in half.kept and value is half.given[key]):
+                continue
+            if half.is_alone:
+                host[key] = value / self.ratio if is_rate else value
+            elif key not in host or is_rate or not _same(host[key], value):
+                own[key] = (_copied(host.get(key)), value)
+        host.pop(_OWN, None)
+        if own:
+            host[_OWN] = own
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two numbers of a group are equal, in whatever they lie."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a == b)
+
+
+def _copied(value: Any) -> Any:
+    """`value` as another group would have it, which is then changed in place by itself."""
+    return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
 
 
 def _heirs(model: nn.Module, orphans: dict[int, nn.Parameter]) -> dict[int, list[nn.Parameter]]:

@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_lora.engine.layers import Pair, ParameterLoRA, pairs
 from lightning_lora.engine.layers.conv_transpose import ConvTransposeLoRA
+from lightning_lora.engine.optim import check_hooks, replace_hooks, with_inner
 from lightning_lora.errors import ConfigError, TrainingError
 
 
@@ -24,8 +25,13 @@ def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> No
     TrainingError for LBFGS, whose step is a search along a line.
     """
     check_strength(strength)
-    if isinstance(optimizer, LBFGS):
-        raise TrainingError("product_decay cannot be used with LBFGS, which searches along a line that it would leave.")
+    innermost = [one for one in with_inner(optimizer) if len(with_inner(one)) == 1]
+    for one in innermost:
+        if isinstance(one, LBFGS):
+            raise TrainingError(
+                "product_decay cannot be used with LBFGS, which searches along a line that it would leave."
+            )
+        check_hooks(one, "product_decay, which follows each step, cannot be used with it.")
     own = list(pairs(model))
 
     def decay(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -40,7 +46,8 @@ def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> No
                 for p, g in zip(held, gradients):
                     p.sub_(g * (rates[id(p)] * strength))
 
-    optimizer.register_step_post_hook(decay)
+    for one in innermost:  # of SAM and the like, whose user may take the two halves of a step by hand
+        replace_hooks(one, "product_decay", one.register_step_post_hook(decay))
 
 
 def check_strength(strength: object) -> None:

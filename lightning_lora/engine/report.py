@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -52,6 +52,19 @@ class InjectionReport:
     def trainable_share(self) -> float:
         """Trained elements as a share of all, from 0 to 1."""
         return self.trainable / max(1, self.trainable + self.frozen)
+
+    def within(self, name: str, others: int) -> InjectionReport:
+        """The same of a model that holds the injected one as `name`, beside `others` elements that are frozen."""
+        prefix = f"{name}." if name else ""
+        return replace(
+            self,
+            modules=tuple(m._replace(name=f"{prefix}{m.name}".removesuffix(".")) for m in self.modules),
+            trained_whole=tuple(prefix + trained for trained in self.trained_whole),
+            head=None if self.head is None else prefix + self.head,
+            tokens={prefix + rows: count for rows, count in self.tokens.items()},
+            left_out={prefix + left: how for left, how in self.left_out.items()},
+            frozen=self.frozen + others,
+        )
 
     def __str__(self) -> str:
         rows = [

@@ -11,13 +11,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.inject import injections
+from lightning_lora.engine.foreign import foreign_layout_of
+from lightning_lora.engine.inject import check_as_injected, injections
 from lightning_lora.engine.layers import adapters
-from lightning_lora.engine.layers.base import FACTORS
+from lightning_lora.engine.layers.base import FACTORS, is_adapter
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.overflow import largest, largest_in, too_large
 from lightning_lora.engine.sharded import check_complete, fill, is_sharded, whole
 from lightning_lora.engine.storage import dtype_of, is_quantized
+from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.witness import witness_of
 from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
@@ -33,20 +35,28 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors that make up the adapter of `model`, by name: `<module>.lora_A`, `<module>.lora_B` (and what its
     variant has besides), and what is trained whole under its own name.
 
-    Raises AdapterStateError where the model has no adapters."""
+    Raises AdapterStateError where the model has no adapters, or not all that `inject` gave it."""
     tensors: dict[str, Tensor] = {}
-    for name, module in adapters(model):
+    tree = Tree.of(model)
+    check_as_injected(model, tree)
+    layers: Any = tree.of_classes(is_adapter)
+    for name, module in layers:
         prefix = f"{name}." if name else ""
         for own in module.lora_names:
             tensors[prefix + own] = getattr(module, own)
     if not tensors:
         raise AdapterStateError(f"{type(model).__name__} has no adapters: call inject(model, config) first.")
     check_complete(tensors)
-    for root, injection in injections(model):
+    for root, injection in injections(model, tree):
         if not injection.trained_whole:
             continue
-        there = tensors_by_plain_name(model.get_submodule(root))
+        there = tensors_by_plain_name(tree.by_name[root])
         prefix = f"{root}." if root else ""
+        if absent := [name for name in injection.trained_whole if plain_name(name) not in there]:
+            raise AdapterStateError(
+                f"{listed(prefix + name for name in absent)} of {type(model).__name__} was trained whole, and is not "
+                "there any more: its module was replaced or deleted since inject. Put it back, or call remove first."
+            )
         for name, tensor in (there[plain_name(trained)] for trained in injection.trained_whole):
             tensors[prefix + name] = tensor
     return tensors
@@ -147,6 +157,8 @@ def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str
             problems.append(f"{name} is {value.dtype} where the model has {tensor.dtype}")
         elif not (are_finite or is_finite(value)):
             problems.append(f"{name} holds values that are not finite")
+    if unexpected and (foreign := foreign_layout_of(unexpected, beside=own)):
+        raise AdapterFormatError(f"{what[0].upper()}{what[1:]} is {foreign}. Nothing was loaded.")
     if problems:
         raise AdapterFormatError(
             f"{what[0].upper()}{what[1:]} does not fit the model: {listed(problems)}. Nothing was loaded."
@@ -171,7 +183,7 @@ def base_fingerprint(model: nn.Module, root: nn.Module | None = None) -> str:
     2^20 elements enter whole, larger ones by 2^20 evenly spaced elements; buffers do not, since training moves some,
     nor do quantized weights, whose bytes depend on the device that quantized them.
     """
-    return _fingerprint(model, _base_parameters(model, root))
+    return _fingerprint(model, base_parameters(model, root))
 
 
 def _fingerprint(model: nn.Module, base: Iterable[tuple[str, nn.Parameter]]) -> str:
@@ -201,7 +213,7 @@ def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, 
     reading or writing an adapter. `base_fingerprint` always reads it.
     """
     root = root or model
-    base = _base_parameters(model, root)
+    base = base_parameters(model, root)
     now = witness_of(base)
     if now is not None:
         now += tuple(
@@ -245,7 +257,7 @@ def compare_bases(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str,
         )
 
 
-def _base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
+def base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
     """The parameters of `root` that are no part of the adapter of `model`, by name."""
     adapted = any(True for _ in adapters(model))
     ours = {id(t) for t in adapter_tensors(model).values()} if adapted else set()

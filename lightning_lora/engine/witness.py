@@ -51,6 +51,28 @@ def witness_of(tensors: Iterable[tuple[str, Tensor]]) -> tuple[Any, ...] | None:
     return (*marks, digest.digest())
 
 
+@torch.no_grad()
+def marks_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    """For each tensor, by its name, what is equal for as long as nothing is written to it: to tell which one changed,
+    in memory that other processes may write to as well. Those that are quantized are marked by their kind alone."""
+    marks: dict[str, Any] = {}
+    samples: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name, t in tensors:
+        marks[name] = type(t)
+        if type(t) is not nn.Parameter or t.layout is not torch.strided or t.is_meta:
+            continue
+        marks[name] = (t.data_ptr(), None if t.is_inference() else t._version, t.shape, t.dtype)
+        if t.numel():
+            sample = torch.as_strided(t, *_spread(t.shape, t.stride()))
+            sample = sample.view(torch.uint8) if t.dtype.itemsize == 1 else sample
+            samples.setdefault((t.device, sample.dtype), []).append((name, sample))
+    for group in samples.values():  # one copy for each device, since each waits for it
+        read = torch.cat([sample for _, sample in group]).cpu()
+        for (name, _), part in zip(group, read.split([len(sample) for _, sample in group])):
+            marks[name] = (*marks[name], hashlib.sha256(part.contiguous().view(torch.uint8).numpy().data).digest())
+    return marks
+
+
 @functools.lru_cache(maxsize=256)  # thousands of layers have the same shapes
 def _spread(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int], tuple[int]]:
     """The size and the stride of a sample of the memory between the first and the last number of a tensor."""

@@ -24,6 +24,7 @@ from lightning_lora.engine import (
     injections,
     remove,
 )
+from lightning_lora.engine.inject import check_as_injected
 from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.sharded import is_first, is_sharded, whole
 from lightning_lora.engine.state import check_fits, check_same_base, describe_base, fill_adapter
@@ -227,7 +228,9 @@ def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, 
 
 
 def only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
-    """The one module that `inject` was called on, and its record; raises AdapterStateError where there is not one."""
+    """The one module that `inject` was called on, and its record; raises AdapterStateError where there is not one, or
+    where its layers are not as they were adapted."""
+    check_as_injected(model)
     found = list(injections(model))
     if len(found) == 1:
         return model.get_submodule(found[0][0]), found[0][1]

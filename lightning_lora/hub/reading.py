@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_lora.engine.foreign import foreign_layout_of
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.hub.mapped import MappedTensors
 
@@ -73,6 +74,8 @@ def check_folder(folder: Path) -> None:
     if not folder.exists():
         raise AdapterFormatError(f"There is no folder {str(folder)!r}.")
     if not folder.is_dir():
+        if foreign := _foreign_file(folder):
+            raise AdapterFormatError(f"{str(folder)!r} is {foreign}.")
         hint = f" Its folder {str(folder.parent)!r} may be meant." if folder.name in (CONFIG, TENSORS) else ""
         raise AdapterFormatError(
             f"{str(folder)!r} is a file: an adapter is a folder with {CONFIG} and {TENSORS}.{hint}"
@@ -81,9 +84,19 @@ def check_folder(folder: Path) -> None:
     if not missing:
         return
     there = sorted(path.name for path in folder.iterdir())
-    foreign = foreign_layout(there)
+    others = (_foreign_file(folder / name) for name in there if name.endswith(".safetensors"))
+    foreign = next(filter(None, others), None) or foreign_layout(there)
     what = f" It looks like {foreign}." if foreign else f" It holds: {listed(there) or 'nothing'}."
     raise AdapterFormatError(f"{str(folder)!r} lacks {' and '.join(missing)}.{what}")
+
+
+def _foreign_file(path: Path) -> str | None:
+    """What the tensors in a file are, if they are a LoRA of another layout."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return foreign_layout_of(file.keys(), file.metadata() or {})
+    except (SafetensorError, OSError):
+        return None
 
 
 def foreign_layout(names: Collection[str]) -> str | None:
@@ -132,6 +145,8 @@ def _header(tensors: MappedTensors, path: Path) -> Header:
         raise SafetensorError("it was replaced while it was opened") from error
     if not shapes:
         raise AdapterFormatError(f"{path} holds no tensor.")
+    if foreign := foreign_layout_of(shapes, tensors.metadata):
+        raise AdapterFormatError(f"{path} is {foreign}.")
     try:
         note = json.loads(note)
     except (TypeError, ValueError, RecursionError):

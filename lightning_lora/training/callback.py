@@ -18,10 +18,12 @@ from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
 from lightning_lora.engine.product_decay import check_strength
-from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, closest, listed
+from lightning_lora.errors import ConfigError, TargetError, TrainingError, closest, listed
+from lightning_lora.training.base_watch import BaseWatch
 from lightning_lora.training.buffers import watch_buffers
 from lightning_lora.training.checkpoint import accept_adapters
 from lightning_lora.training.launch import adapt_before_launch
+from lightning_lora.training.present import adapters_present
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.randomness import ExactResume
@@ -112,12 +114,16 @@ class LoRACallback(Callback):
         self._awaits_gradient: dict[str, Any] | None = None
         self._heard_backward = False
         self._held = 0
+        self._first_step = 0
+        self._goes_on: str | None = None
         adapt_before_launch()
 
     # Adapting the model.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._policy.bases.clear()  # another module, or other base weights, may come with this run
+        self._policy.watch = None
+        self._goes_on = None
         if self._policy.push is not None and stage == "fit":
             self._policy.push.check(trainer)
         attach(trainer.strategy, self._policy)
@@ -146,22 +152,29 @@ class LoRACallback(Callback):
         pl_module.__dict__[hook] = hook_then_adapt
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        present = [injection.config for _, injection in injections(pl_module)]
         if not has_adapters(pl_module):
             if isinstance(trainer.precision_plugin, _REPLACES_LAYERS):
                 trainer.precision_plugin.convert_module(pl_module)  # later, it would replace what was adapted
             self._inject(pl_module, trainer.strategy)
-        elif present != [self.config]:
-            raise AdapterStateError(
-                f"{type(pl_module).__name__} has adapters already, of another config than this callback's "
-                f"({present[0] if present else 'unknown'}). Call lightning_lora.remove or merge on it first, or give "
-                "the callback the same config."
-            )
+        else:
+            self._go_on(trainer, pl_module)
         accept_adapters(pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                     self._adapt_average(callback, trainer, pl_module)
+
+    def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the adapters that the module has already: those of a run before, or of inject or load_adapter."""
+        root, report = adapters_present(pl_module, self.config)
+        is_new, self.report = self.report is None, report
+        is_fresh = not shards(trainer.strategy) and all(pair.is_fresh for pair in pairs(pl_module))
+        if is_fresh and not is_new:
+            return  # adapted by this very callback, in the process that launched this one
+        size = f"{len(report.modules)} modules, rank {self.config.rank}"
+        what = f"{type(pl_module).__name__} has adapters already ({size})"
+        how = "training goes on from them. To start anew, call lightning_lora.remove"
+        self._goes_on = f"{what}, as inject left them." if is_fresh else f"{what}: {how}({root}) before you fit."
 
     def _adapt_average(self, callback: Callback, trainer: Trainer, pl_module: LightningModule) -> None:
         frozen = [name for _, injection in injections(pl_module) for name in injection.frozen_norms]
@@ -221,6 +234,8 @@ class LoRACallback(Callback):
         if self._policy.push is not None:
             self._policy.push.start(trainer, pl_module)
         watch_buffers(pl_module)
+        if not shards(trainer.strategy):  # of whose weights each process sees a part
+            self._policy.watch = BaseWatch(pl_module, is_error=self._policy.check_base)
         self._awaits_gradient = {pair.name: pair for pair in pairs(pl_module)}
         self._heard_backward = False
         self._held = 0
@@ -248,6 +263,10 @@ class LoRACallback(Callback):
     # Exact resumption.
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._goes_on is not None and trainer.ckpt_path is None:  # which would have brought all of them
+            rank_zero_info(self._goes_on)
+        self._goes_on = None
+        self._first_step = trainer.global_step
         self._resume.on_train_start(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -265,6 +284,8 @@ class LoRACallback(Callback):
     ) -> None:
         if self._awaits_gradient is not None and self._heard_backward:  # not so where a training_step returned None
             self._report_unused(pl_module)
+        if self._policy.watch is not None:
+            self._policy.watch.after_batch(pl_module, trainer.global_step > self._first_step)
         self._resume.on_train_batch_end(trainer, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -275,6 +296,10 @@ class LoRACallback(Callback):
             self._resume.on_validation_end()
             if self._policy.push is not None:
                 self._policy.push.record(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._policy.watch is not None:
+            self._policy.watch.check(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._policy.push is not None:

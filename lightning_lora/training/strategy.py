@@ -40,6 +40,7 @@ from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import CheckpointError, TrainingError, listed
 from lightning_lora.hub import adapter_root, save_adapter
 from lightning_lora.hub.resume import local_checkpoint
+from lightning_lora.training.base_watch import BaseWatch
 from lightning_lora.training.buffers import changed_buffers, restore_buffers
 from lightning_lora.training.calibrate import start_waiting
 from lightning_lora.training.checkpoint import (
@@ -73,6 +74,8 @@ class AdapterPolicy:
     push: Pushing | None = None
     init_batches: int = 16
     product_decay: float | None = None
+    watch: BaseWatch | None = None
+    """What the base was when training started."""
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What tells the base from others, once it was needed; frozen weights do not change. By the name of the module to
     which the names of its weights are relative."""
@@ -137,6 +140,8 @@ class AdapterStrategy(_Host):
         if module is None or not has_adapters(module):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
+        if self.lora.watch is not None:
+            self.lora.watch.check(module)
         # Other callbacks put whole models in: WeightAveraging its average, and the current one beside it.
         own = adapter_tensors(module).keys()
         checkpoint.update({key: without_base(value, own) for key, value in checkpoint.items()})
@@ -173,7 +178,7 @@ class AdapterStrategy(_Host):
                 shutil.rmtree(folder)
 
     def _base(self, module: nn.Module, name: str, root: nn.Module) -> dict[str, Any]:
-        if name not in self.lora.bases:
+        if name not in self.lora.bases or not self.lora.check_base:  # which lets a base go on that changes
             self.lora.bases[name] = describe_base(module, root)
         return self.lora.bases[name]
 

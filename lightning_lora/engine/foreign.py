@@ -1,0 +1,90 @@
+"""LoRAs of other layouts than PEFT's, told by the names of their tensors.
+
+They keep the scale of a layer beside its factors (a tensor `alpha`), in the header of the file, or in a config of
+their own: it has no place under PEFT's names, and a reader that looks for A and B alone would drop it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+_CONVERT = (
+    "Convert it: PEFT's examples/stable_diffusion/convert_sd_adapter_to_peft.py does, and so does loading it with "
+    "diffusers and saving its modules with PEFT's save_pretrained, which write each alpha into adapter_config.json"
+)
+
+
+class _Layout(NamedTuple):
+    name: str
+    pattern: re.Pattern[str]
+    """What the names of its tensors have."""
+    scale: str
+    """Where it keeps the scale."""
+    advice: str = _CONVERT
+
+
+_LAYOUTS = (
+    _Layout(
+        "LyCORIS's layout",
+        re.compile(r"\.(hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|oft_blocks|glora_\w+)$"),
+        "it is no product of one A and one B",
+        "Merge it into its base with the program that it was made for",
+    ),
+    _Layout(
+        "kohya's layout",
+        re.compile(r"^lora_(unet|te\d*|transformer|prior)_|^lycoris_|(^|\.)lora_(down|up|mid)\.weight$"),
+        "the scale of a layer is its alpha / rank",
+    ),
+    _Layout(
+        "diffusers' older layout",
+        re.compile(r"(_lora\d*|\.lora|lora_linear_layer)\.(down|up)\.weight$"),
+        "the scale of a layer is its alpha (network_alphas) / rank, or 1 where it has none",
+    ),
+    _Layout(
+        "diffusers' layout",
+        re.compile(
+            r"^(unet|transformer(_2)?|text_encoder(_[23])?|prior|diffusion_model)\.(?!h\.).*\.lora_[AB]\.weight$"
+        ),
+        "its scales are in the header of its file, or alpha is the rank",
+    ),
+    _Layout(
+        "mlx-lm's layout",
+        re.compile(r"\.lora_[ab]$"),
+        "the scale is lora_parameters.scale in its config",
+        "Write the transposed lora_a and lora_b under PEFT's keys, with scale * rank as lora_alpha",
+    ),
+)
+_ALPHA = re.compile(r"(.*?)(?:\.lora_[AB])?\.(?:(?:lora_|network_)?alpha|(?:lora_)?scal(?:e|ing))$")
+_FACTOR = re.compile(r"(.*)\.lora_(?:embedding_)?[AB](?:_\w+)?(?:\.\w+)*$")
+_IN_HEADER = ("network_alphas", "lora_adapter_metadata")
+
+
+def foreign_layout_of(
+    keys: Iterable[Any], metadata: Mapping[str, Any] = MappingProxyType({}), *, beside: Iterable[Any] = ()
+) -> str | None:
+    """What tensors called `keys`, in a file with this `metadata`, are, if they are a LoRA of another layout: a clause
+    that says where its scale is and what to do. None where they may be PEFT's, or ours. `beside` are names of tensors
+    that are in their place."""
+    names = [key for key in keys if isinstance(key, str)]
+    theirs = [name for name in names if not name.startswith("base_model.")]  # PEFT's own prefix
+    for layout in _LAYOUTS:
+        example = next(filter(layout.pattern.search, theirs), None)
+        if example is not None:
+            return f"a LoRA in {layout.name} ({example!r}), which is not read here: {layout.scale}. {layout.advice}"
+    layers = {match[1] for match in map(_FACTOR.match, (*names, *map(str, beside))) if match}
+    alpha = next((name for name in names if (match := _ALPHA.match(name)) and match[1] in layers), None)
+    if alpha is not None:
+        return (
+            f"a LoRA with a scale beside its factors ({alpha!r}, as kohya and diffusers write it), which would be "
+            f"dropped: PEFT's layout has it in lora_alpha and alpha_pattern. {_CONVERT}"
+        )
+    named = next((name for name in _IN_HEADER if name in metadata), None)
+    if named is not None:
+        return (
+            f"a LoRA of diffusers with scales in the header of its file ({named}), which would be dropped: PEFT's "
+            f"layout has them in adapter_config.json. {_CONVERT}"
+        )
+    return None
