@@ -31,6 +31,7 @@ from lightning_lora.engine.layers.quantized import keep_in_place, let_rearrange,
 from lightning_lora.engine.layers.swapping import check_removable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.plan import planned, variants_of
+from lightning_lora.engine.present import RECORD, check_none_of_ours
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.storage import shape_of
@@ -39,8 +40,6 @@ from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.vocabulary import token_tensors, vocabulary
 from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
 from lightning_lora.errors import AdapterStateError, TargetError, listed
-
-_RECORD = "lora_injection"
 
 
 @dataclass
@@ -155,7 +154,7 @@ def inject(
         freeze_statistics(model.get_submodule(name))
     for name in injection.kept_in_place:
         keep_in_place(model.get_submodule(name))
-    model.__dict__[_RECORD] = injection
+    model.__dict__[RECORD] = injection
     of_tokens = (t for own in tokens for t in own.values())
     fresh = (t for own in tensors for t in own.values() if isinstance(t, nn.Parameter) and not t.requires_grad)
     return InjectionReport(
@@ -182,7 +181,7 @@ def remove(model: nn.Module) -> None:
     if not adapted:
         raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you remove.")
     # Innermost first: what an inner `inject` found was already frozen by the outer one.
-    records = [(m, m.__dict__[_RECORD]) for _, m in tree.modules if _RECORD in m.__dict__][::-1]
+    records = [(m, m.__dict__[RECORD]) for _, m in tree.modules if RECORD in m.__dict__][::-1]
     restored = [_where_to_restore(owner, injection) for owner, injection in records]
     for module in adapted:
         swap_back(module)
@@ -230,14 +229,14 @@ def release(model: nn.Module, injection: Injection) -> None:
     for _, p in tree.parameters:
         if not p.requires_grad and p.grad is not None:
             p.grad = None
-    del model.__dict__[_RECORD]
+    del model.__dict__[RECORD]
 
 
 def injection_of(model: nn.Module) -> Injection:
     """The record of `inject` on this very module; raises AdapterStateError where there is none."""
-    injection = model.__dict__.get(_RECORD)
+    injection = model.__dict__.get(RECORD)
     if injection is None:
-        inside = [name for name, m in model.named_modules() if _RECORD in m.__dict__]
+        inside = [name for name, m in model.named_modules() if RECORD in m.__dict__]
         hint = f" It was called on its submodule {inside[0]!r}: pass that one." if inside else ""
         raise AdapterStateError(f"{type(model).__name__} was not adapted: inject was not called on it.{hint}")
     return injection
@@ -246,19 +245,12 @@ def injection_of(model: nn.Module) -> Injection:
 def injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
     """The records of `inject` on `model` and on modules inside it, each with the name of its module."""
     for name, module in model.named_modules():
-        if _RECORD in module.__dict__:
-            yield name, module.__dict__[_RECORD]
+        if RECORD in module.__dict__:
+            yield name, module.__dict__[RECORD]
 
 
 def _check_unadapted(model: nn.Module, tree: Tree) -> None:
-    present = [name for name, _ in tree.of_classes(is_adapter)]
-    if present:
-        raise AdapterStateError(
-            f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
-            "Call remove(model) or merge(model) first; AdapterBank holds several adapters on one base."
-        )
-    if _RECORD in model.__dict__:
-        raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you inject.")
+    check_none_of_ours(model, tree)
     check_unsharded(
         model,
         "Adapters that came now would be no part of what is sharded, and each process would train its own. Call inject "

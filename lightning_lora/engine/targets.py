@@ -17,6 +17,7 @@ from lightning_lora.engine.candidates import Candidates, Target, entry_matches, 
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
 from lightning_lora.engine.layers import Adapter, LinearLoRA, geometry_of, register_conv1d
 from lightning_lora.engine.layers.quantized import register_bitsandbytes
+from lightning_lora.engine.present import check_none_of_others
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import TargetError, closest, listed
 
@@ -38,11 +39,12 @@ def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Se
     """The modules of `model` that `config` adapts or trains whole, in the model's order; `tree` is what it consists of.
 
     Raises TargetError for an entry that matches nothing, naming the closest names there are, and for one that matches
-    a module that cannot be adapted.
+    a module that cannot be adapted; AdapterStateError where another library has put adapters into `model`.
     """
     register_conv1d()
     register_bitsandbytes()
     tree = tree or Tree.of(model)
+    check_none_of_others(model, tree, lambda: _named(tree, config))
     saved = _saved_modules(model, config, tree)
     there = Candidates(tree, {id(m) for module in saved.values() for m in module.modules()})
 
@@ -89,6 +91,25 @@ def is_linear(cls: type[nn.Module]) -> bool:
     """Whether "all-linear" means modules of that class: nn.Linear, what derives from it, and transformers' Conv1D."""
     geometry = geometry_of(cls)
     return geometry is not None and issubclass(geometry, LinearLoRA)
+
+
+def _named(tree: Tree, config: LoRAConfig) -> Iterator[str]:
+    """The names of the modules that `config` would adapt or train whole, whether they can be or not."""
+    modules, excluded = config.target_modules, config.exclude_modules
+    parameters = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    for name, module in tree.every:
+        if modules == "all-linear":
+            is_meant = is_linear(type(module))
+        else:
+            is_meant = bool(modules) and name_matches(modules, name)
+        if is_meant and excluded and name_matches(excluded, name):
+            is_meant = False
+        if not is_meant:
+            is_meant = name_matches(config.modules_to_save or [], name) or any(
+                own in module._parameters and (not owner or entry_matches(owner, name)) for owner, _, own in parameters
+            )
+        if is_meant:
+            yield name
 
 
 def name_matches(pattern: str | list[str], name: str) -> bool:

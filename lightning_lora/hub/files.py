@@ -25,6 +25,7 @@ from lightning_lora.engine import (
     remove,
 )
 from lightning_lora.engine.layers import LinearLoRA, register_conv1d
+from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.sharded import is_first, is_sharded, whole
 from lightning_lora.engine.state import check_fits, check_same_base, describe_base, fill_adapter
 from lightning_lora.engine.targets import name_matches
@@ -177,12 +178,7 @@ def load_adapter(
     (`check_base=False` loads it all the same); AdapterStateError where `model` has adapters already. `model` is then as
     it was.
     """
-    present = [name for name, _ in adapters(model)]
-    if present:
-        raise AdapterStateError(
-            f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
-            "Call remove(model) or merge(model) first."
-        )
+    check_none_of_ours(model, Tree.of(model))
     from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
 
     folder = adapter_folder(folder_or_repo, revision, **pulling)

@@ -14,11 +14,12 @@ from lightning_lora.engine.inject import tensors_trained_whole
 from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.plan import promised
+from lightning_lora.engine.present import check_none_of_others
 from lightning_lora.engine.state import is_finite
 from lightning_lora.engine.targets import Selection, name_matches, select
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.vocabulary import vocabulary
-from lightning_lora.errors import AdapterFormatError, listed
+from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, tensor_named
 from lightning_lora.hub.reading import Header, TensorFile
@@ -71,9 +72,17 @@ class Fit:
 def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> Fit:
     """Where and how the adapter with this config and header lies on `model`, which is not adapted yet.
 
-    Raises AdapterFormatError naming every key that is missing, unexpected or of another shape, and TargetError as
-    `inject` does.
+    Raises AdapterFormatError naming every key that is missing, unexpected or of another shape, and TargetError and
+    AdapterStateError as `inject` does.
     """
+    try:
+        return _fit(model, config, header, where)
+    except (AdapterFormatError, TargetError):
+        check_none_of_others(model, Tree.of(model))  # another library renames the layers that it adapts
+        raise
+
+
+def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
     root = _root(model, header)
     config = peft.with_own_fields(config, header.note.get("config"), where)
     relative = _for_engine(root, config)
