@@ -11,7 +11,8 @@ from torch import nn
 from lightning_lora.engine.candidates import Candidates, Target, name_in
 from lightning_lora.engine.layers import LinearLoRA, geometry_of
 from lightning_lora.engine.references import lies_in, references
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.wrappers import unwrapped
 
 
 def all_linear(there: Candidates, everything: Candidates) -> tuple[list[Target], str | None, dict[str, str]]:
@@ -49,15 +50,16 @@ def output_head(tree: Tree, linear: list[Target], left_out: Container[str] = ())
     if hf is not None:
         try:
             embeddings = hf.get_output_embeddings()
+            embeddings = unwrapped(embeddings) if isinstance(embeddings, nn.Module) else None
         except (NotImplementedError, AttributeError):
             embeddings = None
         for target in linear:
             if target.module is embeddings:
                 return target.name
-        is_inside = _inside(hf.base_model if isinstance(hf.base_model, nn.Module) else hf, tree)
+        is_inside = _inside(unwrapped(hf.base_model) if isinstance(hf.base_model, nn.Module) else hf, tree)
         outside = (t for t in outside if not is_inside(t))
     last = next(outside, None)
-    if last is None or len(linear) == 1 or _in_stack(tree.by_name[""], last.name):
+    if last is None or len(linear) == 1 or _in_stack(tree.root, last.name):
         return None
     return last.name
 
@@ -87,8 +89,8 @@ def _in_stack(model: nn.Module, name: str) -> bool:
     *path, _ = name.split(".")
     node = model
     for part in path:
-        child = node.get_submodule(part)
-        siblings = [sibling for sibling in node.children() if type(sibling) is type(child)]
+        child = submodule(node, part)
+        siblings = [s for s in map(unwrapped, node.children()) if type(s) is type(child)]
         if part.isdigit() and (isinstance(node, nn.ModuleList) or len(siblings) > 1):
             return True
         node = child

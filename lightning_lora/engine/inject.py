@@ -30,25 +30,25 @@ from lightning_lora.engine.layers.frozen import (
 from lightning_lora.engine.layers.quantized import keep_in_place, let_rearrange, may_rearrange, rearranges
 from lightning_lora.engine.layers.swapping import check_removable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import planned, variants_of
 from lightning_lora.engine.present import RECORD, check_none_of_ours
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.storage import shape_of
 from lightning_lora.engine.targets import Selection, select
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import token_tensors, vocabulary
-from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
 
 @dataclass
 class Injection:
-    """What `inject` left on the module it was given. Names are relative to that module."""
+    """What `inject` left on the module it was given. Names are relative to that module, and know of no wrappers."""
 
     config: LoRAConfig
     was_trainable: frozenset[str]
-    """Parameters that required grad before, by their names without wrappers."""
+    """Parameters that required grad before."""
     originals: dict[str, Tensor] = field(default_factory=dict)
     """Values before training of the parameters and buffers that are trained whole: `remove` puts them back."""
     head: str | None = None
@@ -83,7 +83,9 @@ def inject(
     meta device: materialise it (`to_empty`, or `load_state_dict(..., assign=True)`), load its weights, and then start
     them.
     """
-    config, tree = config or LoRAConfig(), Tree.of(model)
+    tree = Tree.of(model)
+    model = tree.root  # the record is left on the module itself, whatever is around it
+    config = with_plain_names(config or LoRAConfig(), tree)
     _check_unadapted(model, tree)
     selection = select(model, config, tree)
     _check_shared_weights(model, selection)
@@ -108,7 +110,7 @@ def inject(
     targeted = {id(target.module) for target in selection.targets}
     injection = Injection(
         config=config,
-        was_trainable=frozenset(plain_name(name) for name, p in tree.parameters if p.requires_grad),
+        was_trainable=frozenset(name for name, p in tree.parameters if p.requires_grad),
         originals={name: t.detach().clone() for name, t in whole.items()},
         head=selection.head,
         frozen_norms=tuple(
@@ -151,9 +153,9 @@ def inject(
     if config.alora_invocation_tokens:
         listen(model, config.alora_invocation_tokens)
     for name in injection.frozen_norms:
-        freeze_statistics(model.get_submodule(name))
+        freeze_statistics(submodule(model, name))
     for name in injection.kept_in_place:
-        keep_in_place(model.get_submodule(name))
+        keep_in_place(submodule(model, name))
     model.__dict__[RECORD] = injection
     of_tokens = (t for own in tokens for t in own.values())
     fresh = (t for own in tensors for t in own.values() if isinstance(t, nn.Parameter) and not t.requires_grad)
@@ -174,8 +176,9 @@ def remove(model: nn.Module) -> None:
     Raises AdapterStateError where `inject` was not called on this very module, or where the model was changed since in
     a way that cannot be undone; nothing is changed then.
     """
-    injection_of(model)
     tree = Tree.of(model)
+    model = tree.root
+    injection_of(model)
     check_removable(model, tree)
     adapted: Any = [module for _, module in tree.of_classes(is_adapter)]
     if not adapted:
@@ -196,8 +199,7 @@ def _where_to_restore(model: nn.Module, injection: Injection) -> list[tuple[Tens
     """The tensors that are trained whole, each with its value before."""
     if not injection.originals:
         return []
-    tensors = {name: tensor for name, (_, tensor) in tensors_by_plain_name(model).items()}
-    originals = {plain_name(name): original for name, original in injection.originals.items()}
+    tensors, originals = dict(Tree.of(model).tensors), injection.originals
     changed = [
         name for name, original in originals.items() if name not in tensors or tensors[name].shape != original.shape
     ]
@@ -215,16 +217,16 @@ def release(model: nn.Module, injection: Injection) -> None:
         stop_listening(model)
     tree = Tree.of(model)
     by_name = injection.frozen_norms or injection.kept_in_place
-    modules = {plain_name(name): module for name, module in tree.every} if by_name else {}
-    for name in map(plain_name, injection.frozen_norms):
+    modules = dict(tree.every) if by_name else {}
+    for name in injection.frozen_norms:
         norm = modules.get(name)
         if isinstance(norm, FrozenNorm):  # not so if it was replaced since, by SyncBatchNorm for example
             release_statistics(norm)
-    for name in map(plain_name, injection.kept_in_place):
+    for name in injection.kept_in_place:
         if name in modules:
             let_rearrange(modules[name])
     for name, p in tree.parameters:
-        if p.requires_grad is not (was_trainable := plain_name(name) in injection.was_trainable):
+        if p.requires_grad is not (was_trainable := name in injection.was_trainable):
             p.requires_grad_(was_trainable)
     for _, p in tree.parameters:
         if not p.requires_grad and p.grad is not None:
@@ -234,9 +236,10 @@ def release(model: nn.Module, injection: Injection) -> None:
 
 def injection_of(model: nn.Module) -> Injection:
     """The record of `inject` on this very module; raises AdapterStateError where there is none."""
-    injection = model.__dict__.get(RECORD)
+    tree = Tree.of(model)
+    injection = tree.root.__dict__.get(RECORD)
     if injection is None:
-        inside = [name for name, m in model.named_modules() if RECORD in m.__dict__]
+        inside = [name for name, m in tree.modules if RECORD in m.__dict__]
         hint = f" It was called on its submodule {inside[0]!r}: pass that one." if inside else ""
         raise AdapterStateError(f"{type(model).__name__} was not adapted: inject was not called on it.{hint}")
     return injection
@@ -244,7 +247,7 @@ def injection_of(model: nn.Module) -> Injection:
 
 def injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
     """The records of `inject` on `model` and on modules inside it, each with the name of its module."""
-    for name, module in model.named_modules():
+    for name, module in Tree.of(model).modules:
         if RECORD in module.__dict__:
             yield name, module.__dict__[RECORD]
 
@@ -269,7 +272,7 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
     adapted = {id(t.module) for t in selection.targets}
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for prefix, module in model.named_modules() if inside or config.bias != "none" else ():
+    for prefix, module in Tree.of(model).modules if inside or config.bias != "none" else ():
         saved = id(module) in inside
         for name, p in module.named_parameters(recurse=False):
             wanted = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
@@ -292,7 +295,7 @@ def _check_shared_weights(model: nn.Module, selection: Selection) -> None:
     """Refuse to train a weight whole that another module uses as well: that one would change unasked."""
     inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
     own = {id(p): name for name, module in selection.saved.items() for p in module.parameters()}
-    for name, module in model.named_modules() if own else ():
+    for name, module in Tree.of(model).modules if own else ():
         if id(module) in inside:
             continue
         for p in module.parameters(recurse=False):

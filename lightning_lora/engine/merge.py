@@ -17,6 +17,7 @@ from lightning_lora.engine.inject import injections, release, weight_users
 from lightning_lora.engine.layers.base import Adapter, adapters
 from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.storage import can_be_dense, dense, is_plain, stored
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import AdapterStateError, listed
 
 
@@ -29,12 +30,12 @@ def merge(model: nn.Module) -> None:
     one. Raises AdapterStateError where there are no adapters or a layer cannot be merged; nothing is changed then.
     """
     mergeable = _mergeable(model)
-    records = [(model.get_submodule(name), injection) for name, injection in injections(model)][::-1]
+    records = [(submodule(model, name), injection) for name, injection in injections(model)][::-1]
     if not records:
         raise AdapterStateError(
             f"inject was called on a module around this {type(model).__name__}: merge that one, all at once."
         )
-    users = weight_users(model.named_modules())
+    users = weight_users(Tree.of(model).modules)
     tied = {
         id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]
         for module in mergeable.values()

@@ -17,7 +17,9 @@ from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injection
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
+from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.product_decay import check_strength
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, closest, listed
 from lightning_lora.training.buffers import watch_buffers
 from lightning_lora.training.checkpoint import accept_adapters
@@ -151,7 +153,7 @@ class LoRACallback(Callback):
             if isinstance(trainer.precision_plugin, _REPLACES_LAYERS):
                 trainer.precision_plugin.convert_module(pl_module)  # later, it would replace what was adapted
             self._inject(pl_module, trainer.strategy)
-        elif present != [self.config]:
+        elif present != [with_plain_names(self.config, Tree.of(pl_module))]:
             raise AdapterStateError(
                 f"{type(pl_module).__name__} has adapters already, of another config than this callback's "
                 f"({present[0] if present else 'unknown'}). Call lightning_lora.remove or merge on it first, or give "

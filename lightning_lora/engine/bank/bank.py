@@ -20,6 +20,7 @@ from lightning_lora.engine.bank.slots import Entry, Slots
 from lightning_lora.engine.bank.tiers import HostStore, Store
 from lightning_lora.engine.bank.writing import write
 from lightning_lora.engine.config import LoRAConfig
+from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.targets import select
 from lightning_lora.engine.tree import Tree
@@ -365,7 +366,8 @@ def _cells(
 ) -> dict[str, Cell]:
     """A cell for each layer that the bank is to serve. Raises before anything is changed."""
     check_none_of_ours(model, Tree.of(model))
-    selection = select(model, LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules))
+    config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
+    selection = select(model, with_plain_names(config, Tree.of(model)))
     for target in selection.targets:
         check_bankable(target)
     return {target.name: new_cell(target, routes) for target in selection.targets}
