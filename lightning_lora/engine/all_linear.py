@@ -21,7 +21,7 @@ def all_linear(there: Candidates, everything: Candidates) -> tuple[list[Target],
     tree = there.tree
     targets = there.of_classes(is_linear)
     linear = targets if everything is there else everything.of_classes(is_linear)
-    left_out = references(tree, targets, output_head(tree, linear))
+    left_out = references(tree, targets, lambda: output_head(tree, linear))
     if left_out:
         targets = [t for t in targets if not lies_in(t.name, left_out)]
         linear = [t for t in linear if not lies_in(t.name, left_out)]

@@ -17,7 +17,7 @@ the weights, the network of a perceptual loss. The rule:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -40,9 +40,11 @@ class _Layer(NamedTuple):
     outputs: int
 
 
-def references(tree: Tree, linear: Sequence[Target], head: str | None) -> dict[str, str]:
-    """The parts that "all-linear" leaves out -> how to adapt them. `head` is the output head among `linear`."""
+def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str | None]) -> dict[str, str]:
+    """The parts that "all-linear" leaves out -> how to adapt them. `head_of` gives the output head among `linear`."""
     found = dict.fromkeys(_metrics(tree), _METRIC)
+    if all(p.requires_grad for _, p in tree.parameters):
+        return found
     linear = [t for t in linear if not lies_in(t.name, found)]
     awake, asleep = _states(tree)
     if not asleep or not awake:
@@ -55,6 +57,7 @@ def references(tree: Tree, linear: Sequence[Target], head: str | None) -> dict[s
     layers = [layer for layer in _layers(tree) if not lies_in(layer.name, found)]
     kept = [layer for layer in layers if lies_in(layer.name, parts)]
     rest = [layer for layer in layers if not lies_in(layer.name, parts)]
+    head = head_of()
     is_only_the_head = all(name == head for name in trained)
     if is_only_the_head or _is_head(rest, kept, layers):
         training = {tuple(_inside(name, layers)) for name in awake if name}

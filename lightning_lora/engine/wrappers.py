@@ -7,6 +7,7 @@ user's own child may be called "module".
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from torch import nn
 
@@ -49,6 +50,6 @@ def around(module: nn.Module) -> list[nn.Module]:
 
 
 @functools.cache
-def _inside(cls: type[nn.Module]) -> str | None:
+def _inside(cls: Any) -> str | None:
     names = (f"{parent.__module__}.{parent.__qualname__}" for parent in cls.__mro__)
     return next((_INSIDE[name] for name in names if name in _INSIDE), None)
