@@ -6,11 +6,11 @@ the weights, the network of a perceptual loss. The rule:
 1. Where nothing trains, nothing is a reference: the whole model was frozen, to be adapted. Quantized weights, which
    never train, do not count as frozen.
 2. A torchmetrics metric is left out, frozen or not.
-3. Where nothing but an output head trains (no linear layer beside it, or only a few), the frozen rest is the backbone
-   under that head, and is adapted; but a frozen part that looks as one that trains, layer by layer, is its copy, and is
-   left out. A few layers are such a head if they have less weight than the frozen rest and read what it computes: their
-   first one takes as many features as the frozen one before it gives, they do not read the model's own input, and no
-   frozen layer reads their output.
+3. Where nothing but an output head trains, the frozen rest is the backbone under that head, and is adapted; but a
+   frozen part that looks as one that trains, layer by layer, is its copy, and is left out. The head is the output layer
+   alone, or up to four layers that have less weight than the frozen rest and read what it computes: their first one
+   takes as many features as the frozen one before it gives (or all frozen parts together), they do not read the model's
+   own input, and no frozen layer reads their output. Blocks of a stack of which others train are no backbone.
 4. Any other frozen part is left out, and the report says so. Layers that are named are adapted wherever they are.
 """
 
@@ -49,17 +49,18 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
     awake, asleep = _states(tree)
     if not asleep or not awake:
         return found
+    head = head_of()
     part_of = {t.name: _outermost(t.name, awake, asleep) for t in linear}
-    parts = list(dict.fromkeys(part for part in part_of.values() if part is not None))
+    parts = list(dict.fromkeys(part for name, part in part_of.items() if part is not None and name != head))
     trained = [t.name for t in linear if part_of[t.name] is None]
     if not parts or not trained:
         return found
     layers = [layer for layer in _layers(tree) if not lies_in(layer.name, found)]
-    kept = [layer for layer in layers if lies_in(layer.name, parts)]
-    rest = [layer for layer in layers if not lies_in(layer.name, parts)]
-    head = head_of()
+    is_kept = {la.name: lies_in(la.name, parts) or (la.name in asleep and la.name not in awake) for la in layers}
+    kept = [layer for layer in layers if is_kept[layer.name]]
+    rest = [layer for layer in layers if not is_kept[layer.name]]
     is_only_the_head = all(name == head for name in trained)
-    if is_only_the_head or _is_head(rest, kept, layers):
+    if is_only_the_head or _is_head(rest, kept, layers, parts):
         training = {tuple(_inside(name, layers)) for name in awake if name}
         parts = [
             part
@@ -131,9 +132,13 @@ def _layers(tree: Tree) -> Iterator[_Layer]:
                 break
 
 
-def _is_head(rest: Sequence[_Layer], kept: Sequence[_Layer], layers: Sequence[_Layer]) -> bool:
-    """Whether the layers that train, `rest`, are a head upon the frozen ones, `kept`; `layers` are all, in order."""
-    if not rest or not kept:
+_LAYERS_OF_A_HEAD = 4
+
+
+def _is_head(rest: Sequence[_Layer], kept: Sequence[_Layer], layers: Sequence[_Layer], parts: Sequence[str]) -> bool:
+    """Whether the layers that train, `rest`, are a head upon the frozen ones, `kept`, which `parts` hold; `layers` are
+    all, in order."""
+    if not kept or not 0 < len(rest) <= _LAYERS_OF_A_HEAD:
         return False
     first, last = layers.index(rest[0]), layers.index(rest[-1])
     before = layers[first - 1] if first else kept[-1]
@@ -141,7 +146,9 @@ def _is_head(rest: Sequence[_Layer], kept: Sequence[_Layer], layers: Sequence[_L
     is_small = sum(r.inputs * r.outputs for r in rest) < sum(k.inputs * k.outputs for k in kept)
     reads_the_input = (rest[0].kind, rest[0].inputs) == (kept[0].kind, kept[0].inputs)
     is_read = after is not None and after.inputs == rest[-1].outputs
-    return is_small and before.outputs == rest[0].inputs and not reads_the_input and not is_read
+    last_of = {part: layer for layer in kept for part in parts if lies_in(layer.name, (part,))}
+    is_fed = rest[0].inputs in (before.outputs, sum(layer.outputs for layer in last_of.values()))
+    return is_small and is_fed and not reads_the_input and not is_read
 
 
 def _is_copy(part: str, tree: Tree, layers: Sequence[_Layer], training: Set[tuple[Any, ...]]) -> bool:

@@ -68,6 +68,10 @@ REFERENCES: dict[str, Callable[[], dict[str, nn.Module]]] = {
         "other": frozen(nn.Sequential(nn.Conv2d(3, 32, 3), nn.Flatten(), nn.Linear(2048, 64))),
         "student": mlp(8, 16, 16, 4),
     },
+    "an encoder of what a larger net reads": lambda: {
+        "other": frozen(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Linear(64, 64), nn.Conv2d(64, 4, 3))),
+        "student": nn.Sequential(*mlp(4, 16, 16, 4), *(nn.Conv2d(4, 4, 1) for _ in range(2))),
+    },
     "a text encoder": lambda: {"other": frozen(Transformer(24)), "student": mlp(8, 16, 16, 4)},
 }
 
@@ -147,6 +151,11 @@ def test_a_frozen_backbone_under_a_head_that_trains_is_what_is_adapted(case: str
     assert not report.left_out
     if of_head:
         assert [m.name for m in report.modules if m.name.startswith("head")] == ["head.0"]
+
+
+def test_two_frozen_backbones_under_one_head_are_adapted() -> None:
+    model = Model(tokens=frozen(Transformer()), numbers=frozen(mlp(8, 32, 32)), head=mlp(48, 16, 3))
+    assert {name.split(".")[0] for name in adapted(model)} == {"tokens", "numbers", "head"}
 
 
 def test_a_backbone_is_adapted_and_a_copy_of_its_head_is_not() -> None:
