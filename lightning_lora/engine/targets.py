@@ -54,9 +54,11 @@ def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Se
     if config.target_modules == "all-linear":
         targets, head, left_out = all_linear(there, Candidates(tree) if saved else there)
         if not targets:
+            others = left_out | left_out_weights(there, [], left_out)
+            ways = (f" {name!r} is not one of them: to adapt it, {how}." for name, how in list(others.items())[:3])
             raise TargetError(
                 f"target_modules='all-linear' finds no linear layer in {type(model).__name__}"
-                f"{f' but its head {head!r}' if head else ''}. "
+                f"{f' but its head {head!r}' if head else ''}.{''.join(ways)} "
                 "Name the modules to adapt: " + _adaptable(there.all)
             )
     else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_lora import LoRAConfig, inject
+from lightning_lora.errors import TargetError
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -223,6 +224,12 @@ def test_a_linear_layer_of_its_own_class_is_named_with_the_way_to_adapt_it(name:
     assert report.left_out == {f"0.{name}": "name it in target_parameters"}
     other = nn.Sequential(OwnLinear(8, 16, name), nn.Linear(16, 16), nn.Linear(16, 4))
     assert adapted(other, target_modules=["1"], target_parameters=[f"0.{name}"]) == {f"0.{name}", "1"}
+
+
+def test_a_model_that_has_no_other_linear_layer_says_so() -> None:
+    model = nn.Sequential(OwnLinear(8, 16), nn.ReLU(), OwnLinear(16, 16), nn.Linear(16, 4))
+    with pytest.raises(TargetError, match=r"'0.weight' is not one of them: to adapt it, name it in target_parameters"):
+        inject(nn.Sequential(*model[:3]), LoRAConfig(rank=2))
 
 
 class Table(nn.Module):
