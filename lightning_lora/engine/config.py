@@ -36,7 +36,11 @@ class LoRAConfig:
     of an embedding cannot be."""
     target_modules: str | list[str] = "all-linear"
     """Modules to adapt: "all-linear" (every linear layer but the output head), a list of name endings, or a regular
-    expression. May be empty where `target_parameters` are given."""
+    expression. May be empty where `target_parameters` are given.
+
+    "all-linear" leaves out a part that was frozen before the injection beside a part that trains, such as a teacher or
+    the network of a perceptual loss, and the report says so; a frozen backbone under a head is adapted (references.py
+    has the rule). Names and expressions reach every layer."""
     target_parameters: list[str] | None = None
     """Parameters to adapt wherever their module reads them, such as the experts of a mixture: names or their endings.
     They come beside `target_modules`."""

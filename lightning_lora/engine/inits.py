@@ -91,14 +91,25 @@ class Init:
 INITS: dict[str, Init] = {}
 
 
-def init(function: Function | None = None, *, rank_multiple: int = 1) -> Any:
+def init(function: Function | None = None, *, rank_multiple: int = 1, replace: bool = False) -> Any:
     """Register a function under its own name, as a choice for LoRAConfig's `init`; ranks are multiples of
     `rank_multiple`.
 
-    Raises ConfigError where a parameter is none of those above, or the annotation does not say what is returned.
+    A name that another module has registered is taken, such as those below, unless `replace` says that the new
+    function is meant in its place. A module, or a notebook, may register a name of its own again.
+
+    Raises ConfigError where the name is taken, a parameter is none of those above, or the annotation does not say what
+    is returned.
     """
     if function is None:
-        return functools.partial(init, rank_multiple=rank_multiple)
+        return functools.partial(init, rank_multiple=rank_multiple, replace=replace)
+    there = INITS.get(function.__name__)
+    is_taken = there is not None and there.function.__name__ == function.__name__  # not an alias set by hand
+    if there is not None and is_taken and there.function.__module__ != function.__module__ and not replace:
+        raise ConfigError(
+            f"There is an initialiser {function.__name__!r} already, of {there.function.__module__}. Give yours "
+            "another name, or put it in that one's place for every adapter to come: @init(replace=True)."
+        )
     made = Init(function, frozenset(inspect.signature(function).parameters), rank_multiple)
     unknown = sorted(made.wants - KNOWN)
     if unknown:

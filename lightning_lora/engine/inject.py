@@ -31,27 +31,26 @@ from lightning_lora.engine.layers.quantized import keep_in_place, let_rearrange,
 from lightning_lora.engine.layers.swapping import check_removable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory
+from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import planned, variants_of
+from lightning_lora.engine.present import RECORD, check_none_of_ours
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.shown import listen_for_forwards, unlisten_for_forwards
 from lightning_lora.engine.storage import is_plain, shape_of
 from lightning_lora.engine.targets import Selection, select
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import Vocabulary, token_tensors, vocabulary
-from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
 from lightning_lora.errors import AdapterStateError, TargetError, listed
-
-_RECORD = "lora_injection"
 
 
 @dataclass
 class Injection:
-    """What `inject` left on the module it was given. Names are relative to that module."""
+    """What `inject` left on the module it was given. Names are relative to that module, and know of no wrappers."""
 
     config: LoRAConfig
     was_trainable: frozenset[str]
-    """Parameters that required grad before, by their names without wrappers."""
+    """Parameters that required grad before."""
     originals: dict[str, Tensor] = field(default_factory=dict)
     """Values before training of the parameters and buffers that are trained whole: `remove` puts them back."""
     head: str | None = None
@@ -91,7 +90,9 @@ def inject(
     meta device: materialise it (`to_empty`, or `load_state_dict(..., assign=True)`), load its weights, and then start
     them.
     """
-    config, tree = config or LoRAConfig(), Tree.of(model)
+    tree = Tree.of(model)
+    model = tree.root  # the record is left on the module itself, whatever is around it
+    config = with_plain_names(config or LoRAConfig(), tree)
     _check_unadapted(model, tree)
     selection = select(model, config, tree)
     plan = planned(selection.targets, config)
@@ -116,7 +117,7 @@ def inject(
     targeted = {id(target.module) for target in selection.targets}
     injection = Injection(
         config=config,
-        was_trainable=frozenset(plain_name(name) for name, p in tree.parameters if p.requires_grad),
+        was_trainable=frozenset(name for name, p in tree.parameters if p.requires_grad),
         originals={name: t.detach().clone() for name, t in whole.items()},
         head=selection.head,
         frozen_norms=tuple(
@@ -129,7 +130,7 @@ def inject(
         ),
         awaits_start=not start,
         adapted={
-            plain_name(name): module
+            name: module
             for name, module in (*((t.name, t.module) for t in selection.targets), *(v[:2] for v in vocabularies))
             if module is not model
         },
@@ -166,10 +167,10 @@ def inject(
     if config.alora_invocation_tokens:
         listen(model, config.alora_invocation_tokens)
     for name in injection.frozen_norms:
-        freeze_statistics(model.get_submodule(name))
+        freeze_statistics(submodule(model, name))
     for name in injection.kept_in_place:
-        keep_in_place(model.get_submodule(name))
-    model.__dict__[_RECORD] = injection
+        keep_in_place(submodule(model, name))
+    model.__dict__[RECORD] = injection
     of_tokens = (t for own in tokens for t in own.values())
     fresh = (t for own in tensors for t in own.values() if isinstance(t, nn.Parameter) and not t.requires_grad)
     injection.report = InjectionReport(
@@ -190,14 +191,15 @@ def remove(model: nn.Module) -> None:
     Raises AdapterStateError where `inject` was not called on this very module, or where the model was changed since in
     a way that cannot be undone; nothing is changed then.
     """
-    injection_of(model)
     tree = Tree.of(model)
+    model = tree.root
+    injection_of(model)
     check_removable(model, tree)
     adapted: Any = [module for _, module in tree.of_classes(is_adapter)]
     if not adapted:
         raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you remove.")
     # Innermost first: what an inner `inject` found was already frozen by the outer one.
-    records = [(m, m.__dict__[_RECORD]) for _, m in tree.modules if _RECORD in m.__dict__][::-1]
+    records = [(m, m.__dict__[RECORD]) for _, m in tree.modules if RECORD in m.__dict__][::-1]
     restored = [_where_to_restore(owner, injection) for owner, injection in records]
     for module in adapted:
         swap_back(module)
@@ -212,8 +214,7 @@ def _where_to_restore(model: nn.Module, injection: Injection) -> list[tuple[Tens
     """The tensors that are trained whole, each with its value before."""
     if not injection.originals:
         return []
-    tensors = {name: tensor for name, (_, tensor) in tensors_by_plain_name(model).items()}
-    originals = {plain_name(name): original for name, original in injection.originals.items()}
+    tensors, originals = dict(Tree.of(model).tensors), injection.originals
     changed = [
         name for name, original in originals.items() if name not in tensors or tensors[name].shape != original.shape
     ]
@@ -232,28 +233,29 @@ def release(model: nn.Module, injection: Injection) -> None:
     unlisten_for_forwards(model)
     tree = Tree.of(model)
     by_name = injection.frozen_norms or injection.kept_in_place
-    modules = {plain_name(name): module for name, module in tree.every} if by_name else {}
-    for name in map(plain_name, injection.frozen_norms):
+    modules = dict(tree.every) if by_name else {}
+    for name in injection.frozen_norms:
         norm = modules.get(name)
         if isinstance(norm, FrozenNorm):  # not so if it was replaced since, by SyncBatchNorm for example
             release_statistics(norm)
-    for name in map(plain_name, injection.kept_in_place):
+    for name in injection.kept_in_place:
         if name in modules:
             let_rearrange(modules[name])
     for name, p in tree.parameters:
-        if p.requires_grad is not (was_trainable := plain_name(name) in injection.was_trainable):
+        if p.requires_grad is not (was_trainable := name in injection.was_trainable):
             p.requires_grad_(was_trainable)
     for _, p in tree.parameters:
         if not p.requires_grad and p.grad is not None:
             p.grad = None
-    del model.__dict__[_RECORD]
+    del model.__dict__[RECORD]
 
 
 def injection_of(model: nn.Module) -> Injection:
     """The record of `inject` on this very module; raises AdapterStateError where there is none."""
-    injection = model.__dict__.get(_RECORD)
+    tree = Tree.of(model)
+    injection = tree.root.__dict__.get(RECORD)
     if injection is None:
-        inside = [name for name, m in model.named_modules() if _RECORD in m.__dict__]
+        inside = [name for name, m in tree.modules if RECORD in m.__dict__]
         hint = f" It was called on its submodule {inside[0]!r}: pass that one." if inside else ""
         raise AdapterStateError(f"{type(model).__name__} was not adapted: inject was not called on it.{hint}")
     return injection
@@ -263,8 +265,8 @@ def injections(model: nn.Module, tree: Tree | None = None) -> Iterator[tuple[str
     """The records of `inject` on `model` and on modules inside it, each with the name of its module; `tree` is what
     `model` consists of, if known."""
     for name, module in (tree or Tree.of(model)).modules:
-        if _RECORD in module.__dict__:
-            yield name, module.__dict__[_RECORD]
+        if RECORD in module.__dict__:
+            yield name, module.__dict__[RECORD]
 
 
 def check_as_injected(model: nn.Module, tree: Tree | None = None) -> None:
@@ -280,7 +282,7 @@ def check_as_injected(model: nn.Module, tree: Tree | None = None) -> None:
     problems = []
     for root, injection in records if present else ():
         found = present if not root else Tree.of(tree.by_name[root]).of_classes(is_adapter)
-        names = {id(module): plain_name(name) for name, module in found}
+        names = {id(module): name for name, module in found}
         prefix = f"{root}." if root else ""
         for name, module in injection.adapted.items():
             now = names.get(id(module))
@@ -318,15 +320,7 @@ def _changed(name: str, module: Any) -> str | None:
 
 
 def _check_unadapted(model: nn.Module, tree: Tree) -> None:
-    present = [name for name, _ in tree.of_classes(is_adapter)]
-    if present:
-        raise AdapterStateError(
-            f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
-            "Call remove(model) or merge(model) first; AdapterBank holds several adapters on one base."
-        )
-    if merged := [name for name, m in tree.modules if _RECORD in m.__dict__]:
-        what = f"{type(model).__name__}{f' ({merged[0]!r} in it)' if merged[0] else ''}"
-        raise AdapterStateError(f"{what} is merged: leave `with merged(model)` before you inject.")
+    check_none_of_ours(model, tree)
     check_unsharded(
         model,
         "Adapters that came now would be no part of what is sharded, and each process would train its own. Call inject "
@@ -344,7 +338,7 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
     is_saved, is_wanted = _trained_whole(config, selection)
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for prefix, module in model.named_modules() if selection.saved or config.bias != "none" else ():
+    for prefix, module in Tree.of(model).modules if selection.saved or config.bias != "none" else ():
         for name, p in module.named_parameters(recurse=False):
             if is_wanted(module, name) and id(p) not in seen:
                 full = f"{prefix}.{name}" if prefix else name
@@ -389,7 +383,7 @@ def _check_shared(
     if not whole and not vocabularies:
         return
     _, is_wanted = _trained_whole(config, selection)
-    modules = list(model.named_modules())
+    modules = Tree.of(model).modules
     memory = Memory(modules)
     trained = {id(t): name for name, t in whole.items()}
     for prefix, module in modules:

@@ -19,6 +19,7 @@ from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory, repeats
 from lightning_lora.engine.storage import dense, is_plain, stored
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import AdapterStateError, listed
 
 
@@ -33,7 +34,7 @@ def merge(model: nn.Module) -> None:
     cannot be merged; nothing is changed then.
     """
     mergeable = _mergeable(model)
-    records = [(model.get_submodule(name), injection) for name, injection in injections(model)][::-1]
+    records = [(submodule(model, name), injection) for name, injection in injections(model)][::-1]
     if not records:
         raise AdapterStateError(
             f"inject was called on a module around this {type(model).__name__}: merge that one, all at once."
@@ -119,7 +120,7 @@ def _mergeable(model: nn.Module) -> dict[str, Adapter]:
 
 def _shared(model: nn.Module, mergeable: Mapping[str, Adapter]) -> dict[int, list[str]]:
     """By the identity of each parameter of the adapted layers: who else has it, or a tensor in the same memory."""
-    modules = list(model.named_modules())
+    modules = Tree.of(model).modules
     users, memory = weight_users(modules), Memory(modules)
     return {
         id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]

@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.engine.layers import adapters, pairs
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import ConfigError, TrainingError, listed
 
 
@@ -46,7 +47,7 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
     lone optimizer, with a warning. Raises TrainingError where several optimizers leave it open which one should train
     them, or where there is none.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in reversed(Tree.of(model).parameters)}
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     orphans = {key: p for key, p in trainable.items() if key not in held}

@@ -75,11 +75,15 @@ def check_unsharded(model: nn.Module, advice: str, tree: Tree | None = None) -> 
         return
     tree = tree or Tree.of(model)
     kinds: Any = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if fsdp is not None)
-    if tree.classes_of_parameters <= {nn.Parameter} and not any(issubclass(cls, kinds) for cls in tree.classes):
+    if (
+        tree.classes_of_parameters <= {nn.Parameter}
+        and not any(issubclass(cls, kinds) for cls in tree.classes)
+        and not any(isinstance(wrapper, kinds) for _, wrapper in tree.wrappers)
+    ):
         return  # without asking each of thousands
     found = [
         name or type(model).__name__
-        for name, module in tree.modules
+        for name, module in (*tree.wrappers, *tree.modules)
         if isinstance(module, kinds) or any(is_sharded(p) for p in module._parameters.values() if p is not None)
     ]
     if found:

@@ -10,6 +10,7 @@ from lightning_lora.engine.layers import Adapter, adapters
 from lightning_lora.engine.layers.fresh import Measured, check_measured, device_of, drawing_on, fresh_tensors, recipes
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.sharded import fill
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import token_tensors
 from lightning_lora.errors import AdapterStateError, listed
 
@@ -23,13 +24,13 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
     """
     waiting = [(root, injection) for root, injection in injections(model) if injection.awaits_start]
     ours = {id(getattr(m, own)) for _, m in adapters(model) for own in m.lora_names}
-    absent = [name for name, p in model.named_parameters() if p.is_meta and id(p) not in ours]
+    absent = [name for name, p in Tree.of(model).parameters if p.is_meta and id(p) not in ours]
     if waiting and absent:
         raise AdapterStateError(f"{listed(absent)} is still on the meta device: load the weights of the model first.")
     values: list[tuple[Adapter, str, Tensor]] = []
     for root, injection in waiting:
         prefix = f"{root}." if root else ""
-        found = {prefix + n: module for n, module in adapters(model.get_submodule(root)) if _is_unstarted(module)}
+        found = {prefix + n: module for n, module in adapters(submodule(model, root)) if _is_unstarted(module)}
         check_measured(injection.config, [n for n, m in found.items() if not isinstance(m, TokenRows)], measured or {})
         for name, module in found.items():
             if isinstance(module, TokenRows):
@@ -48,8 +49,8 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
             else:
                 fill(tensor, value, drawn=True)
     for root, injection in waiting:
-        owner = model.get_submodule(root)
-        there = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers(remove_duplicate=False))
+        owner = submodule(model, root)
+        there = dict(Tree.of(owner).tensors)
         for name in [name for name, original in injection.originals.items() if original.is_meta]:
             injection.originals[name] = there[name].detach().clone()
         for _, module in adapters(owner):

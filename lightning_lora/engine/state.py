@@ -21,7 +21,7 @@ from lightning_lora.engine.sharded import check_complete, fill, is_sharded, whol
 from lightning_lora.engine.storage import dtype_of, is_quantized
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.witness import witness_of
-from lightning_lora.engine.wrappers import plain_name, tensors_by_plain_name
+from lightning_lora.engine.wrappers import unwrapped
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
 
 _SAMPLE = 1 << 20
@@ -50,15 +50,15 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for root, injection in injections(model, tree):
         if not injection.trained_whole:
             continue
-        there = tensors_by_plain_name(tree.by_name[root])
+        there = dict(Tree.of(tree.by_name[root]).tensors)
         prefix = f"{root}." if root else ""
-        if absent := [name for name in injection.trained_whole if plain_name(name) not in there]:
+        if absent := [name for name in injection.trained_whole if name not in there]:
             raise AdapterStateError(
                 f"{listed(prefix + name for name in absent)} of {type(model).__name__} was trained whole, and is not "
                 "there any more: its module was replaced or deleted since inject. Put it back, or call remove first."
             )
-        for name, tensor in (there[plain_name(trained)] for trained in injection.trained_whole):
-            tensors[prefix + name] = tensor
+        for name in injection.trained_whole:
+            tensors[prefix + name] = there[name]
     return tensors
 
 
@@ -79,8 +79,27 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
     nothing is changed then.
     """
     own = adapter_tensors(model)
-    check_fits(own, state_dict, what="the adapter")
-    fill_adapter(model, own, state_dict)
+    given = by_plain_name(model, state_dict) if isinstance(state_dict, Mapping) else state_dict
+    check_fits(own, given, what="the adapter")
+    fill_adapter(model, own, given)
+
+
+def names_in_state_dict(model: nn.Module) -> dict[str, str]:
+    """The names that tensors of `model` have in `model.state_dict()`, where wrappers may be mentioned -> their own.
+
+    Only those that differ."""
+    tree = Tree.of(model)
+    if not tree.wrappers:
+        return {}
+    plain = {id(t): name for name, t in reversed(tree.tensors)}
+    state = model.state_dict(keep_vars=True)
+    return {name: own for name, t in state.items() if (own := plain.get(id(t), name)) != name}
+
+
+def by_plain_name(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """`tensors`, named as in an `adapter_state_dict` of `model` or as in its state dict, by the former names."""
+    plain = names_in_state_dict(model)
+    return {plain.get(name, name): value for name, value in tensors.items()}
 
 
 def fill_adapter(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -189,7 +208,7 @@ def base_fingerprint(model: nn.Module, root: nn.Module | None = None) -> str:
 def _fingerprint(model: nn.Module, base: Iterable[tuple[str, nn.Parameter]]) -> str:
     digest = hashlib.sha256()
     replaced = {id(m.dense_weight()): m.lora_rows for _, m in adapters(model) if isinstance(m, TokenRows)}
-    for name, p in sorted(((plain_name(name), p) for name, p in base), key=lambda item: item[0]):
+    for name, p in sorted(base, key=lambda item: item[0]):
         if is_quantized(p):
             continue
         if id(p) in replaced:  # the adapter brings these rows, whatever a resized embedding was filled with
@@ -212,7 +231,7 @@ def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, 
     It is remembered while the base is seen to be what it was (witness.py says how): reading all of it takes longer than
     reading or writing an adapter. `base_fingerprint` always reads it.
     """
-    root = root or model
+    root = unwrapped(root or model)
     base = base_parameters(model, root)
     now = witness_of(base)
     if now is not None:
@@ -261,4 +280,5 @@ def base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str,
     """The parameters of `root` that are no part of the adapter of `model`, by name."""
     adapted = any(True for _ in adapters(model))
     ours = {id(t) for t in adapter_tensors(model).values()} if adapted else set()
-    return [(name, p) for name, p in (root or model).named_parameters() if id(p) not in ours]
+    first = {id(p): (name, p) for name, p in reversed(Tree.of(root or model).parameters)}
+    return [named for key, named in reversed(first.items()) if key not in ours]

@@ -7,16 +7,18 @@ entry of a list is the whole name or what follows a dot; `modules_to_save` are n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from lightning_lora.engine.all_linear import all_linear, is_linear, left_out_weights, parameters_of
 from lightning_lora.engine.candidates import Candidates, Target, entry_matches, last_part, name_in
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
-from lightning_lora.engine.layers import Adapter, LinearLoRA, geometry_of, register_conv1d
+from lightning_lora.engine.layers import Adapter, geometry_of, register_conv1d
 from lightning_lora.engine.layers.quantized import register_bitsandbytes
+from lightning_lora.engine.present import check_none_of_others
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import TargetError, closest, listed
 
@@ -38,25 +40,25 @@ def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Se
     """The modules of `model` that `config` adapts or trains whole, in the model's order; `tree` is what it consists of.
 
     Raises TargetError for an entry that matches nothing, naming the closest names there are, and for one that matches
-    a module that cannot be adapted.
+    a module that cannot be adapted; AdapterStateError where another library has put adapters into `model`.
     """
     register_conv1d()
     register_bitsandbytes()
     tree = tree or Tree.of(model)
+    check_none_of_others(model, tree, lambda: _named(tree, config))
     saved = _saved_modules(model, config, tree)
     there = Candidates(tree, {id(m) for module in saved.values() for m in module.modules()})
 
     head: str | None = None
+    left_out: dict[str, str] = {}
     if config.target_modules == "all-linear":
-        linear = there.of_classes(is_linear)
-        head = output_head(tree, linear if not saved else Candidates(tree).of_classes(is_linear))
-        if all(t.name != head for t in reversed(linear)):
-            head = None  # trained whole, so there is nothing to say about it
-        targets = [t for t in linear if t.name != head] if head is not None else linear
+        targets, head, left_out = all_linear(there, Candidates(tree) if saved else there)
         if not targets:
+            others = left_out | left_out_weights(there, [], left_out)
+            ways = (f" {name!r} is not one of them: to adapt it, {how}." for name, how in list(others.items())[:3])
             raise TargetError(
                 f"target_modules='all-linear' finds no linear layer in {type(model).__name__}"
-                f"{f' but its head {head!r}' if head else ''}. "
+                f"{f' but its head {head!r}' if head else ''}.{''.join(ways)} "
                 "Name the modules to adapt: " + _adaptable(there.all)
             )
     else:
@@ -76,19 +78,33 @@ def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Se
             f"{' or '.join(kinds)} cannot be adapted. {_adaptable(there.all)}"
         )
     if any(geometry.parameters_of is not Adapter.parameters_of for geometry in geometries.values() if geometry):
-        targets = [t._replace(parameters=own) if (own := _parameters_of(t.module)) else t for t in targets]
+        targets = [t._replace(parameters=own) if (own := parameters_of(t.module)) else t for t in targets]
     if config.target_parameters:
         targets = _with_parameters(targets, there.all, config.target_parameters, model)
     for key in ("rank_pattern", "alpha_pattern"):
         _check_patterns(key, getattr(config, key), targets)
-    left_out = _left_out(there, targets) if config.target_modules == "all-linear" else {}
+    if config.target_modules == "all-linear":
+        left_out |= left_out_weights(there, targets, left_out)
     return Selection(targets, saved, head, left_out)
 
 
-def is_linear(cls: type[nn.Module]) -> bool:
-    """Whether "all-linear" means modules of that class: nn.Linear, what derives from it, and transformers' Conv1D."""
-    geometry = geometry_of(cls)
-    return geometry is not None and issubclass(geometry, LinearLoRA)
+def _named(tree: Tree, config: LoRAConfig) -> Iterator[str]:
+    """The names of the modules that `config` would adapt or train whole, whether they can be or not."""
+    modules, excluded = config.target_modules, config.exclude_modules
+    parameters = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    for name, module in tree.every:
+        if modules == "all-linear":
+            is_meant = is_linear(type(module))
+        else:
+            is_meant = bool(modules) and name_matches(modules, name)
+        if is_meant and excluded and name_matches(excluded, name):
+            is_meant = False
+        if not is_meant:
+            is_meant = name_matches(config.modules_to_save or [], name) or any(
+                own in module._parameters and (not owner or entry_matches(owner, name)) for owner, _, own in parameters
+            )
+        if is_meant:
+            yield name
 
 
 def name_matches(pattern: str | list[str], name: str) -> bool:
@@ -96,64 +112,6 @@ def name_matches(pattern: str | list[str], name: str) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(entry_matches(entry, name) for entry in pattern)
-
-
-def output_head(tree: Tree, linear: list[Target]) -> str | None:
-    """The name of the layer that turns features into outputs, or None where the model has none that one can tell.
-
-    A transformers model says it itself (get_output_embeddings), or it is the last linear layer outside of its
-    `base_model`. Elsewhere it is the last linear layer, unless that is the only one, or lies in a stack of blocks (a
-    ModuleList, or numbered siblings of one class).
-    """
-    hf: Any = next((m for m in _saying_their_head(tree) if hasattr(m, "base_model")), None)
-    outside = iter(reversed(linear))
-    if hf is not None:
-        try:
-            embeddings = hf.get_output_embeddings()
-        except (NotImplementedError, AttributeError):
-            embeddings = None
-        for target in linear:
-            if target.module is embeddings:
-                return target.name
-        is_inside = _inside(hf.base_model if isinstance(hf.base_model, nn.Module) else hf, tree)
-        outside = (t for t in outside if not is_inside(t))
-    last = next(outside, None)
-    if last is None or len(linear) == 1 or _in_stack(tree.by_name[""], last.name):
-        return None
-    return last.name
-
-
-def _saying_their_head(tree: Tree) -> Iterator[nn.Module]:
-    """The modules with a method `get_output_embeddings`. Asked of the class first: nn.Module is slow to say no."""
-    method = "get_output_embeddings"
-    own = nn.Module.__getattr__
-    may = {c for c in tree.classes if hasattr(c, method) or getattr(c, "__getattr__", None) is not own}
-    return (m for _, m in tree.modules if (type(m) in may and hasattr(m, method)) or method in m.__dict__)
-
-
-def _inside(body: nn.Module, tree: Tree) -> Callable[[Target], bool]:
-    """Whether a target is a part of `body`: then one of its names begins with one of the body's."""
-    names = [name for name, module in tree.every if module is body]
-    if not names:  # not registered, though its parts may be
-        ids = {id(m) for m in body.modules()}
-        return lambda target: id(target.module) in ids
-    if "" in names:
-        return lambda target: True
-    stems = tuple(f"{name}." for name in names)
-    return lambda target: target.module is body or any(n.startswith(stems) for n in (target.name, *target.aliases))
-
-
-def _in_stack(model: nn.Module, name: str) -> bool:
-    """Whether the module called `name` lies inside a block of a stack."""
-    *path, _ = name.split(".")
-    node = model
-    for part in path:
-        child = node.get_submodule(part)
-        siblings = [sibling for sibling in node.children() if type(sibling) is type(child)]
-        if part.isdigit() and (isinstance(node, nn.ModuleList) or len(siblings) > 1):
-            return True
-        node = child
-    return False
 
 
 def _hits(there: Candidates, pattern: str | list[str], key: str, model: nn.Module) -> dict[str, list[int]]:
@@ -184,11 +142,6 @@ def _with_companions(targets: list[Target], there: Candidates) -> list[Target]:
         return targets
     chosen = {t.name for t in targets} | brought.keys()
     return [t._replace(within=brought[t.name].name) if t.name in brought else t for t in there.all if t.name in chosen]
-
-
-def _parameters_of(module: nn.Module) -> tuple[str, ...]:
-    geometry = geometry_of(type(module))
-    return () if geometry is None else geometry.parameters_of(module)
 
 
 def _with_parameters(
@@ -229,24 +182,6 @@ def _with_parameters(
         for t in everything
         if t.name in adapted or t.name in found
     ]
-
-
-def _left_out(there: Candidates, targets: list[Target]) -> dict[str, str]:
-    """What "all-linear" does not mean, though it multiplies like a linear layer."""
-    left: dict[str, str] = {}
-    adapted = {id(t.module) for t in targets}
-    attention = {cls for cls in there.tree.classes if issubclass(cls, nn.MultiheadAttention)}
-    unknown = {cls for cls in there.tree.classes if geometry_of(cls) is None}
-    for name, module in there.modules:
-        kind = type(module)
-        if kind in attention and id(module) not in adapted:
-            for own in _parameters_of(module):
-                left[name_in(name, own)] = "name the nn.MultiheadAttention in target_modules"
-        elif kind in unknown and module._parameters and id(module) not in adapted:
-            for own, p in module._parameters.items():
-                if p is not None and p.dim() == 3 and min(p.shape) > 1:
-                    left[name_in(name, own)] = "name it in target_parameters"
-    return left
 
 
 def _without(targets: list[Target], pattern: str | list[str], there: Candidates, model: nn.Module) -> list[Target]:

@@ -1,12 +1,19 @@
-"""What a model consists of, walked once: torch's own generators pass each name up through every level above it."""
+"""What a model consists of, walked once: torch's own generators pass each name up through every level above it.
+
+Every name is that of the model without wrappers (see wrappers.py), so it is the same before and after a module is
+compiled, put into DDP, or set up by Fabric.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_lora.engine.wrappers import around, unwrapped
 
 
 @dataclass(frozen=True)
@@ -14,13 +21,22 @@ class Tree:
     """The modules of a model, in its own order."""
 
     every: list[tuple[str, nn.Module]]
-    """As `model.named_modules(remove_duplicate=False)`: under every name."""
+    """As `model.named_modules(remove_duplicate=False)`: under every name. The first is the model without wrappers."""
+    wrappers: list[tuple[str, nn.Module]]
+    """What is around some of them, each under the name of the module inside."""
 
     @staticmethod
     def of(model: nn.Module) -> Tree:
-        every = [("", model)]
-        _descend(model, "", every)
-        return Tree(every)
+        root = unwrapped(model)
+        every = [("", root)]
+        wrappers = [("", wrapper) for wrapper in around(model)]
+        _descend(root, "", every, wrappers)
+        return Tree(every, wrappers)
+
+    @property
+    def root(self) -> nn.Module:
+        """The model, without wrappers around it."""
+        return self.every[0][1]
 
     @cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:
@@ -69,15 +85,43 @@ class Tree:
         ]
 
     @cached_property
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """The parameters and the buffers, under every name."""
+        buffers = (
+            (f"{name}.{own}" if name else own, t)
+            for name, module in self.every
+            if module._buffers
+            for own, t in module._buffers.items()
+            if t is not None
+        )
+        return [*self.parameters, *buffers]
+
+    @cached_property
     def classes_of_parameters(self) -> set[type[nn.Parameter]]:
         """nn.Parameter, and others where some are quantized, sharded or without a shape yet."""
         return {type(p) for _, p in self.parameters}
 
 
-def _descend(module: nn.Module, prefix: str, every: list[tuple[str, nn.Module]]) -> None:
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module of `model` called `name`, without wrappers. Raises AttributeError where there is none."""
+    module = unwrapped(model)
+    for part in name.split(".") if name else ():
+        child: Any = getattr(module, part)
+        module = unwrapped(child)
+    return module
+
+
+def _descend(
+    module: nn.Module, prefix: str, every: list[tuple[str, nn.Module]], wrappers: list[tuple[str, nn.Module]]
+) -> None:
     for own, child in module._modules.items():
         if child is not None:
             name = prefix + own
-            every.append((name, child))
             if child._modules:
-                _descend(child, f"{name}.", every)
+                inner = unwrapped(child)
+                if inner is not child:
+                    wrappers += [(name, wrapper) for wrapper in around(child)]
+                every.append((name, inner))
+                _descend(inner, f"{name}.", every, wrappers)
+            else:
+                every.append((name, child))

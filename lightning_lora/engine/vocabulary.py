@@ -12,6 +12,8 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.layers.tokens import TokenLogits, TokenRows, TokenSpec
 from lightning_lora.engine.targets import Selection, name_matches
+from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.wrappers import unwrapped
 from lightning_lora.errors import TargetError, closest, listed
 
 Vocabulary = list[tuple[str, nn.Module, type[TokenRows], TokenSpec]]
@@ -31,9 +33,9 @@ def vocabulary(model: nn.Module, config: LoRAConfig, selection: Selection) -> Vo
     plan: Vocabulary = []
     given: dict[int, list[int]] = {}
     for entry, tokens in named.items():
-        hits = [(name, module) for name, module in model.named_modules() if name_matches([entry], name)]
+        hits = [(name, module) for name, module in Tree.of(model).modules if name_matches([entry], name)]
         if not hits:
-            names = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+            names = [name for name, m in Tree.of(model).modules if isinstance(m, nn.Embedding)]
             near = closest(entry, [name.rpartition(".")[2] for name in names])
             guess = f" Did you mean {listed(map(repr, near))}?" if near else ""
             raise TargetError(
@@ -68,7 +70,7 @@ def _steps(
     model: nn.Module, name: str, module: nn.Module, tokens: tuple[int, ...], config: LoRAConfig
 ) -> Iterator[Any]:
     W = module._parameters.get("weight")
-    users = [(n, m) for n, m in model.named_modules() if m is not module and m._parameters.get("weight") is W]
+    users = [(n, m) for n, m in Tree.of(model).modules if m is not module and m._parameters.get("weight") is W]
     users = users if W is not None else []
     # Where a head is named that shares the weight of an embedding, that one has the rows.
     (name, module), *users = sorted([(name, module), *users], key=lambda user: not isinstance(user[1], nn.Embedding))
@@ -110,14 +112,15 @@ def _check_free(plan: Vocabulary, selection: Selection) -> None:
 
 def _input_embedding(model: nn.Module) -> str:
     """The name of the embedding that tokens go into."""
-    embeddings = {id(m): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    for module in model.modules():
+    embeddings = {id(m): name for name, m in Tree.of(model).modules if isinstance(m, nn.Embedding)}
+    for _, module in Tree.of(model).modules:
         ask: Any = getattr(module, "get_input_embeddings", None)
         if ask is not None:
             try:
                 found = ask()
             except (NotImplementedError, AttributeError):
                 continue
+            found = unwrapped(found) if isinstance(found, nn.Module) else found
             if id(found) in embeddings:
                 return embeddings[id(found)]
     named = [name for name in embeddings.values() if name.rpartition(".")[2] == "embed_tokens"]

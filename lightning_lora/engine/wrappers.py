@@ -1,53 +1,55 @@
-"""Modules that torch puts around others, by their names alone: torch.compile, activation checkpointing, FSDP1.
+"""Modules that torch, Lightning and others put around a module, which a name never mentions.
 
-A layer has one name, with or without them, for a file is read where they are not.
+A layer has one name, with or without them, since a file is read where they are not. They are known by their classes: a
+user's own child may be called "module".
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_WRAPPER = re.compile(rf"(^|\.)(?:{'|'.join(_INSIDE)})(?=\.|$)")
+_INSIDE = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "lightning.fabric.wrappers._FabricModule": "_original_module",
+    "lightning_fabric.wrappers._FabricModule": "_original_module",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
+    "timm.utils.model_ema.ModelEmaV2": "module",
+    "timm.utils.model_ema.ModelEmaV3": "module",
+}
+"""Each class, and under which name it holds what it wraps."""
 
-
-def plain_name(name: str) -> str:
-    """A name as it were without wrappers."""
-    if "_orig_mod" not in name and "_wrapped_module" not in name:  # thousands are asked for, and few are wrapped
-        return name
-    return _WRAPPER.sub("", name).removeprefix(".")
-
-
-def tensors_by_plain_name(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """The parameters and buffers of `model`, each with the name that it has in its state dict."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {plain_name(name): (name, tensor) for name, tensor in named}
-
-
-@contextmanager
-def unwrapped(model: nn.Module) -> Iterator[None]:
-    """Inside, all that lies in `model` has its plain name: wrappers are taken out of the tree, not out of use."""
-    taken = [
-        (owner, name, child)
-        for owner in model.modules()
-        for name, child in owner._modules.items()
-        if child is not None and child._modules and _inside(child) is not None
-    ]
-    try:
-        for owner, name, child in taken:
-            inner: nn.Module | None = child
-            while inner is not None and (further := _inside(inner)) is not None:
-                inner = further
-            owner._modules[name] = inner
-        yield
-    finally:
-        for owner, name, child in taken:
-            owner._modules[name] = child
+NAMES = frozenset((*_INSIDE.values(), "_forward_module"))
+"""The names that wrappers put into those of parameters."""
 
 
-def _inside(module: nn.Module) -> nn.Module | None:
-    return next((inner for name in _INSIDE if (inner := module._modules.get(name)) is not None), None)
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of all wrappers around it: `module` itself where there is none."""
+    while (name := _inside(type(module))) is not None and (inner := module._modules.get(name)) is not None:
+        module = inner
+    return module
+
+
+def around(module: nn.Module) -> list[nn.Module]:
+    """The wrappers around it, the outermost first."""
+    found: list[nn.Module] = []
+    while (name := _inside(type(module))) is not None and (inner := module._modules.get(name)) is not None:
+        found.append(module)
+        forward = module._modules.get("_forward_module")  # Fabric's, around the same module
+        if forward is not None:
+            found += around(forward)
+        module = inner
+    return found
+
+
+@functools.cache
+def _inside(cls: Any) -> str | None:
+    names = (f"{parent.__module__}.{parent.__qualname__}" for parent in cls.__mro__)
+    return next((_INSIDE[name] for name in names if name in _INSIDE), None)

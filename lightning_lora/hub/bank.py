@@ -17,6 +17,7 @@ from lightning_lora.engine.bank import Bank, LayerFactors
 from lightning_lora.engine.layers import FACTORS
 from lightning_lora.engine.layers.base import BIAS, MAGNITUDE, START
 from lightning_lora.engine.state import compare_bases, describe_base
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import AdapterFormatError, ConfigError, TargetError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.disk import DiskStore
@@ -177,7 +178,7 @@ class AdapterBank(Bank):
     def _as_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of the engine's names under PEFT's, relative to the root."""
         prefix, root = adapter_root(self.model)
-        embeddings = {name for name, module in root.named_modules() if isinstance(module, nn.Embedding)}
+        embeddings = {name for name, module in Tree.of(root).modules if isinstance(module, nn.Embedding)}
         renamed = {}
         for key, value in tensors.items():
             plain = key.removeprefix(f"{prefix}.") if prefix else key
@@ -228,7 +229,7 @@ class AdapterBank(Bank):
             raise AdapterFormatError(_NOT_SERVED.format(what=plan.where, names=listed([*whole, *plan.kept])))
         layers = {}
         for module, parts in tensors.items():
-            target = plan.root.get_submodule(module)
+            target = submodule(plan.root, module)
             name = self._names.get(id(target), module)
             A, B, magnitude, bias = (parts.get(part) for part in _PARTS)
             assert A is not None
@@ -266,7 +267,7 @@ def _named_folders(folders: Mapping[str, str | os.PathLike[str]] | str | os.Path
 
 def _adapted(model: nn.Module, named: Mapping[str, Path]) -> tuple[list[str], int]:
     """Which modules of `model` the adapters in these folders adapt, and their largest rank."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in Tree.of(model).modules}
     modules: dict[str, None] = {}
     rank, kinds = 1, set()
     for folder in named.values():
@@ -281,7 +282,7 @@ def _adapted(model: nn.Module, named: Mapping[str, Path]) -> tuple[list[str], in
         for source in plan.sources:
             layer, _, part = source.rpartition(".")
             if part in FACTORS:
-                modules[names[id(plan.root.get_submodule(layer))]] = None
+                modules[names[id(submodule(plan.root, layer))]] = None
                 rank = max(rank, config.rank_of(layer))
     if not modules:
         raise AdapterFormatError(_NOT_SERVED.format(what=listed(map(str, named.values())), names="no low-rank update"))

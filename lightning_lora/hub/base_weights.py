@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError, closest, listed
 from lightning_lora.hub.calls import translated
 from lightning_lora.hub.roots import adapter_root
@@ -44,8 +45,7 @@ def weights_of(base: Base, revision: str | None = None) -> WeightOf:
 def _of_module(model: nn.Module) -> WeightOf:
     root = adapter_root(model)[1]
     # Names in an adapter are relative to the base inside a LightningModule; the whole's own names also count.
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(root.named_parameters())}
-    tensors |= dict(root.named_parameters(remove_duplicate=False))
+    tensors = dict(Tree.of(model).parameters) | dict(Tree.of(root).parameters)
 
     def weight(name: str) -> Tensor:
         if name not in tensors:

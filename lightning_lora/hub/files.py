@@ -7,10 +7,10 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,11 +26,12 @@ from lightning_lora.engine import (
 )
 from lightning_lora.engine.inject import check_as_injected
 from lightning_lora.engine.layers import LinearLoRA, register_conv1d
+from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.sharded import is_first, is_sharded, whole
-from lightning_lora.engine.state import check_fits, check_same_base, describe_base, fill_adapter
+from lightning_lora.engine.state import by_plain_name, check_fits, check_same_base, describe_base, fill_adapter
 from lightning_lora.engine.targets import name_matches
-from lightning_lora.engine.tree import Tree
-from lightning_lora.engine.wrappers import plain_name, unwrapped
+from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.wrappers import unwrapped
 from lightning_lora.errors import (
     AdapterFormatError,
     AdapterStateError,
@@ -49,25 +50,9 @@ from lightning_lora.hub.roots import adapter_root
 from lightning_lora.hub.spelling import exact_targets, targets_of
 from lightning_lora.hub.writing import write_adapter
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def _beneath_wrappers(
-    function: Callable[Concatenate[nn.Module, _Arguments], _Result],
-) -> Callable[Concatenate[nn.Module, _Arguments], _Result]:
-    """Names in a folder are those of a model of which nothing is compiled or checkpointed."""
-
-    @functools.wraps(function)
-    def call(model: nn.Module, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        with unwrapped(model):
-            return function(model, *args, **kwargs)
-
-    return call
-
-
-@_beneath_wrappers
 def save_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -133,12 +118,12 @@ def save_adapter(
         base_model=base_model,
         revision=revision,
     )
-    given = {plain_name(name): t for name, t in (tensors or {}).items()}
+    given = by_plain_name(model, tensors or {})
     live = {member(name, own): t for name, part in parts.items() for own, t in part.items()}
     live |= {name: tensor_named(root, name) for name in layout.whole}
 
     def value(name: str) -> Tensor:
-        return whole(given.get(plain_name(member(module, name)), live[name]).detach()).cpu()
+        return whole(given.get(member(module, name), live[name]).detach()).cpu()
 
     values = {key: layout.value_in_file(name, value) for key, name in layout.written_keys().items()}
     note = {
@@ -158,7 +143,6 @@ def save_adapter(
     return folder
 
 
-@_beneath_wrappers
 def load_adapter(
     model: nn.Module,
     folder_or_repo: str | os.PathLike[str],
@@ -178,12 +162,7 @@ def load_adapter(
     (`check_base=False` loads it all the same); AdapterStateError where `model` has adapters already. `model` is then as
     it was.
     """
-    present = [name for name, _ in adapters(model)]
-    if present:
-        raise AdapterStateError(
-            f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
-            "Call remove(model) or merge(model) first."
-        )
+    check_none_of_ours(model, Tree.of(model))
     from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
 
     folder = adapter_folder(folder_or_repo, revision, **pulling)
@@ -220,7 +199,7 @@ def _version() -> str:
 
 def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`values`, named relative to the root, by the names that the engine uses on `model`."""
-    if plan.root is model:
+    if plan.root is unwrapped(model):
         return dict(values)
     names = names_of_tensors(model)
     there = tensors_named(plan.root)
@@ -233,7 +212,7 @@ def only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
     check_as_injected(model)
     found = list(injections(model))
     if len(found) == 1:
-        return model.get_submodule(found[0][0]), found[0][1]
+        return submodule(model, found[0][0]), found[0][1]
     if found:
         places = listed(repr(name) for name, _ in found)
         raise AdapterStateError(f"inject was called on several parts of the model ({places}): save each by itself.")
@@ -250,9 +229,9 @@ def _saved_names(root: nn.Module, owner: nn.Module, config: LoRAConfig) -> list[
     entries = config.modules_to_save
     if not entries:
         return []
-    named = owner.named_modules(remove_duplicate=False)
+    named = Tree.of(owner).every
     wanted = {id(module) for name, module in named if name and name_matches(entries, name)}
-    return [name for name, module in root.named_modules(remove_duplicate=False) if name and id(module) in wanted]
+    return [name for name, module in Tree.of(root).every if name and id(module) in wanted]
 
 
 def _entries(root: nn.Module, config: LoRAConfig, saved: list[str]) -> list[str] | None:
@@ -260,7 +239,7 @@ def _entries(root: nn.Module, config: LoRAConfig, saved: list[str]) -> list[str]
     if not saved:
         return None
     own = sorted(set(config.modules_to_save or ()))
-    means = {name for name, _ in root.named_modules(remove_duplicate=False) if ends_with(own, name)}
+    means = {name for name, _ in Tree.of(root).every if ends_with(own, name)}
     return own if means == set(saved) else sorted(saved)
 
 
@@ -280,7 +259,7 @@ def _task_type(root: nn.Module, given: str | None, saved: list[str]) -> str | No
         )
     task = given or _task_of(type(root).__name__)
     heads = HEADS_OF_TASK.get(task or "", ())
-    untrained = [n for n, _ in root.named_modules() if ends_with(heads, n) and n not in saved] if heads else []
+    untrained = [n for n, _ in Tree.of(root).modules if ends_with(heads, n) and n not in saved] if heads else []
     if not untrained:
         return task
     if given is None:

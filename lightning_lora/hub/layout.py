@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import START
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.hub.peft import shape_in_file, tensor_key
 
 
@@ -152,7 +152,7 @@ def layout_of(
             aliases[name] = (*aliases.get(name, ()), alias)
     whole = list(whole)
     tensors: dict[int, list[str]] = {}
-    for name, tensor in _tensors(root) if whole else ():
+    for name, tensor in Tree.of(root).tensors if whole else ():
         tensors.setdefault(id(tensor), []).append(name)
     trained = {}
     for tensor in whole:
@@ -174,7 +174,7 @@ def member(module: str, name: str) -> str:
 def tensor_named(root: nn.Module, name: str) -> Tensor:
     """The parameter or buffer of `root` called `name`."""
     module, _, last = name.rpartition(".")
-    owner = root.get_submodule(module)
+    owner = submodule(root, module)
     tensor: Tensor | None = owner._parameters.get(last)
     if tensor is None:
         tensor = owner._buffers[last]
@@ -184,17 +184,12 @@ def tensor_named(root: nn.Module, name: str) -> Tensor:
 
 def tensors_named(root: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of `root`, under every name."""
-    return dict(_tensors(root))
+    return dict(Tree.of(root).tensors)
 
 
 def names_of_tensors(root: nn.Module) -> dict[int, str]:
     """The first name of every parameter and buffer of `root`, by identity."""
     names: dict[int, str] = {}
-    for name, tensor in _tensors(root):
+    for name, tensor in Tree.of(root).tensors:
         names.setdefault(id(tensor), name)
     return names
-
-
-def _tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from root.named_parameters(remove_duplicate=False)
-    yield from root.named_buffers(remove_duplicate=False)

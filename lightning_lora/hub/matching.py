@@ -14,11 +14,12 @@ from lightning_lora.engine.inject import tensors_trained_whole
 from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.plan import promised
+from lightning_lora.engine.present import check_none_of_others
 from lightning_lora.engine.state import is_finite
 from lightning_lora.engine.targets import Selection, name_matches, select
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import vocabulary
-from lightning_lora.errors import AdapterFormatError, listed
+from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, tensor_named
 from lightning_lora.hub.reading import Header, TensorFile
@@ -71,9 +72,17 @@ class Fit:
 def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> Fit:
     """Where and how the adapter with this config and header lies on `model`, which is not adapted yet.
 
-    Raises AdapterFormatError naming every key that is missing, unexpected or of another shape, and TargetError as
-    `inject` does.
+    Raises AdapterFormatError naming every key that is missing, unexpected or of another shape, and TargetError and
+    AdapterStateError as `inject` does.
     """
+    try:
+        return _fit(model, config, header, where)
+    except (AdapterFormatError, TargetError):
+        check_none_of_others(model, Tree.of(model))  # another library renames the layers that it adapts
+        raise
+
+
+def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
     root = _root(model, header)
     config = peft.with_own_fields(config, header.note.get("config"), where)
     relative = _for_engine(root, config)
@@ -117,8 +126,8 @@ def _root(model: nn.Module, header: Header) -> nn.Module:
     wanted = peft.adapted_names(map(peft.plain_key, header.shapes))
     tree = Tree.of(model)
     if wanted <= {name for name, _ in tree.every}:
-        return model
-    by_note = tree.by_name.get(header.note.get("module") or "", model)
+        return tree.root
+    by_note = tree.by_name.get(header.note.get("module") or "", tree.root)
     if wanted <= {name for name, _ in Tree.of(by_note).every}:
         return by_note
     return adapter_root(model)[1]
@@ -130,7 +139,7 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
     PEFT does not mind an entry that matches nothing, and writes such ones itself ("score" beside "classifier"); the
     engine does. What the file adapts is checked against its tensors all the same.
     """
-    modules = dict(root.named_modules(remove_duplicate=False))
+    modules = dict(Tree.of(root).every)
     saved = [n for n in modules if n and config.modules_to_save and peft.ends_with(config.modules_to_save, n)]
     inside = {id(m) for name in saved for m in modules[name].modules()}
     candidates = [n for n, m in modules.items() if id(m) not in inside]
@@ -180,7 +189,7 @@ def _for_model(
     model: nn.Module, root: nn.Module, config: LoRAConfig, selection: Selection, tokens: Mapping[str, list[int]]
 ) -> LoRAConfig:
     """`config`, which is about `root`, for an injection into `model`."""
-    names = {id(m): name for name, m in reversed(list(model.named_modules()))}
+    names = {id(m): name for name, m in reversed(Tree.of(model).modules)}
     place = {t.name: names[id(t.module)] for t in selection.targets}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -196,13 +205,13 @@ def _for_model(
     if root is not model:
         inside = {id(m) for module in selection.saved.values() for m in module.modules()}
         mine = {id(t.module) for t in selection.targets}
-        others = [n for n, m in model.named_modules(remove_duplicate=False) if id(m) not in inside | mine]
+        others = [n for n, m in Tree.of(model).every if id(m) not in inside | mine]
         modules = [place[t.name] for t in selection.targets if not t.parameters]
         parameters = [member(place[t.name], p) for t in selection.targets for p in t.parameters]
         changes |= {
             "target_modules": exact_targets(modules, others) if modules else [],
             "target_parameters": parameters or None,
-            "trainable_token_indices": {names[id(root.get_submodule(n))]: rows for n, rows in tokens.items()} or None,
+            "trainable_token_indices": {names[id(submodule(root, n))]: rows for n, rows in tokens.items()} or None,
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
@@ -218,7 +227,7 @@ def _has_bias(root: nn.Module, selection: Selection, bias: str) -> bool:
 
 
 def _inside(saved: Mapping[str, nn.Module]) -> set[str]:
-    return {f"{name}.{p}" for name, module in saved.items() for p, _ in module.named_parameters()}
+    return {f"{name}.{p}" for name, module in saved.items() for p, _ in Tree.of(module).parameters}
 
 
 def _sources(
@@ -230,7 +239,7 @@ def _sources(
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Which keys of the file hold which of our tensors, and which hold weights of the base."""
     keys = layout.keys()
-    parameters = dict(root.named_parameters(remove_duplicate=False))
+    parameters = dict(Tree.of(root).parameters)
     sources: dict[str, list[str]] = {}
     base: dict[str, str] = {}
     problems, unexpected = [], []

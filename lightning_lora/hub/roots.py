@@ -11,24 +11,30 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from lightning_lora.engine import adapter_tensors, adapters
+from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.wrappers import unwrapped
 
 
 def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
-    """The module of `model` to which the names in an adapter folder are relative, with its name in `model`.
+    """The module of `model` to which the names in an adapter folder are relative, with its name in `model`; neither has
+    to do with wrappers.
 
     It is the transformers model, where exactly one lies in `model` and holds the whole adapter; else the one child of a
     LightningModule that has parameters, if it holds the whole adapter; else `model` itself, with the name "". A model
     without adapters is judged by its shape alone.
     """
+    tree = Tree.of(model)
+    model = tree.root
     found = [("", model)]
-    outermost = list(_outermost_transformers(model))
+    outermost = list(_outermost_transformers(tree))
     if len(outermost) == 1:
         found = outermost
     elif not outermost and is_lightning_module(model):
-        found = [(n, child) for n, child in model.named_children() if next(child.parameters(), None) is not None]
+        children = ((n, unwrapped(child)) for n, child in model.named_children())
+        found = [(n, child) for n, child in children if next(child.parameters(), None) is not None]
     if len(found) != 1:
         return "", model
-    name, root = _without_compile(*found[0])
+    name, root = found[0]
     if root is model:
         return "", model
     adapted = any(True for _ in adapters(model))
@@ -43,19 +49,12 @@ def is_lightning_module(model: nn.Module) -> bool:
     return hasattr(model, "configure_optimizers") and hasattr(model, "training_step")
 
 
-def _outermost_transformers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _outermost_transformers(tree: Tree) -> Iterator[tuple[str, nn.Module]]:
     inside: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in tree.modules:
         if id(module) not in inside and hasattr(module, "config") and hasattr(module, "save_pretrained"):
             inside.update(id(m) for m in module.modules())
             yield name, module
-
-
-def _without_compile(name: str, root: nn.Module) -> tuple[str, nn.Module]:
-    inner = root._modules.get("_orig_mod")
-    if inner is None:
-        return name, root
-    return (f"{name}._orig_mod" if name else "_orig_mod"), inner
 
 
 def _tensors(root: nn.Module) -> Iterator[Tensor]:

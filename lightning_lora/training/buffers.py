@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.engine import adapter_tensors
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import CheckpointError, listed
 
 _RECORD = "lora_buffers"
@@ -61,7 +62,8 @@ def restore_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The persistent buffers that are no part of the adapter, each under its first name."""
     seen = {id(tensor) for tensor in adapter_tensors(module).values()}
-    for prefix, inner in module.named_modules():
+    tree = Tree.of(module)
+    for prefix, inner in (*tree.modules, *tree.wrappers):
         for name, buffer in inner.named_buffers(prefix, recurse=False):
             last = name.rpartition(".")[2]
             if last not in inner._non_persistent_buffers_set and id(buffer) not in seen:

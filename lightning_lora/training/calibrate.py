@@ -22,6 +22,7 @@ from lightning_lora.engine import LoRAConfig, adapter_tensors, injections, start
 from lightning_lora.engine.calibration import calibrate, residuals
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.sharded import is_sharded
+from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import ConfigError, TrainingError
 from lightning_lora.hub.base_weights import weights_of
 from lightning_lora.hub.roots import adapter_root
@@ -57,7 +58,7 @@ def start_waiting(module: LightningModule, batches: int) -> None:
 
 
 def _measured(module: LightningModule, root: str, config: LoRAConfig, batches: int) -> Mapping[str, Any]:
-    part = module.get_submodule(root)
+    part = submodule(module, root)
     if "E" in INITS[config.init].measures:
         return residuals(part, config, _original(module, root, config))
     if not INITS[config.init].measures:

@@ -17,7 +17,9 @@ from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injection
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
+from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.product_decay import check_strength
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import ConfigError, TargetError, TrainingError, closest, listed
 from lightning_lora.training.base_watch import BaseWatch
 from lightning_lora.training.buffers import watch_buffers
@@ -166,7 +168,7 @@ class LoRACallback(Callback):
 
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the adapters that the module has already: those of a run before, or of inject or load_adapter."""
-        root, report = adapters_present(pl_module, self.config)
+        root, report = adapters_present(pl_module, with_plain_names(self.config, Tree.of(pl_module)))
         is_new, self.report = self.report is None, report
         is_fresh = not shards(trainer.strategy) and all(pair.is_fresh for pair in pairs(pl_module))
         if is_fresh and not is_new:

@@ -17,7 +17,13 @@ from torch import nn
 
 from lightning_lora.engine import LoRAConfig, adapter_tensors, adapters, inject, injections
 from lightning_lora.engine.layers import pairs
-from lightning_lora.engine.state import check_same_base, describe_base, load_adapter_state_dict
+from lightning_lora.engine.state import (
+    check_same_base,
+    describe_base,
+    load_adapter_state_dict,
+    names_in_state_dict,
+)
+from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
 from lightning_lora.training.buffers import restore_buffers
 
@@ -132,7 +138,7 @@ def load_from_checkpoint(
             ) from error
     for name, config in metadata["configs"].items():
         try:
-            inject(module.get_submodule(name), LoRAConfig(**config), start=False)
+            inject(submodule(module, name), LoRAConfig(**config), start=False)
         except (TargetError, AttributeError) as error:
             raise AdapterFormatError(
                 f"{checkpoint_path} does not fit {cls.__name__}: {error} If its layers are built in setup(), which "
@@ -177,9 +183,15 @@ def fill_in_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     """
     if next(adapters(module), None) is None:
         return
+    plain = names_in_state_dict(module)
     own = {prefix + name for name in adapter_tensors(module)}
-    given = {key for key in state_dict if key.startswith(prefix)}
-    if given and given <= own:
+    given = {key: prefix + plain.get(key.removeprefix(prefix), key.removeprefix(prefix)) for key in state_dict}
+    given = {key: name for key, name in given.items() if key.startswith(prefix)}
+    if given and own.issuperset(given.values()):
+        values = {name: state_dict.pop(key) for key, name in given.items()}
         for name, tensor in module.state_dict(keep_vars=False).items():
-            if prefix + name not in own:
-                state_dict.setdefault(prefix + name, tensor)
+            ours = prefix + plain.get(name, name)
+            if ours in values:
+                state_dict[prefix + name] = values[ours]
+            elif ours not in own:
+                state_dict[prefix + name] = tensor

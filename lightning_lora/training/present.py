@@ -11,6 +11,7 @@ from torch import nn
 from lightning_lora.engine import InjectionReport, LoRAConfig, injections
 from lightning_lora.engine.inject import check_as_injected
 from lightning_lora.engine.storage import shape_of
+from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterStateError, listed
 
 
@@ -43,7 +44,7 @@ def adapters_present(module: nn.Module, config: LoRAConfig) -> tuple[str, Inject
             "lightning_lora.engine."
         )
     assert injection.report is not None, "inject leaves it"
-    inside = {id(p) for p in module.get_submodule(root).parameters()}
+    inside = {id(p) for p in submodule(module, root).parameters()}
     others = sum(math.prod(shape_of(p)) for p in module.parameters() if id(p) not in inside)
     return code, injection.report.within(root, others)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +35,9 @@ from lightning_lora.engine.layers.frozen import freeze_statistics, has_running_s
 from lightning_lora.engine.optim import fit_optimizers, lora_plus
 from lightning_lora.engine.product_decay import product_decay
 from lightning_lora.engine.sharded import whole
-from lightning_lora.engine.state import describe_base, load_adapter_state_dict
+from lightning_lora.engine.state import describe_base, load_adapter_state_dict, names_in_state_dict
 from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import CheckpointError, TrainingError, listed
 from lightning_lora.hub import adapter_root, save_adapter
 from lightning_lora.hub.resume import local_checkpoint
@@ -143,8 +144,11 @@ class AdapterStrategy(_Host):
         if self.lora.watch is not None:
             self.lora.watch.check(module)
         # Other callbacks put whole models in: WeightAveraging its average, and the current one beside it.
-        own = adapter_tensors(module).keys()
-        checkpoint.update({key: without_base(value, own) for key, value in checkpoint.items()})
+        own = {name: name for name in adapter_tensors(module)}
+        in_state_dict = {name: plain for name, plain in names_in_state_dict(module).items() if plain in own}
+        as_theirs = {name: name for name in own if name not in in_state_dict.values()} | in_state_dict
+        for names in (own, as_theirs) if in_state_dict else (own,):
+            checkpoint.update({key: without_base(value, names) for key, value in checkpoint.items()})
         checkpoint[METADATA] = self._metadata(module)
         leave_out_modules(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -252,12 +256,13 @@ def adapter_folder(checkpoint_path: str) -> Path:
     return Path(checkpoint_path.removesuffix(".ckpt") + "-adapter")
 
 
-def without_base(value: Any, own: Set[str]) -> Any:
-    """`value` with every state dict of the adapted model in it, however deep, reduced to `own`, the adapter's."""
+def without_base(value: Any, own: Mapping[str, str]) -> Any:
+    """`value` with every state dict of the adapted model in it, however deep, reduced to the adapter's, whose names
+    there are the keys of `own`, and here its values."""
     if not isinstance(value, dict):
         return value
-    if own <= value.keys():
-        return {name: tensor for name, tensor in value.items() if name in own}
+    if own.keys() <= value.keys():
+        return {own[name]: tensor for name, tensor in value.items() if name in own}
     inside = {key: without_base(inner, own) for key, inner in value.items()}
     return value if all(inside[key] is inner for key, inner in value.items()) else inside
 
@@ -275,7 +280,7 @@ def check_all_is_saved(module: nn.Module) -> None:
 
 def check_only_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
     """Raise TrainingError for a parameter of `module` that an optimizer got after `setup_optimizers` made it right."""
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): name for name, p in Tree.of(module).parameters}
     saved = {id(t) for t in adapter_tensors(module).values()}
     held = (id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     lost = [names[key] for key in held if key in names and key not in saved]
@@ -290,14 +295,14 @@ def check_only_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> N
 def unfrozen(module: nn.Module) -> list[str]:
     """The names of parameters of the base that require grad."""
     saved = {id(t) for t in adapter_tensors(module).values()}
-    return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in saved]
+    return [name for name, p in Tree.of(module).parameters if p.requires_grad and id(p) not in saved]
 
 
 def freeze_new_norms(module: nn.Module) -> None:
     """Freeze the statistics of norms that came in the place of frozen ones: Trainer(sync_batchnorm=True) makes new."""
     for root, injection in injections(module):
         for name in injection.frozen_norms:
-            norm = module.get_submodule(root).get_submodule(name)
+            norm = submodule(submodule(module, root), name)
             if has_running_statistics(norm):
                 freeze_statistics(norm)
 

@@ -20,8 +20,10 @@ from lightning_lora.engine.bank.slots import Entry, Slots
 from lightning_lora.engine.bank.tiers import HostStore, Store
 from lightning_lora.engine.bank.writing import problem_written, write
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.layers.base import adapters
+from lightning_lora.engine.plain_names import with_plain_names
+from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.targets import select
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BankError, ConfigError, listed
 
 Names = str | Sequence[str | None] | None
@@ -360,16 +362,9 @@ def _cells(
     model: nn.Module, routes: Routes, target_modules: str | list[str], exclude_modules: str | list[str] | None
 ) -> dict[str, Cell]:
     """A cell for each layer that the bank is to serve. Raises before anything is changed."""
-    present = [name for name, _ in adapters(model)]
-    if present:
-        raise AdapterStateError(
-            f"{type(model).__name__} has adapters already ({listed(present, 3)}): save them, call remove(model), "
-            "and add them to the bank."
-        )
-    served = [name for name, module in model.named_modules() if "bank_cell" in module.__dict__]
-    if served:
-        raise AdapterStateError(f"A bank serves {listed(served, 3)} already: close it first.")
-    selection = select(model, LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules))
+    check_none_of_ours(model, Tree.of(model))
+    config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
+    selection = select(model, with_plain_names(config, Tree.of(model)))
     for target in selection.targets:
         check_bankable(target)
     return {target.name: new_cell(target, routes) for target in selection.targets}

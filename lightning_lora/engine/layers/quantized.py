@@ -63,7 +63,7 @@ class Steady4bit(_Host):
         return super()._apply(fn, recurse)
 
 
-class Linear4bitLoRA(LinearLoRA, Steady4bit):
+class Linear4bitLoRA(LinearLoRA, Steady4bit):  # type: ignore[misc]
     """The mixin comes after the adapter: it is what the adapter takes for the base's own forward."""
 
     replaces = ("support_avx512bf16_for_cpu",)

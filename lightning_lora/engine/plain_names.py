@@ -1,0 +1,53 @@
+"""A config whose names mention wrappers, such as "model._orig_mod.up", in the plain names that everything here uses."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lightning_lora.engine.candidates import entry_matches
+from lightning_lora.engine.config import LoRAConfig, pattern_matches
+from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.wrappers import NAMES
+
+_MENTIONED = re.compile(rf"(?<![^.(|])(?:{'|'.join(sorted(NAMES))})(?:\\?\.|$)")
+
+_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
+_DICTS = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
+
+
+def with_plain_names(config: LoRAConfig, tree: Tree) -> LoRAConfig:
+    """`config` with the wrappers of `tree` left out of those names and expressions that match nothing as they are."""
+    if not tree.wrappers:
+        return config
+    names = [name for name, _ in (*tree.every, *tree.tensors)]
+    changes: dict[str, Any] = {}
+    for field in _LISTS:
+        value = getattr(config, field)
+        if isinstance(value, list):
+            changes[field] = [_plain(entry, names, entry_matches) for entry in value]
+        elif isinstance(value, str) and value != "all-linear":
+            changes[field] = _plain(value, names, _fullmatch)
+    for field in _DICTS:
+        value = getattr(config, field)
+        if isinstance(value, dict):
+            matches = entry_matches if field == "trainable_token_indices" else pattern_matches
+            changes[field] = {_plain(entry, names, matches): of for entry, of in value.items()}
+    return replace(config, **changes)
+
+
+def _plain(entry: str, names: list[str], matches: Callable[[str, str], bool]) -> str:
+    plain = _without_wrappers(entry)
+    return entry if plain in ("", entry) or any(matches(entry, name) for name in names) else plain
+
+
+@functools.cache
+def _without_wrappers(entry: str) -> str:
+    return _MENTIONED.sub("", entry).removesuffix(".").removesuffix("\\")
+
+
+def _fullmatch(expression: str, name: str) -> bool:
+    return re.fullmatch(expression, name) is not None

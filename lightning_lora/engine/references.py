@@ -1,0 +1,178 @@
+"""Parts of a model that "all-linear" leaves out, since training them is not what freezing them meant.
+
+Such a part is a child of which every parameter was frozen before the injection: a teacher, a reference, an average of
+the weights, the network of a perceptual loss. The rule:
+
+1. Where nothing trains, nothing is a reference: the whole model was frozen, to be adapted. Quantized weights, which
+   never train, do not count as frozen.
+2. A torchmetrics metric is left out, frozen or not.
+3. Where nothing but an output head trains, the frozen rest is the backbone under that head, and is adapted; but a
+   frozen part that looks as one that trains, layer by layer, is its copy, and is left out. The head is the output layer
+   alone, or up to four layers that have less weight than the frozen rest and read what it computes: their first one
+   takes as many features as the frozen one before it gives (or all frozen parts together), they do not read the model's
+   own input, and no frozen layer reads their output. Blocks of a stack of which others train are no backbone.
+4. Any other frozen part is left out, and the report says so. Layers that are named are adapted wherever they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lightning_lora.engine.candidates import Target
+from lightning_lora.engine.storage import is_plain
+from lightning_lora.engine.tree import Tree
+
+_FROZEN = "name its layers in target_modules; it was frozen before the injection, beside a part that trains"
+_METRIC = "name its layers in target_modules; it is part of a metric"
+
+
+class _Layer(NamedTuple):
+    """A layer with a weight."""
+
+    name: str
+    kind: int
+    """The same for layers whose inputs are alike: features, channels or tokens."""
+    inputs: int
+    outputs: int
+
+
+def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str | None]) -> dict[str, str]:
+    """The parts that "all-linear" leaves out -> how to adapt them. `head_of` gives the output head among `linear`."""
+    found = dict.fromkeys(_metrics(tree), _METRIC)
+    if all(p.requires_grad for _, p in tree.parameters):
+        return found
+    linear = [t for t in linear if not lies_in(t.name, found)]
+    awake, asleep = _states(tree)
+    if not asleep or not awake:
+        return found
+    head = head_of()
+    part_of = {t.name: _outermost(t.name, awake, asleep) for t in linear}
+    parts = list(dict.fromkeys(part for name, part in part_of.items() if part is not None and name != head))
+    trained = [t.name for t in linear if part_of[t.name] is None]
+    if not parts or not trained:
+        return found
+    layers = [layer for layer in _layers(tree) if not lies_in(layer.name, found)]
+    is_kept = {la.name: lies_in(la.name, parts) or (la.name in asleep and la.name not in awake) for la in layers}
+    kept = [layer for layer in layers if is_kept[layer.name]]
+    rest = [layer for layer in layers if not is_kept[layer.name]]
+    is_only_the_head = all(name == head for name in trained)
+    if is_only_the_head or _is_head(rest, kept, layers, parts):
+        training = {tuple(_inside(name, layers)) for name in awake if name}
+        parts = [
+            part
+            for part in parts
+            if _is_copy(part, tree, layers, training) or (not is_only_the_head and _is_block(part, tree, awake))
+        ]
+    return found | dict.fromkeys(parts, _FROZEN)
+
+
+def lies_in(name: str, parts: Any) -> bool:
+    """Whether a module called `name` is one of `parts`, or inside one."""
+    return name in parts or any(above in parts for above in _above(name))
+
+
+def _metrics(tree: Tree) -> Iterator[str]:
+    metric: Any = getattr(sys.modules.get("torchmetrics"), "Metric", None)
+    if metric is not None:
+        yield from (name for name, _ in tree.of_classes(lambda cls: issubclass(cls, metric)) if name)
+
+
+def _states(tree: Tree) -> tuple[set[str], set[str]]:
+    """The names of the modules that have, themselves or inside, parameters that train, and ones that are frozen."""
+    awake: set[str] = set()
+    asleep: set[str] = set()
+    for name, p in tree.parameters:
+        if p.requires_grad or _could_train(p):
+            states = awake if p.requires_grad else asleep
+            owner = name.rpartition(".")[0]
+            while owner not in states:
+                states.add(owner)
+                owner = owner.rpartition(".")[0]
+    return awake, asleep
+
+
+def _could_train(p: nn.Parameter) -> bool:
+    """Not so a quantized weight, nor one of bitsandbytes', which is quantized once it is moved."""
+    return is_plain(p) and not type(p).__module__.startswith("bitsandbytes.")
+
+
+def _outermost(name: str, awake: set[str], asleep: set[str]) -> str | None:
+    """The largest part around the module called `name`, or itself, that is wholly frozen, if there is one."""
+    return next((part for part in (*_above(name), name) if part not in awake and part in asleep), None)
+
+
+def _above(name: str) -> Iterator[str]:
+    """The names of the modules around the one called `name`, the outermost first; not that of the model."""
+    at = name.find(".")
+    while at >= 0:
+        yield name[:at]
+        at = name.find(".", at + 1)
+
+
+_SIZES = (
+    ("in_features", "out_features"),
+    ("nx", "nf"),  # transformers' Conv1D
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("input_size", "hidden_size"),
+    ("embed_dim", "embed_dim"),
+)
+
+
+def _layers(tree: Tree) -> Iterator[_Layer]:
+    for name, module in tree.modules:
+        own = module.__dict__
+        for kind, (inputs, outputs) in enumerate(_SIZES):
+            if own["_parameters"] and isinstance(own.get(inputs), int) and isinstance(own.get(outputs), int):
+                yield _Layer(name, max(kind, 1), own[inputs], own[outputs])
+                break
+
+
+_LAYERS_OF_A_HEAD = 4
+
+
+def _is_head(rest: Sequence[_Layer], kept: Sequence[_Layer], layers: Sequence[_Layer], parts: Sequence[str]) -> bool:
+    """Whether the layers that train, `rest`, are a head upon the frozen ones, `kept`, which `parts` hold; `layers` are
+    all, in order."""
+    if not kept or not 0 < len(rest) <= _LAYERS_OF_A_HEAD:
+        return False
+    first, last = layers.index(rest[0]), layers.index(rest[-1])
+    before = layers[first - 1] if first else kept[-1]
+    after = layers[last + 1] if last + 1 < len(layers) else None
+    is_small = sum(r.inputs * r.outputs for r in rest) < sum(k.inputs * k.outputs for k in kept)
+    reads_the_input = (rest[0].kind, rest[0].inputs) == (kept[0].kind, kept[0].inputs)
+    is_read = after is not None and after.inputs == rest[-1].outputs
+    last_of = {part: layer for layer in kept for part in parts if lies_in(layer.name, (part,))}
+    is_fed = rest[0].inputs in (before.outputs, sum(layer.outputs for layer in last_of.values()))
+    return is_small and is_fed and not reads_the_input and not is_read
+
+
+def _is_copy(part: str, tree: Tree, layers: Sequence[_Layer], training: Set[tuple[Any, ...]]) -> bool:
+    """Whether `part`, or each entry of it where it is a list or a dict, has the layers of a part that trains."""
+    if tuple(_inside(part, layers)) in training:
+        return True
+    if not isinstance(tree.by_name[part], (nn.ModuleList, nn.ModuleDict)):
+        return False
+    children = [f"{part}.{name}" for name in tree.by_name[part]._modules]
+    weighty = [child for child in children if _inside(child, layers)]
+    return bool(weighty) and all(_is_copy(child, tree, layers, training) for child in weighty)
+
+
+def _inside(part: str, layers: Sequence[_Layer]) -> list[tuple[str, int, int, int]]:
+    start = len(part)
+    return [(la.name[start:], *la[1:]) for la in layers if la.name == part or la.name.startswith(f"{part}.")]
+
+
+def _is_block(part: str, tree: Tree, awake: set[str]) -> bool:
+    """Whether `part` is one block of a stack of which others train."""
+    stack, _, own = part.rpartition(".")
+    if not own.isdigit():
+        return False
+    parent, block = tree.by_name[stack], tree.by_name[part]
+    prefix = f"{stack}." if stack else ""
+    alike = [n for n, m in parent._modules.items() if type(m) is type(block) and prefix + n in awake]
+    return bool(alike) and not isinstance(block, (nn.Sequential, nn.Linear))
