@@ -14,10 +14,11 @@ They assume what torch does by default: float32 is multiplied as float32 (no TF3
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,37 @@ def assert_rounded(found: Tensor, expected: Rounded, what: str = "the result") -
     """Fail unless each entry of `found` is within its bound."""
     excess = expected.excess(found)
     assert excess <= 1, f"{what} is off by {excess:.3g} times what rounding can explain"
+
+
+class Condition:
+    """How far the output of a whole model may be from the exact one, to first order in eps.
+
+    S = |y| + sum of |dy/dp| |p| over all entries p of parameters, buffers and the input is what an output y moves by if
+    all of them change by their own size, each in the worst direction. A layer's rounded output W x is that of a W which
+    is changed by eps / 2 * |W|, or less, so one rounding of it moves y by eps / 2 * S at most; the sums behind it, of
+    `terms` products, by terms * eps' * S. ROUNDINGS counts what happens to one layer's values on their way to the next:
+    A, A x, B A x, its product with the scale, its sum with W x, the activation, and two for norms and softmax. Layers
+    that come later have parameters, and so parts of S, of their own. A and B are parameters too: S counts s |B| |A| |x|
+    also where W + s B A is small by cancellation.
+    """
+
+    ROUNDINGS = 8
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        """Of `model`, in float64, at its input x; it is left as it is."""
+        twin = copy.deepcopy(model).double()
+        x = x.double() if x.is_floating_point() else x
+        own = [*twin.parameters(), *twin.buffers(), x]
+        self._moved = [t.requires_grad_() for t in own if t.is_floating_point()]
+        with torch.enable_grad():
+            self._outputs = twin(x).flatten().unbind()
+        self.terms = max(t.numel() // min(t.shape) for t in self._moved if t.dim() > 1)
+
+    def excess(self, found: Tensor, exact: Tensor) -> float:
+        """The largest error of `found` in units of its bound: more than 1 is a fault."""
+        off = (found.detach().double() - exact).abs().flatten().nan_to_num(torch.inf, torch.inf)
+        y = self._outputs[int(off.argmax())]
+        slopes = torch.autograd.grad(y, self._moved, retain_graph=True, allow_unused=True)
+        S = y.abs() + sum((t * slope).abs().sum() for t, slope in zip(self._moved, slopes) if slope is not None)
+        eps, summed = (torch.finfo(d).eps for d in (found.dtype, torch.promote_types(found.dtype, torch.float32)))
+        return float(off.max() / S / (self.ROUNDINGS * eps / 2 + self.terms * summed))
