@@ -117,11 +117,18 @@ class Condition:
             self._outputs = twin(x).flatten().unbind()
         self.terms = max(t.numel() // min(t.shape) for t in self._moved if t.dim() > 1)
 
-    def excess(self, found: Tensor, exact: Tensor) -> float:
-        """The largest error of `found` in units of its bound: more than 1 is a fault."""
+    def excess(self, found: Tensor, exact: Tensor | None = None, dtype: torch.dtype | None = None) -> float:
+        """The largest error of `found` in units of its bound: more than 1 is a fault.
+
+        `exact` is the output of the model if not given, and `dtype` what is computed in, that of `found` if not given.
+        """
+        if exact is None:
+            exact = torch.stack(self._outputs).detach().view(found.shape)
+        dtype = dtype or found.dtype
         off = (found.detach().double() - exact).abs().flatten().nan_to_num(torch.inf, torch.inf)
         y = self._outputs[int(off.argmax())]
         slopes = torch.autograd.grad(y, self._moved, retain_graph=True, allow_unused=True)
-        S = y.abs() + sum((t * slope).abs().sum() for t, slope in zip(self._moved, slopes) if slope is not None)
-        eps, summed = (torch.finfo(d).eps for d in (found.dtype, torch.promote_types(found.dtype, torch.float32)))
-        return float(off.max() / S / (self.ROUNDINGS * eps / 2 + self.terms * summed))
+        S = y.detach().abs() + sum((t.detach() * slope).abs().sum() for t, slope in zip(self._moved, slopes) if slope is not None)
+        eps, summed = (torch.finfo(d).eps for d in (dtype, torch.promote_types(dtype, torch.float32)))
+        bound = S * (self.ROUNDINGS * eps / 2 + self.terms * summed)
+        return float(off.max() / bound) if off.any() else 0.0
