@@ -128,7 +128,8 @@ class Condition:
         off = (found.detach().double() - exact).abs().flatten().nan_to_num(torch.inf, torch.inf)
         y = self._outputs[int(off.argmax())]
         slopes = torch.autograd.grad(y, self._moved, retain_graph=True, allow_unused=True)
-        S = y.detach().abs() + sum((t.detach() * slope).abs().sum() for t, slope in zip(self._moved, slopes) if slope is not None)
+        moves = ((t.detach() * slope).abs().sum() for t, slope in zip(self._moved, slopes) if slope is not None)
+        S = y.detach().abs() + sum(moves)
         eps, summed = (torch.finfo(d).eps for d in (dtype, torch.promote_types(dtype, torch.float32)))
         bound = S * (self.ROUNDINGS * eps / 2 + self.terms * summed)
         return float(off.max() / bound) if off.any() else 0.0
