@@ -78,10 +78,10 @@ def assert_truncated(found: Tensor, M: Tensor, rank: int, of: Tensor | float = 0
     the singular directions by |E| / gap, the gap being that between the last value taken and the first left out (Wedin
     1972), and so moves the approximation by |E| (1 + |M| / gap).
     """
-    S = torch.linalg.svdvals(M.double())
+    S = torch.linalg.svdvals(M.detach().double())
     gap = float(S[rank - 1] - (S[rank] if len(S) > rank else 0.0))
     E = sum(M.shape) * torch.finfo(torch.float32).eps * float(S[0])
-    assert float((found - of - truncated(M, slice(rank))).norm()) <= E * (1 + float(S[0]) / gap)
+    assert float((found - of - truncated(M, slice(rank))).detach().norm()) <= E * (1 + float(S[0]) / gap)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
