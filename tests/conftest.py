@@ -1,4 +1,4 @@
-"""What every test gets: no network, one thread, the same seed."""
+"""What every test gets: no network, one thread unless OMP_NUM_THREADS says otherwise, the same seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

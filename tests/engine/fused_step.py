@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rounding import Rounded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,8 +68,43 @@ def kept_by(seed: int, shape: tuple[int, ...], p: float) -> Tensor:
 
 def gradients(way: str, t: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
     used = [n for n in USES[way] if t[n].requires_grad]
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
-    return dict(zip(used, torch.autograd.grad(y, [t[n] for n in used], weights)))
+    return dict(zip(used, torch.autograd.grad(y, [t[n] for n in used], ramp(y))))
+
+
+def ramp(y: Tensor) -> Tensor:
+    """The gradient of y that `gradients` starts from."""
+    return torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+
+
+def rounded(
+    way: str, t: dict[str, Tensor], dtype: torch.dtype, weights: Tensor, kept: Tensor | float = 1.0
+) -> dict[str, Rounded]:
+    """The output "y" and the gradients of <weights, y>, as they may be where all is computed and stored in `dtype`.
+
+    This is the formula, operation by operation: W x, with the bias; H = A x and B H, each rounded; its product with the
+    scale; the sum. Backward, with G for the weights: G B, scaled, rounded, and its products with A and x.
+    """
+    given = {name: Rounded.of(t[name].flatten(0, -2) if name in ("x", "base") else t[name], dtype) for name in t}
+    G, s = Rounded.of(weights.reshape(-1, weights.shape[-1]), dtype), 1.0 if way == "update" else SCALE
+    kept = kept.double().reshape(given["x"].exact.shape) if isinstance(kept, Tensor) else kept
+    x, A, B = given["x"] * kept, given["A"], given["B"]
+    H, grad_H = x @ A.T, (G @ B) * s
+    made = {
+        "y": (H @ B.T) * s,
+        "x": (grad_H @ A) * kept,
+        "A": grad_H.T @ x,
+        "B": (G.T @ H) * s,
+        "base": G,
+        "b": G.sum(0),
+    }
+    if way == "linear":
+        base = given["x"] @ given["W"].T
+        made["y"] += base + given["b"] if "b" in given else base
+        made["x"] += G @ given["W"]
+    elif way == "add_update":
+        made["y"] += given["base"]
+    shapes = {name: t[name].shape for name in t} | {"y": weights.shape}
+    return {name: made[name].view(shapes[name]) for name in ("y", *USES[way]) if name in shapes}
 
 
 def saved_by(function: Callable[[], Tensor], *apart_from: Tensor) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import CASES, Case
+from rounding import Rounded, assert_rounded
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_lora.engine import adapters, inject
 from lightning_lora.engine.bank import Bank, LayerFactors
@@ -99,25 +99,29 @@ def test_a_layer_that_a_bank_cannot_serve_is_refused_by_name_and_nothing_is_chan
     assert [type(module) for module in model.modules()] == classes
 
 
+def updated(x: Rounded, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Rounded:
+    """scale * B A x: with a bank's s B, which is rounded, or scaled afterwards."""
+    return ((x @ Rounded.of(A, dtype).T) @ (Rounded.of(B, dtype) * scale).T).stored()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_bank_on_a_half_precision_base_computes_as_exactly_as_the_single_adapter(dtype: torch.dtype):
     base, factors, _ = small(4)
     base.to(dtype)
     x, names = torch.randn(4, 64, 6).to(dtype), ["a3", "a1", "a0", "a2"]
 
-    def alone(name: str, row: Tensor) -> Tensor:
-        """By the formula, in the precision of `row`."""
+    def alone(name: str, row: Tensor) -> Rounded:
+        """By the formula."""
+        h = Rounded.of(row, dtype)
         for layer, module in base.named_children():
-            y = F.linear(row, *(p.to(row.dtype) for p in module.parameters()))
+            W, *b = (Rounded.of(p, dtype) for p in module.parameters())
+            y = h @ W.T + b[0] if b else h @ W.T
             values = factors[name].get(layer)
             if values is not None:
-                A, B = values.A.to(row.dtype), values.B.to(row.dtype)
-                y = y + values.scale * F.linear(F.linear(row, A), B)
-            row = y.tanh() if layer == "first" else y
-        return row
+                y = y + updated(h, values.A, values.B, values.scale, dtype)
+            h = y.tanh() if layer == "first" else y
+        return h
 
-    exact = torch.stack([alone(name, row.double()) for name, row in zip(names, x)])
-    plain = torch.stack([alone(name, row) for name, row in zip(names, x)])
     bank = served(base, 4, MOST)
     assert bank.plan.dtype is dtype
     for name, part in factors.items():
@@ -125,8 +129,8 @@ def test_a_bank_on_a_half_precision_base_computes_as_exactly_as_the_single_adapt
     with bank.use(names):
         output = base(x)
     assert output.dtype is dtype
-    # No worse than twice what plain PyTorch loses at this dtype.
-    assert (output.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
+    for name, row, found in zip(names, x, output):
+        assert_rounded(found, alone(name, row), f"the row of {name}")
 
 
 @pytest.mark.parametrize("positions", [(1,), (2,), (3,), (4,), (15,), (16,), (40,), (5, 7)], ids=str)
@@ -135,25 +139,24 @@ def test_a_bank_on_a_half_precision_base_computes_as_exactly_as_the_single_adapt
 def test_any_number_of_positions_gets_the_closed_form(dtype: torch.dtype, rows: int, positions: tuple[int, ...]):
     generator = torch.Generator().manual_seed(0)
     layer = nn.Sequential(nn.Linear(6, 5, bias=False)).to(dtype).eval()
-    W = layer[0].weight.double()
+    W = Rounded.of(layer[0].weight, dtype)
     bank = Bank(layer, 4, 3)
-    update = {}
+    factors = {}
     for i in range(3):
         A, B = (torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 6), (5, 3)))
+        factors[f"a{i}"] = A, B, 0.5
         bank.put(f"a{i}", {"0": LayerFactors(A, B, 0.5)})
-        update[f"a{i}"] = 0.5 * B.double() @ A.double()
     x = torch.randn(rows, *positions, 6, generator=generator).to(dtype)
-    names = [f"a{i}" for i in range(rows)]
 
-    def check(exact: Tensor) -> None:
-        # x A^T, the output and its sum with the update are rounded, once each.
-        bound = 4 * torch.finfo(dtype).eps * float(exact.abs().max())
-        torch.testing.assert_close(layer(x).double(), exact, rtol=0, atol=bound)
+    def check(names: list[str]) -> None:
+        for name, row, found in zip(names, x.flatten(1, -2), layer(x).flatten(1, -2), strict=True):
+            h = Rounded.of(row, dtype)
+            assert_rounded(found, h @ W.T + updated(h, *factors[name], dtype), f"the row of {name}")
 
     with bank.use("a1"):
-        check(x.double() @ (W + update["a1"]).T)
-    with bank.use(names):
-        check(torch.stack([row.double() @ (W + update[name]).T for row, name in zip(x, names)]))
+        check(["a1"] * rows)
+    with bank.use([f"a{i}" for i in range(rows)]):
+        check([f"a{i}" for i in range(rows)])
 
 
 def test_autocast_is_followed():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from rounding import assert_rounded
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -21,6 +21,7 @@ from tests.engine.fused_step import (
     formula,
     gradients,
     kept_by,
+    rounded,
     saved_by,
     tensors,
 )
@@ -74,22 +75,14 @@ def test_shapes_that_are_computed_in_ways_of_their_own_are_no_exception(
 ):
     generator = torch.Generator().manual_seed(rank)
     sizes = {"x": (n, d_in), "W": (d_out, d_in), "A": (rank, d_in), "B": (d_out, rank)}
-    given = {name: torch.randn(size, generator=generator).to(dtype) for name, size in sizes.items()}
+    t = {name: torch.randn(size, generator=generator).to(dtype) for name, size in sizes.items()}
     weights = torch.randn(n, d_out, generator=generator).to(dtype)
-
-    def results(compute: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        x, W, A, B = (t.to(dtype) for t in given.values())
-        trained = [t.requires_grad_() for t in (x, A, B)]
-        y = compute(x, W, A, B)
-        return [t.double() for t in (y, *torch.autograd.grad(y, trained, weights.to(dtype)))]
-
-    def formula(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return x @ W.T + SCALE * (x @ A.T @ B.T)
-
-    ours = results(lambda x, W, A, B: fused.linear(x, W, None, A, B, SCALE), dtype)
-    plain, exact = results(formula, dtype), results(formula, torch.float64)
-    for mine, theirs, true in zip(ours, plain, exact):
-        assert (mine - true).norm() <= 2 * (theirs - true).norm()
+    trained = {name: t[name].requires_grad_() for name in ("x", "A", "B")}
+    y = fused.linear(t["x"], t["W"], None, t["A"], t["B"], SCALE)
+    expected = rounded("linear", t, dtype, weights)
+    assert_rounded(y, expected["y"], "the output")
+    for name, gradient in zip(trained, torch.autograd.grad(y, list(trained.values()), weights)):
+        assert_rounded(gradient, expected[name], f"the gradient of {name}")
 
 
 def test_a_layer_without_bias_and_a_weight_that_is_trained_too():

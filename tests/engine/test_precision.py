@@ -30,6 +30,11 @@ def test_a_half_precision_base_trains_float32_masters_under_autocast(case: Case)
     randomise(model)
     torch.manual_seed(0)  # what is dropped
     expected = model(case.input())
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            case.model()(case.input())
+        except RuntimeError as error:  # a bfloat16 LSTM, of a oneDNN that is held to less than the processor can
+            pytest.skip(f"torch itself cannot: {error}")
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(case.input())

@@ -104,10 +104,16 @@ class Churn:
         self.outcome = Outcome()
         self.lock = threading.Lock()
 
-    def run(self, seconds: float, servers: int = 4) -> Outcome:
+    def run(self, seconds: float = 0.0, servers: int = 4, least: dict[str, int] | None = None) -> Outcome:
+        """For so many seconds, and until the counts are `least`, or something is wrong."""
         until = time.monotonic() + seconds
+
+        def goes_on() -> bool:
+            is_short = any(self.outcome.counts[what] < count for what, count in (least or {}).items())
+            return (time.monotonic() < until or is_short) and not self.outcome.wrong
+
         jobs = [*[self.serve] * servers, self.come_and_go, self.fetch]
-        threads = [threading.Thread(target=self._guarded, args=(job, until, i)) for i, job in enumerate(jobs)]
+        threads = [threading.Thread(target=self._guarded, args=(job, goes_on, i)) for i, job in enumerate(jobs)]
         for thread in threads:
             thread.start()
         process = psutil.Process()
@@ -119,10 +125,10 @@ class Churn:
         self.settled()
         return self.outcome
 
-    def _guarded(self, job: Callable[[random.Random], None], until: float, seed: int) -> None:
+    def _guarded(self, job: Callable[[random.Random], None], goes_on: Callable[[], bool], seed: int) -> None:
         draw = random.Random(seed)
         with torch.inference_mode():
-            while time.monotonic() < until and not self.outcome.wrong:
+            while goes_on():
                 try:
                     job(draw)
                 except BankError as error:

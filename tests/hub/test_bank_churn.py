@@ -4,6 +4,7 @@ import gc
 import threading
 
 import torch
+from hanging import no_hang
 
 from tests.hub.bank_churn import Churn
 
@@ -12,10 +13,9 @@ def test_every_row_is_right_while_adapters_come_go_wait_on_disk_and_return(tmp_p
     before = threading.active_count()
     with torch.no_grad():
         churn = Churn(120, tmp_path, capacity=24, host_capacity=20)
-    outcome = churn.run(3)
+    with no_hang():
+        outcome = churn.run(least={"rows": 2000, "came and went": 100, "prefetched": 100})
     assert not outcome.wrong
-    for what in ("rows", "came and went", "prefetched"):
-        assert outcome.counts[what] > 0, outcome.counts
     churn.bank.close()
     assert type(churn.base.wide) is torch.nn.Linear
     del churn
@@ -28,6 +28,6 @@ def test_a_use_that_waits_for_a_slot_of_another_thread_is_told_or_served(tmp_pat
     """As many threads as slots, each with its own adapters: the bank is full most of the time, and never wrong."""
     with torch.no_grad():
         churn = Churn(40, tmp_path, capacity=6, host_capacity=4)
-    outcome = churn.run(1, servers=6)
+    with no_hang():
+        outcome = churn.run(servers=6, least={"rows": 500})
     assert not outcome.wrong
-    assert outcome.counts["rows"] > 0

@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 import time
+import types
+from typing import Any
 
 import pytest
 import torch
+from hanging import PATIENCE, no_hang
 
 from lightning_lora import pull_adapter
 from lightning_lora.errors import HubIntegrityError, HubNotFoundError, HubUnavailableError
+from lightning_lora.hub import calls, download
 from tests.hub.models import changed_tensors
 
 pytestmark = [
@@ -27,9 +31,11 @@ CONFIG_URL = "adapter_config.json"
 
 @pytest.mark.parametrize("path", [TENSORS_URL, CONFIG_URL, "/revision/", "/paths-info/"])
 @pytest.mark.parametrize("kind", ["reset", "reset_download", "truncate", "hang", 429, 500, 503])
-def test_a_fault_that_passes_is_survived(hub, repository, files, kind, path):
+def test_a_fault_that_passes_is_survived(hub, repository, files, kind, path, monkeypatch):
+    monkeypatch.setattr(download.Remote, "_patience", 1.0 if kind == "hang" else 20.0)
     fault = hub.fail(kind, path=path, times=1 if kind == "hang" else 3, **({"retry_after": 0.1} if kind == 429 else {}))
-    folder = pull_adapter(ID, timeout=1.5 if kind == "hang" else 20)
+    with no_hang():
+        folder = pull_adapter(ID, timeout=60)
     assert fault.hits == fault.times
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
@@ -52,21 +58,30 @@ def test_content_that_stays_another_is_refused_and_not_kept(hub, cached, reposit
 
 @pytest.mark.parametrize("path", [TENSORS_URL, CONFIG_URL, "/revision/", "/paths-info/"])
 @pytest.mark.parametrize("kind", ["hang", "drip", "reset", 500])
-def test_a_fault_that_does_not_pass_ends_in_time(hub, cached, repository, kind, path):
-    hub.fail(kind, path=path, times=100, seconds=0.3 if kind == "drip" else 3600)
-    begun = time.monotonic()
-    with pytest.raises(HubUnavailableError):
+def test_a_fault_that_does_not_pass_is_waited_for_no_longer_than_told(hub, cached, repository, kind, path, monkeypatch):
+    fault = hub.fail(kind, path=path, times=100, seconds=0.3 if kind == "drip" else 3600)
+    waited: list[float] = []
+
+    def within(seconds: float, *call: Any) -> Any:
+        waited.append(seconds)
+        return calls.within(seconds, *call)
+
+    monkeypatch.setattr(download, "within", within)
+    with no_hang(), pytest.raises(HubUnavailableError):
         pull_adapter(ID, timeout=0.6)
-    assert time.monotonic() - begun < 4
+    assert fault.hits >= 1
+    assert waited
+    assert max(waited) < 0.7, "what was told, and the time for so small a file"
     assert not cached()
 
 
-def test_a_wait_that_is_longer_than_the_deadline_is_not_waited_for(hub, repository):
+def test_a_wait_that_is_longer_than_the_deadline_is_not_waited_for(hub, repository, monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr(calls, "time", types.SimpleNamespace(**{**vars(time), "sleep": slept.append}))
     hub.fail(429, path="/revision/", times=100, retry_after=600)
-    begun = time.monotonic()
     with pytest.raises(HubUnavailableError, match=r"429.*600 s"):
-        pull_adapter(ID, timeout=5)
-    assert time.monotonic() - begun < 2
+        pull_adapter(ID, timeout=60)
+    assert sum(slept) <= sum(calls.WAITS), "our own waits, not the server's"
 
 
 def test_a_download_goes_on_where_it_was_cut(hub, files):
@@ -90,7 +105,8 @@ def test_a_hung_server_does_not_hold_the_exit(hub, repository, tmp_path):
     hub.fail("hang", path=TENSORS_URL, times=100)
     code = f"from lightning_lora import pull_adapter; pull_adapter({ID!r}, timeout=1)"
     environment = {**os.environ, **hub.environment(tmp_path)}
-    begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    # Where the thread that waits for the server held the exit, this would last until the server's hour is over.
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert "HubUnavailableError" in done.stderr
-    assert time.monotonic() - begun < 30

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hanging import no_hang
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file
@@ -328,10 +329,8 @@ def test_a_hub_that_hangs_before_the_push_is_an_error_in_time(
     hub: HubServer, folder: Path, method: str, path: str
 ) -> None:
     hub.fail("hang", method=method, path=path, times=99)
-    started = time.monotonic()
-    with pytest.raises(HubUnavailableError, match="did not answer within"):
+    with no_hang(), pytest.raises(HubUnavailableError, match=r"did not answer within (0\.[0-3]|\d+e-)"):
         push_adapter(folder, REPO, deadline=0.3)
-    assert time.monotonic() - started < 20
     assert not hub.requested("/preupload/")
 
 

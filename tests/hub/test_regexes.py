@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
+from hanging import no_hang
 
 from lightning_lora.hub import regexes
 from lightning_lora.hub.regexes import MOST_WAYS, ways
@@ -43,13 +43,11 @@ HANGING = [
 
 
 @pytest.mark.parametrize("expression", WRITTEN)
-def test_what_people_write_passes_and_is_fast(expression):
+def test_what_people_write_passes_and_hangs_no_matcher(expression):
     assert ways(expression) <= MOST_WAYS
-    begun = time.perf_counter()
-    for name in NAMES:
-        re.fullmatch(expression, name)
-    # The limit promises about 20 ms for a name; a busy machine is given ten times that.
-    assert time.perf_counter() - begun < 0.2 * len(NAMES)
+    with no_hang():
+        for name in NAMES:
+            re.fullmatch(expression, name)
 
 
 @pytest.mark.parametrize("expression", HANGING)

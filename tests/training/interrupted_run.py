@@ -1,6 +1,7 @@
-"""A run that is slow to save from its second checkpoint on, so that it can be stopped in the middle of that.
+"""A run that can be stopped in the middle of a step, or of a save.
 
-python interrupted_run.py FOLDER    writes FOLDER/at-work when it trains, FOLDER/saving when it saves
+python interrupted_run.py FOLDER MOMENT    at that moment, "at-work" (in its second step) or "saving" (half of its
+                                           second checkpoint), writes FOLDER/MOMENT and waits for FOLDER/signalled
 """
 
 from __future__ import annotations
@@ -23,21 +24,26 @@ folder = Path(sys.argv[1])
 write = TorchCheckpointIO.save_checkpoint
 
 
+def stop_at(moment: str) -> None:
+    if moment == sys.argv[2]:
+        (folder / moment).touch()
+        while not (folder / "signalled").exists():
+            time.sleep(0.01)
+
+
 def write_slowly(self: Any, checkpoint: Any, path: Any, *rest: Any, **settings: Any) -> None:
     if "step=1" in str(path) or not str(path).endswith(".partial"):
         write(self, checkpoint, path, *rest, **settings)
         return
     Path(path).write_bytes(b"the first half of a checkpoint")
-    (folder / "saving").touch()
-    time.sleep(2)
+    stop_at("saving")
     write(self, checkpoint, path, *rest, **settings)
 
 
 class Slow(Lit):
     def on_train_batch_end(self, *_: Any) -> None:
         if self.trainer.global_step == 2:
-            (folder / "at-work").touch()
-            time.sleep(0.5)
+            stop_at("at-work")
 
 
 if __name__ == "__main__":
