@@ -32,7 +32,7 @@ NAMES = frozenset((*_INSIDE.values(), "_forward_module"))
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside of all wrappers around it: `module` itself where there is none."""
-    while (name := _inside(type(module))) is not None and (inner := module._modules.get(name)) is not None:
+    while (name := _name_inside(module)) is not None and (inner := module._modules.get(name)) is not None:
         module = inner
     return module
 
@@ -40,13 +40,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def around(module: nn.Module) -> list[nn.Module]:
     """The wrappers around it, the outermost first."""
     found: list[nn.Module] = []
-    while (name := _inside(type(module))) is not None and (inner := module._modules.get(name)) is not None:
+    while (name := _name_inside(module)) is not None and (inner := module._modules.get(name)) is not None:
         found.append(module)
         forward = module._modules.get("_forward_module")  # Fabric's, around the same module
         if forward is not None:
             found += around(forward)
         module = inner
     return found
+
+
+def _name_inside(module: Any) -> str | None:
+    return _inside(type(module))
 
 
 @functools.cache
