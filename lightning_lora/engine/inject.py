@@ -392,7 +392,8 @@ def _check_shared(
                 raise TargetError(_shared_by(trained[id(p)], [f"{prefix}.{own}" if prefix else own], config))
     rows = {f"{name}.weight": module._parameters["weight"] for name, module, _, _ in vocabularies}
     for name, t in (*whole.items(), *rows.items()):
-        assert t is not None
+        if not isinstance(t, nn.Parameter):
+            continue  # a buffer is often a constant, or a view of one
         others = [held.name for held in memory.sharing(t) if not held.is_attribute and id(held.tensor) not in trained]
         if others:
             raise TargetError(_shared_by(name, others, config))

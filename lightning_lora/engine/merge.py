@@ -41,9 +41,12 @@ def merge(model: nn.Module) -> None:
         )
     shared = _shared(model, mergeable)
     changed = {
-        id(module._parameters.get(pair.parameter))
+        id(module._parameters.get(parameter))
         for name, module in mergeable.items()
-        for pair in module.lora_pairs(name)
+        for parameter in (
+            *(pair.parameter for pair in module.lora_pairs(name)),
+            *(["bias"] if BIAS in module.lora_names else []),
+        )
     }
     names = dict.fromkeys(name for key in changed for name in shared.get(key, ()))
     if names:  # said before anything is changed: a warning can be an error
@@ -164,7 +167,7 @@ def _warn_of_growth(mergeable: Mapping[str, Adapter]) -> None:
 
 
 _SURVIVES = 0.9
-"""The share of an update below which `merge` says that less than that of it is left."""
+"""Where less than this share of an update is left in a merged weight, it is said."""
 
 
 def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:

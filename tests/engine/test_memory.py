@@ -199,6 +199,26 @@ def test_a_bias_that_others_use_is_not_trained(bias: Any, is_one_parameter: bool
     assert_same(snapshot(model), before)
 
 
+@torch.no_grad()
+def test_a_bias_into_which_that_of_an_adapter_is_merged_is_untied_too():
+    model, x = built(lambda model: None)
+    model.other.bias = model.one.bias
+    inject(model, LoRAConfig(rank=2, target_modules=["one"], lora_bias=True))
+    randomise(model)
+    expected = model(x)
+    with pytest.warns(UserWarning, match="Merging unties a weight that is shared with other"):
+        merge(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_constant_that_saved_modules_share_is_no_reason_to_refuse():
+    model, _ = built(lambda model: None)
+    mask = torch.ones(4)
+    model.one.register_buffer("mask", mask[:3])
+    model.other.register_buffer("mask", mask)
+    inject(model, LoRAConfig(rank=2, target_modules=["other"], modules_to_save=["one"]))
+
+
 def test_a_bias_of_two_layers_is_trained_where_both_are_asked_for():
     model, _ = built(lambda model: None)
     model.other.bias = model.one.bias

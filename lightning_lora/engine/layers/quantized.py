@@ -35,10 +35,10 @@ class Steady4bit(_Host):
     support_avx512bf16_for_cpu = property(lambda self: False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        bias = self._parameters["bias"]
+        weight, bias = _own(self, "weight"), _own(self, "bias")
         values = None if bias is None or bias.requires_grad else bias.data
         needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-        if needs_grad and torch.is_grad_enabled() and is_rearranged(self._parameters["weight"]):
+        if needs_grad and torch.is_grad_enabled() and is_rearranged(weight):
             output: Tensor = _Rearranged.apply(x, bias, self, super().forward)
         else:
             output = super().forward(x, *args, **kwargs)
@@ -48,7 +48,7 @@ class Steady4bit(_Host):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # bitsandbytes puts the weight back for it, in place, with its scales in the wrong order.
-        own: Any = self._parameters["weight"]
+        own: Any = _own(self, "weight")
         if is_rearranged(own):
             self._parameters["weight"] = _put_back(copy.copy(own))
         try:
@@ -57,7 +57,7 @@ class Steady4bit(_Host):
             self._parameters["weight"] = own
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        weight: Any = self._parameters["weight"]
+        weight: Any = _own(self, "weight")
         if is_rearranged(weight) and fn(torch.empty(0)).device.type != "cpu":  # it is an order for CPUs alone
             _put_back(weight)
         return super()._apply(fn, recurse)
@@ -74,13 +74,13 @@ class _Rearranged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: nn.Module, forward: Callable[..., Tensor]) -> Tensor:
-        ctx.module = module
+        ctx.module, ctx.weight = module, _own(module, "weight")
         return forward(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         needs_x, needs_bias, *_ = ctx.needs_input_grad
-        W = dense(ctx.module, ctx.module._parameters["weight"])
+        W = dense(ctx.module, ctx.weight)
         of_x = gradient @ W.to(gradient.dtype) if needs_x else None
         return of_x, gradient.flatten(0, -2).sum(0) if needs_bias else None, None, None
 
@@ -115,6 +115,12 @@ def let_rearrange(module: Any) -> None:
     cls: Any = type(module)
     if issubclass(cls, Steady4bit) and "base_class" in vars(cls):
         module.__class__ = cls.base_class
+
+
+def _own(module: nn.Module, name: str) -> Tensor | None:
+    """The layer's own parameter; a replica that nn.DataParallel makes has it as a plain attribute."""
+    p = module._parameters.get(name)
+    return module.__dict__.get(name) if p is None else p
 
 
 def _put_back(weight: Any) -> Any:
