@@ -190,7 +190,7 @@ def remove(model: nn.Module) -> None:
     tree = Tree.of(model)
     check_removable(model, tree)
     adapted: Any = [module for _, module in tree.of_classes(is_adapter)]
-    if not adapted:
+    if not adapted and _are_there(model, tree):
         raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you remove.")
     # Innermost first: what an inner `inject` found was already frozen by the outer one.
     records = [(m, m.__dict__[_RECORD]) for _, m in tree.modules if _RECORD in m.__dict__][::-1]
@@ -262,54 +262,10 @@ def injections(model: nn.Module, tree: Tree | None = None) -> Iterator[tuple[str
             yield name, module.__dict__[_RECORD]
 
 
-def check_as_injected(model: nn.Module, tree: Tree | None = None) -> None:
-    """Raise AdapterStateError where adapted layers of `model` are not where `inject` left them: replaced
-    (resize_token_embeddings makes a new lm_head), deleted, copied, of another shape, or under other names. What reads
-    the adapter would take the rest for all of it. A model without any adapter is not looked at; `tree` is what it
-    consists of, if known.
-    """
-    tree = tree or Tree.of(model)
-    present = tree.of_classes(is_adapter)
-    records = [(root, injection) for root, injection in injections(model, tree) if injection.adapted]
-    known = {id(module) for _, injection in records for module in injection.adapted.values()}
-    problems = []
-    for root, injection in records if present else ():
-        found = present if not root else Tree.of(tree.by_name[root]).of_classes(is_adapter)
-        names = {id(module): plain_name(name) for name, module in found}
-        prefix = f"{root}." if root else ""
-        for name, module in injection.adapted.items():
-            now = names.get(id(module))
-            if now is None:
-                problems.append(f"{prefix}{name} has no adapter any more")
-            elif now != name:
-                problems.append(f"{prefix}{name} is now {prefix}{now}")
-        added = [name for key, name in names.items() if key not in known and name]
-        problems += [f"{prefix}{name} has one that inject did not give it" for name in added]
-    problems += [what for name, module in present if (what := _changed(name, module)) is not None]
-    if problems:
-        raise AdapterStateError(
-            f"{type(model).__name__} is not as inject left it: {listed(dict.fromkeys(problems))}. Layers were "
-            "replaced, deleted, copied, resized or moved since (or a part is merged just now), so what is left is not "
-            "the adapter that was trained. Put them back; or save_adapter or merge first, remove(model), change its "
-            "layers (resize_token_embeddings, for one), and call inject or load_adapter then."
-        )
-
-
-def _changed(name: str, module: Any) -> str | None:
-    """What became of the tensors of an adapted layer, if they are not what they were; thousands are asked."""
-    state = module.__dict__
-    parameters, buffers = state["_parameters"], state["_buffers"]
-    for own in state["lora_names"]:
-        if parameters.get(own) is None and buffers.get(own) is None and state.get(own) is None:
-            return f"{name} has lost its {own}"
-    A, B, spec = parameters.get("lora_A"), parameters.get("lora_B"), state["lora"]
-    if A is None or B is None or A.dim() < 2 or spec.parameters:  # a part of it is elsewhere, or each is by itself
-        return None
-    fits = module.shapes(module, spec.rank)
-    if (A.shape, B.shape) == fits:
-        return None
-    shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
-    return f"{name} has A and B of {shapes}, and its layer takes {fits[0]} and {fits[1]} now"
+def _are_there(model: nn.Module, tree: Tree) -> bool:
+    """Whether a layer that `inject` adapted, called on `model`, is still a part of it: as its own, if it is merged."""
+    adapted = model.__dict__[_RECORD].adapted.values()
+    return not adapted or not {id(m) for m in adapted}.isdisjoint(id(m) for _, m in tree.modules)
 
 
 def _check_unadapted(model: nn.Module, tree: Tree) -> None:
@@ -319,9 +275,14 @@ def _check_unadapted(model: nn.Module, tree: Tree) -> None:
             f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
             "Call remove(model) or merge(model) first; AdapterBank holds several adapters on one base."
         )
-    if merged := [name for name, m in tree.modules if _RECORD in m.__dict__]:
-        what = f"{type(model).__name__}{f' ({merged[0]!r} in it)' if merged[0] else ''}"
-        raise AdapterStateError(f"{what} is merged: leave `with merged(model)` before you inject.")
+    for name, module in tree.modules:
+        if _RECORD in module.__dict__:
+            what = f"{type(model).__name__}{f' ({name!r} in it)' if name else ''}"
+            if _are_there(module, Tree.of(module)):
+                raise AdapterStateError(f"{what} is merged: leave `with merged(model)` before you inject.")
+            raise AdapterStateError(
+                f"All adapted layers of {what} were replaced since inject: call remove on it first."
+            )
     check_unsharded(
         model,
         "Adapters that came now would be no part of what is sharded, and each process would train its own. Call inject "
