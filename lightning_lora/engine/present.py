@@ -39,11 +39,20 @@ def check_none_of_ours(model: nn.Module, tree: Tree) -> None:
         )
     for name, module in tree.modules:
         if RECORD in module.__dict__:
+            what = f"{type(model).__name__}{f' ({name!r} in it)' if name else ''}"
+            if are_there(module, Tree.of(module)):
+                raise AdapterStateError(f"{what} is merged: leave `with merged(model)` before you inject.")
             raise AdapterStateError(
-                f"{name or type(model).__name__} is merged: leave `with merged(model)` before you inject."
+                f"All adapted layers of {what} were replaced since inject: call remove on it first."
             )
         if "bank_cell" in module.__dict__:
             raise AdapterStateError(f"A bank serves {name or type(model).__name__} already: close it first.")
+
+
+def are_there(model: nn.Module, tree: Tree) -> bool:
+    """Whether a layer that `inject` adapted, called on `model`, is still a part of it: as its own, if it is merged."""
+    adapted = model.__dict__[RECORD].adapted.values()
+    return not adapted or not {id(m) for m in adapted}.isdisjoint(id(m) for _, m in tree.modules)
 
 
 def check_none_of_others(model: nn.Module, tree: Tree, meant: Callable[[], Iterable[str]] | None = None) -> None:

@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.foreign import foreign_layout_of
-from lightning_lora.engine.inject import check_as_injected, injections
+from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.layers.base import FACTORS, is_adapter
 from lightning_lora.engine.layers.tokens import TokenRows

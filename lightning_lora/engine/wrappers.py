@@ -50,10 +50,11 @@ def around(module: nn.Module) -> list[nn.Module]:
 
 
 def _name_inside(module: Any) -> str | None:
-    return _inside(type(module))
+    cls: Any = type(module)
+    return _inside(cls)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _inside(cls: Any) -> str | None:
     names = (f"{parent.__module__}.{parent.__qualname__}" for parent in cls.__mro__)
     return next((_INSIDE[name] for name in names if name in _INSIDE), None)

@@ -24,7 +24,7 @@ from lightning_lora.engine import (
     injections,
     remove,
 )
-from lightning_lora.engine.inject import check_as_injected
+from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.sharded import is_first, is_sharded, whole

@@ -104,6 +104,12 @@ def foreign_layout(names: Collection[str]) -> str | None:
     foreign = next((meaning for name, meaning in _FOREIGN.items() if name in names), None)
     if foreign is None and any(re.fullmatch(r"adapter_\d+\.pt", name) for name in names):
         foreign = "a torchtune checkpoint; save it from torchtune in its PEFT format"
+    single = next((name for name in sorted(names) if name.endswith(".safetensors") and name != TENSORS), None)
+    if foreign is None and single is not None and CONFIG not in names:
+        foreign = (
+            f"a LoRA in one file ({single}), as kohya's scripts and diffusers write it, with scales that PEFT's layout "
+            "has in adapter_config.json; convert it first"
+        )
     return foreign
 
 

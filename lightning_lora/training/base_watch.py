@@ -52,7 +52,7 @@ class BaseWatch:
             return
         changed = [name for name in {**self.marks, **now} if self.marks.get(name) != now.get(name)]
         # A write that leaves a tensor as it was raises its count, too: those of other samples come first.
-        certain = [name for name in changed if name not in now or name not in self.marks or _differ(self, now, name)]
+        certain = [name for name in changed if _sample(self.marks.get(name)) != _sample(now.get(name))]
         message = (
             f"{listed(certain or changed)} of {type(module).__name__} changed while the adapter trains, though the "
             "base is frozen: its forward writes to it (max_norm, a codebook), or a callback or a hook does (pruning, "
@@ -68,9 +68,6 @@ class BaseWatch:
             rank_zero_warn(message)
 
 
-def _differ(watch: BaseWatch, now: dict[str, object], name: str) -> bool:
-    return _sample(watch.marks[name]) != _sample(now[name])
-
-
 def _sample(mark: object) -> object:
+    """What a mark says of shape, type and numbers, without where they lie and how often they were written."""
     return mark[2:] if isinstance(mark, tuple) else mark

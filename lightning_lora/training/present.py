@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.engine import InjectionReport, LoRAConfig, injections
-from lightning_lora.engine.inject import check_as_injected
+from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.storage import shape_of
 from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterStateError, listed

@@ -214,3 +214,30 @@ def test_trained_rows_that_are_gone_are_named() -> None:
     net.embed = nn.Embedding(12, 8)
     with pytest.raises(AdapterStateError, match="embed has no adapter any more"):
         adapter_state_dict(net)
+
+
+def test_a_model_of_which_all_adapted_layers_were_replaced_is_no_dead_end() -> None:
+    net: Any = adapted(target_modules=["head"])
+    net.head = nn.Linear(8, 12)
+    with pytest.raises(AdapterStateError, match="All adapted layers of Net were replaced since inject: call remove"):
+        inject(net, LoRAConfig(rank=2))
+    remove(net)
+    assert all(p.requires_grad for p in net.parameters())
+    inject(net, LoRAConfig(rank=2))
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "lm_head", "q_proj"], ["lm_head", "q_proj"]])
+def test_a_vocabulary_that_is_resized_after_inject_is_an_error_and_before_it_is_not(
+    targets: list[str], tmp_path: Path
+) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    size = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
+    config = transformers.LlamaConfig(**size, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
+    model = transformers.LlamaForCausalLM(config)
+    inject(model, LoRAConfig(rank=2, target_modules=targets))
+    model.resize_token_embeddings(48, mean_resizing=False)
+    with pytest.raises(AdapterStateError, match="lm_head has no adapter any more"):
+        save_adapter(model, tmp_path / "it")
+    remove(model)
+    inject(model, LoRAConfig(rank=2, target_modules=targets))
+    save_adapter(model, tmp_path / "it")

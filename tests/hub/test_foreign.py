@@ -25,6 +25,7 @@ from lightning_lora.errors import AdapterFormatError
 from lightning_lora.hub.combine import combine_adapters
 from lightning_lora.hub.export import export_adapter
 from lightning_lora.hub.inspection import check_adapter
+from lightning_lora.hub.reading import foreign_layout
 
 A, B = torch.ones(2, 8), torch.ones(8, 2)
 ALPHA = torch.tensor(4.0)
@@ -133,3 +134,8 @@ def test_a_parameter_called_alpha_that_was_trained_whole_is_no_scale(tmp_path: P
     load_adapter(second, tmp_path / "it")
     assert second.act.alpha.eq(2).all()
     load_adapter_state_dict(second, adapter_state_dict(first))
+
+
+def test_a_folder_on_the_hub_is_judged_by_the_names_of_its_files() -> None:
+    assert "a LoRA in one file (style.safetensors)" in str(foreign_layout(["README.md", "style.safetensors"]))
+    assert foreign_layout(["adapter_config.json", "README.md"]) is None
