@@ -88,10 +88,11 @@ def _of_others(tree: Tree) -> dict[str, tuple[str, nn.Module]]:
     for name, _ in tree.parameters:
         if ("lora_" in name or "hada_" in name or "adapter_" in name) and (part := _PART.match(name)):
             owners.setdefault(part["owner"].removesuffix("."), set()).add(part["own"])
+    modules = dict(tree.every) if owners else {}
     for owner, names in owners.items():
         for pair in _PAIRS:
             if names.issuperset(pair):
-                found.setdefault(owner, (f"another library ({' and '.join(pair)})", tree.by_name[owner]))
+                found.setdefault(owner, (f"another library ({' and '.join(pair)})", modules[owner]))
     outermost: dict[str, tuple[str, nn.Module]] = {}
     for name in sorted(found):
         if not any(_lies_in(name, outer) for outer in outermost):

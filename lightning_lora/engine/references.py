@@ -61,7 +61,7 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
     rest = [layer for layer in layers if not is_kept[layer.name]]
     is_only_the_head = all(name == head for name in trained)
     if is_only_the_head or _is_head(rest, kept, layers, parts):
-        training = {tuple(_inside(name, layers)) for name in awake if name}
+        training = {looks for name in awake if name and (looks := tuple(_inside(name, layers)))}
         parts = [
             part
             for part in parts

@@ -42,7 +42,7 @@ class InjectionReport:
     tokens: dict[str, int]
     """How many rows of an embedding are trained, and of the heads that share its weight."""
     left_out: dict[str, str]
-    """Weights that one might take for adapted, and are not: name -> how to adapt it."""
+    """Weights and frozen parts that one might take for adapted, and are not: name -> how to adapt it."""
     trainable: int
     """Elements that are trained: those of A and B, and `trained_whole`."""
     frozen: int

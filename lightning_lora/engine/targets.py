@@ -33,7 +33,7 @@ class Selection:
     head: str | None = None
     """The layer that "all-linear" took for the output head and left out."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Weights that one might take for adapted, and are not: name -> how to adapt it."""
+    """Weights and frozen parts that one might take for adapted, and are not: name -> how to adapt it."""
 
 
 def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Selection:

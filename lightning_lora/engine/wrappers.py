@@ -32,7 +32,7 @@ NAMES = frozenset((*_INSIDE.values(), "_forward_module"))
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside of all wrappers around it: `module` itself where there is none."""
-    while (name := _name_inside(module)) is not None and (inner := module._modules.get(name)) is not None:
+    while (inner := _inside(module)) is not None:
         module = inner
     return module
 
@@ -40,7 +40,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def around(module: nn.Module) -> list[nn.Module]:
     """The wrappers around it, the outermost first."""
     found: list[nn.Module] = []
-    while (name := _name_inside(module)) is not None and (inner := module._modules.get(name)) is not None:
+    while (inner := _inside(module)) is not None:
         found.append(module)
         forward = module._modules.get("_forward_module")  # Fabric's, around the same module
         if forward is not None:
@@ -49,12 +49,13 @@ def around(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _name_inside(module: Any) -> str | None:
+def _inside(module: nn.Module) -> nn.Module | None:
     cls: Any = type(module)
-    return _inside(cls)
+    name = _held_as(cls)
+    return None if name is None else module._modules.get(name)
 
 
-@functools.lru_cache(maxsize=1024)
-def _inside(cls: Any) -> str | None:
+@functools.cache
+def _held_as(cls: Any) -> str | None:
     names = (f"{parent.__module__}.{parent.__qualname__}" for parent in cls.__mro__)
     return next((_INSIDE[name] for name in names if name in _INSIDE), None)

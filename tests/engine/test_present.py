@@ -126,6 +126,12 @@ def test_adapters_of_other_libraries_are_known_by_their_parameters(layer: Any) -
     check_refused(nn.Sequential(layer(), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 2)), "of another library")
 
 
+def test_such_a_layer_is_known_under_each_of_its_names() -> None:
+    model = nn.ModuleDict({"a": OwnParameters(), "b": nn.Linear(16, 16), "c": nn.Linear(16, 2)})
+    model["again"] = model["a"]
+    check_refused(model, "of another library .* at 'a'")
+
+
 def test_a_name_that_only_resembles_one_is_nobodys_adapter() -> None:
     model = nn.Sequential(nn.Linear(8, 8), OwnChildren("explora_head", "lora_gate"), nn.Linear(16, 2))
     assert len(inject(model, LoRAConfig(rank=2)).modules) == 4

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lora import LoRACallback
+from lightning_lora.errors import AdapterStateError
 
 from .lit import Lit, net, trainer
 
@@ -46,3 +48,15 @@ def test_a_teacher_that_is_frozen_anywhere_before_training_has_no_adapters(hook:
     after = dict(module.teacher.named_parameters())
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], p) and not p.requires_grad for name, p in after.items())
+
+
+def test_a_callback_does_not_adapt_a_peft_model_a_second_time() -> None:
+    class WithPeft(Lit):
+        def build(self, seed: int) -> None:
+            self.net = peft.get_peft_model(net(seed), peft.LoraConfig(target_modules=["0"]))  # type: ignore[assignment,arg-type]
+
+    module = WithPeft()
+    names = [name for name, _ in module.named_parameters()]
+    with pytest.raises(AdapterStateError, match="of PEFT already, at 'net'"):
+        trainer(LoRACallback(rank=2), max_epochs=1).fit(module)
+    assert [name for name, _ in module.named_parameters()] == names
