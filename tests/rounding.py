@@ -103,6 +103,9 @@ class Condition:
     A, A x, B A x, its product with the scale, its sum with W x, the activation, and two for norms and softmax. Layers
     that come later have parameters, and so parts of S, of their own. A and B are parameters too: S counts s |B| |A| |x|
     also where W + s B A is small by cancellation.
+
+    All roundings may point the same way here, which they hardly do: in half precision it finds an update that is off by
+    about its own size. Where the formula is at hand, Rounded is the sharper tool.
     """
 
     ROUNDINGS = 8

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rounding import Rounded, assert_rounded
-from torch import Tensor
+from rounding import Condition, Rounded, assert_rounded
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 N, D_IN, D_OUT, RANK, SCALE, P = 24, 512, 96, 8, 0.7, 0.2
@@ -100,3 +100,31 @@ def test_what_is_not_finite_is_outside_of_every_bound():
         found = step(F.linear, t)
         found[3, 4] = value
         assert expected.excess(found) > 1
+
+
+class Adapted(nn.Module):
+    """Two layers, the first with an update; `gain` is 1 where the code is right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.gain = nn.Linear(32, 24), nn.Linear(24, 5), 1.0
+        self.A, self.B = nn.Parameter(torch.randn(4, 32) / 6), nn.Parameter(torch.randn(24, 4) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = F.linear(F.linear(x, self.A), self.B)
+        return self.last((self.first(x) + self.gain * SCALE * update).tanh())
+
+
+@every_dtype
+def test_a_whole_model_is_within_its_bound_and_with_a_fault_it_is_not(dtype: torch.dtype):
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        model = Adapted().to(dtype)
+        x = torch.randn(9, 32).to(dtype)
+        condition = Condition(model, x)
+        assert condition.excess(model(x)) <= 1
+        for gain in (0.0, -1.0):
+            model.gain = gain
+            assert condition.excess(model(x)) > 1
+        model.gain = torch.nan
+        assert condition.excess(model(x)) > 1
