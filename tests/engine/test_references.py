@@ -110,10 +110,7 @@ def test_where_nothing_else_is_linear_the_error_says_how_to_adapt_the_frozen_par
     model = Model(student=convolutions(), perceptual=frozen(Transformer()))
     with pytest.raises(TargetError, match="'perceptual' is not one of them: to adapt it, name its layers"):
         inject(model, LoRAConfig(rank=2))
-    assert adapted(model, target_modules=r"perceptual\.blocks\.0\..") == {
-        "perceptual.blocks.0.0",
-        "perceptual.blocks.0.2",
-    }
+    assert len(adapted(model, target_modules=r"perceptual\.blocks\.\d\.[02]")) == 4
 
 
 def test_a_copy_of_one_layer_is_left_out_where_the_one_that_trains_is_the_whole_rest() -> None:
