@@ -8,9 +8,10 @@ the weights, the network of a perceptual loss. The rule:
 2. A torchmetrics metric is left out, frozen or not.
 3. Where nothing but an output head trains, the frozen rest is the backbone under that head, and is adapted; but a
    frozen part that looks as one that trains, layer by layer, is its copy, and is left out. The head is the output layer
-   alone, or up to four layers that have less weight than the frozen rest and read what it computes: their first one
-   takes as many features as the frozen one before it gives (or all frozen parts together), they do not read the model's
-   own input, and no frozen layer reads their output. Blocks of a stack of which others train are no backbone.
+   (or nothing, or embeddings beside it), or up to four layers that have less weight than the frozen rest and read what
+   it computes: their first one takes as many features as the frozen one before it gives (or all frozen parts
+   together), they do not read the model's own input, and no frozen layer reads their output. Blocks of a stack of which
+   others train are no backbone.
 4. Any other frozen part is left out, and the report says so. Layers that are named are adapted wherever they are.
 """
 
@@ -52,14 +53,13 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
     head = head_of()
     part_of = {t.name: _outermost(t.name, awake, asleep) for t in linear}
     parts = list(dict.fromkeys(part for name, part in part_of.items() if part is not None and name != head))
-    trained = [t.name for t in linear if part_of[t.name] is None]
-    if not parts or not trained:
+    if not parts:
         return found
     layers = [layer for layer in _layers(tree) if not lies_in(layer.name, found)]
     is_kept = {la.name: lies_in(la.name, parts) or (la.name in asleep and la.name not in awake) for la in layers}
     kept = [layer for layer in layers if is_kept[layer.name]]
     rest = [layer for layer in layers if not is_kept[layer.name]]
-    is_only_the_head = all(name == head for name in trained)
+    is_only_the_head = all(layer.name == head or layer.kind == _TOKENS for layer in rest)
     if is_only_the_head or _is_head(rest, kept, layers, parts):
         training = {looks for name in awake if name and (looks := tuple(_inside(name, layers)))}
         parts = [
@@ -121,6 +121,7 @@ _SIZES = (
     ("input_size", "hidden_size"),
     ("embed_dim", "embed_dim"),
 )
+_TOKENS = 3
 
 
 def _layers(tree: Tree) -> Iterator[_Layer]:

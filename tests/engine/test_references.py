@@ -92,6 +92,27 @@ def test_a_reference_beside_a_part_that_trains_is_left_out_and_said(case: str, d
     assert f"not adapted: {prefix}other (to adapt: name its layers in target_modules; it was frozen" in str(report)
 
 
+def convolutions(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(6)), nn.Flatten(), *more)
+
+
+@pytest.mark.parametrize("more", [(nn.Linear(12, 4),), (nn.Linear(12, 8), nn.Linear(8, 4))], ids=len)
+@pytest.mark.parametrize("student_first", [True, False])
+def test_the_teacher_of_a_convolutional_student_is_left_out(student_first: bool, more: tuple[nn.Module, ...]) -> None:
+    parts = {"student": convolutions(*copy.deepcopy(more)), "teacher": frozen(Transformer())}
+    model = Model(**(parts if student_first else dict(reversed(parts.items()))))
+    report = inject(model, LoRAConfig(rank=2))
+    assert [m.name for m in report.modules] == ["student.7"]  # a lone linear layer is not taken for a head
+    assert list(report.left_out) == ["teacher"]
+
+
+def test_where_nothing_else_is_linear_the_error_says_how_to_adapt_the_frozen_part() -> None:
+    model = Model(student=convolutions(), perceptual=frozen(Transformer()))
+    with pytest.raises(TargetError, match="'perceptual' is not one of them: to adapt it, name its layers"):
+        inject(model, LoRAConfig(rank=2))
+    assert len(adapted(model, target_modules=r"perceptual\.blocks\.\d\.[02]")) == 4
+
+
 def test_a_copy_of_one_layer_is_left_out_where_the_one_that_trains_is_the_whole_rest() -> None:
     for parts in ({"a": nn.Linear(8, 4), "b": frozen(nn.Linear(8, 4))}, {"b": frozen(mlp(8, 4)), "a": mlp(8, 4)}):
         assert {name[0] for name in adapted(Model(**parts))} == {"a"}
@@ -137,6 +158,7 @@ BACKBONES: dict[str, tuple[Callable[[], dict[str, nn.Module]], int]] = {
     "of equally many features, under one layer": (lambda: {"body": mlp(16, 16, 16), "head": nn.Linear(16, 16)}, 0),
     "of features, under two layers": (lambda: {"body": mlp(8, 32, 32), "head": mlp(32, 16, 4)}, 1),
     "that comes after its head": (lambda: {"head": nn.Linear(32, 4), "body": mlp(8, 32, 32)}, 0),
+    "under no head, beside an embedding": (lambda: {"tokens": nn.Embedding(50, 8), "body": mlp(8, 32, 32)}, 0),
     "under no head, beside a number that trains": (lambda: {"body": mlp(8, 32, 32), "norm": nn.LayerNorm(8)}, 0),
 }
 
