@@ -67,12 +67,14 @@ def test_layouts_of_input_and_gradient_do_not_matter(way: str):
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("tiles", [False, True], ids=["", "AMX"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [3, 8, 12, 16, 40])
 @pytest.mark.parametrize(("n", "d_in", "d_out"), [(16, 32, 1024), (16, 1024, 32), (24, 4096, 2048), (12, 1024, 1024)])
 def test_shapes_that_are_computed_in_ways_of_their_own_are_no_exception(
-    n: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype
+    n: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(fused, "has_tiles", lambda: tiles)  # products are laid out for such a processor, on this one
     generator = torch.Generator().manual_seed(rank)
     sizes = {"x": (n, d_in), "W": (d_out, d_in), "A": (rank, d_in), "B": (d_out, rank)}
     t = {name: torch.randn(size, generator=generator).to(dtype) for name, size in sizes.items()}
