@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.engine.bank.cells import CELLS, Cell, cell_kind
+from lightning_lora.engine.bank.cells import CELLS, Cell
+from lightning_lora.engine.bank.kinds import cell_kind
 from lightning_lora.engine.bank.routing import Routes
+from lightning_lora.engine.bank.structure import hidden, sequence_first
 from lightning_lora.engine.bypass import only_reads, reads_weight
 from lightning_lora.engine.candidates import Target
+from lightning_lora.engine.config import LoRAConfig
+from lightning_lora.engine.layers.base import adapters
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.swap import swapped_class
-from lightning_lora.errors import AdapterStateError, TargetError
+from lightning_lora.engine.targets import select
+from lightning_lora.errors import AdapterStateError, TargetError, listed
 
 if TYPE_CHECKING:
     _Host = nn.Module
@@ -97,11 +102,27 @@ def detach(module: Any) -> None:
     module.__class__ = type(module).base_class
 
 
-def new_cell(target: Target, routes: Routes) -> Cell:
-    cell = cell_kind(target.module, target.name)(target.name, target.module, routes)
-    attention = getattr(target.parent, "self_attn", None)
-    if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
-        cell.hides_rows = "is called with the sequence first (build the layer with batch_first=True)"
-    elif "experts" in target.name.split("."):
-        cell.hides_rows = "is one of several experts, each of which is called with the tokens that are sent to it"
-    return cell
+def new_cells(
+    model: nn.Module, routes: Routes, target_modules: str | list[str], exclude_modules: str | list[str] | None
+) -> dict[str, Cell]:
+    """A cell for each layer that a bank is to serve. Raises before anything is changed."""
+    present = [name for name, _ in adapters(model)]
+    if present:
+        raise AdapterStateError(
+            f"{type(model).__name__} has adapters already ({listed(present, 3)}): save them, call remove(model), "
+            "and add them to the bank."
+        )
+    modules = dict(model.named_modules())
+    served = [name for name, module in modules.items() if "bank_cell" in module.__dict__]
+    if served:
+        raise AdapterStateError(f"A bank serves {listed(served, 3)} already: close it first.")
+    selection = select(model, LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules))
+    for target in selection.targets:
+        check_bankable(target)
+    cells = {}
+    for target in selection.targets:
+        cells[target.name] = cell = cell_kind(target.module, target.name)(target.name, target.module, routes)
+        cell.hidden = hidden(modules, target.name)
+    routes.served = frozenset(id(cell.module) for cell in cells.values())
+    routes.sequence_first = sequence_first(modules)
+    return cells

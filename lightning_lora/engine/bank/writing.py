@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_lora.engine.bank.cells import Cell, LayerFactors, LinearCell, copy_scaled
+from lightning_lora.engine.bank.cells import Cell, LayerFactors, copy_scaled
+from lightning_lora.engine.bank.kinds import LinearCell
 from lightning_lora.engine.bank.slab import Slab
 
 
