@@ -222,7 +222,8 @@ class Bank:
             inside.remove()  # or when the bank is closed
 
         A part of the part that sees another number of positions (patches that are merged) takes a `rows_inside` of its
-        own. Not asked where one adapter is used for all rows. Raises TargetError for a module of another model.
+        own. Not asked where one adapter is used for all rows; before the model is compiled. Raises TargetError for a
+        module of another model.
         """
         name = next((name for name, other in self.model.named_modules() if other is module), None)
         if name is None or not callable(rows):

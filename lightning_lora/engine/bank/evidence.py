@@ -19,25 +19,21 @@ _CALL: CodeType = nn.Module.__call__.__code__
 """Runs for every call of a module, and has the module and the arguments as its locals."""
 
 
-def are_beams(layer: nn.Module, rows: int, count: int) -> bool:
-    """Whether transformers' `generate` runs `layer` on `rows` prompts which it has repeated to `count`, the beams (or
-    returned sequences) of a prompt side by side."""
+def beams(layer: nn.Module) -> tuple[int, int] | None:
+    """How many prompts transformers' `generate` was given, and to how many rows it has repeated them by now, the beams
+    (or returned sequences) of a prompt side by side; None where `layer` does not run in it."""
     code = _generate(sys.modules.get("transformers.generation.utils"))
     frame: FrameType | None = sys._getframe(1) if code is not None else None
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     if frame is None:
-        return False
+        return None
     known = frame.f_locals
-    config, ids = known.get("generation_config"), known.get("input_ids")
+    config, prompts, ids = (known.get(name) for name in ("generation_config", "batch_size", "input_ids"))
+    if not isinstance(prompts, int) or not isinstance(ids, Tensor) or id(layer) not in _members(known["self"]):
+        return None
     times = max(getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1)
-    return (
-        count == rows * times
-        and known.get("batch_size") == rows  # before they were repeated
-        and isinstance(ids, Tensor)
-        and ids.shape[0] == count  # after
-        and id(layer) in _members(known["self"])
-    )
+    return (prompts, ids.shape[0]) if ids.shape[0] == prompts * times else None
 
 
 def begins_as_an_input(x: Tensor, layer: nn.Module, served: Set[int]) -> bool | None:

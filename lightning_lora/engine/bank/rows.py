@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_lora.engine.bank.evidence import are_beams
+from lightning_lora.engine.bank.evidence import beams
 from lightning_lora.engine.bank.layout import AS_THEY_ARE, Said
 from lightning_lora.engine.bank.routing import FEW_POSITIONS, One, Routing
 from lightning_lora.errors import AdapterStateError
@@ -53,6 +53,7 @@ class Rows(Routing):
         key = (cell.key, dtype, groups is not None)
         found = self._factors.get(key)
         if found is None:
+            self._check_named_by_prompt(cell)
             index = self.index if groups is None else groups.index
             # What is kept for further forwards may meet gradients there.
             with torch.inference_mode(False), torch.no_grad():
@@ -62,6 +63,15 @@ class Rows(Routing):
                 found = tuple(t.to(dtype) for t in cell.many(index, self._rank, copies))
             self._factors[key] = found
         return found
+
+    def _check_named_by_prompt(self, cell: Cell) -> None:
+        """Once for each layer, since it takes as long as a product."""
+        prompts, beam_rows = beams(cell.module) or (self.count, self.count)
+        if prompts < self.count == beam_rows:
+            raise AdapterStateError(
+                f"bank.use was given {self.count} rows, and generate was given {prompts} prompts, which it continues "
+                f"by {beam_rows // prompts} beams each: name one adapter for each prompt."
+            )
 
     def close(self) -> None:
         done, self._copies, self._factors = self._copies, {}, {}
@@ -107,7 +117,7 @@ class Rows(Routing):
                 return self.add_in_order(cell, base, x)
             if layout == "tiled":
                 return self._of_times(size // self.count, cell).add_in_order(cell, base, x)
-            if are_beams(cell.module, self.count, size):
+            if beams(cell.module) == (self.count, size):
                 return self.add_in_order(cell, base, x)
         raise AdapterStateError(f"{seen}{tuple(x.shape)}, whose first dimension is not known to hold them. {_WAYS}")
 
