@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import os
 import pickle
 import threading
 from collections.abc import Iterator
@@ -208,6 +209,124 @@ def test_folding_gives_the_adapter_at_the_bases_own_cost_and_undoes_itself_exact
     with bank.use("a0"), pytest.raises(BankError, match="'a0' is in use"), bank.folded("a1"):
         pass
     assert base(x).equal(plain)
+
+
+def test_an_adapter_is_not_folded_under_a_forward_of_the_base():
+    base, factors, alone = small(2)
+    bank = served(base, 2, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(3, 6)
+    plain = base(x)
+    for names in (None, [None, None, None]):
+        with bank.use(names), pytest.raises(BankError, match="The bare base is in use"), bank.folded("a1"):
+            pass
+    inside, go_on, outputs = threading.Event(), threading.Event(), {}
+
+    def pause(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert go_on.wait(30)
+
+    hook = base.first.register_forward_hook(pause)
+
+    def run() -> None:
+        with torch.no_grad():
+            outputs["bare"] = base(x)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert inside.wait(30)
+    with pytest.raises(BankError, match="runs in another thread"), bank.folded("a1"):
+        pass
+    assert base(x).equal(plain)
+    go_on.set()
+    thread.join()
+    assert outputs["bare"].equal(plain)
+    hook.remove()
+    with bank.folded("a1"):
+        assert close_to(base(x), alone["a1"](x))
+
+
+def test_threads_get_a_folded_adapter_where_they_use_it_and_an_error_where_they_do_not():
+    base, factors, alone = small(2)
+    bank = served(base, 2, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(3, 6)
+    plain = base(x)
+    folded, left, results = threading.Event(), threading.Event(), []
+
+    def run() -> None:
+        assert folded.wait(30)
+        with torch.no_grad():
+            for names in ("a1", ["a1"] * 3):
+                with bank.use(names):
+                    results.append(close_to(base(x), alone["a1"](x)))
+            for names in (None, "a0", ["a1", None, "a1"], [None] * 3):
+                with pytest.raises(BankError, match="'a1' is folded into the base"), bank.use(names):
+                    pass
+            with pytest.raises(AdapterStateError, match=r"'a1' was folded .* enter `with bank\.use\('a1'\):` here"):
+                base(x)
+            use = bank.use("a1")
+            with use:
+                results.append(True)
+                left.set()
+                assert ended.wait(30)
+                with pytest.raises(AdapterStateError, match="and is no more"):
+                    base(x)
+            results.append(base(x).equal(plain))
+
+    ended = threading.Event()
+    thread = threading.Thread(target=run)
+    thread.start()
+    with bank.folded("a1"):
+        folded.set()
+        assert left.wait(30)
+        with pytest.raises(BankError, match="'a1' is folded into the base"), bank.use(None):
+            pass
+    ended.set()
+    thread.join()
+    assert results == [True] * 4
+    assert base(x).equal(plain)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_process_that_is_forked_has_slots_of_its_own():
+    base, factors, alone = small(3)
+    bank = served(base, 2, MOST)
+    bank.put("legal", factors["a0"])
+    bank.prefetch("legal").result()
+    x = torch.randn(3, 6)
+    child = os.fork()
+    if not child:
+        bank.put("legal", factors["a1"], replace=True)
+        bank.put("other", factors["a2"])
+        bank.prefetch("other").result(timeout=30)
+        with torch.no_grad(), bank.use(["legal", "other", None]):
+            y = base(x)
+        os._exit(0 if close_to(y[1], alone["a2"](x)[1]) and close_to(y[0], alone["a1"](x)[0]) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    with bank.use("legal"):
+        assert close_to(base(x), alone["a0"](x))
+    bank.put("more", factors["a1"])  # into the slot that the child has filled in its own memory
+    with bank.use("more"):
+        assert close_to(base(x), alone["a1"](x))
+
+
+def test_a_model_on_two_devices_is_refused_by_name():
+    base = Small()
+    base.second.to("meta")
+    with pytest.raises(BankError, match=r"'first' on cpu, 'second' on meta.*target_modules"):
+        served(base)
+    assert type(base.first) is nn.Linear
+    bank = Bank(base, target_modules=["first"])  # what it serves is on one
+    bank.close()
+    base = Small()
+    bank = served(base)
+    base.first.to("meta")
+    with pytest.raises(BankError, match="several devices"):
+        bank.use("a").__enter__()
 
 
 def test_bad_input_is_named_and_changes_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from torch import nn
 
 from lightning_lora.engine.bank.cells import Cell, LayerFactors
 from lightning_lora.engine.bank.copies import Rooms
+from lightning_lora.engine.bank.folding import begin_to_fold, weights_folded
 from lightning_lora.engine.bank.inside import Inside
-from lightning_lora.engine.bank.layers import attach, check_detachable, detach, new_cells
+from lightning_lora.engine.bank.layers import attach, check_detachable, check_one_device, detach, new_cells
 from lightning_lora.engine.bank.layout import Index, Layout, Said, said
 from lightning_lora.engine.bank.routing import One, Routes, Routing
 from lightning_lora.engine.bank.rows import Rows
@@ -66,6 +68,7 @@ class Bank:
         self._folded: str | None = None
         self._is_open = True
         self._fetcher: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
         for cell in self._cells.values():
             attach(cell.module, cell)
 
@@ -171,8 +174,9 @@ class Bank:
         with self._slots.change:
             for name in names:
                 self._slots.entry(name)
-            if self._fetcher is None:
+            if self._fetcher is None or self._process != os.getpid():  # a fork has no thread of the other process
                 self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="lightning_lora bank")
+                self._process = os.getpid()
             return self._fetcher.submit(self._fetch, names)
 
     def _fetch(self, names: Sequence[str]) -> None:
@@ -207,7 +211,9 @@ class Bank:
         Raises BankError for a name that is not there, and where more adapters are in use than there are slots,
         ConfigError for rows that cannot be.
         """
-        return Use(self, names, said(1 if names is None or isinstance(names, str) else len(names), layout, rows))
+        if not (names is None or isinstance(names, str)):
+            names = list(names)
+        return Use(self, names, said(len(names) if isinstance(names, list) else 1, layout, rows))
 
     def rows_inside(self, module: nn.Module, rows: Callable[..., Index]) -> Inside:
         """In each call of `module`, a part of the model, `rows` says to which row each position belongs.
@@ -244,7 +250,7 @@ class Bank:
                 entry = self._slots.resident(names)
                 entry.users += 1
                 return self._one(entry), (entry,)
-            return (None, ()) if names is None else self._enter_rows(list(names), said)
+            return self._enter_rows([None] if names is None else list(names), said)
 
     def _one(self, entry: Entry) -> One:
         if entry.one is None:
@@ -261,6 +267,7 @@ class Bank:
         for name in distinct:
             self._slots.entry(name)
         if not distinct:
+            self._slots.bare += 1
             return None, ()
         entries: list[Entry] = []
         try:
@@ -280,36 +287,32 @@ class Bank:
             raise BankError(
                 f"{self._folded!r} is folded into the base, so nothing else can be used: {listed(map(str, names))}."
             )
-        return None, ()
+        return self._routes.folded, ()
 
     @contextmanager
     def folded(self, name: str) -> Iterator[None]:
-        """Inside, the base's own weights hold the adapter, for all threads, so that it costs nothing; outside, they are
-        as they were, bit for bit.
+        """Inside, the base's own weights hold the adapter, so that it costs nothing; outside, they are as they were,
+        bit for bit.
 
-        Takes memory for a second copy of the adapted weights. Nothing else can be used meanwhile. Raises BankError
-        while any adapter is in use, AdapterStateError for a layer whose weight cannot hold an adapter.
+        The weights are those of all threads: another one, or a task that was begun before, calls the model inside of
+        `with bank.use(name)`, which costs nothing either, and gets an AdapterStateError where it does not. Takes memory
+        for a second copy of the adapted weights. Raises BankError while anything is in use, the bare base too, or the
+        model runs in another thread; AdapterStateError for a layer whose weight cannot hold an adapter.
         """
         with self._slots.change:
             self._check_open()
             entry = self._slots.resident(name)
-            busy = self._slots.busy()
+            busy = listed(map(repr, self._slots.busy())) or "The bare base" * bool(self._slots.bare)
             if busy or self._folded is not None:
-                raise BankError(f"{listed(busy) or self._folded!r} is in use: fold an adapter when it serves alone.")
+                raise BankError(f"{busy or repr(self._folded)} is in use: fold an adapter when it serves alone.")
+            use = begin_to_fold(name, self._routes)
             entry.users += 1
             self._folded = name
-        cells = list(self._cells.values())
-        before: list[dict[str, Any]] = [dict(cell.module._parameters) for cell in cells]
         try:
             assert entry.slot is not None
-            with torch.no_grad():
-                folded = [cell.folded(entry.slot) for cell in cells]
-            for cell, parameters in zip(cells, folded):
-                cell.module._parameters.update(parameters)
-            yield
+            with weights_folded(list(self._cells.values()), entry.slot, use, self._routes):
+                yield
         finally:
-            for cell, originals in zip(cells, before):
-                cell.module._parameters.update(originals)
             self._folded = None
             self._slots.leave([entry])
 
@@ -336,6 +339,7 @@ class Bank:
             raise BankError("The bank was closed.")
         device = self._watched["weight"].device  # type: ignore[union-attr]
         if device != self._device:
+            check_one_device((name, cell.module) for name, cell in self._cells.items())
             self._follow(device)
 
     def _follow(self, device: torch.device) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Set
 from types import CodeType, FrameType
@@ -51,14 +52,29 @@ def begins_as_an_input(x: Tensor, layer: nn.Module, served: Set[int]) -> bool | 
     return found
 
 
-def _inputs(layer: nn.Module, served: Set[int]) -> Iterator[Tensor]:
+def runs_elsewhere(served: Set[int]) -> bool:
+    """Whether another thread is calling a module that holds one of the layers of the ids `served`."""
+    here = threading.get_ident()
+    return any(
+        not served.isdisjoint(_members(call.f_locals["self"]))
+        for thread, frame in sys._current_frames().items()
+        if thread != here
+        for call in _calls(frame)
+    )
+
+
+def _calls(frame: FrameType | None) -> list[FrameType]:
+    """The calls of modules that led to `frame`, the innermost first."""
     calls: list[FrameType] = []
-    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL:
             calls.append(frame)
         frame = frame.f_back
-    for call in reversed(calls):
+    return calls
+
+
+def _inputs(layer: nn.Module, served: Set[int]) -> Iterator[Tensor]:
+    for call in reversed(_calls(sys._getframe(1))):
         known = call.f_locals
         module = known["self"]
         if module is not layer and served <= _members(module):

@@ -5,6 +5,7 @@ What it holds besides is its cell, which is no parameter and no buffer: checkpoi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from lightning_lora.engine.layers.base import adapters
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.targets import select
-from lightning_lora.errors import AdapterStateError, TargetError, listed
+from lightning_lora.errors import AdapterStateError, BankError, TargetError, listed
 
 if TYPE_CHECKING:
     _Host = nn.Module
@@ -41,19 +42,16 @@ class Banked(_Host):
         if torch.compiler.is_compiling():
             torch.ops.lightning_lora.banked(base, x, cell.key)
             return base
-        routing = cell.routes.current()
-        return base if routing is None else routing.apply(cell, base, x)
+        return cell.routes.apply(cell, base, x)
 
 
 # An operation of its own, which the compiler does not look into: which rows use what is asked when the graph runs.
 @torch.library.custom_op("lightning_lora::banked", mutates_args=("base",))
 def _banked(base: Tensor, x: Tensor, key: int) -> None:
     cell = CELLS[key]
-    routing = cell.routes.current()
-    if routing is not None:
-        output = routing.apply(cell, base, x)
-        if output is not base:
-            base.copy_(output)
+    output = cell.routes.apply(cell, base, x)
+    if output is not base:
+        base.copy_(output)
 
 
 @_banked.register_fake
@@ -76,6 +74,21 @@ def check_bankable(target: Target) -> None:
             "Turn that off first: torch.backends.mha.set_fastpath_enabled(False)."
         )
     cell_kind(target.module, target.name)
+
+
+def check_one_device(layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise BankError where the layers do not lie on one device, on which all adapters are then."""
+    devices: dict[torch.device, str] = {}
+    for name, layer in layers:
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            if tensor.dim():  # a number may lie anywhere
+                devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise BankError(
+            f"The layers lie on several devices ({places}), and a bank keeps its adapters on one. Move the model to "
+            "one device, or make a bank for each part: target_modules and exclude_modules say which layers it serves."
+        )
 
 
 def attach(module: Any, cell: Cell) -> None:
@@ -119,6 +132,7 @@ def new_cells(
     selection = select(model, LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules))
     for target in selection.targets:
         check_bankable(target)
+    check_one_device((target.name, target.module) for target in selection.targets)
     cells = {}
     for target in selection.targets:
         cells[target.name] = cell = cell_kind(target.module, target.name)(target.name, target.module, routes)

@@ -16,6 +16,7 @@ from lightning_lora.errors import AdapterStateError
 
 if TYPE_CHECKING:
     from lightning_lora.engine.bank.cells import Cell, Factors
+    from lightning_lora.engine.bank.folding import Folded
 
 InUse: TypeAlias = "tuple[tuple[Routes, Routing, Entered], ...]"
 _IN_USE: ContextVar[InUse] = ContextVar("lightning_lora_bank", default=())
@@ -36,6 +37,9 @@ class Routes:
 
     served: frozenset[int] = frozenset()
     """The ids of its layers."""
+    folded: Folded | None = None
+    """What is used where an adapter is folded into the base. Set before weights are changed, and unset before they are
+    changed back; a layer asks after it has read them."""
     sequence_first: str | None = None
     """A module of the model that takes the sequence before the rows, where there is one."""
 
@@ -50,6 +54,19 @@ class Routes:
                     )
                 return routing
         return None
+
+    def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        """`base`, the output of the cell's layer for x, with the updates in use where this is called. May write into
+        `base`."""
+        routing = self.current()
+        if routing is not None:
+            return routing.apply(cell, base, x)
+        if self.folded is not None:
+            raise AdapterStateError(
+                f"{self.folded.name!r} was folded into the base by another thread or task, and nothing is in use here: "
+                f"enter `with bank.use({self.folded.name!r}):` here too, which costs nothing meanwhile."
+            )
+        return base
 
     def enter(self, routing: Routing | None, use: Entered) -> Token[InUse]:
         """Use `routing` here from now on, as long as `use` is open; give what this returns to `leave`."""

@@ -34,4 +34,4 @@ class Use:
         self._bank._routes.leave(self._token)
         if self._routing is not None:
             self._routing.close()
-        self._bank._slots.leave(self._entries)
+        self._bank._slots.leave(self._entries, bare=self._routing is None)
