@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import AdapterBank, LoRAConfig, adapter_state_dict, inject, save_adapter
-from lightning_lora.errors import AdapterFormatError, BankError, BaseMismatchError, ConfigError
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, BankError, BaseMismatchError, ConfigError
 from tests.hub.models import Linears, build, by_peft, edit_config, edit_tensors, output, peft_folder, shake
 
 pytestmark = [
@@ -147,6 +147,50 @@ def test_a_start_that_is_left_out_is_served_as_further_ranks(tmp_path):
     bank.add("started", model)
     with bank.use("started"):
         torch.testing.assert_close(output(base, x), output(model.eval(), x), **CLOSE)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_torchs_own_transformer_is_served_from_a_folder_a_state_dict_and_a_model(tmp_path, batch_first):
+    def network():
+        torch.manual_seed(0)
+        layer = {"dim_feedforward": 12, "dropout": 0.0, "batch_first": batch_first}
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, **layer), 2, enable_nested_tensor=False)
+        decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, **layer), 1)
+        return nn.ModuleDict({"encoder": encoder, "decoder": decoder}).eval()
+
+    def computed(model):
+        x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            h = model["encoder"](x)
+            return model["decoder"](h, h)
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for i, targets in enumerate((["encoder.layers.0.linear1"], ["linear1", "linear2"])):
+            config = LoRAConfig(rank=2, target_modules=targets)
+            trained = network()
+            inject(trained, config)
+            shake(trained)
+            save_adapter(trained, tmp_path / str(i))
+            model = network()
+            plain = computed(model)
+            bank = AdapterBank(model, 3, 4, target_modules=["linear1", "linear2"])
+            bank.add("folder", tmp_path / str(i))
+            bank.add("model", trained)
+            bank.add("state dict", adapter_state_dict(trained), config=config)
+            for name in bank.names:
+                with bank.use(name):
+                    torch.testing.assert_close(computed(model), computed(trained), **CLOSE)
+                if batch_first:
+                    with bank.use([name, None]):
+                        found = computed(model)
+                    torch.testing.assert_close(found, torch.stack([computed(trained)[0], plain[1]]), **CLOSE)
+                else:
+                    with bank.use([name, None]), pytest.raises(AdapterStateError, match="sequence first"):
+                        computed(model)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def test_what_a_bank_does_not_serve_is_refused_by_name(tmp_path):

@@ -17,7 +17,7 @@ class Said(NamedTuple):
     """How the rows lie where they are not one each, in order."""
 
     layout: Layout | None = None
-    index: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
     """For each position the row that it belongs to."""
 
 
@@ -41,7 +41,7 @@ def said(count: int, layout: Layout | None, rows: Index | None) -> Said:
             "the rows in order or this index. Put the names in that order, or use bank.rows_inside for the module in "
             "which positions lie so."
         )
-    return Said(index=index)
+    return Said(positions=index)
 
 
 def checked_index(rows: Index, count: int) -> tuple[int, ...]:

@@ -158,6 +158,9 @@ def check_has_rows(cell: Cell, x: Tensor, count: int, is_indexed: bool) -> None:
 class Within(Routing):
     """The rows of `outside` in the module `where`, in which position i belongs to the row `index[i]`."""
 
+    ones: Sequence[One | None]
+    count: int
+    device: torch.device
     scope: Any
     """Whose it is,"""
     token: Token[Any]

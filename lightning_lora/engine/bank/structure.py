@@ -7,7 +7,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -49,9 +49,10 @@ def hidden(modules: Mapping[str, nn.Module], name: str) -> Hidden:
         ):
             return Hidden(where_flat="lies beside a router, which may call it with some of the tokens of the batch")
     for ancestor in ancestors:
-        if packing := _packs(type(ancestor)):
+        cls: Any = type(ancestor)
+        if packing := _packs(cls):
             return Hidden(
-                where_flat=f"lies in a {type(ancestor).__name__}, which packs the positions of all rows into one "
+                where_flat=f"lies in a {cls.__name__}, which packs the positions of all rows into one "
                 f"dimension (it takes {packing}); bank.rows_inside says to which row each belongs"
             )
     return NOT_HIDDEN

@@ -109,7 +109,7 @@ class WeightReadLinearLoRA(LinearLoRA):
 
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
-        if type(module).forward is not nn.Linear.forward:
+        if has_own_forward(type(module)):
             raise TargetError(
                 "its parent reads its weight without calling it, and its class has a forward of its own: which of the "
                 "two holds cannot be known. Leave it out with exclude_modules"
