@@ -458,3 +458,29 @@ def test_a_slot_holds_what_was_put_whether_its_layers_come_in_whole_blocks_or_no
             scaled = values.B.T.to(torch.promote_types(values.B.dtype, dtype)) * values.scale
             assert A[:rank].equal(values.A.to(dtype))
             assert B[:rank].equal(scaled.to(dtype))
+
+
+def test_a_layer_that_no_adapter_can_be_trained_for_is_refused_and_a_computed_weight_served():
+    class Placed(nn.Embedding):
+        def forward(self, x: Tensor) -> Tensor:  # as learned positions in transformers: not the ids that come in
+            return super().forward(torch.arange(x.shape[1]).expand(x.shape))
+
+    for layer, match in (
+        (Placed(9, 4), r"'layer' \(Placed\): its class has a forward of its own"),
+        (nn.Embedding(9, 4, max_norm=1.0), r"'layer' \(Embedding\): an embedding with max_norm"),
+    ):
+        model = nn.ModuleDict({"layer": layer})
+        with pytest.raises(TargetError, match=match):
+            Bank(model, target_modules=["layer"])
+        assert "bank_cell" not in vars(layer)
+    base, factors, alone = small(1)
+    for layer in base.children():
+        nn.utils.parametrizations.weight_norm(layer)
+    bank = served(base, 1, MOST)
+    bank.put("a0", factors["a0"])
+    x = torch.randn(2, 6)
+    with bank.use("a0"):
+        assert close_to(base(x), alone["a0"](x))
+    with pytest.raises(AdapterStateError, match="DoRA and folding cannot use"), bank.folded("a0"):
+        pass
+    bank.close()

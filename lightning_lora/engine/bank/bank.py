@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.engine.bank.cells import Cell, LayerFactors
+from lightning_lora.engine.bank.cells import LayerFactors
 from lightning_lora.engine.bank.copies import Rooms
 from lightning_lora.engine.bank.folding import begin_to_fold, weights_folded
 from lightning_lora.engine.bank.inside import Inside
 from lightning_lora.engine.bank.layers import attach, check_detachable, check_one_device, detach, new_cells
 from lightning_lora.engine.bank.layout import Index, Layout, Said, said
+from lightning_lora.engine.bank.planning import check_counts, plan_of, watched
 from lightning_lora.engine.bank.routing import One, Routes, Routing
 from lightning_lora.engine.bank.rows import Rows
-from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes, width_of
+from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes
 from lightning_lora.engine.bank.slots import Entry, Slots
 from lightning_lora.engine.bank.tiers import HostStore, Store
 from lightning_lora.engine.bank.use import Names, Use
@@ -48,14 +49,14 @@ class Bank:
         store: Store | None = None,
     ) -> None:
         if host_capacity is not None:
-            _check_counts(0, host_capacity=host_capacity)
+            check_counts(0, host_capacity=host_capacity)
         self.model, self.capacity, self.max_rank = model, capacity, max_rank
         self._routes = Routes()
         self._cells = new_cells(model, self._routes, target_modules, exclude_modules)
-        self.plan = _plan(self._cells, capacity, max_rank, dtype)
+        self.plan = plan_of(self._cells, capacity, max_rank, dtype)
         """What the slots take. Batches of several adapters copy theirs besides, into memory that is kept for others."""
-        # Where the model is, one of its weights tells.
-        self._watched = next(iter(self._cells.values())).module._parameters
+        # The bank lives on this weight's device and follows it.
+        self._watched = watched(self._cells)
         self._device = self.plan.device
         free = free_bytes(self._device)
         if free is not None and self.plan.bytes > free:
@@ -84,7 +85,7 @@ class Bank:
         dtype: torch.dtype | None = None,
     ) -> MemoryPlan:
         """What the slots of such a bank would take; nothing is taken, and `model` is not changed."""
-        return _plan(new_cells(model, Routes(), target_modules, exclude_modules), capacity, max_rank, dtype)
+        return plan_of(new_cells(model, Routes(), target_modules, exclude_modules), capacity, max_rank, dtype)
 
     @property
     def names(self) -> list[str]:
@@ -337,7 +338,8 @@ class Bank:
     def _check_open(self) -> None:
         if not self._is_open:
             raise BankError("The bank was closed.")
-        device = self._watched["weight"].device  # type: ignore[union-attr]
+        parameters, name = self._watched
+        device = parameters[name].device
         if device != self._device:
             check_one_device((name, cell.module) for name, cell in self._cells.items())
             self._follow(device)
@@ -378,18 +380,3 @@ class Bank:
         if problems:
             raise AdapterFormatError(f"{name!r} does not fit the bank: {listed(problems)}. Nothing was added.")
         return max(values.A.shape[0] for values in factors.values())
-
-
-def _plan(cells: Mapping[str, Cell], capacity: int, max_rank: int, dtype: torch.dtype | None) -> MemoryPlan:
-    _check_counts(1, capacity=capacity, max_rank=max_rank)
-    weight: Any = next(iter(cells.values())).module._parameters["weight"]
-    is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
-    dtype = dtype or (weight.dtype if is_plain else torch.float32)
-    width = width_of({name: cell.shapes(max_rank) for name, cell in cells.items()})
-    return MemoryPlan(capacity, len(cells), max_rank, dtype, weight.device, width * dtype.itemsize)
-
-
-def _check_counts(least: int, **counts: Any) -> None:
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            raise ConfigError(f"{name} is {count!r}; give a whole number, {least} or more.")

@@ -191,7 +191,7 @@ class Cell:
                 f"{self.name!r} cannot be folded: a {self.base_class.__name__} has a forward of its own, which may use "
                 "its weight in another way. Use the adapter as it is."
             )
-        own = self.module._parameters["weight"]
+        own = self.module._parameters.get("weight")
         if own is not None and is_quantized(own):
             raise AdapterStateError(
                 f"{self.name!r} cannot be folded: its weight is quantized, and would be rounded again. Use the adapter "
@@ -231,7 +231,7 @@ class Cell:
 
     def _dense_weight(self, error: type[Exception]) -> Tensor:
         """The layer's weight, where an adapter can be taken into it."""
-        weight = self.module._parameters["weight"]
+        weight = self.module._parameters.get("weight")
         if weight is None or not can_be_dense(weight):
             raise error(f"{self.name!r} has a weight of a kind that DoRA and folding cannot use.")
         if getattr(self.module, "groups", 1) != 1:

@@ -16,10 +16,11 @@ from lightning_lora.engine.bank.cells import CELLS, Cell
 from lightning_lora.engine.bank.kinds import cell_kind
 from lightning_lora.engine.bank.routing import Routes
 from lightning_lora.engine.bank.structure import hidden, sequence_first
-from lightning_lora.engine.bypass import only_reads, reads_weight
+from lightning_lora.engine.bypass import check_called, only_reads, reads_weight
 from lightning_lora.engine.candidates import Target
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.layers.base import adapters
+from lightning_lora.engine.layers import geometry_of
+from lightning_lora.engine.layers.base import AdapterSpec, adapters
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.targets import select
@@ -74,6 +75,13 @@ def check_bankable(target: Target) -> None:
             "Turn that off first: torch.backends.mha.set_fastpath_enabled(False)."
         )
     cell_kind(target.module, target.name)
+    geometry: Any = geometry_of(type(target.module))
+    groups = getattr(target.module, "groups", 1)
+    try:  # what no adapter can be trained for, none can be served on
+        check_called(target.parent, child, target.module)
+        geometry.check(target.module, AdapterSpec(rank=groups, alpha=groups, scale=1.0))
+    except TargetError as error:
+        raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
 
 
 def check_one_device(layers: Iterable[tuple[str, nn.Module]]) -> None:
