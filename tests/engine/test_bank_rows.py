@@ -428,3 +428,53 @@ def test_bad_input_is_named():
     with bank.use("a", layout="tiled"):  # one adapter has no layout
         assert model(x).equal(exact)
     assert F.linear(x, model.layer.weight, model.layer.bias).equal(model(x))
+
+
+class Tied(nn.Module):
+    """A head that reads the weight of the embedding, as functions do that compute with it."""
+
+    def __init__(self, read: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.fc, self.read = nn.Embedding(9, 4), nn.Linear(4, 4), read
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embed(ids).to(self.fc.weight.dtype)
+        assert self.fc.weight.shape == (4, 4)
+        assert self.fc.weight.device.type == "cpu"
+        assert self.fc.weight.size(0) == self.fc.weight.data_ptr() - self.fc._parameters["weight"].data_ptr() + 4
+        return self.read(self, self.fc(h))
+
+
+READS = {
+    "a tied head": lambda m, h: F.linear(h, m.embed.weight),
+    "a product": lambda m, h: h @ m.fc.weight.T,
+    "a determinant": lambda m, h: h + m.fc.weight.det(),
+    "a penalty": lambda m, h: h + m.fc.weight.square().sum(),
+    "its data": lambda m, h: h @ m.fc.weight.data,
+    "a row": lambda m, h: h + m.embed.weight[0],
+    "a write": lambda m, h: h + m.fc.weight.mul_(2),
+}
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_a_weight_that_is_read_while_adapters_are_in_use_is_an_error_that_names_its_layer(kind: str):
+    model = Tied(READS[kind]).requires_grad_(False)
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    bank = bank_on(model, ["embed", "fc"])
+    ids = torch.randint(9, (2, 3))
+    for names in ("a", ["a", "b"], ["a", None]):
+        refused(model, bank, names, ids, match=r"The weight of '(embed|fc)' was read \(.*while adapters of a bank")
+    assert all(value.equal(plain[name]) for name, value in model.state_dict().items())
+    model.read = lambda model, h: h
+    bare = model(ids)
+    with bank.use(None):
+        assert model(ids).equal(bare)
+    outputs = alone(model, bank, ids)
+    with bank.use(["a", "b"]):
+        assert close_to(model(ids), picked(outputs, ["a", "b"]))
+    model.read = READS["a product"]
+    assert close_to(model(ids), bare @ plain["fc.weight"].T)
+    with bank.folded("b"):  # which is in the weight
+        assert close_to(model(ids), outputs["b"] @ model.fc._parameters["weight"].T)
+    bank.close()
+    assert type(model.fc) is nn.Linear

@@ -81,6 +81,8 @@ class Cell:
         self._shapes_of_rank = functools.lru_cache(maxsize=64)(functools.partial(geometry.shapes, module))
         # A forward of its own may return what it keeps, or what autograd needs.
         self._may_write = not has_own_forward(type(module))
+        self.computing: set[int] = set()
+        """The threads in which the layer's own forward runs."""
         self.key = next(_KEYS)
         CELLS[self.key] = self
 

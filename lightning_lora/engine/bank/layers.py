@@ -5,6 +5,7 @@ What it holds besides is its cell, which is no parameter and no buffer: checkpoi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.engine.bank.cells import CELLS, Cell
+from lightning_lora.engine.bank.guard import guarded
 from lightning_lora.engine.bank.kinds import cell_kind
 from lightning_lora.engine.bank.routing import Routes
 from lightning_lora.engine.bank.structure import hidden, sequence_first
@@ -38,12 +40,32 @@ class Banked(_Host):
     bank_cell: Cell
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Tensor = super().forward(x, *args, **kwargs)
         cell = self.bank_cell
         if torch.compiler.is_compiling():
+            base: Tensor = super().forward(x, *args, **kwargs)
             torch.ops.lightning_lora.banked(base, x, cell.key)
             return base
+        here = threading.get_ident()
+        cell.computing.add(here)
+        try:
+            base = super().forward(x, *args, **kwargs)
+        finally:
+            cell.computing.discard(here)
         return cell.routes.apply(cell, base, x)
+
+
+class GuardedBanked(Banked):
+    """One whose weight is guarded from who reads it while adapters are in use, but for its own forward."""
+
+    @property
+    def weight(self) -> nn.Parameter:
+        own: Any = self._parameters["weight"]
+        if torch.compiler.is_compiling() or type(own) is not nn.Parameter:
+            return own
+        cell = self.bank_cell
+        if threading.get_ident() in cell.computing or not cell.routes.updates():
+            return own
+        return guarded(own, cell.name)
 
 
 # An operation of its own, which the compiler does not look into: which rows use what is asked when the graph runs.
@@ -104,7 +126,8 @@ def attach(module: Any, cell: Cell) -> None:
     module.__dict__.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
     module.__dict__["bank_cell"] = cell
     base_class: Any = type(module)
-    module.__class__ = swapped_class("Banked", Banked, base_class)
+    can_guard = type(module._parameters.get("weight")) is nn.Parameter  # no computed and no quantized one
+    module.__class__ = swapped_class("Banked", GuardedBanked if can_guard else Banked, base_class)
 
 
 def check_detachable(module: Any) -> None:

@@ -68,6 +68,11 @@ class Routes:
             )
         return base
 
+    def updates(self) -> bool:
+        """Whether layers that are called here add updates to what their weights give."""
+        in_use = _IN_USE.get()
+        return bool(in_use) and any(routes is self and routing is not self.folded for routes, routing, _ in in_use)
+
     def enter(self, routing: Routing | None, use: Entered) -> Token[InUse]:
         """Use `routing` here from now on, as long as `use` is open; give what this returns to `leave`."""
         others = _IN_USE.get()
