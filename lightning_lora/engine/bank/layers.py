@@ -59,6 +59,8 @@ class GuardedBanked(Banked):
 
     @property
     def weight(self) -> nn.Parameter:
+        if "weight" not in self._parameters:  # deleted, or made a buffer
+            raise AttributeError("weight")
         own: Any = self._parameters["weight"]
         if torch.compiler.is_compiling() or type(own) is not nn.Parameter:
             return own
