@@ -396,6 +396,21 @@ def test_an_empty_input_holds_no_row():
         assert model(torch.randn(0, 4)).shape == (0, 5)
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 5), nn.Conv2d(4, 5, 1), nn.Embedding(9, 5)], ids=lambda m: type(m).__name__
+)
+def test_an_input_may_come_by_its_name(layer: nn.Module):
+    model = nn.ModuleDict({"layer": layer})
+    bank = bank_on(model, ["layer"])
+    x = torch.randint(9, (2, 3)) if isinstance(layer, nn.Embedding) else torch.randn(2, 4, 4, 4)
+    exact = picked(alone(layer, bank, x), ["a", None])
+    with bank.use(["a", None]):
+        assert close_to(layer(input=x), exact)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        layer(inputs=x)
+    bank.close()
+
+
 def test_bad_input_is_named():
     model = Calls(nn.Linear(4, 5))
     bank = bank_on(model, ["layer"])

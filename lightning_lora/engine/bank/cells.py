@@ -8,6 +8,7 @@ in B and shift.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -75,7 +76,8 @@ class Cell:
     def __init__(self, name: str, module: nn.Module, routes: Routes) -> None:
         geometry: Any = geometry_of(type(module))
         self.name, self.module, self.routes, self.geometry = name, module, routes, geometry
-        self.base_class = type(module)
+        self.base_class: Any = type(module)
+        self.input_name = _first_argument(self.base_class)
         self.groups: int = getattr(module, "groups", 1)
         self.out: int = geometry.shapes(module, self.groups)[1][0]
         self._shapes_of_rank = functools.lru_cache(maxsize=64)(functools.partial(geometry.shapes, module))
@@ -243,6 +245,12 @@ class Cell:
     def _whole(self, slot: int) -> tuple[Tensor, Tensor]:
         """A (rank, n) and B (rank, out) of one adapter."""
         return self.A[slot].flatten(1), self.B[slot]
+
+
+@functools.lru_cache(maxsize=1024)
+def _first_argument(cls: Any) -> str:
+    """What a class calls the input of its forward."""
+    return list(inspect.signature(cls.forward).parameters)[1]
 
 
 def copy_scaled(to: Tensor, values: Tensor, scale: float) -> None:

@@ -39,16 +39,17 @@ class Banked(_Host):
 
     bank_cell: Cell
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         cell = self.bank_cell
+        x: Any = args[0] if args else kwargs.get(cell.input_name)
         if torch.compiler.is_compiling():
-            base: Tensor = super().forward(x, *args, **kwargs)
+            base: Tensor = super().forward(*args, **kwargs)
             torch.ops.lightning_lora.banked(base, x, cell.key)
             return base
         here = threading.get_ident()
         cell.computing.add(here)
         try:
-            base = super().forward(x, *args, **kwargs)
+            base = super().forward(*args, **kwargs)
         finally:
             cell.computing.discard(here)
         return cell.routes.apply(cell, base, x)
