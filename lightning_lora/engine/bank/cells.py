@@ -76,8 +76,8 @@ class Cell:
     def __init__(self, name: str, module: nn.Module, routes: Routes) -> None:
         geometry: Any = geometry_of(type(module))
         self.name, self.module, self.routes, self.geometry = name, module, routes, geometry
-        self.base_class: Any = type(module)
-        self.input_name = _first_argument(self.base_class)
+        cls: Any = type(module)
+        self.base_class, self.input_name = cls, _first_argument(cls)
         self.groups: int = getattr(module, "groups", 1)
         self.out: int = geometry.shapes(module, self.groups)[1][0]
         self._shapes_of_rank = functools.lru_cache(maxsize=64)(functools.partial(geometry.shapes, module))
