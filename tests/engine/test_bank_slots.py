@@ -291,6 +291,56 @@ def test_threads_get_a_folded_adapter_where_they_use_it_and_an_error_where_they_
     assert base(x).equal(plain)
 
 
+def test_whoever_computes_while_adapters_are_folded_gets_what_was_asked_for_or_an_error():
+    base, factors, alone = small(2)
+    bank = served(base, 2, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(3, 6)
+    exact = {None: base(x), "a0": alone["a0"](x), "a1": alone["a1"](x)}
+    wrong: list[object] = []
+    served_names: set[str | None] = set()
+    done = threading.Event()
+
+    def serve(kind: int) -> None:
+        names = (None, "a0", "a1", None)
+        with torch.no_grad():
+            while not done.wait(0.001):  # time for others in between
+                name = names[kind]
+                try:
+                    if kind == 0:
+                        y = base(x)
+                    else:
+                        with bank.use(name):
+                            y = base(x)
+                except (BankError, AdapterStateError):
+                    continue
+                served_names.add(name)
+                if not close_to(y, exact[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=serve, args=(kind,)) for kind in range(4)]
+    for thread in threads:
+        thread.start()
+    folds = 0
+    try:
+        while folds < 20:
+            try:
+                with bank.folded("a1"):
+                    folds += 1
+                    if not close_to(base(x), exact["a1"]):
+                        wrong.append("folded")
+            except BankError:
+                pass
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert served_names == {None, "a0", "a1"}
+    assert base(x).equal(exact[None])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
 def test_a_process_that_is_forked_has_slots_of_its_own():
     base, factors, alone = small(3)

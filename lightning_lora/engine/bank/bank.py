@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_lora.engine.bank.cells import LayerFactors
 from lightning_lora.engine.bank.copies import Rooms
-from lightning_lora.engine.bank.folding import begin_to_fold, weights_folded
+from lightning_lora.engine.bank.folding import Folded
 from lightning_lora.engine.bank.inside import Inside
 from lightning_lora.engine.bank.layers import attach, check_detachable, check_one_device, detach, new_cells
 from lightning_lora.engine.bank.layout import Index, Layout, Said, said
@@ -306,16 +306,18 @@ class Bank:
             busy = listed(map(repr, self._slots.busy())) or "The bare base" * bool(self._slots.bare)
             if busy or self._folded is not None:
                 raise BankError(f"{busy or repr(self._folded)} is in use: fold an adapter when it serves alone.")
-            use = begin_to_fold(name, self._routes)
+            assert entry.slot is not None
+            use = Folded(name, self._routes)
+            use.begin(list(self._cells.values()), entry.slot)
             entry.users += 1
             self._folded = name
         try:
-            assert entry.slot is not None
-            with weights_folded(list(self._cells.values()), entry.slot, use, self._routes):
-                yield
+            yield
         finally:
-            self._folded = None
-            self._slots.leave([entry])
+            with self._slots.change:
+                use.end()
+                self._folded = None
+                self._slots.leave([entry])
 
     def close(self) -> None:
         """Take the bank off the model, which is then as it was. Raises BankError while an adapter is in use."""

@@ -1,13 +1,14 @@
 """An adapter in the base's own weights, for a while: nobody computes with weights that change under the computation.
 
-The weights belong to all threads. So `routes.folded` is set before they are changed, and unset before they are changed
-back, and a layer looks at it after it has read them: who is not in a `bank.use` of that adapter gets an error then.
+The weights belong to all threads. So `routes.folded` is set before they are changed and unset after they are changed
+back, and a layer looks at it before and after it has read them: who is in no `bank.use` of that adapter gets an error.
+Who enters one waits while they are changed, for the lock of the bank; who is in one when they are changed back gets an
+error, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,46 +21,44 @@ from lightning_lora.errors import AdapterStateError, BankError
 
 
 class Folded(Routing):
-    """The adapter `name` is in the base's own weights."""
+    """The adapter `name` is in the base's own weights, from `begin` to `end`, which are called with the bank's lock."""
 
     def __init__(self, name: str, routes: Routes) -> None:
-        self.name, self._routes = name, routes
+        self.name, self._routes, self.is_open = name, routes, False
+        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def begin(self, cells: Sequence[Cell], slot: int) -> None:
+        """Take the adapter in `slot` into the weights, and use it here. What this raises changes nothing."""
+        self._routes.folded = self  # from here on, a forward that uses nothing is refused at its first layer
+        try:
+            if runs_elsewhere(self._routes.served):
+                raise BankError(
+                    f"The model runs in another thread, which would go on with {self.name!r} in its weights: fold an "
+                    "adapter when it serves alone."
+                )
+            with torch.no_grad():
+                folded = [cell.folded(slot) for cell in cells]
+        except BaseException:
+            self._routes.folded = None
+            raise
+        for cell, parameters in zip(cells, folded):
+            self._before.append((cell.module._parameters, dict(cell.module._parameters)))
+            cell.module._parameters.update(parameters)
         self.is_open = True
+        self._token = self._routes.enter(self, self)
+
+    def end(self) -> None:
+        """Give the weights back as they were."""
+        self.is_open = False
+        for parameters, before in self._before:
+            parameters.update(before)
+        self._routes.folded = None
+        self._routes.leave(self._token)
 
     def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        if self._routes.folded is not self:
+        if not self.is_open:
             raise AdapterStateError(
                 f"{self.name!r} was folded into the base when this entered bank.use, and is no more: leave "
                 "`with bank.folded(...)` after those that use it, or enter bank.use again."
             )
         return base
-
-
-def begin_to_fold(name: str, routes: Routes) -> Folded:
-    """From here on a forward that uses nothing is refused. Raises BankError where one runs already."""
-    use = routes.folded = Folded(name, routes)
-    if runs_elsewhere(routes.served):
-        routes.folded = None
-        raise BankError(
-            f"The model runs in another thread, which would go on with {name!r} in its weights: fold an adapter when "
-            "it serves alone."
-        )
-    return use
-
-
-@contextmanager
-def weights_folded(cells: Sequence[Cell], slot: int, use: Folded, routes: Routes) -> Iterator[None]:
-    """Inside, the weights of the layers hold the adapter in `slot`, which is in use here."""
-    before: list[dict[str, Any]] = [dict(cell.module._parameters) for cell in cells]
-    token = routes.enter(use, use)
-    try:
-        with torch.no_grad():
-            weights = [cell.folded(slot) for cell in cells]
-        for cell, parameters in zip(cells, weights):
-            cell.module._parameters.update(parameters)
-        yield
-    finally:
-        routes.folded, use.is_open = None, False
-        routes.leave(token)
-        for cell, originals in zip(cells, before):
-            cell.module._parameters.update(originals)

@@ -46,6 +46,7 @@ class Banked(_Host):
             base: Tensor = super().forward(*args, **kwargs)
             torch.ops.lightning_lora.banked(base, x, cell.key)
             return base
+        cell.routes.check_weights()
         here = threading.get_ident()
         cell.computing.add(here)
         try:

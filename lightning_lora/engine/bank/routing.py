@@ -38,8 +38,8 @@ class Routes:
     served: frozenset[int] = frozenset()
     """The ids of its layers."""
     folded: Folded | None = None
-    """What is used where an adapter is folded into the base. Set before weights are changed, and unset before they are
-    changed back; a layer asks after it has read them."""
+    """What is used while an adapter is in the weights of the base: set before they are changed, and unset after they
+    are changed back. A layer asks before it reads them, and after."""
     sequence_first: str | None = None
     """A module of the model that takes the sequence before the rows, where there is one."""
 
@@ -61,12 +61,17 @@ class Routes:
         routing = self.current()
         if routing is not None:
             return routing.apply(cell, base, x)
-        if self.folded is not None:
-            raise AdapterStateError(
-                f"{self.folded.name!r} was folded into the base by another thread or task, and nothing is in use here: "
-                f"enter `with bank.use({self.folded.name!r}):` here too, which costs nothing meanwhile."
-            )
+        self.check_weights()
         return base
+
+    def check_weights(self) -> None:
+        """Raise AdapterStateError where the weights hold an adapter and nothing is in use here."""
+        folded = self.folded
+        if folded is not None and self.current() is None:
+            raise AdapterStateError(
+                f"{folded.name!r} was folded into the base by another thread or task, and nothing is in use here: "
+                f"enter `with bank.use({folded.name!r}):` here too, which costs nothing meanwhile."
+            )
 
     def updates(self) -> bool:
         """Whether layers that are called here add updates to what their weights give."""
