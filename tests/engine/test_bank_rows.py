@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -248,27 +249,35 @@ def test_a_table_with_as_many_entries_as_rows_is_not_routed_by_row(made: Callabl
     assert close_to(found, picked(alone(model, bank, ids), ["a", None, "c"]))
 
 
+@dataclass
+class Batch:
+    """As data modules have them."""
+
+    users: Tensor
+    more: dict[str, Tensor]
+
+
 def test_an_id_for_each_row_is_served_where_the_model_was_called_with_it_or_the_user_says_so():
     class Rated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.user, self.item = nn.Embedding(9, 4), nn.Embedding(9, 4)
 
-        def forward(self, batch: dict[str, Tensor]) -> Tensor:
-            return self.user(batch["users"]) * self.item(batch["pairs"][:, 1])
+        def forward(self, batch: Batch) -> Tensor:
+            return self.user(batch.users) * self.item(batch.more["pairs"][:, 1])
 
     model = Rated()
     bank = bank_on(model, ["user", "item"])
-    batch = {"users": torch.randint(9, (3,)), "pairs": torch.randint(9, (3, 2))}
-    names = ["b", "a", None]
+    batch = Batch(torch.randint(9, (3,)), {"pairs": torch.randint(9, (3, 2))})
+    names: list[str | None] = ["b", "a", None]
     exact = picked(alone(model, bank, batch), names)
     with bank.use(names):
         assert close_to(model(batch), exact)
         with pytest.raises(AdapterStateError, match="'user' got"):  # not through the model: nothing says what it is
-            model.user(batch["users"])
+            model.user(batch.users)
     bank.rows_inside(model.user, lambda ids: range(len(ids)))
     with bank.use(names):
-        assert close_to(model.user(batch["users"]), picked(alone(model.user, bank, batch["users"]), names))
+        assert close_to(model.user(batch.users), picked(alone(model.user, bank, batch.users), names))
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.MultiheadAttention])

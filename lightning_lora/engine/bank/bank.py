@@ -204,10 +204,12 @@ class Bank:
             with bank.use(["legal", "code"], rows=[0, 0, 0, 1]):  # layers with 4 positions; others have 2 rows
                 model(patches, texts)
 
-        `rows_inside` says it for a part of the model. What no shape shows stays yours to see to: that row i is what
-        names[i] is for. A batch of two texts with two images, both of the first text, needs `rows_inside` for the
-        module that the images go through; so does a batch as long as its sequences where your own code puts the
-        sequence first.
+        `rows_inside` says it for a part of the model. What no shape shows stays yours to see to: that the first
+        dimension, where it has the size of the rows, is that of the rows. It is not where two images of one text stand
+        beside two texts (`rows_inside` for the module that takes the images), and where code of your own puts the
+        sequence first, or picks tokens without a name that says so, and there are as many as rows: use one adapter for
+        a batch there. What is known is refused: torch's and transformers' modules that take the sequence first, experts
+        and what lies beside a router, towers that pack, and learned tables of positions.
 
         Raises BankError for a name that is not there, and where more adapters are in use than there are slots,
         ConfigError for rows that cannot be.

@@ -5,6 +5,7 @@ Asked of the call stack, and only there: a layer whose input has the rows as its
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import sys
@@ -88,6 +89,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | list | tuple):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(part)
+    elif dataclasses.is_dataclass(value):
+        for part in dataclasses.fields(value):
+            yield from _tensors(getattr(value, part.name, None))
 
 
 _MEMBERS: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
