@@ -285,7 +285,7 @@ def has_tiles() -> bool:
     Tiles are filled with rows of X: at rank 8 the rank last takes 25 us on a Xeon with AMX, and first 47 (480 x 640).
     Without them it is up to 1.6 times as long as first, until there are sixteen ranks.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has it not
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has it not
     return bool(capabilities.get("amx_bf16", False))
 
 

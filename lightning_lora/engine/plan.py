@@ -142,7 +142,7 @@ def _geometry(target: Target, spec: AdapterSpec, config: LoRAConfig) -> type[Ada
     assert geometry is not None, "select() only returns modules with a geometry"
     child = last_part(target.name)
     try:
-        geometry = _way(target, child, geometry)
+        geometry = way_of(target, geometry)
     except TargetError as error:
         raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
     mixins = (*variants_of(config), geometry)
@@ -161,9 +161,12 @@ def _geometry(target: Target, spec: AdapterSpec, config: LoRAConfig) -> type[Ada
     return geometry
 
 
-def _way(target: Target, child: str, geometry: Any) -> type[Adapter]:
-    """`geometry`, by weight where it is not known that the update can be added to the output of `target`."""
+def way_of(target: Target, geometry: Any) -> type[Adapter]:
+    """`geometry`, by weight where it is not known that the update can be added to the output of `target`. Raises
+    TargetError where neither can be."""
     module: Any = target.module
+    if "bank_cell" in module.__dict__:
+        return geometry  # as it was found to be when the bank was made
     for name in target.parameters or ("weight",):
         P = module._parameters.get(name)
         if P is not None and (P.is_complex() or P.layout is not torch.strided):
@@ -173,7 +176,7 @@ def _way(target: Target, child: str, geometry: Any) -> type[Adapter]:
             )
     parent: Any = type(target.parent)
     if issubclass(geometry, LinearLoRA) and not geometry.lora_by_weight:
-        how_read = reading(parent, child)
+        how_read = reading(parent, last_part(target.name))
         if how_read.at_times:
             return OutProjectionLoRA
         geometry = FastPathLinearLoRA if how_read.weight_alone else geometry

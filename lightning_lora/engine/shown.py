@@ -46,7 +46,7 @@ _VIEWS = frozenset(
         "swapaxes", "swapdims", "movedim", "moveaxis", "ravel", "as_strided", "adjoint", "__getitem__", "__iter__",
     )
 )
-_METADATA = frozenset(
+METADATA = frozenset(
     (
         "size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset", "is_floating_point",
         "is_complex", "is_signed", "is_contiguous", "data_ptr", "untyped_storage", "storage", "storage_type",
@@ -108,7 +108,7 @@ class ShownWeight(nn.Parameter):
             return first.lora_own.requires_grad or (first.lora_is_trained and torch.is_grad_enabled())
         if name in _VIEWS and mine:
             return _view(func, name, first, args, kwargs)
-        if getter or (mine and (name in _METADATA or (name == "type" and len(args) == 1 and not kwargs))):
+        if getter or (mine and (name in METADATA or (name == "type" and len(args) == 1 and not kwargs))):
             return func(*_each(args, _own), **_each(kwargs, _own))
         is_write = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
         if is_write and mine:

@@ -41,6 +41,9 @@ class _Part:
 class AdapterBank(Bank):
     """Hundreds of adapters on one base that runs: `with bank.use("legal"): model(...)`, or row by row.
 
+    Row by row, each layer's first dimension is that of the rows; `use` and `rows_inside` take another layout where you
+    say so, and refuse it by the layer's name where nobody does.
+
     The model's targeted layers are swapped in place; `close` swaps them back. An adapter takes a row of one slab of
     memory, so adding and using one costs the same however many there are. `capacity` of them have a slot beside the
     model; up to `host_capacity` others wait in the processor's memory (no limit by default), and what goes beyond that

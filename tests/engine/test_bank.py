@@ -73,21 +73,38 @@ def test_one_adapter_for_all_rows_gives_what_it_gives_alone(case: Case):
         assert base(x).equal(plain)
 
 
-@pytest.mark.parametrize("repeat", [1, 2])
+LAYOUTS = {
+    "each once": (1, {}),
+    "repeated": (2, {"layout": "repeated"}),
+    "tiled": (3, {"layout": "tiled"}),
+    "indexed": (1, {"rows": "any order"}),
+}
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
-def test_every_row_gets_its_own_adapter(case: Case, repeat: int):
+def test_every_row_gets_its_own_adapter_however_the_rows_are_laid(case: Case, how: str):
     models = variants(case, 4)
     base = case.model().eval()
     x = torch.cat([case.input(), case.input().flip(0)])  # more rows than the smallest case has
     names: list[str | None] = [("a2", None, "a0", "a3", "a0")[i % 5] for i in range(len(x))]
-    x = x.repeat_interleave(repeat, 0)  # as generate() repeats the rows, beam by beam
-    alone = [(base if name is None else models[name]) for name in names for _ in range(repeat)]
+    times, said = LAYOUTS[how]
+    rows = torch.arange(len(x))
+    rows = rows.repeat_interleave(times) if how == "repeated" else rows.repeat(times)
+    if how == "indexed":
+        rows = torch.tensor([3, 1, 1, 2, 3, 0, 1]) % len(x)  # unequally many of each row
+        names, said = names[:4], {"rows": rows}
+    x = x[rows]
+    alone = [(base if names[row] is None else models[names[row]]) for row in rows.tolist()]
     exact = torch.cat([model(row[None]) for model, row in zip(alone, x)])
     bank = bank_of(base, case)
     for name, model in models.items():
         bank.put(name, factors_of(model))
-    with bank.use(names):
+    with bank.use(names, **said):
         assert close_to(base(x), exact)
+    if how in ("repeated", "tiled"):
+        with bank.use(names), pytest.raises(AdapterStateError, match=r"'layer(\.\w+)*' got an input of shape"):
+            base(x)
 
 
 @pytest.mark.parametrize("case", UNSERVED, ids=lambda case: case.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import os
 import pickle
 import threading
 from collections.abc import Iterator
@@ -210,6 +211,174 @@ def test_folding_gives_the_adapter_at_the_bases_own_cost_and_undoes_itself_exact
     assert base(x).equal(plain)
 
 
+def test_an_adapter_is_not_folded_under_a_forward_of_the_base():
+    base, factors, alone = small(2)
+    bank = served(base, 2, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(3, 6)
+    plain = base(x)
+    for names in (None, [None, None, None]):
+        with bank.use(names), pytest.raises(BankError, match="The bare base is in use"), bank.folded("a1"):
+            pass
+    inside, go_on, outputs = threading.Event(), threading.Event(), {}
+
+    def pause(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert go_on.wait(30)
+
+    hook = base.first.register_forward_hook(pause)
+
+    def run() -> None:
+        with torch.no_grad():
+            outputs["bare"] = base(x)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert inside.wait(30)
+    with pytest.raises(BankError, match="runs in another thread"), bank.folded("a1"):
+        pass
+    assert base(x).equal(plain)
+    go_on.set()
+    thread.join()
+    assert outputs["bare"].equal(plain)
+    hook.remove()
+    with bank.folded("a1"):
+        assert close_to(base(x), alone["a1"](x))
+
+
+def test_threads_get_a_folded_adapter_where_they_use_it_and_an_error_where_they_do_not():
+    base, factors, alone = small(2)
+    bank = served(base, 2, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(3, 6)
+    plain = base(x)
+    folded, left, results = threading.Event(), threading.Event(), []
+
+    def run() -> None:
+        assert folded.wait(30)
+        with torch.no_grad():
+            for names in ("a1", ["a1"] * 3):
+                with bank.use(names):
+                    results.append(close_to(base(x), alone["a1"](x)))
+            for names in (None, "a0", ["a1", None, "a1"], [None] * 3):
+                with pytest.raises(BankError, match="'a1' is folded into the base"), bank.use(names):
+                    pass
+            with pytest.raises(AdapterStateError, match=r"'a1' was folded .* enter `with bank\.use\('a1'\):` here"):
+                base(x)
+            use = bank.use("a1")
+            with use:
+                results.append(True)
+                left.set()
+                assert ended.wait(30)
+                with pytest.raises(AdapterStateError, match="and is no more"):
+                    base(x)
+            results.append(base(x).equal(plain))
+
+    ended = threading.Event()
+    thread = threading.Thread(target=run)
+    thread.start()
+    with bank.folded("a1"):
+        folded.set()
+        assert left.wait(30)
+        with pytest.raises(BankError, match="'a1' is folded into the base"), bank.use(None):
+            pass
+    ended.set()
+    thread.join()
+    assert results == [True] * 4
+    assert base(x).equal(plain)
+
+
+def test_whoever_computes_while_adapters_are_folded_gets_what_was_asked_for_or_an_error():
+    base, factors, alone = small(2)
+    bank = served(base, 2, MOST)
+    for name, part in factors.items():
+        bank.put(name, part)
+    x = torch.randn(3, 6)
+    exact = {None: base(x), "a0": alone["a0"](x), "a1": alone["a1"](x)}
+    wrong: list[object] = []
+    served_names: set[str | None] = set()
+    done = threading.Event()
+
+    def serve(kind: int) -> None:
+        names = (None, "a0", "a1", None)
+        with torch.no_grad():
+            while not done.wait(0.001):  # time for others in between
+                name = names[kind]
+                try:
+                    if kind == 0:
+                        y = base(x)
+                    else:
+                        with bank.use(name):
+                            y = base(x)
+                except (BankError, AdapterStateError):
+                    continue
+                served_names.add(name)
+                if not close_to(y, exact[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=serve, args=(kind,)) for kind in range(4)]
+    for thread in threads:
+        thread.start()
+    folds = 0
+    try:
+        while folds < 20 or len(served_names) < 3:
+            try:
+                with bank.folded("a1"):
+                    folds += 1
+                    if not close_to(base(x), exact["a1"]):
+                        wrong.append("folded")
+            except BankError:
+                pass
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert served_names == {None, "a0", "a1"}
+    assert base(x).equal(exact[None])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_process_that_is_forked_has_slots_of_its_own():
+    base, factors, alone = small(3)
+    bank = served(base, 2, MOST)
+    bank.put("legal", factors["a0"])
+    bank.prefetch("legal").result()
+    x = torch.randn(3, 6)
+    child = os.fork()
+    if not child:
+        bank.put("legal", factors["a1"], replace=True)
+        bank.put("other", factors["a2"])
+        bank.prefetch("other").result(timeout=30)
+        with torch.no_grad(), bank.use(["legal", "other", None]):
+            y = base(x)
+        os._exit(0 if close_to(y[1], alone["a2"](x)[1]) and close_to(y[0], alone["a1"](x)[0]) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    with bank.use("legal"):
+        assert close_to(base(x), alone["a0"](x))
+    bank.put("more", factors["a1"])  # into the slot that the child has filled in its own memory
+    with bank.use("more"):
+        assert close_to(base(x), alone["a1"](x))
+
+
+def test_a_model_on_two_devices_is_refused_by_name():
+    base = Small()
+    base.second.to("meta")
+    with pytest.raises(BankError, match=r"'first' on cpu, 'second' on meta.*target_modules"):
+        served(base)
+    assert type(base.first) is nn.Linear
+    bank = Bank(base, target_modules=["first"])  # what it serves is on one
+    bank.close()
+    base = Small()
+    bank = served(base)
+    base.first.to("meta")
+    with pytest.raises(BankError, match="several devices"):
+        bank.use("a").__enter__()
+
+
 def test_bad_input_is_named_and_changes_nothing():
     base, factors, _ = small(2)
     bank = served(base, 2, MOST)
@@ -339,3 +508,29 @@ def test_a_slot_holds_what_was_put_whether_its_layers_come_in_whole_blocks_or_no
             scaled = values.B.T.to(torch.promote_types(values.B.dtype, dtype)) * values.scale
             assert A[:rank].equal(values.A.to(dtype))
             assert B[:rank].equal(scaled.to(dtype))
+
+
+def test_a_layer_that_no_adapter_can_be_trained_for_is_refused_and_a_computed_weight_served():
+    class Placed(nn.Embedding):
+        def forward(self, x: Tensor) -> Tensor:  # as learned positions in transformers: not the ids that come in
+            return super().forward(torch.arange(x.shape[1]).expand(x.shape))
+
+    for layer, match in (
+        (Placed(9, 4), r"'layer' \(Placed\): its class has a forward of its own"),
+        (nn.Embedding(9, 4, max_norm=1.0), r"'layer' \(Embedding\): an embedding with max_norm"),
+    ):
+        model = nn.ModuleDict({"layer": layer})
+        with pytest.raises(TargetError, match=match):
+            Bank(model, target_modules=["layer"])
+        assert "bank_cell" not in vars(layer)
+    base, factors, alone = small(1)
+    for layer in base.children():
+        nn.utils.parametrizations.weight_norm(layer)
+    bank = served(base, 1, MOST)
+    bank.put("a0", factors["a0"])
+    x = torch.randn(2, 6)
+    with bank.use("a0"):
+        assert close_to(base(x), alone["a0"](x))
+    with pytest.raises(AdapterStateError, match="DoRA and folding cannot use"), bank.folded("a0"):
+        pass
+    bank.close()

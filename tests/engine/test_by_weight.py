@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.engine import Adapter, LoRAConfig, inject, merge, merged, remove
+from lightning_lora.engine.bank import Bank
 from lightning_lora.errors import TargetError
 
 LINEAR = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -239,3 +240,12 @@ def test_dropout_is_on_the_columns_of_a_and_keeps_the_mean():
     spread = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - model.eval()(x)).abs() <= 5 * spread).all()
     assert draws.std(0).max() > 0
+
+
+@every_kind
+def test_a_bank_which_adds_updates_to_outputs_refuses_it_by_name(kind: Any, x: Tensor):
+    model = nn.Sequential(kind()).double()
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=r"^'0'"):
+        Bank(model, capacity=1, max_rank=2, target_modules=["0"])
+    assert_same(snapshot(model), before)

@@ -151,7 +151,7 @@ class Churn:
             rows = torch.randperm(INPUTS)[: draw.randint(1, INPUTS)]
             few = draw.sample(self.names, draw.randint(1, 5))
             names, beams = [draw.choice([*few, None]) for _ in rows], draw.choice([1, 1, 2])
-            use = self.bank.use(names)
+            use = self.bank.use(names, layout="repeated")
         with use:
             for _ in range(draw.randint(1, 3)):
                 found = self.base(self.inputs[rows].repeat_interleave(beams, 0)).double()

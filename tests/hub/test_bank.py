@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_lora import AdapterBank, LoRAConfig, adapter_state_dict, inject, save_adapter
-from lightning_lora.errors import AdapterFormatError, BankError, BaseMismatchError, ConfigError
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, BankError, BaseMismatchError, ConfigError
 from tests.hub.models import Linears, build, by_peft, edit_config, edit_tensors, output, peft_folder, shake
 
 pytestmark = [
@@ -145,6 +147,50 @@ def test_a_start_that_is_left_out_is_served_as_further_ranks(tmp_path):
     bank.add("started", model)
     with bank.use("started"):
         torch.testing.assert_close(output(base, x), output(model.eval(), x), **CLOSE)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_torchs_own_transformer_is_served_from_a_folder_a_state_dict_and_a_model(tmp_path, batch_first):
+    def network():
+        torch.manual_seed(0)
+        layer = {"dim_feedforward": 12, "dropout": 0.0, "batch_first": batch_first}
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, **layer), 2, enable_nested_tensor=False)
+        decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, **layer), 1)
+        return nn.ModuleDict({"encoder": encoder, "decoder": decoder}).eval()
+
+    def computed(model):
+        x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            h = model["encoder"](x)
+            return model["decoder"](h, h)
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for i, targets in enumerate((["encoder.layers.0.linear1"], ["linear1", "linear2"])):
+            config = LoRAConfig(rank=2, target_modules=targets)
+            trained = network()
+            inject(trained, config)
+            shake(trained)
+            save_adapter(trained, tmp_path / str(i))
+            model = network()
+            plain = computed(model)
+            bank = AdapterBank(model, 3, 4, target_modules=["linear1", "linear2"])
+            bank.add("folder", tmp_path / str(i))
+            bank.add("model", trained)
+            bank.add("state dict", adapter_state_dict(trained), config=config)
+            for name in bank.names:
+                with bank.use(name):
+                    torch.testing.assert_close(computed(model), computed(trained), **CLOSE)
+                if batch_first:
+                    with bank.use([name, None]):
+                        found = computed(model)
+                    torch.testing.assert_close(found, torch.stack([computed(trained)[0], plain[1]]), **CLOSE)
+                else:
+                    with bank.use([name, None]), pytest.raises(AdapterStateError, match="sequence first"):
+                        computed(model)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def test_what_a_bank_does_not_serve_is_refused_by_name(tmp_path):
@@ -279,10 +325,11 @@ def test_a_disk_that_fails_loses_no_adapter(tmp_path):
     bank.add("a1", tmp_path / "in" / "a1")
     (folder,) = (tmp_path / "out").iterdir()
     shutil.rmtree(folder)
+    folder.write_text("in its place")
     with pytest.raises(BankError, match="'a0' cannot be moved out"):
         bank.add("a2", tmp_path / "in" / "a2")
     assert bank.resident == bank.names == ["a0", "a1"]
-    folder.mkdir()
+    folder.unlink()
     bank.add("a2", tmp_path / "in" / "a2")
     (file,) = folder.iterdir()
     content = file.read_bytes()
@@ -295,6 +342,59 @@ def test_a_disk_that_fails_loses_no_adapter(tmp_path):
             torch.testing.assert_close(output(model, x), output(alone[name], x), **CLOSE)
     with pytest.raises(ConfigError, match="cannot be written to"):
         AdapterBank(build("linears")[0], disk=file)
+
+
+def test_a_disk_that_was_cleaned_up_takes_what_is_added_again(tmp_path):
+    alone = {f"a{i}": ours(tmp_path / "in" / f"a{i}", seed=i) for i in range(4)}
+    model, x = build("linears")
+    bank = AdapterBank.from_folders(model, tmp_path / "in", 2, host_capacity=0, disk=tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(BankError, match=r"'a0' cannot be read back.*Add it again, with replace=True"), bank.use("a0"):
+        pass
+    bank.remove("a1")
+    for name in ("a0", "a1"):
+        bank.add(name, tmp_path / "in" / name, replace=True)
+    for _ in range(2):
+        for name in alone:
+            with bank.use(name):
+                torch.testing.assert_close(output(model, x), output(alone[name], x), **CLOSE)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_processes_that_are_forked_do_not_see_each_others_adapters(tmp_path):
+    alone = {f"a{i}": ours(tmp_path / "in" / f"a{i}", seed=i) for i in range(6)}
+    model, x = build("linears")
+    bank = AdapterBank.from_folders(model, tmp_path / "in", 2, host_capacity=1, disk=tmp_path / "out")
+    bank.prefetch("a5").result()  # there is a thread, which a fork does not have
+    (folder,) = (tmp_path / "out").iterdir()
+    files = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def check(bank, names):
+        for name, right in names.items():
+            bank.prefetch(name).result(timeout=20)
+            with bank.use(name):
+                torch.testing.assert_close(output(model, x), output(alone[right], x), **CLOSE)
+
+    def child(bank):
+        bank.add("a0", tmp_path / "in" / "a5", replace=True)
+        bank.add("a4", tmp_path / "in" / "a1", replace=True)
+        bank.remove("a1")
+        bank.add("a1", tmp_path / "in" / "a2")
+        check(bank, {"a0": "a5", "a4": "a1", "a1": "a2", "a2": "a2", "a3": "a3"})
+        bank.remove("a2")
+        bank.close()
+        raise SystemExit(0)  # leaves in the way of a worker, with all that is to be done at exit
+
+    process = multiprocessing.get_context("fork").Process(target=child, args=(bank,))
+    process.start()
+    bank.add("a5", tmp_path / "in" / "a0", replace=True)
+    process.join(60)
+    assert process.exitcode == 0
+    assert all(path.read_bytes() == content for path, content in files.items() if path.exists())
+    check(bank, {**{name: name for name in alone}, "a5": "a0"})
+    del bank, process
+    gc.collect()
+    assert not list((tmp_path / "out").iterdir()), "the files go with the bank"
 
 
 def test_peft_loads_what_the_bank_serves(tmp_path):

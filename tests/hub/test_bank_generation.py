@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from lightning_lora import AdapterBank
+from lightning_lora.errors import AdapterStateError
 from tests.hub.models import build, by_peft, peft_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -77,6 +78,27 @@ def test_an_encoder_and_its_decoder_do_too(tmp_path, way):
     model = t5()
     alone = adapters_on(model, tmp_path, ["q", "v", "wi", "wo"])
     check(model, alone, AdapterBank.from_folders(model, tmp_path), WAYS[way])
+
+
+def test_beams_are_known_inside_of_generate_alone_and_only_for_its_prompts(tmp_path):
+    model, _ = build("llama")
+    adapters_on(model, tmp_path, ["q_proj", "down_proj"])
+    bank = AdapterBank.from_folders(model, tmp_path)
+    ids = torch.randint(3, 32, (2, 6))
+    beams = {"max_new_tokens": 3, "pad_token_id": 1, "do_sample": False, "num_beams": 3}
+    with bank.use(["a0", "a1"]):
+        exact = model.generate(ids, **beams)
+        with pytest.raises(AdapterStateError, match=r"'model\.layers\.0\.self_attn\.q_proj' got .*\(6, 6, 16\)"):
+            model(ids.repeat_interleave(3, 0))
+        assert torch.equal(model.generate(ids, **beams), exact)
+    with bank.use(["a0", "a1"]), pytest.raises(AdapterStateError, match="given 2 rows"):
+        model.generate(torch.cat([ids, ids]), **{**beams, "num_beams": 1})
+    with bank.use(["a0", "a1"]), pytest.raises(AdapterStateError, match="given 2 rows"):
+        model.generate(torch.cat([ids, ids]), **{**beams, "num_beams": 2})
+    with bank.use(["a0", "a1"] * 3), pytest.raises(AdapterStateError, match=r"2 prompts, .* 3 beams each"):
+        model.generate(ids, **beams)
+    with bank.use(["a0", "a1"], layout="repeated"):
+        assert torch.equal(model.generate(ids, **beams), exact)
 
 
 def test_three_hundred_adapters_as_the_readme_runs_them(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,22 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.engine.bank.cells import Cell, LayerFactors
+from lightning_lora.engine.bank.cells import LayerFactors
 from lightning_lora.engine.bank.copies import Rooms
-from lightning_lora.engine.bank.layers import attach, check_bankable, check_detachable, detach, new_cell
-from lightning_lora.engine.bank.routing import One, Routes, Routing, Rows
-from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes, width_of
+from lightning_lora.engine.bank.folding import Folded
+from lightning_lora.engine.bank.inside import Inside
+from lightning_lora.engine.bank.layers import attach, check_detachable, check_one_device, detach, new_cells
+from lightning_lora.engine.bank.layout import Index, Layout, Said, said
+from lightning_lora.engine.bank.planning import check_counts, plan_of, watched
+from lightning_lora.engine.bank.routing import One, Routes, Routing
+from lightning_lora.engine.bank.rows import Rows
+from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes
 from lightning_lora.engine.bank.slots import Entry, Slots
 from lightning_lora.engine.bank.tiers import HostStore, Store
+from lightning_lora.engine.bank.use import Names, Use
 from lightning_lora.engine.bank.writing import problem_written, write
-from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.plain_names import with_plain_names
-from lightning_lora.engine.present import check_none_of_ours
-from lightning_lora.engine.targets import select
-from lightning_lora.engine.tree import Tree
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, BankError, ConfigError, listed
-
-Names = str | Sequence[str | None] | None
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, BankError, ConfigError, TargetError, listed
 
 
 class Bank:
@@ -49,14 +49,14 @@ class Bank:
         store: Store | None = None,
     ) -> None:
         if host_capacity is not None:
-            _check_counts(0, host_capacity=host_capacity)
+            check_counts(0, host_capacity=host_capacity)
         self.model, self.capacity, self.max_rank = model, capacity, max_rank
         self._routes = Routes()
-        self._cells = _cells(model, self._routes, target_modules, exclude_modules)
-        self.plan = _plan(self._cells, capacity, max_rank, dtype)
+        self._cells = new_cells(model, self._routes, target_modules, exclude_modules)
+        self.plan = plan_of(self._cells, capacity, max_rank, dtype)
         """What the slots take. Batches of several adapters copy theirs besides, into memory that is kept for others."""
-        # Where the model is, one of its weights tells.
-        self._watched = next(iter(self._cells.values())).module._parameters
+        # The bank lives on this weight's device and follows it.
+        self._watched = watched(self._cells)
         self._device = self.plan.device
         free = free_bytes(self._device)
         if free is not None and self.plan.bytes > free:
@@ -65,9 +65,11 @@ class Bank:
                 "capacity: other adapters wait in the memory of the processor, or on disk."
             )
         self._slots = Slots(self._allocated(self._device), capacity, HostStore(host_capacity, store))
+        self._insides: list[Inside] = []
         self._folded: str | None = None
         self._is_open = True
         self._fetcher: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
         for cell in self._cells.values():
             attach(cell.module, cell)
 
@@ -83,7 +85,7 @@ class Bank:
         dtype: torch.dtype | None = None,
     ) -> MemoryPlan:
         """What the slots of such a bank would take; nothing is taken, and `model` is not changed."""
-        return _plan(_cells(model, Routes(), target_modules, exclude_modules), capacity, max_rank, dtype)
+        return plan_of(new_cells(model, Routes(), target_modules, exclude_modules), capacity, max_rank, dtype)
 
     @property
     def names(self) -> list[str]:
@@ -170,8 +172,9 @@ class Bank:
         with self._slots.change:
             for name in names:
                 self._slots.entry(name)
-            if self._fetcher is None:
+            if self._fetcher is None or self._process != os.getpid():  # a fork has no thread of the other process
                 self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="lightning_lora bank")
+                self._process = os.getpid()
             return self._fetcher.submit(self._fetch, names)
 
     def _fetch(self, names: Sequence[str]) -> None:
@@ -181,18 +184,64 @@ class Bank:
 
     # What is used.
 
-    def use(self, names: Names) -> Use:
+    def use(self, names: Names, *, layout: Layout | None = None, rows: Index | None = None) -> Use:
         """`with bank.use("legal"):` every row uses that adapter; `with bank.use(["legal", "code", None]):` row by row,
         None being the bare base; `use(None)` is the bare base.
 
-        It holds for this thread, or asyncio task, alone: enter it in the thread that calls the model. Rows may come
-        several times over, beam by beam. They are told apart by the first dimension of what a layer is called with: row
-        by row is refused where that is known to be another one (the sequence, or tokens sorted by expert). Raises
-        BankError for a name that is not there, and where more adapters are in use than there are slots.
-        """
-        return Use(self, names)
+        It holds for this thread, or asyncio task, alone: enter it in the thread that calls the model.
 
-    def _enter(self, names: Names) -> tuple[Routing | None, Sequence[Entry]]:
+        Row by row, the first dimension of what a layer is called with is that of the rows. Any other one is an error
+        that names the layer, but for the beams and returned sequences of transformers' `generate`, unless you say
+        how the rows lie in it:
+
+            with bank.use(["legal", "code"], layout="tiled"):  # a b a b, as classifier-free guidance has them
+                unet(torch.cat([x, x]), ...)
+            with bank.use(["legal", "code"], layout="repeated"):  # a a b b, as frames of videos, or choices
+                model(videos.flatten(0, 1))
+            with bank.use(["legal", "code"], rows=[0, 0, 0, 1]):  # layers with 4 positions; others have 2 rows
+                model(patches, texts)
+
+        `rows_inside` says it for a part of the model. What no shape shows stays yours to see to: that the first
+        dimension, where it has the size of the rows, is that of the rows. It is not where two images of one text stand
+        beside two texts (`rows_inside` for the module that takes the images), and where code of your own puts the
+        sequence first, or picks tokens without a name that says so, and there are as many as rows: use one adapter for
+        a batch there. What is known is refused: torch's and transformers' modules that take the sequence first, experts
+        and what lies beside a router, towers that pack, and learned tables of positions.
+
+        Raises BankError for a name that is not there, and where more adapters are in use than there are slots,
+        ConfigError for rows that cannot be.
+        """
+        if not (names is None or isinstance(names, str)):
+            names = list(names)
+        return Use(self, names, said(len(names) if isinstance(names, list) else 1, layout, rows))
+
+    def rows_inside(self, module: nn.Module, rows: Callable[..., Index]) -> Inside:
+        """In each call of `module`, a part of the model, `rows` says to which row each position belongs.
+
+        It is called with what the module is called with, and returns a number for each position in the first dimension
+        of the layers inside: the place of its row among the names that are in use. For towers whose images, unequally
+        many a row, lie one after the other:
+
+            inside = bank.rows_inside(model.vision, lambda patches, row_of_patch: row_of_patch)
+            with bank.use(["legal", "code"]):
+                model(...)
+            inside.remove()  # or when the bank is closed
+
+        A part of the part that sees another number of positions (patches that are merged) takes a `rows_inside` of its
+        own. Not asked where one adapter is used for all rows; before the model is compiled. Raises TargetError for a
+        module of another model.
+        """
+        name = next((name for name, other in self.model.named_modules() if other is module), None)
+        if name is None or not callable(rows):
+            raise TargetError(
+                f"bank.rows_inside takes a module of the model that the bank serves, and a function; it was given a "
+                f"{type(module).__name__} and {rows!r:.80}."
+            )
+        inside = Inside(module, name, rows, self._routes)
+        self._insides.append(inside)
+        return inside
+
+    def _enter(self, names: Names, said: Said) -> tuple[Routing | None, Sequence[Entry]]:
         with self._slots.lock:
             self._check_open()
             if isinstance(names, str):
@@ -200,13 +249,16 @@ class Bank:
                     return self._enter_folded([names])
                 entry = self._slots.resident(names)
                 entry.users += 1
-                if entry.one is None:
-                    assert entry.slot is not None
-                    entry.one = One(entry.slot, entry.rank, entry.is_affine, self._device)
-                return entry.one, (entry,)
-            return (None, ()) if names is None else self._enter_rows(list(names))
+                return self._one(entry), (entry,)
+            return self._enter_rows([None] if names is None else list(names), said)
 
-    def _enter_rows(self, names: list[str | None]) -> tuple[Routing | None, Sequence[Entry]]:
+    def _one(self, entry: Entry) -> One:
+        if entry.one is None:
+            assert entry.slot is not None
+            entry.one = One(entry.slot, entry.rank, entry.is_affine, self._device)
+        return entry.one
+
+    def _enter_rows(self, names: list[str | None], said: Said) -> tuple[Routing | None, Sequence[Entry]]:
         if not names:
             raise BankError("bank.use was given an empty list: name an adapter, or None, for each row.")
         distinct = [name for name in dict.fromkeys(names) if name is not None]
@@ -215,6 +267,7 @@ class Bank:
         for name in distinct:
             self._slots.entry(name)
         if not distinct:
+            self._slots.bare += 1
             return None, ()
         entries: list[Entry] = []
         try:
@@ -225,54 +278,45 @@ class Bank:
         except BaseException:
             self._slots.leave(entries)
             raise
-        slots: dict[str | None, int | None] = {entry.name: entry.slot for entry in entries}
-        slots[None] = self.capacity  # the row of zeros
-        routing = Rows(
-            [slot for slot in map(slots.get, names) if slot is not None],
-            max(entry.rank for entry in entries),
-            any(entry.is_affine for entry in entries),
-            self._device,
-            self._rooms,
-        )
-        return routing, entries
+        ones = {entry.name: self._one(entry) for entry in entries}
+        of_rows = [None if name is None else ones[name] for name in names]
+        return Rows(of_rows, self.capacity, self._device, self._rooms, said), entries
 
     def _enter_folded(self, names: Sequence[str | None]) -> tuple[Routing | None, Sequence[Entry]]:
         if list(names) != [self._folded]:
             raise BankError(
                 f"{self._folded!r} is folded into the base, so nothing else can be used: {listed(map(str, names))}."
             )
-        return None, ()
+        return self._routes.folded, ()
 
     @contextmanager
     def folded(self, name: str) -> Iterator[None]:
-        """Inside, the base's own weights hold the adapter, for all threads, so that it costs nothing; outside, they are
-        as they were, bit for bit.
+        """Inside, the base's own weights hold the adapter, so that it costs nothing; outside, they are as they were,
+        bit for bit.
 
-        Takes memory for a second copy of the adapted weights. Nothing else can be used meanwhile. Raises BankError
-        while any adapter is in use, AdapterStateError for a layer whose weight cannot hold an adapter.
+        The weights are those of all threads: another one, or a task that was begun before, calls the model inside of
+        `with bank.use(name)`, which costs nothing either, and gets an AdapterStateError where it does not. Takes memory
+        for a second copy of the adapted weights. Raises BankError while anything is in use, the bare base too, or the
+        model runs in another thread; AdapterStateError for a layer whose weight cannot hold an adapter.
         """
         with self._slots.change:
             self._check_open()
             entry = self._slots.resident(name)
-            busy = self._slots.busy()
+            busy = listed(map(repr, self._slots.busy())) or "The bare base" * bool(self._slots.bare)
             if busy or self._folded is not None:
-                raise BankError(f"{listed(busy) or self._folded!r} is in use: fold an adapter when it serves alone.")
+                raise BankError(f"{busy or repr(self._folded)} is in use: fold an adapter when it serves alone.")
+            assert entry.slot is not None
+            use = Folded(name, self._routes)
+            use.begin(list(self._cells.values()), entry.slot)
             entry.users += 1
             self._folded = name
-        cells = list(self._cells.values())
-        before: list[dict[str, Any]] = [dict(cell.module._parameters) for cell in cells]
         try:
-            assert entry.slot is not None
-            with torch.no_grad():
-                folded = [cell.folded(entry.slot) for cell in cells]
-            for cell, parameters in zip(cells, folded):
-                cell.module._parameters.update(parameters)
             yield
         finally:
-            for cell, originals in zip(cells, before):
-                cell.module._parameters.update(originals)
-            self._folded = None
-            self._slots.leave([entry])
+            with self._slots.change:
+                use.end()
+                self._folded = None
+                self._slots.leave([entry])
 
     def close(self) -> None:
         """Take the bank off the model, which is then as it was. Raises BankError while an adapter is in use."""
@@ -286,6 +330,8 @@ class Bank:
                 check_detachable(cell.module)
             for cell in self._cells.values():
                 detach(cell.module)
+            for inside in self._insides:
+                inside.remove()
             self._is_open = False
         if self._fetcher is not None:
             self._fetcher.shutdown(wait=False, cancel_futures=True)
@@ -293,8 +339,10 @@ class Bank:
     def _check_open(self) -> None:
         if not self._is_open:
             raise BankError("The bank was closed.")
-        device = self._watched["weight"].device  # type: ignore[union-attr]
+        parameters, name = self._watched
+        device = parameters[name].device
         if device != self._device:
+            check_one_device((name, cell.module) for name, cell in self._cells.items())
             self._follow(device)
 
     def _follow(self, device: torch.device) -> None:
@@ -333,53 +381,3 @@ class Bank:
         if problems:
             raise AdapterFormatError(f"{name!r} does not fit the bank: {listed(problems)}. Nothing was added.")
         return max(values.A.shape[0] for values in factors.values())
-
-
-class Use:
-    """What `bank.use` returns, for `with`; one at a time."""
-
-    __slots__ = ("_bank", "_entries", "_names", "_routing", "_token", "is_open")
-
-    def __init__(self, bank: Bank, names: Names) -> None:
-        self._bank, self._names, self.is_open = bank, names, False
-
-    def __enter__(self) -> None:
-        if self.is_open:
-            raise BankError("This is in use already: call bank.use(...) again for another `with`.")
-        self._routing, self._entries = self._bank._enter(self._names)
-        self.is_open = True
-        self._token = self._bank._routes.enter(self._routing, self)
-
-    def __exit__(self, *_: object) -> None:
-        self.is_open = False
-        self._bank._routes.leave(self._token)
-        if self._routing is not None:
-            self._routing.close()
-        self._bank._slots.leave(self._entries)
-
-
-def _cells(
-    model: nn.Module, routes: Routes, target_modules: str | list[str], exclude_modules: str | list[str] | None
-) -> dict[str, Cell]:
-    """A cell for each layer that the bank is to serve. Raises before anything is changed."""
-    check_none_of_ours(model, Tree.of(model))
-    config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
-    selection = select(model, with_plain_names(config, Tree.of(model)))
-    for target in selection.targets:
-        check_bankable(target)
-    return {target.name: new_cell(target, routes) for target in selection.targets}
-
-
-def _plan(cells: Mapping[str, Cell], capacity: int, max_rank: int, dtype: torch.dtype | None) -> MemoryPlan:
-    _check_counts(1, capacity=capacity, max_rank=max_rank)
-    weight: Any = next(iter(cells.values())).module._parameters["weight"]
-    is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
-    dtype = dtype or (weight.dtype if is_plain else torch.float32)
-    width = width_of({name: cell.shapes(max_rank) for name, cell in cells.items()})
-    return MemoryPlan(capacity, len(cells), max_rank, dtype, weight.device, width * dtype.itemsize)
-
-
-def _check_counts(least: int, **counts: Any) -> None:
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            raise ConfigError(f"{name} is {count!r}; give a whole number, {least} or more.")

@@ -8,6 +8,7 @@ in B and shift.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -16,28 +17,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_lora.engine.bank.routing import FEW_POSITIONS
+from lightning_lora.engine.bank.evidence import begins_as_an_input
+from lightning_lora.engine.bank.structure import NOT_HIDDEN, Hidden
 from lightning_lora.engine.layers import geometry_of
 from lightning_lora.engine.layers.base import has_own_forward
-from lightning_lora.engine.layers.conv import ConvLoRA
 from lightning_lora.engine.layers.dora import gains, output_norms
-from lightning_lora.engine.layers.embedding import EmbeddingLoRA
-from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.engine.storage import can_be_dense, dense, is_quantized
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, TargetError
+from lightning_lora.errors import AdapterFormatError, AdapterStateError
 
 if TYPE_CHECKING:
     from lightning_lora.engine.bank.copies import Copies
-    from lightning_lora.engine.bank.routing import Routes, Rows
+    from lightning_lora.engine.bank.routing import Routes
+    from lightning_lora.engine.bank.rows import Rows
 
 CELLS: weakref.WeakValueDictionary[int, Cell] = weakref.WeakValueDictionary()
 """By key: a compiled graph holds a number, not an object."""
 _KEYS = itertools.count()
-
-MANY_ROWS = 16
-"""From so many on, and always in a narrow dtype, A x^T takes up to a third less time than x A^T."""
 
 Factors = tuple[Tensor, ...]
 
@@ -71,8 +67,8 @@ class Cell:
     B: Tensor
     gain: Tensor
     shift: Tensor
-    hides_rows: str | None = None
-    """Why the first dimension of its input is not that of the rows, where that is known."""
+    hidden: Hidden = NOT_HIDDEN
+    """Where the first dimension of its input is known not to be that of the rows."""
 
     def __init_subclass__(cls, serves: type) -> None:
         Cell.kinds[serves] = cls
@@ -80,12 +76,15 @@ class Cell:
     def __init__(self, name: str, module: nn.Module, routes: Routes) -> None:
         geometry: Any = geometry_of(type(module))
         self.name, self.module, self.routes, self.geometry = name, module, routes, geometry
-        self.base_class = type(module)
+        cls: Any = type(module)
+        self.base_class, self.input_name = cls, _first_argument(cls)
         self.groups: int = getattr(module, "groups", 1)
         self.out: int = geometry.shapes(module, self.groups)[1][0]
         self._shapes_of_rank = functools.lru_cache(maxsize=64)(functools.partial(geometry.shapes, module))
         # A forward of its own may return what it keeps, or what autograd needs.
         self._may_write = not has_own_forward(type(module))
+        self.computing: set[int] = set()
+        """The threads in which the layer's own forward runs."""
         self.key = next(_KEYS)
         CELLS[self.key] = self
 
@@ -113,8 +112,36 @@ class Cell:
         raise NotImplementedError
 
     def is_batched(self, x: Tensor) -> bool:
-        """Whether the first dimension of x, the layer's input, is that of the rows."""
+        """Whether x, the layer's input, has a first dimension that may be that of the rows."""
         return x.dim() > 1
+
+    def has_rows_first(self, x: Tensor, count: int) -> bool:
+        """Whether the shape of x says by itself that it has `count` rows as its first dimension.
+
+        A second dimension of that size may be the rows', too. One position of one row is that row's.
+        """
+        shape = x.shape
+        if len(shape) < 2 or shape[0] != count:
+            return False
+        return count == 1 or (self.hidden is NOT_HIDDEN and count not in shape[1:-1])
+
+    def hides(self, x: Tensor, is_indexed: bool) -> str | None:
+        """Why the rows cannot be found in x, whose positions may be `is_indexed` by the user."""
+        return self.hidden.always or (None if is_indexed or x.dim() > 2 else self.hidden.where_flat)
+
+    def doubt(self, x: Tensor) -> str | None:
+        """Why the first dimension of x may be another than that of the rows, though it has its size."""
+        if x.shape[0] not in x.shape[1:-1]:
+            return None
+        if self.routes.sequence_first is not None:
+            return (
+                f"the next dimension has the same size, and {self.routes.sequence_first!r} takes the sequence first, "
+                "so rows and positions cannot be told apart. Pad the batch to another length, or use one adapter for "
+                "it."
+            )
+        if begins_as_an_input(x, self.module, self.routes.served) is False:
+            return "the model was called with it transposed, so its first dimension is not that of the rows."
+        return None
 
     def one(self, slot: int, rank: int) -> Factors:
         """A and B of one adapter, as `add_one` takes them."""
@@ -167,7 +194,7 @@ class Cell:
                 f"{self.name!r} cannot be folded: a {self.base_class.__name__} has a forward of its own, which may use "
                 "its weight in another way. Use the adapter as it is."
             )
-        own = self.module._parameters["weight"]
+        own = self.module._parameters.get("weight")
         if own is not None and is_quantized(own):
             raise AdapterStateError(
                 f"{self.name!r} cannot be folded: its weight is quantized, and would be rounded again. Use the adapter "
@@ -207,7 +234,7 @@ class Cell:
 
     def _dense_weight(self, error: type[Exception]) -> Tensor:
         """The layer's weight, where an adapter can be taken into it."""
-        weight = self.module._parameters["weight"]
+        weight = self.module._parameters.get("weight")
         if weight is None or not can_be_dense(weight):
             raise error(f"{self.name!r} has a weight of a kind that DoRA and folding cannot use.")
         if getattr(self.module, "groups", 1) != 1:
@@ -219,146 +246,10 @@ class Cell:
         return self.A[slot].flatten(1), self.B[slot]
 
 
-class LinearCell(Cell, serves=LinearLoRA):
-    """nn.Linear, what derives from it, and transformers' Conv1D."""
-
-    def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        size: int = self.geometry.shapes(self.module, rank)[0][1]
-        return (rank, size), (rank, self.out), (self.out,), (self.out,)
-
-    def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
-        self.A[slot, : A.shape[0]].copy_(A)
-        copy_scaled(self.B[slot, : A.shape[0]], B.T, scale)
-
-    def one(self, slot: int, rank: int) -> Factors:
-        return self.A[slot : slot + 1, :rank].mT, self.B[slot : slot + 1, :rank]
-
-    def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        # As a batch of one matrix, which is how one row comes: a view would take a third of a product's time.
-        A, B = factors
-        shape = x.shape
-        is_one = len(shape) == 3 and shape[0] == 1
-        if not is_one:
-            x = x.reshape(1, -1, shape[-1])
-        if x.shape[1] >= MANY_ROWS or base.dtype.itemsize < 4:
-            t = torch.bmm(A.mT, x.mT).mT  # has the longer side where kernels are faster
-        else:
-            t = torch.bmm(x, A)
-        if self._is_free(base):
-            (base if is_one else base.view(1, -1, self.out)).baddbmm_(t, B)
-            return base
-        return base + torch.bmm(t, B).view(base.shape)
-
-    def add_rows(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        # Beams, and tokens of a row, lie together: they are one row of the routing with more positions.
-        x = x.reshape(rows.count, -1, x.shape[-1])
-        groups = rows.groups(positions=x.shape[1])
-        A, B = rows.factors(self, base.dtype, groups)
-        if groups is not None:
-            update = torch.bmm(torch.bmm(groups.gathered(x), A.transpose(1, 2)), B)
-            update = groups.scattered(update).view(base.shape)
-            return base.add_(update) if self._is_free(base) else base + update
-        if 1 < x.shape[1] < FEW_POSITIONS:
-            t = torch.bmm(x, A.mT)
-        else:  # reads A as it lies: for one position, a matrix times a vector
-            t = torch.bmm(A, x.mT).mT
-        if self._is_free(base):
-            base.view(rows.count, -1, self.out).baddbmm_(t, B)
-            return base
-        return base + torch.bmm(t, B).view(base.shape)
-
-
-class EmbeddingCell(Cell, serves=EmbeddingLoRA):
-    """nn.Embedding. A lies as the base's table does: (vocabulary, rank)."""
-
-    def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        size: int = self.geometry.shapes(self.module, rank)[0][1]
-        return (size, rank), (rank, self.out), (self.out,), (self.out,)
-
-    def is_batched(self, x: Tensor) -> bool:
-        return x.dim() > 0
-
-    def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
-        self.A[slot, :, : A.shape[0]].copy_(A.T)
-        copy_scaled(self.B[slot, : A.shape[0]], B.T, scale)
-
-    def one(self, slot: int, rank: int) -> Factors:
-        return self.A[slot, :, :rank], self.B[slot, :rank]
-
-    def many(self, index: Tensor, rank: int, copies: Copies) -> Factors:
-        return (copies.of(self.B[:, :rank], index),)  # of A only the rows that are looked up are read
-
-    def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        A, B = factors
-        return base + self._scaled(F.embedding(x, A) @ B)
-
-    def add_rows(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        (B,) = rows.factors(self, base.dtype)
-        ids = x.reshape(rows.count, -1)
-        found = self.A[rows.index[:, None], ids, : B.shape[1]].to(B.dtype)  # (rows, positions, rank)
-        return base + self._scaled(torch.bmm(found, B)).view(base.shape)
-
-    def _scaled(self, update: Tensor) -> Tensor:
-        factor = getattr(self.module, "embed_scale", None)
-        return update if factor is None else (update * factor).to(update.dtype)
-
-    def _whole(self, slot: int) -> tuple[Tensor, Tensor]:
-        return self.A[slot].T, self.B[slot]
-
-
-class ConvCell(Cell, serves=ConvLoRA):
-    """nn.Conv1d, nn.Conv2d, nn.Conv3d. B, which is grouped as the base is, lies as a full matrix."""
-
-    module: Any
-
-    def __init__(self, name: str, module: nn.Module, routes: Routes) -> None:
-        super().__init__(name, module, routes)
-        self.channels_last = len(self.module.kernel_size)  # type: ignore[misc]
-
-    def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        return (rank, self.module.in_channels, *self.module.kernel_size), (rank, self.out), (self.out,), (self.out,)
-
-    def is_batched(self, x: Tensor) -> bool:
-        return x.dim() == len(self.module.kernel_size) + 2
-
-    def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
-        rank, groups = A.shape[0], self.module.groups
-        self.A[slot, :rank].copy_(A)
-        wide, tall = rank // groups, self.out // groups
-        for group in range(groups):
-            inner = slice(group * wide, (group + 1) * wide)
-            outer = slice(group * tall, (group + 1) * tall)
-            copy_scaled(self.B[slot, inner, outer], B[outer].flatten(1).T, scale)
-
-    def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        A, B = factors
-        h = self._convolved(x if self.is_batched(x) else x[None], A)
-        return base + torch.einsum("nr...,ro->no...", h, B).view(base.shape)
-
-    def add_rows(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        A, B = rows.factors(self, base.dtype)
-        # The rows side by side, as groups of channels of one image: each group is convolved with its own A.
-        side = x.reshape(rows.count, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
-        h = self._convolved(side, A.flatten(0, 1), groups=rows.count)
-        h = h.unflatten(1, (rows.count, -1)).transpose(0, 1)  # (rows, each, rank, *size)
-        return base + torch.einsum("ner...,nro->neo...", h, B).reshape(base.shape)
-
-    def _convolved(self, x: Tensor, A: Tensor, groups: int = 1) -> Tensor:
-        module, padding = self.module, self.module.padding
-        if module.padding_mode != "zeros":
-            x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
-        h: Tensor = self.geometry.lora_convolve(x, A, None, module.stride, padding, module.dilation, groups)
-        return h
-
-
-def cell_kind(module: nn.Module, name: str) -> type[Cell]:
-    """Which cell serves `module`. Raises TargetError where none does."""
-    geometry: Any = geometry_of(type(module))
-    served = next((parent for parent in geometry.__mro__ if parent in Cell.kinds), None)
-    # A geometry that computes its update in another way than the one that it derives from is another one.
-    if served is None or geometry.update is not served.update:
-        raise TargetError(f"{name!r}: a {type(module).__name__} cannot be served by a bank.")
-    return Cell.kinds[served]
+@functools.lru_cache(maxsize=1024)
+def _first_argument(cls: Any) -> str:
+    """What a class calls the input of its forward."""
+    return list(inspect.signature(cls.forward).parameters)[1]
 
 
 def copy_scaled(to: Tensor, values: Tensor, scale: float) -> None:

@@ -5,19 +5,32 @@ What it holds besides is its cell, which is no parameter and no buffer: checkpoi
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.engine.bank.cells import CELLS, Cell, cell_kind
+from lightning_lora.engine.bank.cells import CELLS, Cell
+from lightning_lora.engine.bank.guard import guarded
+from lightning_lora.engine.bank.kinds import cell_kind
 from lightning_lora.engine.bank.routing import Routes
-from lightning_lora.engine.bypass import only_reads, reads_weight
+from lightning_lora.engine.bank.structure import hidden, sequence_first
+from lightning_lora.engine.bypass import check_called, only_reads, reads_weight
 from lightning_lora.engine.candidates import Target
+from lightning_lora.engine.config import LoRAConfig
+from lightning_lora.engine.layers import geometry_of
+from lightning_lora.engine.layers.base import AdapterSpec
 from lightning_lora.engine.layers.swapping import check_swappable
+from lightning_lora.engine.plain_names import with_plain_names
+from lightning_lora.engine.plan import way_of
+from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.swap import swapped_class
-from lightning_lora.errors import AdapterStateError, TargetError
+from lightning_lora.engine.targets import select
+from lightning_lora.engine.tree import Tree
+from lightning_lora.errors import AdapterStateError, BankError, TargetError
 
 if TYPE_CHECKING:
     _Host = nn.Module
@@ -30,25 +43,46 @@ class Banked(_Host):
 
     bank_cell: Cell
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Tensor = super().forward(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         cell = self.bank_cell
+        x: Any = args[0] if args else kwargs.get(cell.input_name)
         if torch.compiler.is_compiling():
+            base: Tensor = super().forward(*args, **kwargs)
             torch.ops.lightning_lora.banked(base, x, cell.key)
             return base
-        routing = cell.routes.current()
-        return base if routing is None else routing.apply(cell, base, x)
+        cell.routes.check_weights()
+        here = threading.get_ident()
+        cell.computing.add(here)
+        try:
+            base = super().forward(*args, **kwargs)
+        finally:
+            cell.computing.discard(here)
+        return cell.routes.apply(cell, base, x)
+
+
+class GuardedBanked(Banked):
+    """One whose weight is guarded from who reads it while adapters are in use, but for its own forward."""
+
+    @property
+    def weight(self) -> nn.Parameter:
+        if "weight" not in self._parameters:  # deleted, or made a buffer
+            raise AttributeError("weight")
+        own: Any = self._parameters["weight"]
+        if torch.compiler.is_compiling() or type(own) is not nn.Parameter:
+            return own
+        cell = self.bank_cell
+        if threading.get_ident() in cell.computing or not cell.routes.updates():
+            return own
+        return guarded(own, cell.name)
 
 
 # An operation of its own, which the compiler does not look into: which rows use what is asked when the graph runs.
 @torch.library.custom_op("lightning_lora::banked", mutates_args=("base",))
 def _banked(base: Tensor, x: Tensor, key: int) -> None:
     cell = CELLS[key]
-    routing = cell.routes.current()
-    if routing is not None:
-        output = routing.apply(cell, base, x)
-        if output is not base:
-            base.copy_(output)
+    output = cell.routes.apply(cell, base, x)
+    if output is not base:
+        base.copy_(output)
 
 
 @_banked.register_fake
@@ -71,6 +105,33 @@ def check_bankable(target: Target) -> None:
             "Turn that off first: torch.backends.mha.set_fastpath_enabled(False)."
         )
     cell_kind(target.module, target.name)
+    geometry: Any = geometry_of(type(target.module))
+    groups = getattr(target.module, "groups", 1)
+    try:  # what no adapter can be trained for, none can be served on
+        check_called(target.parent, child, target.module)
+        if way_of(target, geometry).lora_by_weight:
+            raise TargetError(
+                "its class does more with its weight than multiply by it, so an update cannot be added row by row to "
+                "its output: leave it out with exclude_modules"
+            )
+        geometry.check(target.module, AdapterSpec(rank=groups, alpha=groups, scale=1.0))
+    except TargetError as error:
+        raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
+
+
+def check_one_device(layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise BankError where the layers do not lie on one device, on which all adapters are then."""
+    devices: dict[torch.device, str] = {}
+    for name, layer in layers:
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            if tensor.dim():  # a number may lie anywhere
+                devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise BankError(
+            f"The layers lie on several devices ({places}), and a bank keeps its adapters on one. Move the model to "
+            "one device, or make a bank for each part: target_modules and exclude_modules say which layers it serves."
+        )
 
 
 def attach(module: Any, cell: Cell) -> None:
@@ -78,7 +139,8 @@ def attach(module: Any, cell: Cell) -> None:
     module.__dict__.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
     module.__dict__["bank_cell"] = cell
     base_class: Any = type(module)
-    module.__class__ = swapped_class("Banked", Banked, base_class)
+    can_guard = type(module._parameters.get("weight")) is nn.Parameter  # no computed and no quantized one
+    module.__class__ = swapped_class("Banked", GuardedBanked if can_guard else Banked, base_class)
 
 
 def check_detachable(module: Any) -> None:
@@ -97,11 +159,22 @@ def detach(module: Any) -> None:
     module.__class__ = type(module).base_class
 
 
-def new_cell(target: Target, routes: Routes) -> Cell:
-    cell = cell_kind(target.module, target.name)(target.name, target.module, routes)
-    attention = getattr(target.parent, "self_attn", None)
-    if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
-        cell.hides_rows = "is called with the sequence first (build the layer with batch_first=True)"
-    elif "experts" in target.name.split("."):
-        cell.hides_rows = "is one of several experts, each of which is called with the tokens that are sent to it"
-    return cell
+def new_cells(
+    model: nn.Module, routes: Routes, target_modules: str | list[str], exclude_modules: str | list[str] | None
+) -> dict[str, Cell]:
+    """A cell for each layer that a bank is to serve. Raises before anything is changed."""
+    tree = Tree.of(model)
+    check_none_of_ours(model, tree)
+    modules = dict(tree.modules)
+    config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
+    selection = select(model, with_plain_names(config, tree), tree)
+    for target in selection.targets:
+        check_bankable(target)
+    check_one_device((target.name, target.module) for target in selection.targets)
+    cells = {}
+    for target in selection.targets:
+        cells[target.name] = cell = cell_kind(target.module, target.name)(target.name, target.module, routes)
+        cell.hidden = hidden(modules, target.name)
+    routes.served = frozenset(id(cell.module) for cell in cells.values())
+    routes.sequence_first = sequence_first(modules)
+    return cells

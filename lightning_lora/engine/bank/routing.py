@@ -16,7 +16,7 @@ from lightning_lora.errors import AdapterStateError
 
 if TYPE_CHECKING:
     from lightning_lora.engine.bank.cells import Cell, Factors
-    from lightning_lora.engine.bank.copies import Copies, Rooms
+    from lightning_lora.engine.bank.folding import Folded
 
 InUse: TypeAlias = "tuple[tuple[Routes, Routing, Entered], ...]"
 _IN_USE: ContextVar[InUse] = ContextVar("lightning_lora_bank", default=())
@@ -35,6 +35,14 @@ class Entered(Protocol):
 class Routes:
     """The routings of one bank."""
 
+    served: frozenset[int] = frozenset()
+    """The ids of its layers."""
+    folded: Folded | None = None
+    """What is used while an adapter is in the weights of the base: set before they are changed, and unset after they
+    are changed back. A layer asks before it reads them, and after."""
+    sequence_first: str | None = None
+    """A module of the model that takes the sequence before the rows, where there is one."""
+
     def current(self) -> Routing | None:
         """The one in use where this is called."""
         for routes, routing, use in _IN_USE.get():
@@ -47,12 +55,40 @@ class Routes:
                 return routing
         return None
 
+    def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        """`base`, the output of the cell's layer for x, with the updates in use where this is called. May write into
+        `base`."""
+        routing = self.current()
+        if routing is not None:
+            return routing.apply(cell, base, x)
+        self.check_weights()
+        return base
+
+    def check_weights(self) -> None:
+        """Raise AdapterStateError where the weights hold an adapter and nothing is in use here."""
+        folded = self.folded
+        if folded is not None and self.current() is None:
+            raise AdapterStateError(
+                f"{folded.name!r} was folded into the base by another thread or task, and nothing is in use here: "
+                f"enter `with bank.use({folded.name!r}):` here too, which costs nothing meanwhile."
+            )
+
+    def updates(self) -> bool:
+        """Whether layers that are called here add updates to what their weights give."""
+        in_use = _IN_USE.get()
+        return bool(in_use) and any(routes is self and routing is not self.folded for routes, routing, _ in in_use)
+
     def enter(self, routing: Routing | None, use: Entered) -> Token[InUse]:
         """Use `routing` here from now on, as long as `use` is open; give what this returns to `leave`."""
         others = _IN_USE.get()
         if others:
             others = tuple(entry for entry in others if entry[0] is not self)
         return _IN_USE.set(others if routing is None else ((self, routing, use), *others))
+
+    def replace(self, routing: Routing) -> Token[InUse]:
+        """Use `routing` in place of the one in use here, as long as that one might be."""
+        (use,) = (use for routes, _, use in _IN_USE.get() if routes is self)
+        return self.enter(routing, use)
 
     @staticmethod
     def leave(token: Token[InUse]) -> None:
@@ -86,103 +122,15 @@ class One(Routing):
     """All rows use the adapter in `slot`."""
 
     def __init__(self, slot: int, rank: int, is_affine: bool, device: torch.device) -> None:
-        self._slot, self._rank, self._is_affine, self.device_type = slot, rank, is_affine, device.type
+        self.slot, self.rank, self.is_affine, self.device_type = slot, rank, is_affine, device.type
         self._factors: dict[int, Factors] = {}
 
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        if self._is_affine:
-            base = cell.affine(base, self._slot)
+        if self.is_affine:
+            base = cell.affine(base, self.slot)
         factors = self._factors.get(cell.key)
         if factors is None or factors[0].dtype != base.dtype:
             with torch.inference_mode(False):  # kept for others, who may need gradients
-                factors = tuple(t.to(base.dtype) for t in cell.one(self._slot, self._rank))
+                factors = tuple(t.to(base.dtype) for t in cell.one(self.slot, self.rank))
             self._factors[cell.key] = factors
         return cell.add_one(base, x, factors)
-
-
-class Rows(Routing):
-    """Row i uses the adapter in `slots[i]`. What it gathers from the slab it keeps, for all steps of a generation."""
-
-    def __init__(self, slots: list[int], rank: int, is_affine: bool, device: torch.device, rooms: Rooms) -> None:
-        self.count, self._rank, self._is_affine, self._rooms = len(slots), rank, is_affine, rooms
-        self.device_type = device.type
-        self.index = torch.tensor(slots, device=device)
-        self._copies: dict[bool, Copies] = {}
-        self._may_give_back = True
-        self._factors: dict[tuple[int, torch.dtype, bool], Factors] = {}
-        self._groups = Groups.of(slots, device)
-
-    def groups(self, positions: int) -> Groups | None:
-        """How to bring rows with the same adapter together, where that pays."""
-        return self._groups if positions <= FEW_POSITIONS else None
-
-    def factors(self, cell: Cell, dtype: torch.dtype, groups: Groups | None = None) -> Factors:
-        key = (cell.key, dtype, groups is not None)
-        found = self._factors.get(key)
-        if found is None:
-            index = self.index if groups is None else groups.index
-            # What is kept for further forwards may meet gradients there.
-            with torch.inference_mode(False), torch.no_grad():
-                copies = self._copies.get(groups is not None)
-                if copies is None:
-                    copies = self._copies[groups is not None] = self._rooms.copies(len(index))
-                found = tuple(t.to(dtype) for t in cell.many(index, self._rank, copies))
-            self._factors[key] = found
-        return found
-
-    def close(self) -> None:
-        done, self._copies, self._factors = self._copies, {}, {}
-        if self._may_give_back:
-            for copies in done.values():
-                self._rooms.give_back(copies)
-
-    def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        if not cell.is_batched(x) or x.shape[0] % self.count:
-            raise AdapterStateError(
-                f"bank.use was given {self.count} rows, and {cell.name!r} got an input of shape {tuple(x.shape)}. "
-                "Name one adapter for each row of the batch, or one for all of it."
-            )
-        if cell.hides_rows is not None:
-            raise AdapterStateError(
-                f"{cell.name!r} {cell.hides_rows}, so its rows cannot be told apart. Use one adapter for a batch."
-            )
-        if self._is_affine:
-            base = cell.affine(base, self.index)
-        if x.requires_grad:  # the backward pass will read the factors, when this is long over
-            self._may_give_back = False
-        return cell.add_rows(base, x, self)
-
-
-class Groups:
-    """Rows of the same adapter brought together, each group padded to the length of the longest."""
-
-    def __init__(self, index: Tensor, order: Tensor, back: Tensor) -> None:
-        self.index = index
-        """The slot of each group."""
-        self._order, self._back = order, back
-
-    @staticmethod
-    def of(slots: list[int], device: torch.device) -> Groups | None:
-        """None where each row has an adapter of its own, or padding would take more than it saves."""
-        members: dict[int, list[int]] = {}
-        for row, slot in enumerate(slots):
-            members.setdefault(slot, []).append(row)
-        longest = max(map(len, members.values()))
-        if len(members) == len(slots) or len(members) * longest > 2 * len(slots):
-            return None
-        order: list[int] = []
-        back = [0] * len(slots)
-        for rows in members.values():
-            for place, row in enumerate(rows):
-                back[row] = len(order) + place
-            order += rows + rows[:1] * (longest - len(rows))
-        index, at, where = (torch.tensor(values, device=device) for values in (list(members), order, back))
-        return Groups(index, at, where)
-
-    def gathered(self, x: Tensor) -> Tensor:
-        """(rows, positions, n) -> (groups, longest * positions, n)"""
-        return x.index_select(0, self._order).view(len(self.index), -1, x.shape[-1])
-
-    def scattered(self, update: Tensor) -> Tensor:
-        """The way back: (groups, longest * positions, n) -> (rows, positions, n)"""
-        return update.view(len(self._order), -1, update.shape[-1]).index_select(0, self._back)

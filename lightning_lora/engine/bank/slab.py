@@ -81,8 +81,10 @@ class Slab:
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(count, dtype=dtype, device=device)
-    # Pages that nobody has written take no memory yet: a slot is paid for when it is filled.
-    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
+    # Pages that nobody has written take no memory yet: a slot is paid for when it is filled. Private, or a process that
+    # is forked from this one would write into the same pages.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, **private), dtype=dtype)
 
 
 def width_of(shapes: Shapes) -> int:

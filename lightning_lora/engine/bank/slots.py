@@ -48,6 +48,8 @@ class Slots:
         self.lock = threading.RLock()
         self.change = threading.Condition(self.lock)
         """The same lock; who waits is told when an entry has moved."""
+        self.bare = 0
+        """How many `use` of the bare base are open."""
         self._store = store
         self._free = list(range(capacity))[::-1]
         self._written: set[int] = set()
@@ -151,9 +153,10 @@ class Slots:
             self._free.append(entry.slot)
         self.change.notify_all()
 
-    def leave(self, entries: Sequence[Entry]) -> None:
-        """One user less of each."""
+    def leave(self, entries: Sequence[Entry], bare: int = 0) -> None:
+        """One user less of each, and so many less of the bare base."""
         with self.lock:
+            self.bare -= bare
             for entry in entries:
                 entry.users -= 1
                 if entry.gone and not entry.users and entry.slot is not None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_lora.engine.bank.cells import Cell, LayerFactors, LinearCell, copy_scaled
+from lightning_lora.engine.bank.cells import Cell, LayerFactors, copy_scaled
+from lightning_lora.engine.bank.kinds import LinearCell
 from lightning_lora.engine.bank.slab import Slab
 from lightning_lora.engine.overflow import largest, largest_in, too_large
 from lightning_lora.engine.storage import dtype_of

@@ -1,0 +1,112 @@
+"""What the running calls tell about the rows of a batch, where the shape of a layer's input does not.
+
+Asked of the call stack, and only there: a layer whose input has the rows as its first dimension never asks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Set
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+_CALL: CodeType = nn.Module.__call__.__code__
+"""Runs for every call of a module, and has the module and the arguments as its locals."""
+
+
+def beams(layer: nn.Module) -> tuple[int, int] | None:
+    """How many prompts transformers' `generate` was given, and to how many rows it has repeated them by now, the beams
+    (or returned sequences) of a prompt side by side; None where `layer` does not run in it."""
+    code = _generate(sys.modules.get("transformers.generation.utils"))
+    frame: FrameType | None = sys._getframe(1) if code is not None else None
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    known = frame.f_locals
+    config, prompts, ids = (known.get(name) for name in ("generation_config", "batch_size", "input_ids"))
+    if not isinstance(prompts, int) or not isinstance(ids, Tensor) or id(layer) not in _members(known["self"]):
+        return None
+    times = max(getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1)
+    return (prompts, ids.shape[0]) if ids.shape[0] == prompts * times else None
+
+
+def begins_as_an_input(x: Tensor, layer: nn.Module, served: Set[int]) -> bool | None:
+    """Whether the first dimension of `x` is that of a tensor which the model was called with, and which `x` is a view
+    of; None where `x` is a view of none of them.
+
+    "The model" is the outermost module in call that holds all the layers of the ids `served`.
+    """
+    found = None
+    for given in _inputs(layer, served):
+        if given.dim() and given.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            found = given.shape[0] == x.shape[0] and given.stride(0) == x.stride(0)
+            if found:
+                return True
+    return found
+
+
+def runs_elsewhere(served: Set[int]) -> bool:
+    """Whether another thread is calling a module that holds one of the layers of the ids `served`."""
+    here = threading.get_ident()
+    return any(
+        not served.isdisjoint(_members(call.f_locals["self"]))
+        for thread, frame in sys._current_frames().items()
+        if thread != here
+        for call in _calls(frame)
+    )
+
+
+def _calls(frame: FrameType | None) -> list[FrameType]:
+    """The calls of modules that led to `frame`, the innermost first."""
+    calls: list[FrameType] = []
+    while frame is not None:
+        if frame.f_code is _CALL:
+            calls.append(frame)
+        frame = frame.f_back
+    return calls
+
+
+def _inputs(layer: nn.Module, served: Set[int]) -> Iterator[Tensor]:
+    for call in reversed(_calls(sys._getframe(1))):
+        known = call.f_locals
+        module = known["self"]
+        if module is not layer and served <= _members(module):
+            return _tensors((known["args"], known["kwargs"]))
+    return iter(())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+    elif dataclasses.is_dataclass(value):
+        for part in dataclasses.fields(value):
+            yield from _tensors(getattr(value, part.name, None))
+
+
+_MEMBERS: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def _members(module: nn.Module) -> frozenset[int]:
+    """The ids of the modules that `module` consists of."""
+    members = _MEMBERS.get(module)
+    if members is None:
+        members = _MEMBERS[module] = frozenset(map(id, module.modules()))
+    return members
+
+
+@functools.lru_cache(maxsize=2)
+def _generate(utils: Any) -> CodeType | None:
+    """The code of `GenerationMixin.generate`; None where transformers is not in use."""
+    mixin = getattr(utils, "GenerationMixin", None)
+    return None if mixin is None else inspect.unwrap(mixin.generate).__code__

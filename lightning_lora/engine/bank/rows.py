@@ -1,0 +1,237 @@
+"""A batch in which each row has an adapter of its own: which rows a layer's input holds, and their updates.
+
+A layer whose first dimension is the number of rows has one of them at each place. Any other layout is known (the beams
+of `generate`), said by the user, or an error: a guess would give one user's rows another one's adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import Token
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.engine.bank.evidence import beams
+from lightning_lora.engine.bank.layout import AS_THEY_ARE, Said
+from lightning_lora.engine.bank.routing import FEW_POSITIONS, One, Routing
+from lightning_lora.errors import AdapterStateError
+
+if TYPE_CHECKING:
+    from lightning_lora.engine.bank.cells import Cell, Factors
+    from lightning_lora.engine.bank.copies import Copies, Rooms
+
+
+class Rows(Routing):
+    """Row i uses the adapter `ones[i]`; None is the bare base, whose place in the slab, `zeros`, holds zeros.
+
+    What it gathers from the slab it keeps, for all steps of a generation.
+    """
+
+    def __init__(
+        self, ones: Sequence[One | None], zeros: int, device: torch.device, rooms: Rooms, said: Said = AS_THEY_ARE
+    ) -> None:
+        self.ones, self.count, self.device, self.device_type = ones, len(ones), device, device.type
+        self._zeros, self._rooms, self._said = zeros, rooms, said
+        used = [one for one in ones if one is not None]
+        slots = [zeros if one is None else one.slot for one in ones]
+        self._rank, self._is_affine = max(one.rank for one in used), any(one.is_affine for one in used)
+        self.index = torch.tensor(slots, device=device)
+        self._copies: dict[bool, Copies] = {}
+        self._may_give_back = True
+        self._factors: dict[tuple[int, torch.dtype, bool], Factors] = {}
+        self._groups = Groups.of(slots, device)
+        self._tiled: Rows | None = None
+        self._split: Split | None = None
+
+    def groups(self, positions: int) -> Groups | None:
+        """How to bring rows with the same adapter together, where that pays."""
+        return self._groups if positions <= FEW_POSITIONS else None
+
+    def factors(self, cell: Cell, dtype: torch.dtype, groups: Groups | None = None) -> Factors:
+        key = (cell.key, dtype, groups is not None)
+        found = self._factors.get(key)
+        if found is None:
+            self._check_named_by_prompt(cell)
+            index = self.index if groups is None else groups.index
+            # What is kept for further forwards may meet gradients there.
+            with torch.inference_mode(False), torch.no_grad():
+                copies = self._copies.get(groups is not None)
+                if copies is None:
+                    copies = self._copies[groups is not None] = self._rooms.copies(len(index))
+                found = tuple(t.to(dtype) for t in cell.many(index, self._rank, copies))
+            self._factors[key] = found
+        return found
+
+    def _check_named_by_prompt(self, cell: Cell) -> None:
+        """Once for each layer, since it takes as long as a product."""
+        prompts, beam_rows = beams(cell.module) or (self.count, self.count)
+        if prompts < self.count == beam_rows:
+            raise AdapterStateError(
+                f"bank.use was given {self.count} rows, and generate was given {prompts} prompts, which it continues "
+                f"by {beam_rows // prompts} beams each: name one adapter for each prompt."
+            )
+
+    def close(self) -> None:
+        done, self._copies, self._factors = self._copies, {}, {}
+        if self._may_give_back:
+            for copies in done.values():
+                self._rooms.give_back(copies)
+        if self._tiled is not None:
+            self._tiled.close()
+
+    def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        if cell.has_rows_first(x, self.count):
+            return self.add_in_order(cell, base, x)
+        return self._add_as_laid(cell, base, x)
+
+    def add_in_order(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        """The updates, where x holds the rows in order and the positions of each together."""
+        if self._is_affine:
+            base = cell.affine(base, self.index)
+        if x.requires_grad:  # the backward pass will read the factors, when this is long over
+            self._may_give_back = False
+        return cell.add_rows(base, x, self)
+
+    def _add_as_laid(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        """The same for an input whose shape does not say that it holds one row at each place."""
+        if not x.numel():
+            return base  # no row is in it
+        layout, index = self._said
+        is_indexed = index is not None and x.shape[:1] == (len(index),)
+        check_has_rows(cell, x, self.count, is_indexed)
+        if is_indexed:
+            if self._split is None:
+                assert index is not None
+                self._split = Split([self.ones[row] for row in index], self.device)
+            return self._split.add(cell, base, x)
+        size, seen = x.shape[0], f"bank.use was given {self.count} rows, and {cell.name!r} got an input of shape "
+        doubt = cell.doubt(x)
+        if doubt is not None:
+            raise AdapterStateError(f"{seen}{tuple(x.shape)}: {doubt}")
+        if size == self.count:
+            return self.add_in_order(cell, base, x)
+        if size % self.count == 0:
+            if layout == "repeated":
+                return self.add_in_order(cell, base, x)
+            if layout == "tiled":
+                return self._of_times(size // self.count, cell).add_in_order(cell, base, x)
+            if beams(cell.module) == (self.count, size):
+                return self.add_in_order(cell, base, x)
+        raise AdapterStateError(f"{seen}{tuple(x.shape)}, whose first dimension is not known to hold them. {_WAYS}")
+
+    def _of_times(self, times: int, cell: Cell) -> Rows:
+        """The rows `times` times over, one after the other: a b a b."""
+        if self._tiled is None:
+            self._tiled = Rows(list(self.ones) * times, self._zeros, self.device, self._rooms)
+        if self._tiled.count != times * self.count:
+            raise AdapterStateError(
+                f"{cell.name!r} got the {self.count} rows {times} times over where other layers got them "
+                f"{self._tiled.count // self.count} times: layout='tiled' does not say how they lie in both. Enter "
+                "bank.use for each number of times, or give rows=, or bank.rows_inside for a part of the model."
+            )
+        return self._tiled
+
+
+_WAYS = (
+    "Name one adapter for each row of the batch, or one, as a text, for all of it. Rows that come several times: "
+    "layout='repeated' (a a b b) or 'tiled' (a b a b, as torch.cat([x, x])). Positions of several rows in one "
+    "dimension: rows=[the row of each], or bank.rows_inside for a part of the model."
+)
+
+
+def check_has_rows(cell: Cell, x: Tensor, count: int, is_indexed: bool) -> None:
+    """Raise AdapterStateError where the first dimension of x is known to be another one than that of the rows."""
+    if not cell.is_batched(x):
+        raise AdapterStateError(
+            f"bank.use was given {count} rows, and {cell.name!r} got an input of shape {tuple(x.shape)}, which has no "
+            f"dimension for them. {_WAYS}"
+        )
+    hidden = cell.hides(x, is_indexed)
+    if hidden is not None:
+        raise AdapterStateError(
+            f"{cell.name!r} {hidden}, so its rows cannot be told apart. Use one adapter for a batch."
+        )
+
+
+class Within(Routing):
+    """The rows of `outside` in the module `where`, in which position i belongs to the row `index[i]`."""
+
+    ones: Sequence[One | None]
+    count: int
+    device: torch.device
+    scope: Any
+    """Whose it is,"""
+    token: Token[Any]
+    """and what gives back the routing outside."""
+
+    def __init__(self, outside: Rows | Within, index: tuple[int, ...], where: str) -> None:
+        self.ones, self.count, self.device = outside.ones, outside.count, outside.device
+        self.device_type, self._size, self._where = self.device.type, len(index), where
+        self._split = Split([self.ones[row] for row in index], self.device)
+
+    def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        if not x.numel():
+            return base
+        check_has_rows(cell, x, self.count, is_indexed=True)
+        if x.shape[0] != self._size:
+            raise AdapterStateError(
+                f"{cell.name!r} got an input of shape {tuple(x.shape)}, and bank.rows_inside({self._where!r}) gave the "
+                f"rows of {self._size} positions. Where a part of it is called with others, give bank.rows_inside for "
+                "that part too."
+            )
+        return self._split.add(cell, base, x)
+
+
+class Split:
+    """The positions of a layer's first dimension, brought together by the adapter that they use."""
+
+    def __init__(self, ones: Sequence[One | None], device: torch.device) -> None:
+        places: dict[One | None, list[int]] = {}
+        for place, one in enumerate(ones):
+            places.setdefault(one, []).append(place)
+        order = torch.tensor([place for of_one in places.values() for place in of_one], device=device)
+        self._ones, self._sizes = list(places), [len(of_one) for of_one in places.values()]
+        self._order, self._back = order, order.argsort()
+
+    def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        """`base`, the output of the cell's layer for x, with the updates."""
+        bases, xs = (t.index_select(0, self._order).split(self._sizes) for t in (base, x))
+        parts = [b if one is None else one.add(cell, b, part) for one, b, part in zip(self._ones, bases, xs)]
+        return torch.cat(parts).index_select(0, self._back)
+
+
+class Groups:
+    """Rows of the same adapter brought together, each group padded to the length of the longest."""
+
+    def __init__(self, index: Tensor, order: Tensor, back: Tensor) -> None:
+        self.index = index
+        """The slot of each group."""
+        self._order, self._back = order, back
+
+    @staticmethod
+    def of(slots: list[int], device: torch.device) -> Groups | None:
+        """None where each row has an adapter of its own, or padding would take more than it saves."""
+        members: dict[int, list[int]] = {}
+        for row, slot in enumerate(slots):
+            members.setdefault(slot, []).append(row)
+        longest = max(map(len, members.values()))
+        if len(members) == len(slots) or len(members) * longest > 2 * len(slots):
+            return None
+        order: list[int] = []
+        back = [0] * len(slots)
+        for rows in members.values():
+            for place, row in enumerate(rows):
+                back[row] = len(order) + place
+            order += rows + rows[:1] * (longest - len(rows))
+        index, at, where = (torch.tensor(values, device=device) for values in (list(members), order, back))
+        return Groups(index, at, where)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """(rows, positions, n) -> (groups, longest * positions, n)"""
+        return x.index_select(0, self._order).view(len(self.index), -1, x.shape[-1])
+
+    def scattered(self, update: Tensor) -> Tensor:
+        """The way back: (groups, longest * positions, n) -> (rows, positions, n)"""
+        return update.view(len(self._order), -1, update.shape[-1]).index_select(0, self._back)
