@@ -25,14 +25,16 @@ def check_as_injected(model: nn.Module, tree: Tree | None = None) -> None:
     problems = []
     for root, injection in records if present else ():
         found = present if not root else Tree.of(tree.by_name[root]).of_classes(is_adapter)
-        names = {id(module): name for name, module in found}
+        names, there = {id(module): name for name, module in found}, dict(found)
         prefix = f"{root}." if root else ""
         for name, module in injection.adapted.items():
-            now = names.get(id(module))
-            if now is None:
-                problems.append(f"{prefix}{name} has no adapter any more")
-            elif now != name:
+            now, copied = names.get(id(module)), there.get(name)
+            if now is not None and now != name:
                 problems.append(f"{prefix}{name} is now {prefix}{now}")
+            elif now is None and copied is not None and copied.__dict__["lora_path"] == name:
+                known.add(id(copied))  # in its place, as AveragedModel around a part of the model puts it
+            elif now is None:
+                problems.append(f"{prefix}{name} has no adapter any more")
         added = [name for key, name in names.items() if key not in known and name]
         problems += [f"{prefix}{name} has one that inject did not give it" for name in added]
     problems += [what for name, module in present if (what := _changed(name, module)) is not None]

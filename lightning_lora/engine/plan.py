@@ -182,8 +182,9 @@ def way_of(target: Target, geometry: Any) -> type[Adapter]:
         geometry = FastPathLinearLoRA if how_read.weight_alone else geometry
     if issubclass(geometry, LinearLoRA) and has_own_forward(type(module)):
         W = module._parameters.get("weight")
-        if W is not None and not is_plain(W):
-            return geometry  # the libraries that quantize multiply by what the weight stands for
+        # The libraries that quantize multiply by what the weight stands for; some quantize it when it is moved.
+        if W is not None and (not is_plain(W) or type(W) is not nn.Parameter):
+            return geometry
         if W is None or not adds_its_update(module, geometry.multiply, geometry.shapes(module, 1)[0][1]):
             return by_weight(geometry)
     if issubclass(geometry, Convolution) and geometry.computes_otherwise(module):

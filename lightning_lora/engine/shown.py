@@ -25,6 +25,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -65,6 +66,19 @@ _WRITES = frozenset(
 )
 # fmt: on
 _COPIES = frozenset(("copy_", "set_", "__setitem__", "__set__"))
+
+
+def handles_parameters(frame: FrameType) -> bool:
+    """Whether the code that reads an attribute asks for the parameter itself, whatever it will do with it: what shards,
+    moves or stores the parameters of any module, and nn.Module.get_parameter."""
+    if frame.f_code is _GET_PARAMETER:
+        return True
+    name = frame.f_globals.get("__name__", "")
+    return name.startswith(_HANDLES_PARAMETERS)
+
+
+_HANDLES_PARAMETERS = ("torch.distributed.", "accelerate.", "deepspeed.", "safetensors.")
+_GET_PARAMETER = nn.Module.get_parameter.__code__
 
 
 class ShownWeight(nn.Parameter):
@@ -343,6 +357,11 @@ def _twin(module: nn.Module) -> Any:
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__, _parameters=dict(module._parameters))
     return twin
+
+
+def parameter_itself(p: Any) -> Any:
+    """The base's parameter where `p` is what a layer showed of it; else `p`."""
+    return p.lora_own if isinstance(p, ShownWeight) else p
 
 
 def forget(module: nn.Module) -> None:

@@ -180,13 +180,15 @@ def test_what_keeps_the_layers_where_they_are_changes_nothing(way: Callable[[Any
     assert len(adapter_state_dict(way(adapted()))) == 16
 
 
-def test_copies_are_compared_with_their_own_layers() -> None:
+def test_copies_are_compared_with_their_own_layers_and_an_adapted_layer_of_the_same_place_is_one() -> None:
     net = adapted()
-    other = copy.deepcopy(net)
-    other.head = net.head
+    other: Any = copy.deepcopy(net)
+    assert adapter_state_dict(other)
+    other.head = net.head  # what it computes with, and what it saves
+    assert adapter_state_dict(other)["head.lora_A"].data_ptr() == net.head.lora_A.data_ptr()
+    other.head = copy.deepcopy(net.layers[0].q)
     with pytest.raises(AdapterStateError, match="head has no adapter any more"):
         adapter_state_dict(other)
-    assert adapter_state_dict(net)
 
 
 def test_parts_that_were_adapted_by_themselves_are_each_compared_with_their_own_record() -> None:

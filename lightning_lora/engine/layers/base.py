@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -268,11 +269,18 @@ class Adapter(_Host):
         own = self.own(name)
         reads = self.__dict__.get("lora_is_inside", False)
         if not torch.compiler.is_compiling():
+            if shown.handles_parameters(sys._getframe(2)):
+                return own
             reads = (_INSIDE.get() or {}).get(id(self))
         is_inside = reads is not None and reads is not False
         if is_inside and not self.lora_by_weight:
             return own
         if own is not None and not is_plain(own) and not is_wrapper(own):
+            if is_inside:
+                raise AdapterStateError(
+                    f"The {name} of {self.lora_path!r} was quantized after it was adapted, and its class reads it in a "
+                    "forward of its own: quantize first, or leave it out with exclude_modules."
+                )
             return own  # its numbers are no weight for one who does not know how they are stored
         if own is not None and self._awaits(own):
             return own  # while weights are loaded into a model that was adapted on the meta device
@@ -474,6 +482,14 @@ def has_own_forward(cls: type[nn.Module]) -> bool:
     cls = cls.__dict__.get("base_class", cls)
     known = next(parent for parent in cls.__mro__ if parent in Adapter.geometries)
     return cls.forward is not known.forward
+
+
+def keeps_attributes(cls: Any) -> bool:
+    """Whether no class that came after the swap hides a weight, as a parametrization's does, and FSDP2's does not."""
+    swapped = next((parent for parent in cls.__mro__ if "base_class" in parent.__dict__), cls)
+    if swapped is cls:
+        return True
+    return all(getattr(cls, name, None) is getattr(swapped, name, None) for name in ("weight", "bias", *FACTORS))
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:

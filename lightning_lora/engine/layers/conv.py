@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.engine.layers.base import BIAS, NOT_GIVEN, Adapter, AdapterSpec
+from lightning_lora.engine.layers.base import BIAS, NOT_GIVEN, Adapter, AdapterSpec, keeps_attributes
 from lightning_lora.errors import AdapterStateError, TargetError
 
 _EXACT = (torch.float32, torch.float64)
@@ -85,7 +85,7 @@ class ConvLoRA(Convolution):
         W = self._parameters.get("weight", self.__dict__.get("weight"))
         if (
             cls.combine is not Adapter.combine
-            or "base_class" not in cls.__dict__  # parametrized after it was adapted
+            or not keeps_attributes(cls)
             or BIAS in self.lora_names
             or base.groups != 1
             or (self.lora.dropout and self.training)  # A reads another x than W does

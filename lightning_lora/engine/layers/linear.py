@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.engine import fused
-from lightning_lora.engine.layers.base import BIAS, FACTORS, NOT_GIVEN, Adapter
+from lightning_lora.engine.layers.base import BIAS, FACTORS, NOT_GIVEN, Adapter, keeps_attributes
 from lightning_lora.engine.layers.by_weight import ByWeight
 
 _PLAIN = frozenset(("weight", "bias", *FACTORS))
@@ -32,8 +32,7 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
         is_own = [getattr(cls, name) is getattr(Adapter, name) for name in ("combine", "factors", "matrix")]
         finds = getattr(cls, "__getattr__", None) is nn.Module.__getattr__
         hidden = any(hasattr(getattr(cls, "base_class", None), name) for name in _PLAIN)
-        # A class that swapping did not make, such as a parametrization's, has attributes in front of ours.
-        cls.lora_is_plain = finds and all(is_own) and not hidden and "base_class" in cls.__dict__
+        cls.lora_is_plain = finds and all(is_own) and not hidden and keeps_attributes(cls)
 
     def forward(self, input: Any = NOT_GIVEN, *args: Any, **kwargs: Any) -> Tensor:  # (..., in) -> (..., out)
         cls: Any = type(self)
@@ -56,7 +55,7 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
         A, B = self.factors()
         dropout = self.lora.dropout if self.training else 0.0
         is_known = cls.base_class.forward is cls.lora_known_forward and not (args or kwargs)
-        if is_known and "base_class" in cls.__dict__:
+        if is_known and keeps_attributes(cls):
             W, b = self.own("weight"), self.own("bias")
             assert W is not None
             return fused.linear(input, self.matrix(self, W), b, A, B, self.lora.scale, dropout)
