@@ -62,12 +62,23 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Copy an `adapter_state_dict` into the adapters of `model`, in place.
 
-    Strict both ways: raises AdapterFormatError naming every tensor that is missing, unexpected, of another shape or
-    not finite, and AdapterStateError for a model on the meta device; nothing is changed then.
+    It may be of a model of which other parts are compiled, or wrapped otherwise. Strict both ways: raises
+    AdapterFormatError naming every tensor that is missing, unexpected, of another shape or not finite, and
+    AdapterStateError for a model on the meta device; nothing is changed then.
     """
     own = adapter_tensors(model)
-    check_fits(own, state_dict, what="the adapter")
-    fill_adapter(model, own, state_dict)
+    given = _under_names_of(own, state_dict)
+    check_fits(own, given, what="the adapter")
+    fill_adapter(model, own, given)
+
+
+def _under_names_of(own: Mapping[str, Tensor], given: Any) -> Any:
+    """`given` with each tensor under the name that it has in `own`, where a wrapper makes the difference."""
+    if not isinstance(given, Mapping) or given.keys() == own.keys():
+        return given
+    names = {plain_name(name): name for name in own}
+    renamed = {names.get(plain_name(key), key) if isinstance(key, str) else key: v for key, v in given.items()}
+    return renamed if len(renamed) == len(given) else given  # two of one name: neither is meant more than the other
 
 
 def fill_adapter(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.engine import adapter_tensors
+from lightning_lora.engine.wrappers import plain_name
 from lightning_lora.errors import CheckpointError, listed
 
 _RECORD = "lora_buffers"
@@ -42,7 +43,7 @@ def restore_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
     One that is not there (yet) is said, and starts anew.
     """
-    own = dict(_own_buffers(module))
+    own, saved = dict(_own_buffers(module)), {plain_name(name): value for name, value in saved.items()}
     other = [name for name, value in saved.items() if name in own and own[name].shape != value.shape]
     if other:
         shapes = (f"{name} {tuple(saved[name].shape)} where it has {tuple(own[name].shape)}" for name in other)
@@ -59,14 +60,14 @@ def restore_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 
 def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The persistent buffers that are no part of the adapter, each under its first name."""
+    """The persistent buffers that are no part of the adapter, each under its first name, without wrappers."""
     seen = {id(tensor) for tensor in adapter_tensors(module).values()}
     for prefix, inner in module.named_modules():
         for name, buffer in inner.named_buffers(prefix, recurse=False):
             last = name.rpartition(".")[2]
             if last not in inner._non_persistent_buffers_set and id(buffer) not in seen:
                 seen.add(id(buffer))
-                yield name, buffer
+                yield plain_name(name), buffer
 
 
 def _hash(buffer: Tensor) -> str:

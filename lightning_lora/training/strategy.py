@@ -6,18 +6,15 @@ user chose. It stays after the run, so that a later `trainer.save_checkpoint` wr
 
 from __future__ import annotations
 
-import os
 import shutil
 from abc import ABC
-from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins import DoublePrecision
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -37,19 +34,21 @@ from lightning_lora.engine.product_decay import product_decay
 from lightning_lora.engine.sharded import whole
 from lightning_lora.engine.state import describe_base, load_adapter_state_dict
 from lightning_lora.engine.swap import swapped_class
-from lightning_lora.errors import CheckpointError, TrainingError, listed
+from lightning_lora.engine.wrappers import plain_name
+from lightning_lora.errors import TrainingError, listed
 from lightning_lora.hub import adapter_root, save_adapter
-from lightning_lora.hub.resume import local_checkpoint
+from lightning_lora.hub.resume import is_local, local_path
 from lightning_lora.training.buffers import changed_buffers, restore_buffers
 from lightning_lora.training.calibrate import start_waiting
 from lightning_lora.training.checkpoint import (
+    LEFT_OUT,
     METADATA,
     check_metadata,
     checkpoint_adapter,
     checkpoint_metadata,
-    leave_out_modules,
-    reading,
 )
+from lightning_lora.training.checkpoint_file import read_checkpoint, write_whole_files
+from lightning_lora.training.hyperparameters import leave_out_base
 from lightning_lora.training.sharding import WholeCheckpoints
 
 if TYPE_CHECKING:
@@ -58,9 +57,8 @@ if TYPE_CHECKING:
     from lightning_lora.training.pushing import Pushing
 
     _Host = Strategy
-    _IOHost = TorchCheckpointIO
 else:
-    _Host = _IOHost = ABC  # their own base: only then do the layouts agree, and Python allows the swap
+    _Host = ABC  # their own base: only then do the layouts agree, and Python allows the swap
 
 
 @dataclass
@@ -126,8 +124,8 @@ class AdapterStrategy(_Host):
         restore_buffers(module, checkpoint[METADATA].get("buffers", {}))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        with local_checkpoint(checkpoint_path) as path, reading(checkpoint_path):
-            checkpoint = super().load_checkpoint(path, weights_only=weights_only)
+        load = super().load_checkpoint
+        checkpoint: dict[str, Any] = read_checkpoint(checkpoint_path, load, weights_only, io=self.checkpoint_io)
         if self.lightning_module is not None and has_adapters(self.lightning_module):
             checkpoint_adapter(checkpoint)
         return checkpoint
@@ -141,7 +139,8 @@ class AdapterStrategy(_Host):
         own = adapter_tensors(module).keys()
         checkpoint.update({key: without_base(value, own) for key, value in checkpoint.items()})
         checkpoint[METADATA] = self._metadata(module)
-        leave_out_modules(checkpoint)
+        if left_out := leave_out_base(checkpoint, module):
+            checkpoint[METADATA][LEFT_OUT] = left_out
         super().save_checkpoint(checkpoint, filepath, storage_options)
         path = str(filepath)
         # Hidden files are the learning-rate and batch-size finders' own.
@@ -185,33 +184,11 @@ class AdapterStrategy(_Host):
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        io = super().checkpoint_io
-        # The one that writes the file: a wrapper, such as AsyncCheckpointIO, may get another with each call.
-        writer: Any = io
-        while isinstance(writer, _WrappingCheckpointIO):
-            writer = writer.checkpoint_io
-        if type(writer) is TorchCheckpointIO:
-            writer.__class__ = swapped_class("Whole", WholeFileIO, TorchCheckpointIO)
-        return io
+        return write_whole_files(super().checkpoint_io)
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
-
-
-class WholeFileIO(_IOHost):
-    """Mixin in front of Lightning's plain CheckpointIO: a file is there whole, or not at all.
-
-    Lightning writes it to the folder for temporary files first and moves it, which is a copy where that is on another
-    file system.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if not is_local(str(path)):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        with _written_beside(str(path)) as beside:
-            super().save_checkpoint(checkpoint, beside, storage_options)
 
 
 def attach(strategy: Strategy, policy: AdapterPolicy) -> None:
@@ -244,15 +221,18 @@ def has_adapters(module: nn.Module) -> bool:
 
 def adapter_folder(checkpoint_path: str) -> Path:
     """The adapter folder that belongs to a checkpoint file: `best.ckpt` has `best-adapter`."""
-    return Path(checkpoint_path.removesuffix(".ckpt") + "-adapter")
+    return Path(local_path(checkpoint_path).removesuffix(".ckpt") + "-adapter")
 
 
 def without_base(value: Any, own: Set[str]) -> Any:
-    """`value` with every state dict of the adapted model in it, however deep, reduced to `own`, the adapter's."""
+    """`value` with every state dict of the adapted model in it, however deep, reduced to `own`, the adapter's.
+
+    Names lose what torch.compile and others put into them: a checkpoint fits the model with it and without.
+    """
     if not isinstance(value, dict):
         return value
     if own <= value.keys():
-        return {name: tensor for name, tensor in value.items() if name in own}
+        return {plain_name(name): tensor for name, tensor in value.items() if name in own}
     inside = {key: without_base(inner, own) for key, inner in value.items()}
     return value if all(inside[key] is inner for key, inner in value.items()) else inside
 
@@ -295,33 +275,3 @@ def freeze_new_norms(module: nn.Module) -> None:
             norm = module.get_submodule(root).get_submodule(name)
             if has_running_statistics(norm):
                 freeze_statistics(norm)
-
-
-def is_local(path: str) -> bool:
-    return "://" not in path or path.startswith("file://")
-
-
-@contextmanager
-def _written_beside(path: str) -> Iterator[str]:
-    """A path beside `path` to write to; it takes the place of `path` once it is whole, and is gone if it never is."""
-    beside = f"{path}.partial"
-    try:
-        yield beside
-        _flush_to_disk(beside)
-        os.replace(beside, path)
-    except OSError as error:
-        raise CheckpointError(
-            f"The checkpoint {path} could not be written ({error.strerror or error}). "
-            "Earlier checkpoints are as they were. Free some space, or check the folder's permissions."
-        ) from error
-    finally:
-        with suppress(OSError):
-            os.remove(beside)
-
-
-def _flush_to_disk(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
