@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import queue
 import shutil
 import sys
 import threading
-import uuid
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lightning_lora.errors import CheckpointError
+from lightning_lora.hub.temporary import own_name, remove_leftovers
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -27,7 +27,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     # Through a link, the folder that it points to is replaced and the link stays.
     folder = Path(os.path.realpath(folder))
-    staged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    remove_leftovers(folder.parent)
+    staged = folder.with_name(own_name(f".{folder.name}.", ".tmp"))
     made: list[Path] = []
     try:
         if folder.exists() and not folder.is_dir():
@@ -60,6 +61,14 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                 parent.rmdir()
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove `folder` so that it is there whole or not at all; nothing happens where it is not."""
+    aside = folder.with_name(own_name(f".{folder.name}.", ".tmp"))
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _make(folder: Path) -> list[Path]:
     """Make `folder` and its parents; returns the ones that were not there, outermost first."""
     missing: list[Path] = []
@@ -78,9 +87,22 @@ def _sync_all(paths: list[Path]) -> None:
         for path in paths:
             _sync(path)
         return
-    with ThreadPoolExecutor(len(paths)) as pool:
-        for _ in pool.map(_sync, paths):
-            pass
+    answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def sync(path: Path) -> None:
+        try:
+            _sync(path)
+        except BaseException as error:
+            answers.put(error)
+        else:
+            answers.put(None)
+
+    # Not a pool's: Ctrl-C at the wrong moment leaves one that the process's exit waits for.
+    for path in paths:
+        threading.Thread(target=sync, args=(path,), name="lightning_lora flush", daemon=True).start()
+    errors = [error for error in (answers.get() for _ in paths) if error is not None]
+    if errors:
+        raise errors[0]
 
 
 def _sync(path: Path) -> None:

@@ -34,6 +34,7 @@ LINGER = 0.25
 BACK_OFF = 1.0
 """Seconds before the second try; twice as many before each further one."""
 LONGEST_BACK_OFF = 300.0
+_POLL = 0.02
 
 
 @dataclass
@@ -126,10 +127,16 @@ class BackgroundPusher:
             for job in self._waiting:
                 job.not_before, job.tries = 0.0, 0
             self._change.notify_all()
-            while not self._is_idle() and time.monotonic() < end and not until():
-                self._change.wait(min(0.5, max(0.0, end - time.monotonic())))
+        try:
+            # Asked again and again: Ctrl-C ends this wait, and inside of a condition's it may lose the lock.
+            while True:
+                with self._change:
+                    idle = self._is_idle()
+                if idle or time.monotonic() >= end or until():
+                    return idle
+                time.sleep(_POLL)
+        finally:
             self._flushing = False
-            return self._is_idle()
 
     def _is_idle(self) -> bool:
         return self._active is None and (not self._waiting or self.refused is not None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from urllib.request import Request, urlopen
 from lightning_lora.errors import CheckpointError, HubNotFoundError, listed
 from lightning_lora.hub.download import SLOWEST, Remote
 from lightning_lora.hub.staging import CHECKPOINT
+from lightning_lora.hub.temporary import FULL, within_temporary_folder
 
 # Of other kinds of repositories fsspec knows what to do.
 _REFERENCE = re.compile(
@@ -60,8 +60,8 @@ def local_checkpoint(path: Any, *, endpoint: str | None = None, timeout: float =
     if is_local(path):
         yield local_path(path)
         return
-    with tempfile.TemporaryDirectory(prefix="lightning-lora-resume-") as folder:
-        local = Path(folder) / CHECKPOINT
+    with within_temporary_folder("resume") as folder:
+        local = folder / CHECKPOINT
         found = _REFERENCE.fullmatch(str(path))
         if found is not None:
             _fetch(Remote(found["repo"], endpoint=endpoint, token=None, timeout=timeout), found, local)
@@ -95,6 +95,8 @@ def _download(address: str, local: Path, timeout: float) -> None:
     except FileNotFoundError:
         raise
     except (OSError, HTTPException, ValueError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         raise CheckpointError(
             f"The checkpoint {address} could not be fetched: {error}. Check the address, or download the file and "
             "pass its path."

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import CheckpointError, listed
 from lightning_lora.hub.resume import is_local, is_on_hub, local_checkpoint, local_path
+from lightning_lora.hub.temporary import FULL, has_less_room, own_name, reason, remove_leftovers
 
 if TYPE_CHECKING:
     _Host = TorchCheckpointIO
@@ -145,16 +146,19 @@ class WholeFileIO(_Host):
 @contextmanager
 def _written_beside(path: str) -> Iterator[str]:
     """A path beside `path` to write to; it takes the place of `path` once it is whole, and is gone if it never is."""
-    beside = f"{path}.partial"
+    remove_leftovers(os.path.dirname(path))
+    beside = own_name(f"{path}.", ".partial")  # two runs may write one checkpoint: the last one stays, whole
     try:
         yield beside
         _flush_to_disk(beside)
         os.replace(beside, path)
     except OSError as error:
-        raise CheckpointError(
-            f"The checkpoint {path} could not be written ({error.strerror or error}). "
-            "Earlier checkpoints are as they were. Free some space, or check the folder's permissions."
-        ) from error
+        why = f"({error.strerror or error}). Earlier checkpoints are as they were."
+        if error.errno in FULL and has_less_room(path):
+            advice = f"Lightning writes it to the folder for temporary files first: {reason(error)}"
+        else:
+            advice = "Free some space, or check the folder's permissions."
+        raise CheckpointError(f"The checkpoint {path} could not be written {why} {advice}") from error
     finally:
         with suppress(OSError):
             os.remove(beside)

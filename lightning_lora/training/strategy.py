@@ -6,7 +6,6 @@ user chose. It stays after the run, so that a later `trainer.save_checkpoint` wr
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.wrappers import plain_name
 from lightning_lora.errors import TrainingError, listed
 from lightning_lora.hub import adapter_root, save_adapter
+from lightning_lora.hub.atomic import remove_folder
 from lightning_lora.hub.resume import is_local, local_path
 from lightning_lora.training.buffers import changed_buffers, restore_buffers
 from lightning_lora.training.calibrate import start_waiting
@@ -152,7 +152,9 @@ class AdapterStrategy(_Host):
         if not self.is_global_zero:
             return
         if folder is not None:
-            save_adapter(module, folder, tensors=checkpoint["state_dict"], known_base=known)
+            # A run that is killed between the two leaves the folder of an earlier step beside this checkpoint.
+            of = {"step": str(checkpoint["global_step"]), "epoch": str(checkpoint["epoch"])}
+            save_adapter(module, folder, tensors=checkpoint["state_dict"], known_base=known, metadata=of)
         elif self.lora.save_adapter:
             rank_zero_warn(f"No adapter folder was written beside {path}: it is not a local file.")
         if self.lora.push is not None:
@@ -169,7 +171,7 @@ class AdapterStrategy(_Host):
         if self.lora.save_adapter and self.is_global_zero and is_local(str(filepath)):
             folder = adapter_folder(str(filepath))
             if (folder / "adapter_config.json").exists():
-                shutil.rmtree(folder)
+                remove_folder(folder)
 
     def _base(self, module: nn.Module, name: str, root: nn.Module) -> dict[str, Any]:
         if name not in self.lora.bases:
