@@ -16,6 +16,7 @@ import shlex
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -73,7 +74,9 @@ def run(settings: dict[str, Any]) -> float | None:
 
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
-    from lightning_lora.engine.storage import shape_of  # torch is slow to import
+    from lightning_lora import LoRACallback  # torch is slow to import
+    from lightning_lora.engine.storage import shape_of
+    from lightning_lora.training.checkpoint_file import fetched
 
     quieten()
     use_available_cores()
@@ -104,7 +107,10 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     _seed(settings)  # again: whether the base was measured first makes no difference to the order of the data
     started = time.perf_counter()
     try:
-        trainer.fit(task, data, ckpt_path=checkpoint)
+        # LoRACallback fetches it by itself.
+        has_one = any(isinstance(callback, LoRACallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        with nullcontext(checkpoint) if has_one else fetched(checkpoint) as path:
+            trainer.fit(task, data, ckpt_path=path)
     except SystemExit:
         if trainer.interrupted:
             _say_how_to_go_on(folder, TERMINATED if trainer.received_sigterm else INTERRUPTED)

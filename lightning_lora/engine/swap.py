@@ -27,7 +27,7 @@ def remembered(cls: Any) -> dict[Any, Any]:
     if known is None:
         known = Remembered()
         setattr(cls, REMEMBERED, known)
-    return known  # type: ignore[no-any-return]
+    return known
 
 
 def swapped_class(prefix: str, mixin: Any, base_class: Any, reads: tuple[str, ...] = ()) -> Any:

@@ -146,7 +146,7 @@ def check_given(cls: type[LightningModule], checkpoint: Mapping[str, Any], given
     whole = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # of one argument that all hyperparameters are in
     absent: dict[str, str] = {}
     for place in checkpoint[METADATA].get(LEFT_OUT, ()):
-        argument = whole if whole in parameters else place.partition(".")[0]
+        argument = str(whole) if whole in parameters else place.partition(".")[0]
         if argument not in given and (takes_any or argument in parameters):
             absent[place] = argument
     if absent:

@@ -62,6 +62,21 @@ def read_checkpoint(
             raise _not_whole(path) from error
 
 
+@contextmanager
+def fetched(path: str | None) -> Iterator[str | None]:
+    """A local file with what `path` refers to elsewhere, for Lightning alone, where no LoRACallback is: from an http
+    address it would run what the pickle says. Raises CheckpointError for a file that is damaged."""
+    if path is None or is_local(path):
+        yield path
+        return
+    with local_checkpoint(path) as local:
+        check_whole(local, path)
+        try:
+            yield local
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(_needs_code(path, local, error)) from error
+
+
 def check_whole(file: str, path: Any) -> None:
     """Raise CheckpointError, naming `path`, where `file` is one of torch's and not as it was written."""
     with open(file, "rb") as opened:
