@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import os
@@ -55,10 +56,22 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             "What was there before is still there."
         ) from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        try:
+            _discard(staged)
+        except BaseException:  # Ctrl-C
+            _discard(staged)
+            raise
         for parent in reversed(made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def _discard(staged: Path) -> None:
+    # Not rmtree, in which Python 3.11 turns Ctrl-C into an OSError of a closed file. It holds files alone.
+    with contextlib.suppress(OSError):
+        for path in staged.iterdir():
+            path.unlink()
+        staged.rmdir()
 
 
 def remove_folder(folder: Path) -> None:
@@ -97,9 +110,9 @@ def _sync_all(paths: list[Path]) -> None:
         else:
             answers.put(None)
 
-    # Not a pool's: Ctrl-C at the wrong moment leaves one that the process's exit waits for.
+    # Not threading's, nor a pool's: Ctrl-C while one starts is lost in another error, or leaves one to wait for.
     for path in paths:
-        threading.Thread(target=sync, args=(path,), name="lightning_lora flush", daemon=True).start()
+        _thread.start_new_thread(sync, (path,))
     errors = [error for error in (answers.get() for _ in paths) if error is not None]
     if errors:
         raise errors[0]

@@ -68,6 +68,8 @@ _LEFT: list[threading.Thread] = []
 """Threads that nobody waits for any more, and that have not ended."""
 _MOST_LEFT = 8
 _AFTER = 0.5
+_ASKED = "X-Lightning-Lora-Retry-After"
+"""Under it an answer keeps the Retry-After that it came with."""
 _LOCK = threading.Lock()
 
 
@@ -137,8 +139,9 @@ def _shorten(response: Any) -> None:
     if _CALL.until is None:
         return
     with contextlib.suppress(KeyError, ValueError):
-        asked = float(response.headers["Retry-After"])
-        response.headers["Retry-After"] = f"{min(asked, LONGEST_WAIT):g}"
+        asked = response.headers["Retry-After"]
+        response.headers["Retry-After"] = f"{min(float(asked), LONGEST_WAIT):g}"
+        response.headers[_ASKED] = asked
 
 
 def retried(attempt: Callable[[], T], *, until: float | None = None) -> T:
@@ -193,7 +196,8 @@ def _of_status(http: HfHubHTTPError, doing: str) -> HubError:
     if status in _TRANSIENT:
         unavailable = HubUnavailableError(f"The Hub answered with status {status} while {doing}.{said}")
         with contextlib.suppress(KeyError, ValueError):
-            unavailable.retry_after = float(http.response.headers["Retry-After"])
+            headers = http.response.headers
+            unavailable.retry_after = float(headers[_ASKED] if _ASKED in headers else headers["Retry-After"])
         return unavailable
     if isinstance(http, RepositoryNotFoundError) and status in (401, 404):
         return HubNotFoundError(

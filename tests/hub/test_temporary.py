@@ -142,11 +142,12 @@ def test_a_full_folder_for_temporary_files_is_named(tmp_path: Path, monkeypatch:
 
 def test_ctrl_c_while_files_are_flushed_ends_the_save_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the disk does not answer: no thread of it is waited for."""
-    hangs, flush = threading.Event(), os.fsync
+    hangs, flush, flushed = threading.Event(), os.fsync, threading.Semaphore(0)
 
     def slow(handle: int) -> None:
         hangs.wait(20)
         flush(handle)
+        flushed.release()
 
     class Interrupted:
         def put(self, _: Any) -> None: ...
@@ -156,13 +157,38 @@ def test_ctrl_c_while_files_are_flushed_ends_the_save_at_once(tmp_path: Path, mo
 
     monkeypatch.setattr(os, "fsync", slow)
     monkeypatch.setattr(atomic.queue, "SimpleQueue", Interrupted)
-    before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         write_folder(tmp_path / "adapter", {"a": b"1"})
     assert list(tmp_path.iterdir()) == []
-    left = [t for t in threading.enumerate() if t.name == "lightning_lora flush"]
-    assert threading.active_count() - before == len(left)
-    assert all(thread.daemon for thread in left)
     hangs.set()
-    for thread in left:
-        thread.join()
+    flushed.acquire(timeout=20)
+
+
+def test_ctrl_c_at_any_moment_of_saving_is_ctrl_c_and_leaves_a_whole_folder(tmp_path: Path) -> None:
+    """Sent again and again, to a process that does nothing but save."""
+    done = subprocess.run([sys.executable, "-c", SAVES, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
+    assert {path.name: path.stat().st_size for path in (tmp_path / "x").iterdir()} == {"a": 5000, "b": 100000}
+    write_folder(tmp_path / "x", {"a": b"1", "b": b"2"})
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+SAVES = """
+import os, random, signal, sys, threading, time
+from pathlib import Path
+from lightning_lora.hub.atomic import write_folder
+end, interrupts = time.monotonic() + 5, 0
+def pest():
+    while time.monotonic() < end - 0.5:
+        time.sleep(0.05 + random.random() * 0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=pest, daemon=True).start()
+while time.monotonic() < end:
+    try:
+        while time.monotonic() < end:
+            write_folder(Path(sys.argv[1]) / "x", {"a": b"1" * 5000, "b": b"2" * 100000})
+    except KeyboardInterrupt:
+        interrupts += 1
+print(interrupts)
+"""
