@@ -37,10 +37,12 @@ class Settings:
 def run(settings: dict[str, Any]) -> None:
     """Measure as `settings` say, print the metrics and write them to metrics.json in `run_dir`."""
     from lightning_lora.cli.trained import trained
+    from lightning_lora.training.checkpoint_file import fetched
 
     trainer, task, data = trained(settings)
     measure = trainer.validate if settings["split"] == "validation" else trainer.test
-    measure(task, data, ckpt_path=settings["ckpt_path"], verbose=False)
+    with fetched(settings["ckpt_path"]) as checkpoint:
+        measure(task, data, ckpt_path=checkpoint, verbose=False)
     if not trainer.is_global_zero:
         return
     metrics = metrics_of(trainer)

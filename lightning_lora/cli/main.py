@@ -10,7 +10,8 @@ from lightning_lora.errors import closest
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for an error of the user's, 130 after an interrupt.
+    """Run one command; returns the exit status: 0, 2 for an error of the user's, 130 after an interrupt, 143 on
+    SIGTERM.
 
     Any other exception is a fault of the program and keeps its traceback; LIGHTNING_LORA_TRACEBACK=1 shows one for
     the errors of users too.
@@ -31,6 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return launch(command, rest)
+    except SystemExit as error:
+        if error.code is None and type(error).__name__ == "SIGTERMException":  # Lightning's, which is slow to import
+            return 143
+        raise
     except Exception as error:
         text = explain(error)
         if text is None or os.environ.get("LIGHTNING_LORA_TRACEBACK") == "1":

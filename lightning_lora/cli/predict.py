@@ -39,6 +39,7 @@ class Settings:
 def run(settings: dict[str, Any]) -> None:
     """Predict as `settings` say; writes predictions.jsonl to `run_dir`."""
     from lightning_lora.cli.trained import trained
+    from lightning_lora.training.checkpoint_file import fetched
     from lightning_lora.training.data.base import SourceData
 
     column = settings["adapter_column"]
@@ -48,7 +49,8 @@ def run(settings: dict[str, Any]) -> None:
         trainer, task, data = trained(settings, _each_by(column, settings["adapter"]))
         if isinstance(data, SourceData):
             data.adapter_column = column
-    batches = trainer.predict(task, data, ckpt_path=settings["ckpt_path"]) or []
+    with fetched(settings["ckpt_path"]) as checkpoint:
+        batches = trainer.predict(task, data, ckpt_path=checkpoint) or []
     # Each process predicts a share of the inputs.
     name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"
     path = Path(settings["run_dir"]) / name

@@ -16,9 +16,10 @@ import shlex
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from omegaconf import OmegaConf
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 PROGRAM = "lightning-lora"
+INTERRUPTED, TERMINATED = 130, 143  # what a shell says of SIGINT and SIGTERM
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Settings:
 def run(settings: dict[str, Any]) -> float | None:
     """Train as `settings` say; returns the monitored metric of the best checkpoint, which a sweeper optimises.
 
-    Raises SystemExit with status 130 where the user interrupts, after saying how to go on.
+    Raises SystemExit with status 130 where the user interrupts, and 143 on SIGTERM, after saying how to go on.
     """
     results = train(settings)
     folder = Path(settings["run_dir"])
@@ -72,7 +74,9 @@ def run(settings: dict[str, Any]) -> float | None:
 
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
-    from lightning_lora.engine.storage import shape_of  # torch is slow to import
+    from lightning_lora import LoRACallback  # torch is slow to import
+    from lightning_lora.engine.storage import shape_of
+    from lightning_lora.training.checkpoint_file import fetched
 
     quieten()
     use_available_cores()
@@ -97,15 +101,22 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         OmegaConf.save(OmegaConf.create(settings), folder / CONFIG)
 
     before = _validate(trainer, task, data, None) if settings["evaluate_before"] else {}
+    if trainer.received_sigterm:  # fit would forget it
+        raise SystemExit(TERMINATED)
     _check_monitor(settings, task, before)
     _seed(settings)  # again: whether the base was measured first makes no difference to the order of the data
     started = time.perf_counter()
     try:
-        trainer.fit(task, data, ckpt_path=checkpoint)
+        # LoRACallback fetches it by itself.
+        has_one = any(isinstance(callback, LoRACallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        with nullcontext(checkpoint) if has_one else fetched(checkpoint) as path:
+            trainer.fit(task, data, ckpt_path=path)
     except SystemExit:
         if trainer.interrupted:
-            _say_how_to_go_on(folder)
+            _say_how_to_go_on(folder, TERMINATED if trainer.received_sigterm else INTERRUPTED)
         raise
+    if trainer.received_sigterm:  # in the last batch: whoever sent it does not wait for what comes after the training
+        _say_how_to_go_on(folder, TERMINATED)
     seconds = time.perf_counter() - started
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     trainer.loggers = []  # the best checkpoint's metrics are in the log already, at the step that they belong to
@@ -249,17 +260,17 @@ def _where(folder: Path, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _say_how_to_go_on(folder: Path) -> None:
-    """After an interrupt: which checkpoint is the newest, and how to resume. Leaves with a shell's status, 130."""
+def _say_how_to_go_on(folder: Path, status: int) -> NoReturn:
+    """After a signal: which checkpoint is the newest, and how to resume. Leaves with `status`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has turned it off
     checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not checkpoints:
         print(f"\nInterrupted before the first checkpoint. The run's folder is {shown(folder)}")
-        raise SystemExit(130)
+        raise SystemExit(status)
     newest = f"ckpt_path={shown(checkpoints[-1])}"
     # Hydra reads "=" inside a value as the start of another unless it is quoted.
     quoted = newest if newest.count("=") == 1 else newest.replace("=", "='", 1) + "'"
     overrides = [o for o in _overrides() if not o.startswith("ckpt_path=")]
     command = shlex.join([PROGRAM, "train", *overrides, quoted])
     print(f"\nInterrupted. The last checkpoint is {shown(checkpoints[-1])}\nGo on with: {command}")
-    raise SystemExit(130)
+    raise SystemExit(status)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_lora.engine.swap import remembered
 from lightning_lora.errors import TargetError
 
 # Parents that read a child's weight in kernels of their own, where they do not call it: type -> names of the children.
@@ -40,9 +40,16 @@ class Reading(NamedTuple):
     """Where it is a convolution, it calls it at times, and reads its weight at others."""
 
 
-@functools.lru_cache(maxsize=4096)
 def reading(parent: Any, child: str) -> Reading:
     """How a module of the class `parent` uses its child of that name."""
+    known = remembered(parent)
+    found: Reading | None = known.get((Reading, child))
+    if found is None:
+        found = known[Reading, child] = _reading(parent, child)
+    return found
+
+
+def _reading(parent: Any, child: str) -> Reading:
     weight_alone = any(issubclass(parent, kind) and child in own for kind, own in _READS_WEIGHT_OF.items())
     besides = child in ("conv1d", "conv_1d") and parent.__module__.startswith("transformers.models.")
     if issubclass(parent, nn.MultiheadAttention):  # some of its subclasses have a plain Linear there

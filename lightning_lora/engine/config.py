@@ -173,7 +173,7 @@ def pattern_matches(key: str, name: str) -> bool:
     return name.endswith(end) and matches(name) is not None
 
 
-@functools.cache  # re's own cache holds 512 and is then emptied: an adapter may have a pattern for each module
+@functools.lru_cache(1 << 13)  # re's own holds 512 and is then emptied: an adapter may have a pattern for each module
 def _pattern_of(key: str) -> tuple[str, Callable[[str], re.Match[str] | None]]:
     """What a name ends in where it matches, as far as that is plain, and whether it does."""
     end = key.rpartition(".")[2] if re.fullmatch(r"[\w.]*", key) else ""

@@ -75,9 +75,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Copy an `adapter_state_dict` into the adapters of `model`, in place.
 
-    Strict both ways: raises AdapterFormatError naming every tensor that is missing, unexpected, of another shape or
-    not finite, or so large that it would overflow in its layer, and AdapterStateError for a model on the meta device;
-    nothing is changed then.
+    It may be of a model of which other parts are compiled, or wrapped otherwise. Strict both ways: raises
+    AdapterFormatError naming every tensor that is missing, unexpected, of another shape or not finite, or so large that
+    it would overflow in its layer, and AdapterStateError for a model on the meta device; nothing is changed then.
     """
     own = adapter_tensors(model)
     given = by_plain_name(model, state_dict) if isinstance(state_dict, Mapping) else state_dict

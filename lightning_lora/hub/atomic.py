@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import os
+import queue
 import shutil
 import sys
 import threading
-import uuid
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lightning_lora.errors import CheckpointError
+from lightning_lora.hub.temporary import own_name, remove_leftovers
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -27,7 +28,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     # Through a link, the folder that it points to is replaced and the link stays.
     folder = Path(os.path.realpath(folder))
-    staged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    remove_leftovers(folder.parent)
+    staged = folder.with_name(own_name(f".{folder.name}.", ".tmp"))
     made: list[Path] = []
     try:
         if folder.exists() and not folder.is_dir():
@@ -54,10 +56,30 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             "What was there before is still there."
         ) from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        try:
+            _discard(staged)
+        except BaseException:  # Ctrl-C
+            _discard(staged)
+            raise
         for parent in reversed(made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def _discard(staged: Path) -> None:
+    # Not rmtree, in which Python 3.11 turns Ctrl-C into an OSError of a closed file. It holds files alone.
+    with contextlib.suppress(OSError):
+        for path in staged.iterdir():
+            path.unlink()
+        staged.rmdir()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove `folder` so that it is there whole or not at all; nothing happens where it is not."""
+    aside = folder.with_name(own_name(f".{folder.name}.", ".tmp"))
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _make(folder: Path) -> list[Path]:
@@ -78,9 +100,22 @@ def _sync_all(paths: list[Path]) -> None:
         for path in paths:
             _sync(path)
         return
-    with ThreadPoolExecutor(len(paths)) as pool:
-        for _ in pool.map(_sync, paths):
-            pass
+    answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def sync(path: Path) -> None:
+        try:
+            _sync(path)
+        except BaseException as error:
+            answers.put(error)
+        else:
+            answers.put(None)
+
+    # Not threading's, nor a pool's: Ctrl-C while one starts is lost in another error, or leaves one to wait for.
+    for path in paths:
+        _thread.start_new_thread(sync, (path,))
+    errors = [error for error in (answers.get() for _ in paths) if error is not None]
+    if errors:
+        raise errors[0]
 
 
 def _sync(path: Path) -> None:

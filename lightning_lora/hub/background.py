@@ -1,7 +1,7 @@
 """Pushes beside the training: a daemon thread with a short queue, in which the newest replaces what waits.
 
-Nothing here blocks or raises into the training. Of the jobs that wait, the newest, the best and the final one are kept;
-a Hub that is away is tried again, later and later, until the end of the run.
+Nothing here blocks or raises into the training. Of the jobs that wait, and of those that the Hub refused, the newest,
+the best and the final one are kept; a Hub that is away is tried again, later and later, until the end of the run.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ LINGER = 0.25
 BACK_OFF = 1.0
 """Seconds before the second try; twice as many before each further one."""
 LONGEST_BACK_OFF = 300.0
+_POLL = 0.02
 
 
 @dataclass
@@ -72,6 +73,8 @@ class BackgroundPusher:
         self._waiting: list[Job] = []
         self._active: Job | None = None
         self._failed: list[Job] = []
+        self._said = ""
+        """Why the last of them was refused."""
         self._done: dict[int, str] = {}
         """Step -> the hash of the tensors that were pushed."""
         self._flushing = self._closed = self._holding = False
@@ -126,10 +129,16 @@ class BackgroundPusher:
             for job in self._waiting:
                 job.not_before, job.tries = 0.0, 0
             self._change.notify_all()
-            while not self._is_idle() and time.monotonic() < end and not until():
-                self._change.wait(min(0.5, max(0.0, end - time.monotonic())))
+        try:
+            # Asked again and again: Ctrl-C ends this wait, and inside of a condition's it may lose the lock.
+            while True:
+                with self._change:
+                    idle = self._is_idle()
+                if idle or time.monotonic() >= end or until():
+                    return idle
+                time.sleep(_POLL)
+        finally:
             self._flushing = False
-            return self._is_idle()
 
     def _is_idle(self) -> bool:
         return self._active is None and (not self._waiting or self.refused is not None)
@@ -212,4 +221,17 @@ class BackgroundPusher:
             self._waiting.append(job)
             self._drop_superseded()
         else:
+            if str(error) != self._said:  # a Hub that refuses every commit says so once
+                log.warning("Step %d was not pushed to %s: %s", job.step, self.repository, error)
+                self._said = str(error)
             self._failed.append(job)
+            self._keep_few_failed()
+
+    def _keep_few_failed(self) -> None:
+        """Of those that the Hub refused, the newest, the best and the final one: the others' copies would fill the
+        disk."""
+        best = max((job for job in self._failed if job.is_best), key=lambda job: job.step, default=None)
+        newest = max(self._failed, key=lambda job: job.step)
+        for job in [job for job in self._failed if not job.is_final and job is not best and job is not newest]:
+            self._failed = [other for other in self._failed if other is not job]
+            job.staged.discard()

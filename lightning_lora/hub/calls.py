@@ -1,7 +1,7 @@
 """Calls to the Hub that end: each has a deadline, and fails as one of our errors, final or worth another try.
 
 The client of huggingface_hub sets no timeout on whoami, create_repo, uploads and commits, and does not repeat most of
-them: a hung server would hold a run for as long as it likes.
+them: a hung server would hold a run, or a thread and an open file for each call, for as long as it likes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+)
 
 from lightning_lora.errors import (
     ConfigError,
@@ -51,28 +56,92 @@ class StaleError(HubUnavailableError):
     """Somebody else's commit came first: look at the head again."""
 
 
+class _Call(threading.local):
+    """The call to the Hub that a thread makes, if it makes one."""
+
+    until: float | None = None
+    """When it ends (time.monotonic)."""
+
+
+_CALL = _Call()
+_LEFT: list[threading.Thread] = []
+"""Threads that nobody waits for any more, and that have not ended."""
+_MOST_LEFT = 8
+_AFTER = 0.5
+_ASKED = "X-Lightning-Lora-Retry-After"
+"""Under it an answer keeps the Retry-After that it came with."""
+_LOCK = threading.Lock()
+
+
 def within(seconds: float, doing: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """`call(*args, **kwargs)`, in a daemon thread that is left to itself after `seconds` and cannot hold the
     process's exit. `doing` ends the sentence "... while" of an error.
 
+    A request of the thread ends with it: the client waits no longer than `seconds`. What goes another way (Xet, a name
+    server, a byte now and then) may hold the thread and its connection for longer; few may hang so at a time.
+
     Raises HubError (HubAccessError for 401 and 403, HubUnavailableError where another try may help).
     """
     answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    until = time.monotonic() + max(seconds, 0.0)
 
     def run() -> None:
+        _CALL.until = until
         try:
+            _give_up_in_time()
             answer.put((call(*args, **kwargs), None))
         except BaseException as error:
             answer.put((None, error))
 
-    threading.Thread(target=run, name="lightning_lora hub call", daemon=True).start()
+    with _LOCK:
+        _LEFT[:] = [thread for thread in _LEFT if thread.is_alive()]
+        if len(_LEFT) >= _MOST_LEFT:
+            raise HubUnavailableError(
+                f"{len(_LEFT)} earlier calls to the Hub still hang, so no further one is made while {doing}."
+            )
+    thread = threading.Thread(target=run, name="lightning_lora hub call", daemon=True)
+    thread.start()
     try:
         value, error = answer.get(timeout=max(seconds, 0.0))
     except queue.Empty:
+        with _LOCK:
+            _LEFT.append(thread)
         raise HubUnavailableError(f"The Hub did not answer within {seconds:.3g} s while {doing}.") from None
     if error is not None:
         raise translated(error, doing) from error
     return value  # type: ignore[return-value]
+
+
+def _give_up_in_time() -> None:
+    """Let the client, which has no timeout of its own and is shared with others, hear of our calls' deadlines."""
+    hooks = get_session().event_hooks
+    with _LOCK:
+        if _limit not in hooks["request"]:
+            hooks["request"].append(_limit)
+            hooks["response"].append(_shorten)
+
+
+def _limit(request: Any) -> None:
+    """A hook of the client's, before each request: none waits beyond the call's end, nor starts after it."""
+    if _CALL.until is None:
+        return
+    left = _CALL.until - time.monotonic()
+    if left <= 0:
+        raise HubUnavailableError("The time for this call to the Hub is over.")
+    given = request.extensions.get("timeout") or {}
+    left += _AFTER  # whoever waits for the call has given up by then, and says so in our words
+    kinds = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {kind: left if (t := given.get(kind)) is None else min(t, left) for kind in kinds}
+
+
+def _shorten(response: Any) -> None:
+    """A hook of the client's, after each answer: it would sleep for as long as a Retry-After says, a day if need be."""
+    if _CALL.until is None:
+        return
+    with contextlib.suppress(KeyError, ValueError):
+        asked = response.headers["Retry-After"]
+        response.headers["Retry-After"] = f"{min(float(asked), LONGEST_WAIT):g}"
+        response.headers[_ASKED] = asked
 
 
 def retried(attempt: Callable[[], T], *, until: float | None = None) -> T:
@@ -127,7 +196,8 @@ def _of_status(http: HfHubHTTPError, doing: str) -> HubError:
     if status in _TRANSIENT:
         unavailable = HubUnavailableError(f"The Hub answered with status {status} while {doing}.{said}")
         with contextlib.suppress(KeyError, ValueError):
-            unavailable.retry_after = float(http.response.headers["Retry-After"])
+            headers = http.response.headers
+            unavailable.retry_after = float(headers[_ASKED] if _ASKED in headers else headers["Retry-After"])
         return unavailable
     if isinstance(http, RepositoryNotFoundError) and status in (401, 404):
         return HubNotFoundError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from lightning_lora.hub.files import save_adapter
 from lightning_lora.hub.reading import CARD
 from lightning_lora.hub.repository import Destination, HubRepository
 from lightning_lora.hub.staging import PICTURE, Staged, digest, stage
+from lightning_lora.hub.temporary import within_temporary_folder
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def push_adapter(
 
 def stage_model(model: nn.Module, **settings: Any) -> Staged:
     """A staged copy of what `save_adapter(model, ..., **settings)` writes."""
-    with tempfile.TemporaryDirectory(prefix="lightning-lora-save-") as folder:
-        return stage(save_adapter(model, Path(folder) / "adapter", **settings))
+    with within_temporary_folder("save") as folder:
+        return stage(save_adapter(model, folder / "adapter", **settings))
 
 
 def in_words(metrics: Mapping[str, float], step: int | None = None, most: int = 3) -> str:

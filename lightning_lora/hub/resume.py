@@ -1,38 +1,76 @@
-"""`ckpt_path="hf://user/name@revision"`: a training checkpoint that was pushed, fetched with its checksum checked."""
+"""`ckpt_path` that is no local file: a checkpoint is fetched to a fresh place, from the Hub with its checksum checked.
+
+Lightning would leave http to torch.hub, which keeps downloads by the last part of the address: the second run's
+last.ckpt would be the first one's.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-import tempfile
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote
+from urllib.request import Request, urlopen
 
-from lightning_lora.errors import HubNotFoundError, listed
-from lightning_lora.hub.download import Remote
+from lightning_lora.errors import CheckpointError, HubNotFoundError, listed
+from lightning_lora.hub.download import SLOWEST, Remote
 from lightning_lora.hub.staging import CHECKPOINT
+from lightning_lora.hub.temporary import FULL, within_temporary_folder
 
-# Of other kinds of repositories Lightning may know what to do.
+# Of other kinds of repositories fsspec knows what to do.
 _REFERENCE = re.compile(
     r"hf://(?!datasets/|spaces/|buckets/)(?P<repo>[\w.-]+/[\w.-]+)"
     r"(?:@(?P<revision>refs/[a-z]+/[^/]+|[^/]+))?(?:/(?P<file>.+?))?/?"
 )
+_BLOCK = 1 << 20
+
+
+_LOCAL = re.compile(r"^(file|local)://")
+
+
+def is_local(path: Any) -> bool:
+    """Whether `path` names a file on this machine."""
+    return "://" not in str(path) or _LOCAL.match(str(path)) is not None
+
+
+def is_on_hub(path: Any) -> bool:
+    """Whether `path` names a file in a repository for models on the Hub."""
+    return _REFERENCE.fullmatch(str(path)) is not None
+
+
+def local_path(path: Any) -> str:
+    """The absolute path of a file for which `is_local` holds, as fsspec reads it."""
+    return os.path.abspath(os.path.expanduser(_LOCAL.sub("", str(path))))
 
 
 @contextmanager
-def local_checkpoint(path: Any, *, endpoint: str | None = None, timeout: float = 60.0) -> Iterator[Any]:
-    """A local file with what `path` refers to on the Hub, gone afterwards; `path` itself where it is something else.
+def local_checkpoint(path: Any, *, endpoint: str | None = None, timeout: float = 60.0) -> Iterator[str]:
+    """The path of a local file: `path` itself, or a copy, gone afterwards, of what it refers to elsewhere.
 
-    "hf://user/name@revision" means its training.ckpt, "hf://user/name@revision/other.ckpt" another file. Raises
-    HubNotFoundError where there is none, and other HubErrors.
+    "hf://user/name@revision" means its training.ckpt on the Hub, "hf://user/name@revision/other.ckpt" another file;
+    "https://" an address; other schemes are those of fsspec. Raises HubNotFoundError and other HubErrors for the Hub,
+    CheckpointError where another place does not give the file.
     """
-    found = _REFERENCE.fullmatch(path) if isinstance(path, str) else None
-    if found is None:
-        yield path
+    if is_local(path):
+        yield local_path(path)
         return
-    remote = Remote(found["repo"], endpoint=endpoint, token=None, timeout=timeout)
+    with within_temporary_folder("resume") as folder:
+        local = folder / CHECKPOINT
+        found = _REFERENCE.fullmatch(str(path))
+        if found is not None:
+            _fetch(Remote(found["repo"], endpoint=endpoint, token=None, timeout=timeout), found, local)
+        else:
+            _download(str(path), local, timeout)
+        yield str(local)
+
+
+def _fetch(remote: Remote, found: re.Match[str], local: Path) -> None:
     commit = remote.commit_of(unquote(found["revision"] or "main"))
     name = found["file"] or CHECKPOINT
     file = remote.listed(commit, [name]).get(name)
@@ -41,7 +79,36 @@ def local_checkpoint(path: Any, *, endpoint: str | None = None, timeout: float =
             f"{found['repo']} has no {name} at {commit[:8]}; it has: {listed(remote.names(commit)) or 'nothing'}. "
             "Training checkpoints are pushed with HubPush(push_checkpoints=True)."
         )
-    with tempfile.TemporaryDirectory(prefix="lightning-lora-resume-") as folder:
-        local = Path(folder) / CHECKPOINT
-        remote.fetch(commit, file, local)
-        yield str(local)
+    remote.fetch(commit, file, local)
+
+
+def _download(address: str, local: Path, timeout: float) -> None:
+    try:
+        if address.lower().startswith(("http://", "https://")):
+            with urlopen(Request(address, headers={"Accept-Encoding": "identity"}), timeout=timeout) as response:
+                _copy(response, local, timeout, response.headers.get("Content-Length"))
+        else:
+            import fsspec  # Lightning's own dependency; slow to import
+
+            with fsspec.open(address, "rb") as remote, local.open("wb") as file:
+                shutil.copyfileobj(remote, file, _BLOCK)
+    except FileNotFoundError:
+        raise
+    except (OSError, HTTPException, ValueError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        raise CheckpointError(
+            f"The checkpoint {address} could not be fetched: {error}. Check the address, or download the file and "
+            "pass its path."
+        ) from error
+
+
+def _copy(response: IO[bytes], local: Path, timeout: float, size: str | None) -> None:
+    begun, have = time.monotonic(), 0
+    with local.open("wb") as file:
+        while block := response.read(_BLOCK):
+            have += file.write(block)
+            if time.monotonic() - begun > timeout + have / SLOWEST:
+                raise OSError(f"only {have:,} bytes arrived in {time.monotonic() - begun:.0f} s")
+    if size is not None and have != int(size):
+        raise OSError(f"{have:,} of {size} bytes arrived")

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.inspection import check_adapter
 from lightning_lora.hub.peft import HEADS_OF_TASK, adapted_names, base_name, ends_with, plain_key
 from lightning_lora.hub.reading import CARD, CONFIG, TENSORS, check_folder, open_tensors, read_config
+from lightning_lora.hub.temporary import reason, temporary_folder
 
 PICTURE = "training.png"
 CHECKPOINT = "training.ckpt"
@@ -84,7 +84,7 @@ def stage(source: str | os.PathLike[str], *, checkpoint: str | os.PathLike[str] 
     """
     source = Path(source)
     check_folder(source)
-    folder = Path(tempfile.mkdtemp(prefix="lightning-lora-push-"))
+    folder = temporary_folder("push")
     try:
         shutil.copyfile(source / TENSORS, folder / TENSORS)
         shutil.copyfile(source / CONFIG, folder / CONFIG)
@@ -113,7 +113,7 @@ def stage(source: str | os.PathLike[str], *, checkpoint: str | os.PathLike[str] 
         )
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise CheckpointError(f"{source} could not be copied for pushing: {error.strerror or error}.") from error
+        raise CheckpointError(f"{source} could not be copied for pushing: {reason(error)}") from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -60,7 +60,7 @@ def restore_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 
 def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The persistent buffers that are no part of the adapter, each under its first name."""
+    """The persistent buffers that are no part of the adapter, each under its first name, without wrappers."""
     seen = {id(tensor) for tensor in adapter_tensors(module).values()}
     tree = Tree.of(module)
     for prefix, inner in (*tree.modules, *tree.wrappers):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import io
-import os
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +25,7 @@ from lightning_lora.engine.state import (
 from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
 from lightning_lora.training.buffers import restore_buffers
+from lightning_lora.training.checkpoint_file import read_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -34,28 +34,22 @@ METADATA = "lightning_lora"
 """The key under which a checkpoint describes its adapter; plain values only, so torch loads it with weights_only."""
 
 _FORMAT = 1
-_LEFT_OUT = "arguments_left_out"
+LEFT_OUT = "arguments_left_out"
+"""The key, in that description, of the places of hyperparameters that held the base."""
 Module = TypeVar("Module", bound="LightningModule")
 
 
 def checkpoint_metadata(module: nn.Module, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The description of the adapter of `module`; `base`, from `describe_base`, saves the hashing where it is known."""
+    """The description of the adapter of `module`; `base`, from `describe_base`, saves the hashing where it is known.
+
+    As all names in a checkpoint, those in it are as if nothing were compiled or wrapped.
+    """
     return {
         "format": _FORMAT,
         **(base or describe_base(module)),
         "configs": {name: injection.config.to_dict() for name, injection in injections(module)},
         "scales": {pair.name: pair.spec.scale for pair in pairs(module)},
     }
-
-
-def leave_out_modules(checkpoint: dict[str, Any]) -> None:
-    """Take modules out of the hyperparameters in `checkpoint` (`save_hyperparameters` keeps every argument of a
-    constructor, such as a backbone): their weights are the base's. Their names go into the description."""
-    given = checkpoint.get("hyper_parameters") or {}
-    names = [name for name, value in given.items() if isinstance(value, nn.Module)]
-    if names:
-        checkpoint["hyper_parameters"] = {name: value for name, value in given.items() if name not in names}
-        checkpoint[METADATA][_LEFT_OUT] = names
 
 
 def check_metadata(checkpoint: Mapping[str, Any], module: nn.Module, *, check_base: bool = True) -> None:
@@ -66,13 +60,14 @@ def check_metadata(checkpoint: Mapping[str, Any], module: nn.Module, *, check_ba
     metadata = checkpoint_adapter(checkpoint)
     scales: dict[str, float] = metadata["scales"]
     for pair in pairs(module):
-        if pair.name in scales and scales[pair.name] != pair.spec.scale:
+        saved = scales.get(pair.name)
+        if saved is not None and saved != pair.spec.scale:
             raise CheckpointError(
-                f"The checkpoint's adapter multiplies its update of {pair.name!r} by {scales[pair.name]:g}, this run's "
+                f"The checkpoint's adapter multiplies its update of {pair.name!r} by {saved:g}, this run's "
                 f"by {pair.spec.scale:g}: rank, alpha or use_rslora differ. Set them as they were when it was saved."
             )
     # What is frozen depends on what is adapted: where that differs, the tensors tell it better than the fingerprint.
-    if check_base and set(checkpoint["state_dict"]) == set(adapter_tensors(module)):
+    if check_base and checkpoint["state_dict"].keys() == adapter_tensors(module).keys():
         check_same_base(module, metadata, what="The checkpoint's adapter")
 
 
@@ -114,9 +109,10 @@ def load_from_checkpoint(
     checkpoint or holds no adapter, BaseMismatchError where the base is not the one that they were trained on,
     AdapterFormatError where they do not fit.
     """
-    with reading(checkpoint_path):
-        checkpoint = TorchCheckpointIO().load_checkpoint(checkpoint_path, map_location, weights_only)
+    load = functools.partial(TorchCheckpointIO().load_checkpoint, map_location=map_location)
+    checkpoint = read_checkpoint(checkpoint_path, load, weights_only)
     metadata = checkpoint_adapter(checkpoint)
+    check_given(cls, checkpoint, kwargs, checkpoint_path)
     # Lightning gets the checkpoint without tensors: it would load some past our checks, and into the base.
     bare = io.BytesIO()
     torch.save({k: v for k, v in checkpoint.items() if k != "optimizer_states"} | {"state_dict": {}}, bare)
@@ -125,23 +121,14 @@ def load_from_checkpoint(
         warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
         warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
         # It holds no more than what was read with the user's own weights_only.
-        try:
-            module = cls.load_from_checkpoint(bare, strict=False, weights_only=False, **kwargs)
-        except TypeError as error:
-            absent = [name for name in metadata.get(_LEFT_OUT, ()) if name not in kwargs]
-            if not absent:
-                raise
-            raise CheckpointError(
-                f"{checkpoint_path} holds no base weights, so not the module that {cls.__name__} was given as "
-                f"{listed(map(repr, absent))}. Pass it: "
-                f"load_from_checkpoint({cls.__name__}, path, {', '.join(f'{name}=...' for name in absent)})."
-            ) from error
+        module = cls.load_from_checkpoint(bare, strict=False, weights_only=False, **kwargs)
     for name, config in metadata["configs"].items():
         try:
             inject(submodule(module, name), LoRAConfig(**config), start=False)
         except (TargetError, AttributeError) as error:
+            why = f"it has no module {name!r}." if isinstance(error, AttributeError) else str(error)
             raise AdapterFormatError(
-                f"{checkpoint_path} does not fit {cls.__name__}: {error} If its layers are built in setup(), which "
+                f"{checkpoint_path} does not fit {cls.__name__}: {why} If its layers are built in setup(), which "
                 "only a Trainer calls, pass the checkpoint to the Trainer as ckpt_path, or build them in "
                 "configure_model()."
             ) from error
@@ -152,21 +139,27 @@ def load_from_checkpoint(
     return module.to(next(iter(checkpoint["state_dict"].values())).device)
 
 
-@contextmanager
-def reading(path: Any) -> Iterator[None]:
-    """Raises CheckpointError, naming the file, for whatever torch raises on one that is not a whole checkpoint."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, PermissionError) or not os.path.exists(path):
-            raise
-        broken = isinstance(error, (EOFError, OSError)) or "PytorchStreamReader" in str(error)
-        if not broken and zipfile.is_zipfile(path):
-            raise  # torch's own message says what to do, on weights_only for example
+def check_given(cls: type[LightningModule], checkpoint: Mapping[str, Any], given: Mapping[str, Any], path: Any) -> None:
+    """Raise CheckpointError where the constructor of `cls` would go without an argument that held the base.
+
+    An argument with a default would get that, which may be another than the one that was trained.
+    """
+    if "hparams_file" in given:
+        return
+    parameters = inspect.signature(cls.__init__).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    whole = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # of one argument that all hyperparameters are in
+    absent: dict[str, str] = {}
+    for place in checkpoint[METADATA].get(LEFT_OUT, ()):
+        argument = str(whole) if whole in parameters else place.partition(".")[0]
+        if argument not in given and (takes_any or argument in parameters):
+            absent[place] = argument
+    if absent:
+        arguments = ", ".join(f"{name}=..." for name in dict.fromkeys(absent.values()))
         raise CheckpointError(
-            f"{path} is not a whole checkpoint: it is truncated, or was not written by Lightning. "
-            "Take an earlier one from the same folder."
-        ) from error
+            f"{path} holds no base weights, so not what {cls.__name__} was given as {listed(map(repr, absent))}. Pass "
+            f"it: load_from_checkpoint({cls.__name__}, path, {arguments})."
+        )
 
 
 def accept_adapters(module: nn.Module) -> None:

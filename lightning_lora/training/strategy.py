@@ -6,18 +6,14 @@ user chose. It stays after the run, so that a later `trainer.save_checkpoint` wr
 
 from __future__ import annotations
 
-import os
-import shutil
 from abc import ABC
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins import DoublePrecision
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -39,20 +35,22 @@ from lightning_lora.engine.shown import parameter_itself
 from lightning_lora.engine.state import describe_base, load_adapter_state_dict, names_in_state_dict
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.tree import Tree, submodule
-from lightning_lora.errors import CheckpointError, TrainingError, listed
+from lightning_lora.errors import TrainingError, listed
 from lightning_lora.hub import adapter_root, save_adapter
-from lightning_lora.hub.resume import local_checkpoint
+from lightning_lora.hub.atomic import remove_folder
+from lightning_lora.hub.resume import is_local, local_path
 from lightning_lora.training.base_watch import BaseWatch
 from lightning_lora.training.buffers import changed_buffers, restore_buffers
 from lightning_lora.training.calibrate import start_waiting
 from lightning_lora.training.checkpoint import (
+    LEFT_OUT,
     METADATA,
     check_metadata,
     checkpoint_adapter,
     checkpoint_metadata,
-    leave_out_modules,
-    reading,
 )
+from lightning_lora.training.checkpoint_file import read_checkpoint, write_whole_files
+from lightning_lora.training.hyperparameters import leave_out_base
 from lightning_lora.training.sharding import WholeCheckpoints
 
 if TYPE_CHECKING:
@@ -61,9 +59,8 @@ if TYPE_CHECKING:
     from lightning_lora.training.pushing import Pushing
 
     _Host = Strategy
-    _IOHost = TorchCheckpointIO
 else:
-    _Host = _IOHost = ABC  # their own base: only then do the layouts agree, and Python allows the swap
+    _Host = ABC  # their own base: only then do the layouts agree, and Python allows the swap
 
 
 @dataclass
@@ -131,8 +128,8 @@ class AdapterStrategy(_Host):
         restore_buffers(module, checkpoint[METADATA].get("buffers", {}))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        with local_checkpoint(checkpoint_path) as path, reading(checkpoint_path):
-            checkpoint = super().load_checkpoint(path, weights_only=weights_only)
+        load = super().load_checkpoint
+        checkpoint: dict[str, Any] = read_checkpoint(checkpoint_path, load, weights_only, io=self.checkpoint_io)
         if self.lightning_module is not None and has_adapters(self.lightning_module):
             checkpoint_adapter(checkpoint)
         return checkpoint
@@ -151,7 +148,8 @@ class AdapterStrategy(_Host):
         for names in (own, as_theirs) if in_state_dict else (own,):
             checkpoint.update({key: without_base(value, names) for key, value in checkpoint.items()})
         checkpoint[METADATA] = self._metadata(module)
-        leave_out_modules(checkpoint)
+        if left_out := leave_out_base(checkpoint, module):
+            checkpoint[METADATA][LEFT_OUT] = left_out
         super().save_checkpoint(checkpoint, filepath, storage_options)
         path = str(filepath)
         # Hidden files are the learning-rate and batch-size finders' own.
@@ -163,7 +161,9 @@ class AdapterStrategy(_Host):
         if not self.is_global_zero:
             return
         if folder is not None:
-            save_adapter(module, folder, tensors=checkpoint["state_dict"], known_base=known)
+            # A run that is killed between the two leaves the folder of an earlier step beside this checkpoint.
+            of = {"step": str(checkpoint["global_step"]), "epoch": str(checkpoint["epoch"])}
+            save_adapter(module, folder, tensors=checkpoint["state_dict"], known_base=known, metadata=of)
         elif self.lora.save_adapter:
             rank_zero_warn(f"No adapter folder was written beside {path}: it is not a local file.")
         if self.lora.push is not None:
@@ -180,7 +180,7 @@ class AdapterStrategy(_Host):
         if self.lora.save_adapter and self.is_global_zero and is_local(str(filepath)):
             folder = adapter_folder(str(filepath))
             if (folder / "adapter_config.json").exists():
-                shutil.rmtree(folder)
+                remove_folder(folder)
 
     def _base(self, module: nn.Module, name: str, root: nn.Module) -> dict[str, Any]:
         if name not in self.lora.bases or not self.lora.check_base:  # which lets a base go on that changes
@@ -195,33 +195,11 @@ class AdapterStrategy(_Host):
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        io = super().checkpoint_io
-        # The one that writes the file: a wrapper, such as AsyncCheckpointIO, may get another with each call.
-        writer: Any = io
-        while isinstance(writer, _WrappingCheckpointIO):
-            writer = writer.checkpoint_io
-        if type(writer) is TorchCheckpointIO:
-            writer.__class__ = swapped_class("Whole", WholeFileIO, TorchCheckpointIO)
-        return io
+        return write_whole_files(super().checkpoint_io)
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
-
-
-class WholeFileIO(_IOHost):
-    """Mixin in front of Lightning's plain CheckpointIO: a file is there whole, or not at all.
-
-    Lightning writes it to the folder for temporary files first and moves it, which is a copy where that is on another
-    file system.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if not is_local(str(path)):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        with _written_beside(str(path)) as beside:
-            super().save_checkpoint(checkpoint, beside, storage_options)
 
 
 def attach(strategy: Strategy, policy: AdapterPolicy) -> None:
@@ -254,7 +232,7 @@ def has_adapters(module: nn.Module) -> bool:
 
 def adapter_folder(checkpoint_path: str) -> Path:
     """The adapter folder that belongs to a checkpoint file: `best.ckpt` has `best-adapter`."""
-    return Path(checkpoint_path.removesuffix(".ckpt") + "-adapter")
+    return Path(local_path(checkpoint_path).removesuffix(".ckpt") + "-adapter")
 
 
 def without_base(value: Any, own: Mapping[str, str]) -> Any:
@@ -308,33 +286,3 @@ def freeze_new_norms(module: nn.Module) -> None:
             norm = submodule(submodule(module, root), name)
             if has_running_statistics(norm):
                 freeze_statistics(norm)
-
-
-def is_local(path: str) -> bool:
-    return "://" not in path or path.startswith("file://")
-
-
-@contextmanager
-def _written_beside(path: str) -> Iterator[str]:
-    """A path beside `path` to write to; it takes the place of `path` once it is whole, and is gone if it never is."""
-    beside = f"{path}.partial"
-    try:
-        yield beside
-        _flush_to_disk(beside)
-        os.replace(beside, path)
-    except OSError as error:
-        raise CheckpointError(
-            f"The checkpoint {path} could not be written ({error.strerror or error}). "
-            "Earlier checkpoints are as they were. Free some space, or check the folder's permissions."
-        ) from error
-    finally:
-        with suppress(OSError):
-            os.remove(beside)
-
-
-def _flush_to_disk(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

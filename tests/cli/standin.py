@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import lightning.pytorch as pl
 import torch
 from torch import nn
@@ -50,6 +53,27 @@ class Interrupting(Regression):
         if self.current_epoch == 1:
             raise KeyboardInterrupt
         return super().training_step(batch, batch_idx)
+
+
+class Terminated(Regression):
+    """Somebody sends SIGTERM to its process, in the step of that number."""
+
+    def __init__(self, width: int = 8, at: int = 5):
+        super().__init__(width)
+        self.at = at
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+class TerminatedEarly(Regression):
+    """Somebody sends SIGTERM to its process while it validates."""
+
+    def validation_step(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().validation_step(batch, batch_idx)
 
 
 class Sums(pl.LightningDataModule):

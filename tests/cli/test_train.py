@@ -5,8 +5,12 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 
 from tests.cli.conftest import THEIRS
@@ -76,6 +80,56 @@ def test_a_run_on_which_the_user_hits_ctrl_c_says_how_to_go_on(cli):
     command = next(line for line in cli.out.splitlines() if line.startswith("Go on with: "))
     arguments = shlex.split(command.removeprefix("Go on with: "))[1:]
     assert cli(*arguments, "task._target_=standin.Regression") == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")  # before the first validation
+@pytest.mark.parametrize(("step", "lora"), [(0, "default"), (3, "default"), (7, "default"), (5, "none")])
+def test_a_run_that_gets_sigterm_leaves_a_last_checkpoint_says_how_to_go_on_and_ends_with_143(cli, step, lora):
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.train("task._target_=standin.Terminated", f"task.at={step}", f"lora={lora}") == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert torch.load(cli.folder / "checkpoints/last.ckpt")["global_step"] == step + 1
+    command = next(line for line in cli.out.splitlines() if line.startswith("Go on with: "))
+    arguments = shlex.split(command.removeprefix("Go on with: "))[1:]
+    assert cli(*arguments, "task.at=-1", "hydra.run.dir=resumed") == 0
+
+
+class Runs:
+    """What leaves a mark when it is unpickled, as a pickle of a stranger's might do worse."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("mark"),)
+
+
+def test_a_checkpoint_of_the_whole_model_runs_no_code_from_an_address_either(cli):
+    assert cli.train("lora=none") == 0
+    torch.save({**torch.load(cli.folder / "checkpoints/last.ckpt"), "extra": Runs()}, "bad.ckpt")
+    torch.save(torch.load(cli.folder / "checkpoints/last.ckpt"), "good.ckpt")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    commands = (
+        ["train", *THEIRS, "lora=none"],
+        ["evaluate", f"run={cli.folder}"],
+        ["predict", f"run={cli.folder}"],
+    )
+    for command in commands:
+        assert cli(*command, f"ckpt_path={address}/bad.ckpt", "hydra.run.dir=again") == 2
+        assert "add_safe_globals" in cli.err
+        assert not Path("mark").exists()
+        assert cli(*command, f"ckpt_path={address}/good.ckpt", "hydra.run.dir=again") == 0
+    server.shutdown()
+    server.server_close()
+
+
+def test_sigterm_while_the_base_is_measured_is_not_forgotten(cli):
+    assert cli.train("task._target_=standin.TerminatedEarly") == 143
+    assert not (cli.folder / "checkpoints").exists()
+
+
+def test_evaluating_ends_with_143_too(cli):
+    assert cli.train() == 0
+    assert cli("evaluate", f"run={cli.folder}", "task._target_=standin.TerminatedEarly") == 143
 
 
 def test_without_a_logger_there_is_no_plot_and_nothing_claims_one(cli):

@@ -47,7 +47,7 @@ def test_all_of_it_is_flushed_before_it_takes_its_place_and_that_after(tmp_path,
 
 
 def test_so_it_is_where_the_interpreter_ends_and_starts_no_threads(tmp_path, flushed, monkeypatch):
-    monkeypatch.setattr(atomic, "ThreadPoolExecutor", None)
+    monkeypatch.setattr(atomic._thread, "start_new_thread", None)
     monkeypatch.setattr(atomic.threading, "main_thread", lambda: SimpleNamespace(is_alive=lambda: False))
     write_folder(tmp_path / "adapter", FILES)
     check(tmp_path / "adapter", flushed)

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from hanging import no_hang
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, load_from_checkpoint
 from lightning_lora.errors import CheckpointError
 
 from .lit import Lit, trainer
@@ -50,22 +52,26 @@ def resume(folder: Path, path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_leaves_whole_checkpoints(how: signal.Signals, moment: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), moment]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with no_hang():
             while not (tmp_path / moment).exists():
-                assert run.poll() is None, "it ended by itself"
+                assert process.poll() is None, "it ended by itself"
                 time.sleep(0.02)
-            run.send_signal(how)
+            process.send_signal(how)
             (tmp_path / "signalled").touch()
-            run.wait()
+            process.wait()
     finally:
-        run.kill()
-    assert run.returncode != 0 or how is signal.SIGTERM, "Lightning ends fit() in peace on SIGTERM"
+        process.kill()
+    assert process.returncode != 0 or how is signal.SIGTERM, "Lightning ends fit() in peace on SIGTERM"
     newest = assert_all_whole(tmp_path)[-1]
-    left = list(tmp_path.glob("*.partial"))
+    left = [path for path in tmp_path.iterdir() if path.suffix in (".partial", ".tmp")]
     assert not left or how is signal.SIGKILL
     resume(tmp_path, newest)
+    run = trainer(LoRACallback(rank=2), max_epochs=1)
+    run.fit(Lit())
+    run.save_checkpoint(tmp_path / "again.ckpt")
+    assert not any(path.exists() for path in left), "the next save takes away what was left"
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "adapter folder"])
@@ -126,3 +132,44 @@ def test_a_path_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="could not be written"):
         run.save_checkpoint(tmp_path / "file" / "x.ckpt")
     assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_two_runs_in_one_folder_both_end_and_leave_whole_checkpoints(tmp_path: Path) -> None:
+    """They write the same names at the same time."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[2]); from lightning.pytorch.callbacks import ModelCheckpoint;"
+        "from lightning_lora import LoRACallback; from training.lit import Lit, trainer;"
+        "saver = ModelCheckpoint(sys.argv[1], save_last=True, every_n_train_steps=1, enable_version_counter=False);"
+        "trainer(LoRACallback(rank=2), saver, max_epochs=8).fit(Lit())"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path), str(Path(__file__).parents[1])]
+    runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+    for run in runs:
+        _, errors = run.communicate(timeout=120)
+        assert run.returncode == 0, errors.decode()
+    assert_all_whole(tmp_path)
+    assert load_from_checkpoint(Lit, tmp_path / "last.ckpt")
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix in (".partial", ".tmp")]
+
+
+def test_a_folder_beside_a_checkpoint_says_which_step_it_is_of(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=2)
+    trainer(LoRACallback(rank=2), saver, max_epochs=1).fit(Lit())
+    for step in (2, 4):
+        with safe_open(tmp_path / f"step={step}-adapter" / "adapter_model.safetensors", "pt") as file:
+            note = file.metadata()
+        assert (note["step"], note["epoch"]) == (str(step), "0")
+
+
+def test_a_checkpoint_for_which_temporary_files_have_no_room_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = trainer(LoRACallback(rank=2), max_epochs=1)
+    run.fit(Lit())
+    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", full)
+    monkeypatch.setattr("lightning_lora.training.checkpoint_file.has_less_room", lambda path: True)
+    with pytest.raises(CheckpointError, match=r"temporary files, .*, is full .*set TMPDIR"):
+        run.save_checkpoint(tmp_path / "x.ckpt")

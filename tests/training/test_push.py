@@ -25,7 +25,7 @@ from huggingface_hub.utils import _http
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load
 
-from lightning_lora import HubPush, LoRACallback, LoRAConfig, push_adapter
+from lightning_lora import HubPush, LoRACallback, LoRAConfig, load_from_checkpoint, push_adapter
 from lightning_lora.engine import adapter_state_dict
 from lightning_lora.errors import ConfigError, HubAccessError, HubNotFoundError, HubUnavailableError
 from lightning_lora.hub import background, calls
@@ -186,6 +186,8 @@ def test_a_pushed_checkpoint_resumes_the_run(hub: HubServer, tmp_path: Path) -> 
         resumed = Lit()
         trainer(LoRACallback(rank=2), checkpoints(tmp_path / "half"), max_epochs=4).fit(resumed, ckpt_path=reference)
         assert torch.equal(torch.stack(resumed.losses), torch.stack(whole.losses[10:]))
+        loaded, ends = load_from_checkpoint(Lit, reference), half.state_dict()
+        assert all(torch.equal(value, ends[name]) for name, value in loaded.state_dict().items())
     with pytest.raises(HubNotFoundError, match=r"adapter_config\.json"):
         trainer(LoRACallback(rank=2), max_epochs=4).fit(Lit(), ckpt_path=f"hf://{REPO}/other.ckpt")
 

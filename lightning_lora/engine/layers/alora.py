@@ -7,7 +7,9 @@ arXiv:2504.12397).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +51,31 @@ class ALoRA(Adapter):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Running:
+    """A module that was given tokens, from when it is called until it returns."""
+
+    module: nn.Module
+    backward: int
+    """The backward pass that it is called in, to compute again what was not kept; -1 outside of any."""
+    is_outermost: bool = True
+    ids: Tensor | None = None
+    invoked: Tensor | None = None
+    """(rows, positions)"""
+    seen: Tensor | None = None
+    """The last tokens, in which an invocation may have begun."""
+
+
+class Own(threading.local):
+    """What each thread has for itself. A forward runs in one thread and awaits nothing, so that this keeps asyncio's
+    tasks apart too; torch.compile, which traces the hooks, knows it, and not a ContextVar."""
+
+    running: tuple[Running, ...] = ()
+    """Innermost first, of forwards inside of others too."""
+    last: Tensor | None = None
+    """What the last forward that ended invoked: for a head that is called by itself on what the model returned."""
+
+
 class Invocation:
     """Which positions of the tokens in the running forward come from the last occurrence of `tokens` on, row by row.
 
@@ -60,27 +87,36 @@ class Invocation:
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tuple(tokens)
-        self.invoked: Tensor | None = None
-        """(rows, positions), of the last forward."""
-        self.seen: Tensor | None = None
-        """Its last tokens, in which an invocation may have begun."""
-        self.inside: nn.Module | None = None
-        """The outermost module that is running and was given tokens."""
-        self.backward: tuple[int, list[Tensor]] = (-1, [])
-        """The backward pass that last reached outputs of forwards, and what was invoked in each of these."""
+        self.own = Own()
+        self.backwards: dict[int, list[Tensor]] = {}
+        """For each backward pass that is under way, in any thread: what was invoked in each forward that it reached."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return Invocation(self.tokens).__dict__
+    def __reduce__(self) -> Any:
+        return Invocation, (self.tokens,)
+
+    def running(self) -> Iterator[Running]:
+        """The modules of the forward that runs here, innermost first."""
+        for entry in self.own.running:
+            yield entry
+            if entry.is_outermost:
+                return
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook."""
-        if self.inside is not None:
-            return
         ids, cache = (_argument(module, name, args, kwargs) for name in ("input_ids", "past_key_values"))
-        if ids is None:  # a module inside may be given some
-            self.invoked = None
-            return
-        self.inside = module
+        around = list(self.running())
+        entry = Running(module, backward_pass(), ids=ids)
+        try:
+            # One that runs already is called by a forward of its own, inside of the other.
+            if around and all(e.module is not module for e in around) and _are_same(ids, around[0].ids):
+                entry = replace(around[0], module=module, is_outermost=False)
+            elif ids is not None:
+                invoked, seen = self._heard(ids, cache)
+                entry = replace(entry, invoked=invoked, seen=seen)
+        finally:  # `after` is called even if this raises
+            self.own.running = (entry, *self.own.running)
+
+    def _heard(self, ids: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
         goes_on = cache is not None and bool(cache.get_seq_length() > 0)
         nothing = ids.new_zeros(ids.shape[0], dtype=torch.bool), ids[:, :0]
         was, seen = getattr(cache, _MEMORY, nothing) if goes_on else nothing
@@ -90,35 +126,49 @@ class Invocation:
                 f"{ids.shape[0]}: rows of a cache cannot be chosen or repeated after the prompt."
             )
         if goes_on and ids.shape[1] == 1:
-            self.invoked = was[:, None]
+            invoked = was[:, None]
         else:
-            self.invoked = was[:, None] | self.from_last_occurrence(torch.cat([seen, ids], dim=1))[:, seen.shape[1] :]
-        self.seen = torch.cat([seen, ids], dim=1)[:, max(0, seen.shape[1] + ids.shape[1] - len(self.tokens) + 1) :]
+            invoked = was[:, None] | self.from_last_occurrence(torch.cat([seen, ids], dim=1))[:, seen.shape[1] :]
+        return invoked, torch.cat([seen, ids], dim=1)[:, max(0, seen.shape[1] + ids.shape[1] - len(self.tokens) + 1) :]
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """A forward hook, called where the forward raised as well."""
-        if self.inside is not module:
+        if not self.own.running or self.own.running[0].module is not module:
             return
-        self.inside = None
+        entry, *others = self.own.running
+        self.own.running = tuple(others)
+        if not entry.is_outermost:
+            return
+        self.own.last = entry.invoked
+        if entry.invoked is None:
+            return
         cache = _argument(module, "past_key_values", args, kwargs)
         cache = cache if cache is not None else getattr(output, "past_key_values", None)
-        if cache is not None and self.invoked is not None:
-            setattr(cache, _MEMORY, (self.invoked[:, -1], self.seen))
-        if torch.is_grad_enabled() and self.invoked is not None:
-            self._watch(output, self.invoked)
+        if cache is not None:
+            setattr(cache, _MEMORY, (entry.invoked[:, -1], entry.seen))
+        if torch.is_grad_enabled():
+            self._watch(output, entry.invoked)
 
     def _watch(self, output: Any, invoked: Tensor) -> None:
-        """Learn of it when a backward pass reaches `output`: checkpointed layers are then computed again."""
-        tensors = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
+        """Learn of it when a backward pass reaches `output`: checkpointed layers are then computed again, in whatever
+        thread autograd has for them."""
 
         def begins(_: Tensor) -> None:
             task = torch._C._current_graph_task_id()
-            others = self.backward[1] if self.backward[0] == task else []
-            self.backward = task, [*(o for o in others if o is not invoked), invoked]
+            if task not in self.backwards:
+                self.backwards[task] = []
+                engine: Any = torch.autograd.Variable._execution_engine
+                engine.queue_callback(lambda: self.backwards.pop(task, None))
+            forwards = self.backwards[task]
+            if all(other is not invoked for other in forwards):
+                forwards.append(invoked)
 
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(begins)
+        if isinstance(output, Tensor):
+            if output.requires_grad:
+                output.register_hook(begins)
+        elif isinstance(output, (Mapping, tuple, list)):
+            for inner in output.values() if isinstance(output, Mapping) else output:
+                self._watch(inner, invoked)
 
     def from_last_occurrence(self, ids: Tensor) -> Tensor:
         """(rows, positions): whether a position comes from the last occurrence of the tokens on, itself included."""
@@ -133,19 +183,24 @@ class Invocation:
 
     def at(self, output: Tensor) -> Tensor:
         """The positions of a layer's `output` (..., width), in its shape without the width."""
-        invoked = self.invoked
-        task, forwards = self.backward
-        if forwards and task == torch._C._current_graph_task_id():  # computed again, under gradient checkpointing
+        running, task = next(self.running(), None), backward_pass()
+        if running is not None and running.backward == task:
+            invoked = running.invoked
+        elif task == -1:
+            invoked = self.own.last
+        else:  # computed again, under gradient checkpointing
+            forwards = self.backwards.get(task, [])
             if len(forwards) > 1:
                 raise AdapterStateError(
                     "Under gradient checkpointing an adapter with alora_invocation_tokens needs a backward pass for "
                     "each forward: in one of several, it cannot be told for which a layer is computed again."
                 )
-            invoked = forwards[0]
+            invoked = forwards[0] if forwards else None
         if invoked is None:
             raise AdapterStateError(
                 "An adapter with alora_invocation_tokens looks for them in input_ids, and the model was given none: "
-                "call the model with input_ids, not with inputs_embeds, nor a part of it by itself."
+                "call the model with input_ids, not with inputs_embeds, nor a part of it by itself; under gradient "
+                "checkpointing, compute the loss from what the model returns."
             )
         shape = output.shape[:-1]
         if shape == invoked.shape:
@@ -206,6 +261,18 @@ def stop_listening(model: nn.Module) -> None:
                     module._forward_hooks_always_called,
                 ):
                     flags.pop(key, None)
+
+
+def backward_pass() -> int:
+    """The one that this is called from, -1 outside of any; what torch.compile traces is taken to be outside."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _are_same(ids: Tensor | None, others: Tensor | None) -> bool:
+    """Whether a module inside was given `others`, those of the one around it, itself or by their embeddings."""
+    if ids is None or ids is others:
+        return True
+    return others is not None and ids.shape == others.shape and torch.equal(ids, others.to(ids.device))
 
 
 def _argument(module: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

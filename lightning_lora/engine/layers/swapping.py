@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.engine.layers.base import BIAS, FACTORS, Adapter, AdapterSpec, is_adapter
 from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.shown import forget
-from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.swap import REMEMBERED, remembered, swapped_class
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError, TargetError
 
@@ -50,17 +50,30 @@ def _taken(module: nn.Module, names: frozenset[str]) -> str | None:
     return _taken_by_class(cls, names)
 
 
-@functools.cache
 def _taken_by_class(cls: type, names: frozenset[str]) -> str | None:
-    return min((name for name in names if hasattr(cls, name)), default=None)
+    known = remembered(cls)
+    if names not in known:
+        known[names] = min((name for name in names if hasattr(cls, name)), default=None)
+    found: str | None = known[names]
+    return found
 
 
-@functools.cache
 def _own_names(mixin: type) -> frozenset[str]:
     """What the mixin brings and nn.Module has not: a class with such a name would find ours in place of its own."""
+    known = remembered(mixin)
+    if _OWN not in known:
+        known[_OWN] = _find_own_names(mixin)
+    found: frozenset[str] = known[_OWN]
+    return found
+
+
+_OWN = "own names"
+
+
+def _find_own_names(mixin: type) -> frozenset[str]:
     geometry: Any = mixin
     defined = (name for cls in mixin.__mro__ if issubclass(cls, Adapter) for name in vars(cls))
-    ours = (n for n in defined if not hasattr(nn.Module, n) and n not in geometry.replaces)
+    ours = (n for n in defined if not hasattr(nn.Module, n) and n not in geometry.replaces and n != REMEMBERED)
     return frozenset((*FACTORS, "lora", *ours))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.errors import DataError
-from lightning_lora.training.tasks.causal_lm import IGNORED
+from lightning_lora.training.tasks.base import IGNORED
 
 PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_lora.training.tasks.causal_lm import IGNORED
+from lightning_lora.training.tasks.base import IGNORED
 
 FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": IGNORED}
 """What padding holds, by input; `input_ids` get the tokenizer's padding token. Position 0 starts a new example."""

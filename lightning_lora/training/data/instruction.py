@@ -18,7 +18,7 @@ from lightning_lora.training.data.collate import PadRows
 from lightning_lora.training.data.source import Source, require_columns
 from lightning_lora.training.data.text import Prompts
 from lightning_lora.training.models import ModelSource
-from lightning_lora.training.tasks.causal_lm import IGNORED
+from lightning_lora.training.tasks.base import IGNORED
 
 
 class InstructionData(SourceData):

@@ -12,21 +12,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from transformers import PreTrainedModel
 
 from lightning_lora.training.models import ModelSource
+from lightning_lora.training.tasks.window import WeighedWindow
 
 DEFAULT_LEARNING_RATE = 2e-4
+IGNORED = -100
+"""The label of a token or row that is read but not predicted, as torch's cross_entropy has it."""
 
 OptimizerFactory = Callable[..., optim.Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
 
 
-class Task(pl.LightningModule, ABC):
+class Task(WeighedWindow, ABC):
     """One kind of training on a transformers model.
 
     `optimizer` takes the trainable parameters; None is AdamW. `learning_rate` is the optimizer's `lr`: given here it
@@ -34,6 +36,11 @@ class Task(pl.LightningModule, ABC):
     and is stepped after every optimizer step; an argument of it that is named `num_training_steps` (transformers'
     schedules have one) and was not given is filled in from the trainer. A ReduceLROnPlateau is stepped after every
     validation, by `val_loss`.
+
+    An optimizer step is the mean over all tokens (or rows) of its micro-batches, in all processes: accumulation, DDP
+    and one large batch agree. A task of one's own gets that by returning `self.weighed(loss, count)` from
+    training_step, where `loss` is the mean over `count` of them; else every micro-batch counts the same, however much
+    is in it.
 
     A checkpoint does not hold these arguments: `load_from_checkpoint(path, model=ModelSource(...))`.
     """

@@ -12,10 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.training.models import ModelSource
-from lightning_lora.training.tasks.base import OptimizerFactory, SchedulerFactory, Task
-
-IGNORED = -100
-"""The label of a token that is read but not predicted."""
+from lightning_lora.training.tasks.base import IGNORED, OptimizerFactory, SchedulerFactory, Task
 
 
 class Perplexity(MeanMetric):
@@ -30,7 +27,8 @@ class CausalLM(Task):
 
     Batches are dicts of `input_ids`, `labels` (the same ids, -100 where nothing is to be predicted; the model shifts
     them) and maybe `attention_mask` or `position_ids`, all (rows, tokens). Logs train_loss, val_loss and
-    val_perplexity (test_...), every token counting the same over the whole epoch.
+    val_perplexity (test_...), every token counting the same over the whole epoch; so does it within an optimizer step,
+    over all its micro-batches and processes.
 
     `predict_step` gives one dict per row: `prompt` and `text`, its continuation of at most `max_new_tokens`;
     `temperature` 0 takes the likeliest token each time.
@@ -81,9 +79,11 @@ class CausalLM(Task):
         return self.model(**batch, use_cache=False)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self(batch).loss
-        self.log_training(loss, weight=predicted_tokens(batch))
-        return loss
+        tokens, output = predicted_tokens(batch), self(batch)
+        # The mean over no tokens is NaN. All processes need a backward, so it is a zero with the model behind it.
+        loss = output.loss if tokens else output.logits.sum() * 0.0
+        self.log_training(loss, weight=tokens)
+        return self.weighed(loss, tokens)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.training.models import ModelSource
-from lightning_lora.training.tasks.base import OptimizerFactory, SchedulerFactory, Task
+from lightning_lora.training.tasks.base import IGNORED, OptimizerFactory, SchedulerFactory, Task
 
 
 class Classification(Task):
@@ -82,9 +82,11 @@ class Classification(Task):
         return self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self(batch).float(), batch["labels"])
-        self.log_training(loss, weight=len(batch["labels"]))
-        return loss
+        logits, labels = self(batch).float(), batch["labels"]
+        rows = int((labels != IGNORED).sum())
+        loss = F.cross_entropy(logits, labels) if rows else logits.sum() * 0.0  # the mean over no rows is NaN
+        self.log_training(loss, weight=rows)
+        return self.weighed(loss, rows)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")

@@ -1,0 +1,187 @@
+"""A checkpoint's file. Reading it runs no code of a stranger's and lets no damaged byte in; written, it is there whole.
+
+torch.load does not look at the checksums that torch.save writes beside every tensor and the rest, and Lightning lets
+torch.load run what a pickle from an http address says.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from abc import ABC
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_lora.engine.swap import swapped_class
+from lightning_lora.errors import CheckpointError, listed
+from lightning_lora.hub.resume import is_local, is_on_hub, local_checkpoint, local_path
+from lightning_lora.hub.temporary import FULL, has_less_room, own_name, reason, remove_leftovers
+
+if TYPE_CHECKING:
+    _Host = TorchCheckpointIO
+else:
+    _Host = ABC  # its own base: only then do the layouts agree, and Python allows the swap
+
+_ZIP = b"PK"
+
+
+def read_checkpoint(
+    path: Any, load: Callable[..., Any], weights_only: bool | None = None, *, io: CheckpointIO | None = None
+) -> Any:
+    """`load(file, weights_only=...)` of a local file with what `path` refers to, wherever that is.
+
+    Without `weights_only` it is True: what LoRACallback saves needs no code to be run. `io` is what `load` calls, where
+    that is not Lightning's plain one: it may know places that we do not. Raises CheckpointError for a file that is
+    damaged, is no checkpoint, or holds what weights_only does not load.
+    """
+    safe = weights_only is not False
+    if not (is_local(path) or is_on_hub(path) or io is None or isinstance(_writer(io), WholeFileIO)):
+        return load(path, weights_only=safe)
+    with local_checkpoint(path) as local:
+        if os.path.isfile(local):
+            check_whole(local, path)
+        try:
+            return load(local, weights_only=safe)
+        except pickle.UnpicklingError as error:
+            if not zipfile.is_zipfile(local):
+                raise _not_whole(path) from error
+            raise CheckpointError(_needs_code(path, local, error)) from error
+        except Exception as error:
+            if isinstance(error, PermissionError) or not os.path.exists(local):
+                raise
+            broken = isinstance(error, (EOFError, OSError)) or "PytorchStreamReader" in str(error)
+            if not broken and zipfile.is_zipfile(local):
+                raise  # torch's own message says what to do, on map_location for example
+            raise _not_whole(path) from error
+
+
+@contextmanager
+def fetched(path: str | None) -> Iterator[str | None]:
+    """A local file with what `path` refers to elsewhere, for Lightning alone, where no LoRACallback is: from an http
+    address it would run what the pickle says. Raises CheckpointError for a file that is damaged."""
+    if path is None or is_local(path):
+        yield path
+        return
+    with local_checkpoint(path) as local:
+        check_whole(local, path)
+        try:
+            yield local
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(_needs_code(path, local, error)) from error
+
+
+def check_whole(file: str, path: Any) -> None:
+    """Raise CheckpointError, naming `path`, where `file` is one of torch's and not as it was written."""
+    with open(file, "rb") as opened:
+        if opened.read(len(_ZIP)) != _ZIP and not zipfile.is_zipfile(opened):
+            return  # of another format, which torch.load may know
+    try:
+        with zipfile.ZipFile(file) as records:
+            if not any(record.CRC for record in records.infolist() if record.file_size):
+                rank_zero_warn(
+                    f"{path} was written without checksums (torch.serialization.set_crc32_options(False)), so damage "
+                    "to it would not be seen."
+                )
+                return
+            damaged = records.testzip()
+    except PermissionError:
+        raise
+    except Exception as error:  # zipfile raises what it happens to meet: BadZipFile, zlib's, NotImplementedError
+        raise _not_whole(path) from error
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path} is damaged: the checksum of its record {damaged!r} is not that of its content. Nothing was "
+            "loaded. Copy it again, or take another checkpoint from the same folder."
+        )
+
+
+def _not_whole(path: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a whole checkpoint: it is truncated or damaged, or was not written by Lightning. "
+        "Take an earlier one from the same folder."
+    )
+
+
+def _needs_code(path: Any, local: str, error: Exception) -> str:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(local)
+    except Exception:  # it reads the same pickle
+        names = []
+    what = f"objects of {listed(sorted(names), 4)}" if names else f"what torch refuses ({str(error).splitlines()[0]})"
+    return (
+        f"{path} holds {what}, and loading those may run code of whoever wrote the file. Nothing was loaded. If you "
+        "trust it, allow these classes with torch.serialization.add_safe_globals([...]), or pass weights_only=False "
+        "to what you called (fit, validate, test, predict or load_from_checkpoint). Hyperparameters that are plain "
+        "values, lists and dicts need neither."
+    )
+
+
+def write_whole_files(io: CheckpointIO) -> CheckpointIO:
+    """`io`, which writes files whole or not at all from now on, if it is Lightning's plain one or wraps that."""
+    writer: Any = _writer(io)
+    if type(writer) is TorchCheckpointIO:
+        writer.__class__ = swapped_class("Whole", WholeFileIO, TorchCheckpointIO)
+    return io
+
+
+def _writer(io: CheckpointIO) -> CheckpointIO:
+    """The one that writes the file: a wrapper, such as AsyncCheckpointIO, may get another with each call."""
+    while isinstance(io, _WrappingCheckpointIO) and io.checkpoint_io is not None:
+        io = io.checkpoint_io
+    return io
+
+
+class WholeFileIO(_Host):
+    """Mixin in front of Lightning's plain CheckpointIO: a file is there whole, or not at all.
+
+    Lightning writes it to the folder for temporary files first and moves it, which is a copy where that is on another
+    file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        sums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(True)  # reading looks at them
+        try:
+            if not is_local(path):
+                super().save_checkpoint(checkpoint, path, storage_options)
+                return
+            with _written_beside(local_path(path)) as beside:
+                super().save_checkpoint(checkpoint, beside, storage_options)
+        finally:
+            torch.serialization.set_crc32_options(sums)
+
+
+@contextmanager
+def _written_beside(path: str) -> Iterator[str]:
+    """A path beside `path` to write to; it takes the place of `path` once it is whole, and is gone if it never is."""
+    remove_leftovers(os.path.dirname(path))
+    beside = own_name(f"{path}.", ".partial")  # two runs may write one checkpoint: the last one stays, whole
+    try:
+        yield beside
+        _flush_to_disk(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        why = f"({error.strerror or error}). Earlier checkpoints are as they were."
+        if error.errno in FULL and has_less_room(path):
+            advice = f"Lightning writes it to the folder for temporary files first: {reason(error)}"
+        else:
+            advice = "Free some space, or check the folder's permissions."
+        raise CheckpointError(f"The checkpoint {path} could not be written {why} {advice}") from error
+    finally:
+        with suppress(OSError):
+            os.remove(beside)
+
+
+def _flush_to_disk(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
