@@ -58,6 +58,31 @@ def restore_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
             record[name] = _RESTORED
 
 
+class BufferWatch:
+    """Copies of small buffers as they were when the running batch began: it may be trained on again from there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._copies: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self.note()
+
+    def note(self) -> None:
+        for name, buffer in self._changed():
+            self._copies[name] = (buffer, buffer._version, buffer.detach().clone())
+
+    def before(self) -> dict[str, Tensor]:
+        """Those that have changed since `note`, as they were then."""
+        return {name: self._copies[name][2] for name, _ in self._changed() if name in self._copies}
+
+    def _changed(self) -> list[tuple[str, Tensor]]:
+        small = ((name, b) for name, b in self._module.named_buffers() if b.numel() <= _SAMPLE >> 4)
+        return [(n, b) for n, b in small if not ((known := self._copies.get(n)) and _is_same(b, *known))]
+
+
+def _is_same(buffer: Tensor, known: Tensor, version: int, _: Tensor) -> bool:
+    return buffer is known and buffer._version == version
+
+
 def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The persistent buffers that are no part of the adapter, each under its first name."""
     seen = {id(tensor) for tensor in adapter_tensors(module).values()}

@@ -50,6 +50,7 @@ from lightning_lora.training.checkpoint import (
     leave_out_modules,
     reading,
 )
+from lightning_lora.training.resume import ExactResume
 from lightning_lora.training.sharding import WholeCheckpoints
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class AdapterPolicy:
     push: Pushing | None = None
     init_batches: int = 16
     product_decay: float | None = None
+    resume: ExactResume = field(default_factory=ExactResume)
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What tells the base from others, once it was needed; frozen weights do not change. By the name of the module to
     which the names of its weights are relative."""
@@ -141,6 +143,9 @@ class AdapterStrategy(_Host):
         own = adapter_tensors(module).keys()
         checkpoint.update({key: without_base(value, own) for key, value in checkpoint.items()})
         checkpoint[METADATA] = self._metadata(module)
+        before = self.lora.resume.values_before_batch()
+        for values in (checkpoint["state_dict"], checkpoint[METADATA].get("buffers", {})):
+            values.update({name: before[name] for name in values.keys() & before.keys()})
         leave_out_modules(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
         path = str(filepath)

@@ -1,0 +1,318 @@
+"""Exact resumption: a run that was stopped anywhere and goes on from a checkpoint is the run that was not stopped.
+
+Lightning restores loops, optimizers and schedulers. It restores no random state, no place in the data, no gradients of
+an open accumulation window and no metrics of an epoch that is not through, and its counters say different things of
+one and the same place. Here a checkpoint says where the run is in these words:
+
+    between   the next thing is the start of an epoch
+    inside    in an epoch, `batches` of it trained on; the end of the last one (its validation) has to come or has been
+    end       all batches of an epoch and the hooks of its end are through, its plateau schedules are not
+
+A batch that a checkpoint was saved in the middle of counts as not begun: it is trained on again, from what the run held
+when the batch began. What hooks draw between the end of a batch and the start of the next one does not count, nor what
+validation draws: the random state goes back to where the batch left it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from lightning_lora.engine.swap import swapped_class
+from lightning_lora.training.buffers import BufferWatch
+from lightning_lora.training.epoch_metrics import epoch_metrics, plain_metrics
+from lightning_lora.training.going_on import enter, restore, tensors
+from lightning_lora.training.gradients import gradients, versions
+from lightning_lora.training.loader_state import LoaderState
+from lightning_lora.training.randomness import RandomState, random_state, set_random_state
+from lightning_lora.training.watched_loader import LoaderStart, is_watched, watch
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    _LoopHost = _TrainingEpochLoop
+else:
+    _LoopHost = object
+
+
+class ExactResume:
+    """The part of the callback that makes a resumed run the run that was not interrupted."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        """The one that trains, or trained last."""
+        self.saved: list[dict[str, Any] | None] | None = None
+        """What a checkpoint brought, of each process, until training starts."""
+        self.entry: dict[str, Any] | None = None
+        """Of that, what waits for the first batch."""
+        self.random: RandomState = {}
+        self.random_at = -1
+        """After how many batches, of all epochs, `random` was the random state."""
+        self.before: dict[str, Any] = {}
+        """What the run held when the running batch, or the running validation, began."""
+        self.gradients: dict[str, Tensor] | None = None
+        """Those that were there before the running batch added its own."""
+        self.ended = -1
+        """After how many batches the end of the last one, its validation, was through."""
+        self.validated = -1
+        """After how many batches a validation was last through."""
+        self.cut = False
+        """Whether max_steps, max_time or early stopping ended the epoch before its last batch."""
+
+    # What a checkpoint holds of it.
+
+    def state_dict(self) -> dict[str, Any]:
+        own = self._state() if self.trainer is not None else {"random": random_state(), "place": None}
+        # Every process has its own generators and gradients: rank 0 saves them all.
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return {"ranks": [own]}
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        if self.trainer is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED:
+            # An exception may be this process's alone: nobody would answer a call to all of them.
+            ranks[torch.distributed.get_rank()] = own
+        else:
+            torch.distributed.all_gather_object(ranks, own)
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.saved = state["ranks"]
+
+    def _state(self) -> dict[str, Any]:
+        trainer = self.trainer
+        assert trainer is not None
+        place = self.place()
+        known = self.random_at == trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        held = self.before if self._is_amid() else self._held()
+        return {
+            "place": place,
+            "random": self.random if known else random_state(),
+            "own": held["own"],
+            "start": self.start.epoch if place["kind"] == "inside" else None,
+            "restarts": self.start.restarts if place["kind"] == "inside" else {},
+            "fetched": held["fetched"],
+            "metrics": plain_metrics(held["metrics"]) if place["kind"] == "inside" else None,
+            "gradients": self._open_gradients(),
+            "callback_metrics": tensors(trainer.callback_metrics),
+            "stopped_early": trainer.should_stop and any(_has_stopped(c) for c in trainer.callbacks),  # type: ignore[attr-defined]
+            "seeds": self.own.seeds(),
+            "changed_in_batch": self._in_batch() and self.before["versions"] != versions(trainer.lightning_module),
+        }
+
+    def place(self) -> dict[str, Any]:
+        """Where the run is."""
+        assert self.trainer is not None
+        fit_loop = self.trainer.fit_loop
+        epoch, batch = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress
+        done = batch.total.processed
+        if self.cut or epoch.started > epoch.processed:
+            started = epoch.started - 1
+            return {
+                "kind": "inside",
+                "epoch": started,
+                "batches": batch.current.processed,
+                "total": done,
+                "is_last": batch.is_last_batch and not self._in_batch(),
+                "ended": self.cut or self.ended == done,
+                "validated": self.validated == done,
+            }
+        kind = "end" if epoch.processed > epoch.completed else "between"
+        return {"kind": kind, "epoch": epoch.completed, "batches": batch.current.processed, "total": done}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Have Lightning's counters say where the run is, in the one way for which there is a way on from there."""
+        if self.trainer is None or "loops" not in checkpoint:
+            return
+        place, loops = self.place(), checkpoint["loops"]["fit_loop"]
+        if place["kind"] != "end":
+            begun = int(place["kind"] == "inside")
+            _set_counts(loops["epoch_progress"], place["epoch"], place["epoch"] + begun)
+        if place["kind"] == "inside":
+            batch = loops["epoch_loop.batch_progress"]
+            for counts, value in ((batch["current"], place["batches"]), (batch["total"], place["total"])):
+                counts.update(dict.fromkeys(counts, value))
+            batch["is_last_batch"] = place["is_last"]
+        step = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+        for counts in step.values():
+            counts["ready"] = counts["completed"]
+        if self._in_batch() and "combined_loader" in loops["state_dict"]:
+            loops["state_dict"]["combined_loader"] = self.before["loaders"]
+
+    def values_before_batch(self) -> dict[str, Tensor]:
+        """The buffers that the running batch has changed, as they were before it."""
+        return self.buffers.before() if self.trainer is not None and self._is_amid() else {}
+
+    def _in_batch(self) -> bool:
+        """Whether a batch is begun and not through."""
+        assert self.trainer is not None
+        epoch, batch = self.trainer.fit_loop.epoch_progress.current, self.trainer.fit_loop.epoch_loop.batch_progress
+        return epoch.started > epoch.processed and batch.current.ready > batch.current.processed
+
+    def _is_amid(self) -> bool:
+        """Whether the run is in the middle of a batch, or of a validation that has to be done again from its start."""
+        assert self.trainer is not None
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return self._in_batch() or (self.trainer.validating and self.validated != done and bool(self.before))
+
+    def _open_gradients(self) -> dict[str, Tensor]:
+        """The gradients that the next batch adds to."""
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        if self._in_batch() and self.gradients is not None:
+            return self.gradients
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        window = self.trainer.accumulate_grad_batches
+        if module.automatic_optimization and epoch_loop.batch_progress.current.processed % window == 0:
+            return {}  # the next batch starts from none
+        if self.place()["kind"] != "inside" and module.automatic_optimization:
+            return {}
+        return gradients(module)
+
+    # Noted while training goes on.
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # a save before training starts is of this run, not of the one before
+            self.trainer = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Go on where the checkpoint was saved, or start so that a later checkpoint can."""
+        self.trainer = trainer
+        ranks, self.saved, self.entry = self.saved, None, None
+        self.before, self.gradients = {}, None
+        self.ended = self.validated = -1
+        self.cut = False
+        self.buffers = BufferWatch(trainer.lightning_module)
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if not hasattr(epoch_loop, "lora_resume"):
+            epoch_loop.__class__ = swapped_class("Resumed", _ResumedEpochLoop, type(epoch_loop))
+        epoch_loop.lora_resume = self  # type: ignore[attr-defined]
+        self._watch_loaders()
+        if ranks is not None:
+            restore(self, trainer, ranks)
+        else:
+            self._note_random()
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        self.cut = False
+        fetcher = trainer.fit_loop._data_fetcher
+        if fetcher is not None and not is_watched(fetcher.combined_loader):  # loaders are made anew for each epoch
+            self._watch_loaders()
+        set_random_state(self.random)
+
+    def begin_batch(self, fetcher: Any) -> bool:
+        """Before a batch is fetched. Returns whether one is: the first call after resuming may have to end another."""
+        trainer = self.trainer
+        assert trainer is not None
+        entry, self.entry = self.entry, None
+        batch = trainer.fit_loop.epoch_loop.batch_progress
+        if entry is not None:
+            enter(self, trainer, entry, fetcher)
+            if not entry["place"]["ended"]:
+                return False
+            if entry["place"]["is_last"]:
+                raise StopIteration
+        elif self.start.epoch is None and self._may_start_again(fetcher):
+            iter(fetcher)  # after all hooks that draw random numbers
+        if batch.current.ready:
+            set_random_state(self.random)
+        else:
+            self._note_random()
+        self.ended = batch.total.processed
+        self.before = self._held()
+        self.before["versions"] = versions(trainer.lightning_module)
+        self.gradients = None
+        return True
+
+    def on_before_backward(self, trainer: Trainer) -> None:
+        if self.gradients is None:
+            self.gradients = gradients(trainer.lightning_module)
+
+    def on_train_batch_end(self) -> None:
+        self._note_random()
+        self.before = {}
+
+    def on_validation_start(self) -> None:
+        set_random_state(self.random)
+        self.before = self._held()
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        self.validated = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def on_train_epoch_end(self, trainer: Trainer) -> None:
+        epoch_loop = trainer.fit_loop.epoch_loop
+        stopped = trainer.should_stop or 0 <= epoch_loop.max_steps <= epoch_loop.global_step
+        self.ended = epoch_loop.batch_progress.total.processed
+        self.cut = stopped and not epoch_loop._num_ready_batches_reached()
+
+    def _note_random(self) -> None:
+        assert self.trainer is not None
+        self.random = random_state()
+        self.random_at = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _held(self) -> dict[str, Any]:
+        trainer = self.trainer
+        assert trainer is not None
+        self.buffers.note()
+        fit_loop = trainer.fit_loop
+        loader, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
+        return {
+            "own": self.own.state(),
+            "metrics": epoch_metrics(trainer),
+            "loaders": loader._state_dicts() if loader is not None else [],
+            "fetched": fetcher.fetched if isinstance(fetcher, _DataLoaderIterDataFetcher) else None,
+        }
+
+    def _watch_loaders(self) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        train, validation = trainer.fit_loop._combined_loader, trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        loaders = {
+            f"{name} loader {i}": loader
+            for name, combined in (("train", train), ("validation", validation))
+            if combined is not None
+            for i, loader in enumerate(combined.flattened)
+        }
+        owners = {type(c).__name__: c for c in trainer.callbacks}  # type: ignore[attr-defined]
+        owners["module"] = trainer.lightning_module
+        if trainer.datamodule is not None:  # type: ignore[attr-defined]
+            owners["datamodule"] = trainer.datamodule  # type: ignore[attr-defined]
+        self.own = LoaderState(loaders, owners)
+        self.start = LoaderStart(self.own)
+        if train is not None:
+            watch(train, self.start)
+
+    def _may_start_again(self, fetcher: Any) -> bool:
+        """Not where an iterator of the loader's is its place in the data already."""
+        for loader in fetcher.combined_loader.flattened:
+            dataset = getattr(loader, "dataset", None)
+            once = isinstance(dataset, IterableDataset) and hasattr(dataset, "__next__")  # it is its own iterator
+            if once or hasattr(loader, "load_state_dict"):
+                return False
+        return True
+
+
+class _ResumedEpochLoop(_LoopHost):
+    """Mixin in front of Lightning's loop over the batches of an epoch."""
+
+    lora_resume: ExactResume
+
+    def advance(self, data_fetcher: Any) -> None:
+        if self.lora_resume.begin_batch(data_fetcher):
+            super().advance(data_fetcher)
+
+
+def _set_counts(progress: dict[str, Any], completed: int, ready: int) -> None:
+    for counts in progress.values():
+        counts.update(ready=ready, started=ready, processed=completed, completed=completed)
+
+
+def _has_stopped(callback: Any) -> bool:
+    return isinstance(callback, EarlyStopping) and (
+        callback.stopped_epoch > 0 or callback.wait_count >= callback.patience
+    )

@@ -1,0 +1,126 @@
+"""A CombinedLoader that tells the random state from which each of its iterators was made.
+
+Lightning makes one iterator for each epoch; from the random state before it comes the permutation of the data. The
+state afterwards is made the same whatever the loader drew, since that depends on workers and prefetching.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import IterDataPipe, get_worker_info
+from torch.utils.data._utils.worker import _generate_state
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from lightning_lora.training.loader_state import LoaderState
+from lightning_lora.training.randomness import RandomState, random_state, set_random_state
+
+
+class LoaderStart:
+    """From what the iterators of the running epoch were made."""
+
+    def __init__(self, own: LoaderState) -> None:
+        self.own = own
+        self.epoch: RandomState | None = None
+        self.restarts: dict[int, RandomState] = {}
+        """Of several loaders, the shorter ones start again when they are through, in mid-epoch: the last such start of
+        each, by its place among them."""
+        self.replayed: dict[int, RandomState] = {}
+        """The starts to make again while batches are skipped."""
+
+    def now(self) -> RandomState:
+        return {"global": random_state(), "own": self.own.state()}
+
+    def set(self, state: RandomState) -> None:
+        set_random_state(state["global"])
+        self.own.load(state["own"])
+
+
+def watch(loader: CombinedLoader, start: LoaderStart) -> None:
+    """Have `loader` note in `start` from what each of its iterators is made."""
+    if not hasattr(loader, "lora_start"):
+        loader.__class__ = _watched_class(type(loader))
+    loader.lora_start = start  # type: ignore[attr-defined]
+
+
+def is_watched(loader: CombinedLoader) -> bool:
+    return hasattr(loader, "lora_start")
+
+
+@functools.cache
+def _watched_class(base_class: type[CombinedLoader]) -> type[CombinedLoader]:
+    def __iter__(self: Any) -> Any:  # noqa: N807
+        start: LoaderStart = self.lora_start
+        start.epoch = start.now()
+        before = start.epoch["global"]
+        for loader in self.flattened:
+            _seed_persistent_workers(loader)
+        iterator = base_class.__iter__(self)
+        set_random_state(before)
+        torch.empty((), dtype=torch.int64).random_()
+        start.restarts = {}
+        if len(self.flattened) > 1:
+            self._iterator.iterables = [_Restarting(*item, start) for item in enumerate(self.flattened)]
+        return iterator
+
+    return type(f"Watched{base_class.__name__}", (base_class,), {"__iter__": __iter__})
+
+
+class _Restarting:
+    """A loader whose iterators are all but the first of an epoch."""
+
+    def __init__(self, place: int, loader: Any, start: LoaderStart) -> None:
+        self.place, self.loader, self.start, self.count = place, loader, start, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.count += 1
+        before = self.start.replayed.get(self.place)
+        if before is not None and before["count"] == self.count:
+            self.start.set(before)
+        self.start.restarts[self.place] = {**self.start.now(), "count": self.count}
+        _seed_persistent_workers(self.loader)
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def _seed_persistent_workers(loader: Any) -> None:
+    """Give the worker processes of `loader` that go on from an earlier epoch new seeds, as new ones would get them.
+
+    Nobody can read their random state. They would go on from it, and a resumed run's new workers would not.
+    """
+    iterator = getattr(loader, "_iterator", None)
+    if isinstance(iterator, _MultiProcessingDataLoaderIter) and not isinstance(loader.dataset, IterDataPipe):
+        seed = torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item()
+        iterator._base_seed = seed  # type: ignore[assignment]
+        iterator._shared_seed = _WorkerSeed(seed)  # type: ignore[assignment]
+
+
+class _WorkerSeed:
+    """It comes to each worker with the message that a new epoch begins; unpickling it there seeds the worker."""
+
+    def __init__(self, seed: Any) -> None:
+        self.seed = seed
+
+    def __reduce__(self) -> Any:
+        return (_seed_worker, (self.seed,))
+
+
+def _seed_worker(base_seed: int) -> None:
+    """Seed the generators of this worker process, as torch does when it starts one."""
+    info: Any = get_worker_info()
+    if info is None:
+        return
+    random.seed(base_seed + info.id)
+    torch.manual_seed(base_seed + info.id)
+    info.__dict__["seed"] = base_seed + info.id
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(_generate_state(base_seed, info.id))
