@@ -100,6 +100,7 @@ def enter(resume: ExactResume, trainer: Trainer, saved: dict[str, Any], fetcher:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):  # it acts when an epoch starts, and this one has
             callback.on_train_epoch_start(trainer)
+    resume.fetched_at = {place["total"] - 1: saved["fetched_at"] or resume.random}
     resume.validated = place["total"] if place["validated"] else -1
     epoch_loop._skip_next_val = place["validated"] and not place["ended"]
     resume.random, resume.random_at = saved["random"], place["total"]
@@ -117,7 +118,9 @@ def _skip(start: LoaderStart, saved: dict[str, Any], fetcher: Any) -> None:
     items = fetcher
     if isinstance(fetcher, _DataLoaderIterDataFetcher):
         items = fetcher.iterator_wrapper
-    for _ in range(saved["fetched"] if saved["fetched"] is not None else saved["place"]["batches"]):
+    for left in reversed(range(saved["fetched"] if saved["fetched"] is not None else saved["place"]["batches"])):
+        if left == 0 and saved["fetched_at"] is not None:  # the batch that comes after it is fetched with it
+            set_random_state(saved["fetched_at"])
         next(items)
     start.replayed = {}
     start.epoch = saved["start"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
@@ -55,6 +55,8 @@ class ExactResume:
         self.random: RandomState = {}
         self.random_at = -1
         """After how many batches, of all epochs, `random` was the random state."""
+        self.fetched_at: dict[int, RandomState] = {}
+        """The random state when the last two batches were fetched, by the number of batches before them."""
         self.before: dict[str, Any] = {}
         """What the run held when the running batch, or the running validation, began."""
         self.gradients: dict[str, Tensor] | None = None
@@ -97,6 +99,7 @@ class ExactResume:
             "start": self.start.epoch if place["kind"] == "inside" else None,
             "restarts": self.start.restarts if place["kind"] == "inside" else {},
             "fetched": held["fetched"],
+            "fetched_at": self.fetched_at.get(place["total"] - 1) if self._fetches_ahead() else None,
             "metrics": plain_metrics(held["metrics"]) if place["kind"] == "inside" else None,
             "gradients": self._open_gradients(),
             "callback_metrics": tensors(trainer.callback_metrics),
@@ -184,7 +187,7 @@ class ExactResume:
         """Go on where the checkpoint was saved, or start so that a later checkpoint can."""
         self.trainer = trainer
         ranks, self.saved, self.entry = self.saved, None, None
-        self.before, self.gradients = {}, None
+        self.before, self.gradients, self.fetched_at = {}, None, {}
         self.ended = self.validated = -1
         self.cut = False
         self.buffers = BufferWatch(trainer.lightning_module)
@@ -223,7 +226,8 @@ class ExactResume:
             set_random_state(self.random)
         else:
             self._note_random()
-        self.ended = batch.total.processed
+        self.ended = done = batch.total.processed
+        self.fetched_at = {done: self.random, done - 1: self.fetched_at.get(done - 1, self.random)}
         self.before = self._held()
         self.before["versions"] = versions(trainer.lightning_module)
         self.gradients = None
@@ -267,6 +271,12 @@ class ExactResume:
             "loaders": loader._state_dicts() if loader is not None else [],
             "fetched": fetcher.fetched if isinstance(fetcher, _DataLoaderIterDataFetcher) else None,
         }
+
+    def _fetches_ahead(self) -> bool:
+        """Whether Lightning fetches each batch before the one ahead of it is trained on, to know which is the last."""
+        assert self.trainer is not None
+        fetcher = self.trainer.fit_loop._data_fetcher
+        return isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is None
 
     def _watch_loaders(self) -> None:
         trainer = self.trainer

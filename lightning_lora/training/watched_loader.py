@@ -120,7 +120,7 @@ def _seed_worker(base_seed: int) -> None:
         return
     random.seed(base_seed + info.id)
     torch.manual_seed(base_seed + info.id)
-    info.__dict__["seed"] = base_seed + info.id
+    object.__setattr__(info, "seed", base_seed + info.id)  # its own __setattr__ lets nobody
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(_generate_state(base_seed, info.id))
