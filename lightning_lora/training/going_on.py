@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as EpochStage
@@ -43,6 +43,9 @@ def restore(resume: ExactResume, trainer: Trainer, ranks: list[dict[str, Any] | 
     if place is None:  # saved before training started, or without it
         set_random_state(resume.random)
         return
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback._last_global_step_saved = resume.saved_at.get(callback.state_key, 0)
     epoch_loop = fit_loop.epoch_loop
     every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
     if every:  # Lightning counts from the epoch of the checkpoint, not from the last one that loaded anew

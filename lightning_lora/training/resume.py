@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -50,6 +50,8 @@ class ExactResume:
         """The one that trains, or trained last."""
         self.saved: list[dict[str, Any] | None] | None = None
         """What a checkpoint brought, of each process, until training starts."""
+        self.saved_at: dict[str, int] = {}
+        """At which step each ModelCheckpoint had last saved, in that checkpoint."""
         self.entry: dict[str, Any] | None = None
         """Of that, what waits for the first batch."""
         self.random: RandomState = {}
@@ -305,6 +307,19 @@ class ExactResume:
             if once or hasattr(loader, "load_state_dict"):
                 return False
         return True
+
+
+def steps_saved(trainer: Trainer, path: str) -> dict[str, int]:
+    """At which step each ModelCheckpoint last saved, once that is done which is about to write to `path`.
+
+    It notes the step afterwards, so that its own state does not tell, and a resumed run saved again after one batch.
+    """
+    steps = {}
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            saves = path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
+            steps[callback.state_key] = trainer.global_step if saves else callback._last_global_step_saved
+    return steps
 
 
 class _ResumedEpochLoop(_LoopHost):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fsspec.core import url_to_fs
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -50,7 +51,7 @@ from lightning_lora.training.checkpoint import (
     leave_out_modules,
     reading,
 )
-from lightning_lora.training.resume import ExactResume
+from lightning_lora.training.resume import ExactResume, steps_saved
 from lightning_lora.training.sharding import WholeCheckpoints
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class AdapterStrategy(_Host):
             self.precision_plugin.convert_module(module)  # values that float32 would round
         load_adapter_state_dict(module, checkpoint["state_dict"])
         restore_buffers(module, checkpoint[METADATA].get("buffers", {}))
+        self.lora.resume.saved_at = checkpoint[METADATA].get("saved_at", {})
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         with local_checkpoint(checkpoint_path) as path, reading(checkpoint_path):
@@ -146,6 +148,7 @@ class AdapterStrategy(_Host):
         before = self.lora.resume.values_before_batch()
         for values in (checkpoint["state_dict"], checkpoint[METADATA].get("buffers", {})):
             values.update({name: before[name] for name in values.keys() & before.keys()})
+        checkpoint[METADATA]["saved_at"] = steps_saved(module.trainer, str(filepath))
         leave_out_modules(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
         path = str(filepath)
@@ -171,11 +174,24 @@ class AdapterStrategy(_Host):
             self.lora.push.abort()
 
     def remove_checkpoint(self, filepath: Any) -> None:
+        if not is_local(str(filepath)) and not self._may_remove(str(filepath)):
+            rank_zero_info(f"{filepath} is kept: it belongs to the run that this one went on from.")
+            return
         super().remove_checkpoint(filepath)
         if self.lora.save_adapter and self.is_global_zero and is_local(str(filepath)):
             folder = adapter_folder(str(filepath))
             if (folder / "adapter_config.json").exists():
                 shutil.rmtree(folder)
+
+    def _may_remove(self, remote: str) -> bool:
+        """What Lightning asks of local files alone (Lightning's issue 21813): a checkpoint of this run's own folders,
+        and not the one that it went on from."""
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        if trainer is None:
+            return True
+        folders = [c.dirpath for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None) is not None]
+        same = trainer.ckpt_path is not None and _place(remote) == _place(trainer.ckpt_path)
+        return not same and any(_place(remote).startswith(f"{_place(folder)}/") for folder in folders)
 
     def _base(self, module: nn.Module, name: str, root: nn.Module) -> dict[str, Any]:
         if name not in self.lora.bases:
@@ -300,6 +316,13 @@ def freeze_new_norms(module: nn.Module) -> None:
             norm = module.get_submodule(root).get_submodule(name)
             if has_running_statistics(norm):
                 freeze_statistics(norm)
+
+
+def _place(url: Any) -> str:
+    """One spelling for each place: "memory://run", "memory:///run/" and the file system's own name for it are the
+    same."""
+    filesystem, path = url_to_fs(str(url))
+    return f"{type(filesystem).__name__}:{path.rstrip('/')}"
 
 
 def is_local(path: str) -> bool:

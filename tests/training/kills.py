@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
 )
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
@@ -40,7 +40,7 @@ from training.lit import data, net, trainer
 EPOCHS, BATCHES = 3, 6
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818
     pass
 
 
@@ -131,7 +131,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "replacement": lambda: DataLoader(
         Rows(), 4, sampler=RandomSampler(Rows(), replacement=True, num_samples=24, generator=seeded())
     ),
-    "weighted": lambda: DataLoader(Rows(), 4, sampler=WeightedRandomSampler([1.0] * 12 + [2.0] * 12, 24, True, seeded())),
+    "weighted": lambda: DataLoader(
+        Rows(), 4, sampler=WeightedRandomSampler([1.0] * 12 + [2.0] * 12, 24, True, seeded())
+    ),
     "counting sampler": lambda: DataLoader(Rows(), 4, sampler=Counting()),
     "sampler with set_epoch": lambda: DataLoader(Rows(), 4, sampler=Epochs()),
     "sampler with state": lambda: DataLoader(Rows(), 4, sampler=WithState()),
@@ -141,7 +143,8 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "stateful": lambda: StatefulDataLoader(Rows(), 4, shuffle=True),
     "stateful, generator": lambda: StatefulDataLoader(Rows(), 4, shuffle=True, generator=seeded()),
     "two": lambda: CombinedLoader(
-        [DataLoader(Rows(), 4, shuffle=True, generator=seeded()), DataLoader(data(12), 6, shuffle=True)], "max_size_cycle"
+        [DataLoader(Rows(), 4, shuffle=True, generator=seeded()), DataLoader(data(12), 6, shuffle=True)],
+        "max_size_cycle",
     ),
     "workers": lambda: DataLoader(Rows(), 4, shuffle=True, num_workers=2),
     "workers, generator": lambda: DataLoader(Rows(), 4, shuffle=True, num_workers=1, generator=seeded()),
@@ -261,7 +264,9 @@ SETTINGS: dict[str, Setting] = {
     "epochs": Setting(saver={"every_n_epochs": 1}),
     "epochs, at their end": Setting(saver={"every_n_epochs": 1, "save_on_train_epoch_end": True}),
     "best": Setting(saver={"monitor": "val_loss", "save_top_k": 2, "save_last": True}),
-    "best of training": Setting(saver={"monitor": "train_loss_epoch", "save_top_k": 2, "save_on_train_epoch_end": True}),
+    "best of training": Setting(
+        saver={"monitor": "train_loss_epoch", "save_top_k": 2, "save_on_train_epoch_end": True}
+    ),
     "no validation": Setting(trainer={"limit_val_batches": 0, "accumulate_grad_batches": 4}),
     "validation across epochs": Setting(trainer={"val_check_interval": 4, "check_val_every_n_epoch": None}),
     "validation every other epoch": Setting(trainer={"check_val_every_n_epoch": 2}),
@@ -279,7 +284,9 @@ SETTINGS: dict[str, Setting] = {
     "early stopping on training": Setting(
         stopping={"monitor": "train_loss_epoch", "patience": 1, "min_delta": 0.05, "check_on_train_epoch_end": True}
     ),
-    "manual": Setting(optimizers="manual", by_hand=("on_train_batch_end", "on_train_batch_start", "on_before_backward")),
+    "manual": Setting(
+        optimizers="manual", by_hand=("on_train_batch_end", "on_train_batch_start", "on_before_backward")
+    ),
     "manual, exceptions, validation": Setting(
         optimizers="manual", on_exception=True, trainer={"val_check_interval": 2}
     ),
@@ -294,7 +301,9 @@ SETTINGS: dict[str, Setting] = {
     "more epochs": Setting(grow=({"max_epochs": 1}, {"max_epochs": 2}), trainer={"accumulate_grad_batches": 4}),
     "more epochs, generator": Setting("generator", saver={}, grow=({"max_epochs": 1}, {"max_epochs": 2})),
     "max_steps, generator": Setting("generator", grow=({"max_steps": 8},), by_hand=("on_train_end",)),
-    "max_steps, early saves": Setting("two", saver={"save_last": True}, grow=({"max_steps": 8},), by_hand=("on_train_end",)),
+    "max_steps, early saves": Setting(
+        "two", saver={"save_last": True}, grow=({"max_steps": 8},), by_hand=("on_train_end",)
+    ),
     "reloaded": Setting(trainer={"reload_dataloaders_every_n_epochs": 1, "accumulate_grad_batches": 4}),
     "reloaded, generator": Setting("generator", trainer={"reload_dataloaders_every_n_epochs": 2}),
     "bf16": Setting(trainer={"precision": "bf16-mixed", "accumulate_grad_batches": 4}, by_hand=HOOKS),
@@ -309,7 +318,7 @@ class ByHand(Callback):
 
     def save(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self.calls += 1
-        if self.calls % 3 == 0 and not trainer.sanity_checking and trainer.training or trainer.validating:
+        if (self.calls % 3 == 0 and not trainer.sanity_checking and trainer.training) or trainer.validating:
             trainer.save_checkpoint(self.folder / f"by-hand-{random_name()}.ckpt")
 
 
@@ -352,7 +361,7 @@ def fit(setting: Setting, folder: Path, at: int | None = None, ckpt: Path | None
     module.train_dataloader = LOADERS[setting.loader]  # type: ignore[method-assign]
     module.val_dataloader = lambda: DataLoader(data(12), 4)  # type: ignore[method-assign]
     try:
-        run.fit(module, ckpt_path=ckpt or ("" if False else None))
+        run.fit(module, ckpt_path=ckpt)
     except Killed:
         return module, run, killer.calls, True
     return module, run, killer.calls, False
@@ -360,7 +369,7 @@ def fit(setting: Setting, folder: Path, at: int | None = None, ckpt: Path | None
 
 def end(module: Lit, run: pl.Trainer) -> dict[str, Any]:
     """What two runs have to agree in when they end."""
-    state = {f"{i} {k} {n}": v for i, o in enumerate(run.optimizers) for k, s in o.state.items() for n, v in s.items()} and {}
+    state: dict[str, Any] = {}
     for i, optimizer in enumerate(run.optimizers):
         for j, values in optimizer.state_dict()["state"].items():
             state |= {f"optimizer {i} {j} {name}": value for name, value in values.items() if isinstance(value, Tensor)}
@@ -372,12 +381,11 @@ def end(module: Lit, run: pl.Trainer) -> dict[str, Any]:
         "global_step": torch.tensor(run.global_step),
         "waited": torch.tensor(stopping.wait_count if stopping else 0),
         "stepped": torch.tensor(run.fit_loop.epoch_loop._batches_that_stepped),
-        "random": torch.rand(1) if False else torch.zeros(1),
     }
 
 
 def check(setting: Setting, chance: random.Random, kills: int, folder: Path) -> list[str]:
-    """Kill a run so many times, resume it each time from one of its checkpoints, and say what differs from the other."""
+    """Kill a run so many times, resume it each time from one of its checkpoints; what differs from the whole run."""
     whole, whole_run, calls, _ = fit(setting, folder / "whole")
     expected, wrong = end(whole, whole_run), []
     own, ckpt, killed, story = folder / "killed", None, 0, []
@@ -410,7 +418,11 @@ def check(setting: Setting, chance: random.Random, kills: int, folder: Path) -> 
         ckpt = saved[-1] if newest else chance.choice(saved)
         story.append(f"{'limits ' + str(limits) if limits else 'killed at call ' + str(at)}, resumed from {ckpt.name}")
     last = end(module, run)
-    return [f"{story}: {k} {last.get(k)} {v}" for k, v in expected.items() if not torch.equal(v, last.get(k, torch.zeros(0)))]
+    return [
+        f"{story}: {k} {last.get(k)} {v}"
+        for k, v in expected.items()
+        if not torch.equal(v, last.get(k, torch.zeros(0)))
+    ]
 
 
 if __name__ == "__main__":
