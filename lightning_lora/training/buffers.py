@@ -62,7 +62,12 @@ class BufferWatch:
     """Copies of small buffers as they were when the running batch began: it may be trained on again from there."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._owners = [
+            (f"{prefix}.{name}".lstrip("."), inner, name)
+            for prefix, inner in module.named_modules()
+            for name, buffer in inner.named_buffers(recurse=False)
+            if buffer.numel() <= _SAMPLE >> 4
+        ]
         self._copies: dict[str, tuple[Tensor, int, Tensor]] = {}
         self.note()
 
@@ -74,13 +79,11 @@ class BufferWatch:
         """Those that have changed since `note`, as they were then."""
         return {name: self._copies[name][2] for name, _ in self._changed() if name in self._copies}
 
-    def _changed(self) -> list[tuple[str, Tensor]]:
-        small = ((name, b) for name, b in self._module.named_buffers() if b.numel() <= _SAMPLE >> 4)
-        return [(n, b) for n, b in small if not ((known := self._copies.get(n)) and _is_same(b, *known))]
-
-
-def _is_same(buffer: Tensor, known: Tensor, version: int, _: Tensor) -> bool:
-    return buffer is known and buffer._version == version
+    def _changed(self) -> Iterator[tuple[str, Tensor]]:
+        for name, owner, key in self._owners:
+            buffer, (known, version, _) = owner._buffers.get(key), self._copies.get(name, (None, 0, None))
+            if buffer is not None and (buffer is not known or buffer._version != version):
+                yield name, buffer
 
 
 def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from torch import Tensor
 from torchmetrics import Metric
@@ -23,50 +23,63 @@ _REDUCTIONS = {torch.mean: "mean", torch.sum: "sum", sum: "sum", torch.max: "max
 Metrics = dict[str, Any]
 
 
-def epoch_metrics(trainer: Trainer) -> Metrics:
-    """What the running epoch has gathered. Logged values are not changed in place, so that they need no copy."""
-    logged = {
-        key: (metric, metric.has_reset, metric.value if metric.is_tensor else None, _count(metric))
-        for key, metric in trainer.fit_loop.epoch_loop._results.items()
-    }
-    return {"logged": logged, "modules": _metric_states(trainer.lightning_module)}
+class EpochMetrics:
+    """Those of a Trainer that trains."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        named = trainer.lightning_module.named_modules()
+        self._modules = {name: module for name, module in named if isinstance(module, Metric)}
+
+    def state(self) -> Metrics:
+        """What the running epoch has gathered. Logged values are not changed in place, so that they need no copy;
+        torchmetrics adds in place, but to lists only at their end."""
+        logged = {
+            key: (metric, metric.has_reset, metric.value if metric.is_tensor else None, _count(metric))
+            for key, metric in self._trainer.fit_loop.epoch_loop._results.items()
+        }
+        modules = {
+            name: (metric._update_count, {key: _copy(getattr(metric, key)) for key in metric._defaults})
+            for name, metric in self._modules.items()
+        }
+        return {"logged": logged, "modules": modules}
+
+    def load(self, state: Metrics) -> None:
+        """Put back what `plain` made of a state."""
+        device = self._trainer.lightning_module.device
+        for name, (count, values) in state["modules"].items():
+            if (metric := self._modules.get(name)) is None:
+                continue
+            metric._update_count, metric._computed = count, None
+            for key, value in values.items():
+                setattr(metric, key, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
+        results = self._trainer.fit_loop.epoch_loop._results
+        for key, saved in state["logged"].items():
+            value = saved["value"]
+            if value is None:
+                value = self._modules.get(saved["meta"]["metric_attribute"])
+            if value is not None:
+                results[key] = _restored(saved, value, device)
 
 
-def plain_metrics(metrics: Metrics) -> Metrics:
-    """`metrics` as values that a checkpoint can hold."""
+def plain(state: Metrics) -> Metrics:
+    """`state` as values that a checkpoint can hold."""
     logged = {}
-    for key, (metric, has_reset, value, count) in metrics["logged"].items():
+    for key, (metric, has_reset, value, count) in state["logged"].items():
         fields = {name: getattr(metric.meta, name) for name in _FIELDS}
         fields["reduce_fx"] = _REDUCTIONS.get(metric.meta.reduce_fx, "min")
         logged[key] = {"meta": fields, "has_reset": has_reset, "value": value, "count": count}
-    return {"logged": logged, "modules": metrics["modules"]}
+    return {"logged": logged, "modules": state["modules"]}
 
 
-def restore_metrics(trainer: Trainer, metrics: Metrics) -> None:
-    """Put back what `plain_metrics` returned."""
-    module = trainer.lightning_module
-    modules = {name: m for name, m in module.named_modules() if isinstance(m, Metric)}
-    for name, (count, states) in metrics["modules"].items():
-        if name not in modules:
-            continue
-        metric = modules[name]
-        metric._update_count, metric._computed = count, None
-        for key, value in states.items():
-            setattr(metric, key, [v.to(metric.device) for v in value] if isinstance(value, list) else value.clone())
-        metric.to(module.device)
-    results = trainer.fit_loop.epoch_loop._results
-    for key, saved in metrics["logged"].items():
-        attribute = saved["meta"]["metric_attribute"]
-        if saved["value"] is None and attribute not in modules:
-            continue
-        restored = _ResultMetric(_AnyMetadata(**saved["meta"]), saved["value"] is not None)
-        restored.meta.metric = restored
-        restored.has_reset = saved["has_reset"]
-        restored._update_count = 1
-        restored.value = modules[attribute] if saved["value"] is None else saved["value"].to(module.device)
-        if saved["count"] is not None:
-            restored.cumulated_batch_size = saved["count"].to(module.device)
-        results[key] = restored
+def _restored(saved: dict[str, Any], value: Tensor | Metric, device: torch.device) -> _ResultMetric:
+    meta = _AnyMetadata(**saved["meta"])
+    restored = meta.metric = _ResultMetric(meta, isinstance(value, Tensor))
+    restored.has_reset, restored._update_count = saved["has_reset"], 1
+    restored.value = value.to(device) if isinstance(value, Tensor) else value
+    if saved["count"] is not None:
+        restored.cumulated_batch_size = saved["count"].to(device)
+    return restored
 
 
 class _AnyMetadata(_Metadata):
@@ -87,15 +100,6 @@ class _AnyMetadata(_Metadata):
 
 def _count(metric: _ResultMetric) -> Tensor | None:
     return getattr(metric, "cumulated_batch_size", None)
-
-
-def _metric_states(module: LightningModule) -> dict[str, Any]:
-    """torchmetrics adds in place, so that values are copied; lists only grow, so that their length is enough."""
-    return {
-        name: (metric._update_count, {key: _copy(getattr(metric, key)) for key in metric._defaults})
-        for name, metric in module.named_modules()
-        if isinstance(metric, Metric)
-    }
 
 
 def _copy(value: Any) -> Any:

@@ -12,8 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lightning_lora.training.epoch_metrics import restore_metrics
-from lightning_lora.training.gradients import set_gradients
 from lightning_lora.training.randomness import set_random_state
 from lightning_lora.training.watched_loader import LoaderStart
 
@@ -40,8 +38,12 @@ def restore(resume: ExactResume, trainer: Trainer, ranks: list[dict[str, Any] | 
     resume.own.check_seeds(saved.get("seeds", {}))
     place, fit_loop = saved["place"], trainer.fit_loop
     resume.random, resume.random_at = saved["random"], fit_loop.epoch_loop.batch_progress.total.processed
+    loops = (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop)
     if place is None:  # saved before training started, or without it
         set_random_state(resume.random)
+        if fit_loop.epoch_loop.batch_progress.total.ready == 0:
+            for loop in loops:
+                loop._restarting = False
         return
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
@@ -53,7 +55,7 @@ def restore(resume: ExactResume, trainer: Trainer, ranks: list[dict[str, Any] | 
     resume.own.say_what_is_absent(saved["own"])
     _say_what_is_not_exact(resume, trainer, saved)
     trainer._logger_connector._callback_metrics.update(tensors(saved["callback_metrics"], trainer.lightning_module))
-    for loop in (fit_loop, epoch_loop, epoch_loop.val_loop):
+    for loop in loops:
         loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
     fit_loop._restart_stage, epoch_loop._restart_stage = FitStage.NONE, EpochStage.NONE
     resume.random_at = place["total"]
@@ -78,7 +80,7 @@ def restore(resume: ExactResume, trainer: Trainer, ranks: list[dict[str, Any] | 
             counts.ready = counts.started = counts.processed = counts.completed = place["epoch"] + 1
     if not (every and fit_loop.epoch_progress.current.completed % every == 0):
         resume.own.load(saved["own"])
-    set_gradients(trainer.lightning_module, saved["gradients"])
+    resume.trained.set_gradients(saved["gradients"])
 
 
 def enter(resume: ExactResume, trainer: Trainer, saved: dict[str, Any], fetcher: Any) -> None:
@@ -96,8 +98,8 @@ def enter(resume: ExactResume, trainer: Trainer, saved: dict[str, Any], fetcher:
         elif saved["start"] is not None:
             _skip(resume.start, saved, fetcher)
     resume.own.load(saved["own"])
-    restore_metrics(trainer, saved["metrics"])
-    set_gradients(trainer.lightning_module, saved["gradients"])
+    resume.metrics.load(saved["metrics"])
+    resume.trained.set_gradients(saved["gradients"])
     if place["batches"]:
         trainer._logger_connector._first_loop_iter = False
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

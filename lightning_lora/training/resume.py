@@ -17,20 +17,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.training.buffers import BufferWatch
-from lightning_lora.training.epoch_metrics import epoch_metrics, plain_metrics
+from lightning_lora.training.epoch_metrics import EpochMetrics, plain
 from lightning_lora.training.going_on import enter, restore, tensors
-from lightning_lora.training.gradients import gradients, versions
+from lightning_lora.training.gradients import Trained
 from lightning_lora.training.loader_state import LoaderState
+from lightning_lora.training.processes import of_all_ranks
 from lightning_lora.training.randomness import RandomState, random_state, set_random_state
 from lightning_lora.training.watched_loader import LoaderStart, is_watched, watch
 
@@ -74,19 +75,17 @@ class ExactResume:
 
     def state_dict(self) -> dict[str, Any]:
         own = self._state() if self.trainer is not None else {"random": random_state(), "place": None}
-        # Every process has its own generators and gradients: rank 0 saves them all.
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return {"ranks": [own]}
-        ranks: list[Any] = [None] * torch.distributed.get_world_size()
-        if self.trainer is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED:
-            # An exception may be this process's alone: nobody would answer a call to all of them.
-            ranks[torch.distributed.get_rank()] = own
-        else:
-            torch.distributed.all_gather_object(ranks, own)
-        return {"ranks": ranks}
+        interrupted = self.trainer is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED
+        return {"ranks": of_all_ranks(own, may_be_alone=interrupted)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.saved = state["ranks"]
+        if any(rank is not None and "place" not in rank for rank in state["ranks"]):
+            rank_zero_warn(
+                "Not exactly the run that was interrupted: the checkpoint was saved by an earlier version of "
+                "lightning_lora, which noted the place in the data in another way."
+            )
+            self.saved = [{"place": None, "random": rank["now"]} for rank in state["ranks"]]
 
     def _state(self) -> dict[str, Any]:
         trainer = self.trainer
@@ -102,12 +101,12 @@ class ExactResume:
             "restarts": self.start.restarts if place["kind"] == "inside" else {},
             "fetched": held["fetched"],
             "fetched_at": self.fetched_at.get(place["total"] - 1) if self._fetches_ahead() else None,
-            "metrics": plain_metrics(held["metrics"]) if place["kind"] == "inside" else None,
+            "metrics": plain(held["metrics"]) if place["kind"] == "inside" else None,
             "gradients": self._open_gradients(),
             "callback_metrics": tensors(trainer.callback_metrics),
             "stopped_early": trainer.should_stop and any(_has_stopped(c) for c in trainer.callbacks),  # type: ignore[attr-defined]
             "seeds": self.own.seeds(),
-            "changed_in_batch": self._in_batch() and self.before["versions"] != versions(trainer.lightning_module),
+            "changed_in_batch": self._in_batch() and self.before["version"] != self.trained.version(),
         }
 
     def place(self) -> dict[str, Any]:
@@ -153,6 +152,18 @@ class ExactResume:
         """The buffers that the running batch has changed, as they were before it."""
         return self.buffers.before() if self.trainer is not None and self._is_amid() else {}
 
+    def steps_saved(self, path: str) -> dict[str, int]:
+        """At which step each ModelCheckpoint last saved, once that is done which is about to write to `path`.
+
+        It notes the step afterwards, so that its own state does not tell, and a resumed run saved again after one batch.
+        """
+        steps = {}
+        for callback in self.trainer.checkpoint_callbacks if self.trainer is not None else ():
+            if isinstance(callback, ModelCheckpoint):
+                saves = path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
+                steps[callback.state_key] = self.trainer.global_step if saves else callback._last_global_step_saved
+        return steps
+
     def _in_batch(self) -> bool:
         """Whether a batch is begun and not through."""
         assert self.trainer is not None
@@ -177,7 +188,7 @@ class ExactResume:
             return {}  # the next batch starts from none
         if self.place()["kind"] != "inside" and module.automatic_optimization:
             return {}
-        return gradients(module)
+        return self.trained.gradients()
 
     # Noted while training goes on.
 
@@ -192,7 +203,8 @@ class ExactResume:
         self.before, self.gradients, self.fetched_at = {}, None, {}
         self.ended = self.validated = -1
         self.cut = False
-        self.buffers = BufferWatch(trainer.lightning_module)
+        self.buffers, self.trained = BufferWatch(trainer.lightning_module), Trained(trainer.lightning_module)
+        self.metrics = EpochMetrics(trainer)
         epoch_loop = trainer.fit_loop.epoch_loop
         if not hasattr(epoch_loop, "lora_resume"):
             epoch_loop.__class__ = swapped_class("Resumed", _ResumedEpochLoop, type(epoch_loop))
@@ -231,13 +243,13 @@ class ExactResume:
         self.ended = done = batch.total.processed
         self.fetched_at = {done: self.random, done - 1: self.fetched_at.get(done - 1, self.random)}
         self.before = self._held()
-        self.before["versions"] = versions(trainer.lightning_module)
+        self.before["version"] = self.trained.version()
         self.gradients = None
         return True
 
     def on_before_backward(self, trainer: Trainer) -> None:
         if self.gradients is None:
-            self.gradients = gradients(trainer.lightning_module)
+            self.gradients = self.trained.gradients()
 
     def on_train_batch_end(self) -> None:
         self._note_random()
@@ -269,7 +281,7 @@ class ExactResume:
         loader, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
         return {
             "own": self.own.state(),
-            "metrics": epoch_metrics(trainer),
+            "metrics": self.metrics.state(),
             "loaders": loader._state_dicts() if loader is not None else [],
             "fetched": fetcher.fetched if isinstance(fetcher, _DataLoaderIterDataFetcher) else None,
         }
@@ -307,19 +319,6 @@ class ExactResume:
             if once or hasattr(loader, "load_state_dict"):
                 return False
         return True
-
-
-def steps_saved(trainer: Trainer, path: str) -> dict[str, int]:
-    """At which step each ModelCheckpoint last saved, once that is done which is about to write to `path`.
-
-    It notes the step afterwards, so that its own state does not tell, and a resumed run saved again after one batch.
-    """
-    steps = {}
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            saves = path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
-            steps[callback.state_key] = trainer.global_step if saves else callback._last_global_step_saved
-    return steps
 
 
 class _ResumedEpochLoop(_LoopHost):

@@ -51,7 +51,7 @@ from lightning_lora.training.checkpoint import (
     leave_out_modules,
     reading,
 )
-from lightning_lora.training.resume import ExactResume, steps_saved
+from lightning_lora.training.resume import ExactResume
 from lightning_lora.training.sharding import WholeCheckpoints
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class AdapterStrategy(_Host):
         before = self.lora.resume.values_before_batch()
         for values in (checkpoint["state_dict"], checkpoint[METADATA].get("buffers", {})):
             values.update({name: before[name] for name in values.keys() & before.keys()})
-        checkpoint[METADATA]["saved_at"] = steps_saved(module.trainer, str(filepath))
+        checkpoint[METADATA]["saved_at"] = self.lora.resume.steps_saved(str(filepath))
         leave_out_modules(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
         path = str(filepath)
@@ -186,7 +186,7 @@ class AdapterStrategy(_Host):
     def _may_remove(self, remote: str) -> bool:
         """What Lightning asks of local files alone (Lightning's issue 21813): a checkpoint of this run's own folders,
         and not the one that it went on from."""
-        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        trainer = self.lora.resume.trainer
         if trainer is None:
             return True
         folders = [c.dirpath for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None) is not None]

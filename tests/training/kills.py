@@ -301,7 +301,7 @@ SETTINGS: dict[str, Setting] = {
     "more epochs": Setting(grow=({"max_epochs": 1}, {"max_epochs": 2}), trainer={"accumulate_grad_batches": 4}),
     "more epochs, generator": Setting("generator", saver={}, grow=({"max_epochs": 1}, {"max_epochs": 2})),
     "max_steps, generator": Setting("generator", grow=({"max_steps": 8},), by_hand=("on_train_end",)),
-    "max_steps, early saves": Setting(
+    "max_steps, two loaders": Setting(
         "two", saver={"save_last": True}, grow=({"max_steps": 8},), by_hand=("on_train_end",)
     ),
     "reloaded": Setting(trainer={"reload_dataloaders_every_n_epochs": 1, "accumulate_grad_batches": 4}),
@@ -389,14 +389,13 @@ def check(setting: Setting, chance: random.Random, kills: int, folder: Path) -> 
     whole, whole_run, calls, _ = fit(setting, folder / "whole")
     expected, wrong = end(whole, whole_run), []
     own, ckpt, killed, story = folder / "killed", None, 0, []
-    growing = list(setting.grow)
+    phases = [*setting.grow, {}]
+    share = -(-kills // len(phases))
     while True:
-        at = chance.randrange(1, calls + 1) if killed < kills else None
+        limits = phases[0]
+        at = chance.randrange(1, calls + 1) if killed < share else None
         if ckpt is not None and at is not None:
             at = 1 + at % max(2, calls // 3)
-        limits = growing[0] if growing and killed >= kills // 2 else {}
-        if limits:
-            at = None
         module, run, _, was_killed = fit(setting, own, at, ckpt, **limits)
         killed += was_killed
         differ = [k for k, v in module.log_.items() if k[0] == "step" and whole.log_.get(k) != v]
@@ -406,17 +405,18 @@ def check(setting: Setting, chance: random.Random, kills: int, folder: Path) -> 
             wrong += [f"{story} then {k}: {module.log_[k]} is not {whole.log_.get(k)}" for k in epochs]
         if wrong:
             return wrong
-        if not limits and not was_killed:
-            break
-        if limits:
-            growing.pop(0)
+        if not was_killed:
+            if not limits:
+                break
+            phases.pop(0)
+            killed = 0
         saved = sorted(own.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
         if not saved:
             ckpt = None
             continue
-        newest = chance.random() < 0.7 or limits
+        newest = chance.random() < 0.7 or not was_killed
         ckpt = saved[-1] if newest else chance.choice(saved)
-        story.append(f"{'limits ' + str(limits) if limits else 'killed at call ' + str(at)}, resumed from {ckpt.name}")
+        story.append(f"{f'killed at call {at}' if was_killed else f'ended by {limits}'}, resumed from {ckpt.name}")
     last = end(module, run)
     return [
         f"{story}: {k} {last.get(k)} {v}"
