@@ -74,6 +74,8 @@ class ExactResume:
     # What a checkpoint holds of it.
 
     def state_dict(self) -> dict[str, Any]:
+        if self.saved is not None:  # what was loaded has not been gone on from yet
+            return {"ranks": self.saved}
         own = self._state() if self.trainer is not None else {"random": random_state(), "place": None}
         interrupted = self.trainer is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED
         return {"ranks": of_all_ranks(own, may_be_alone=interrupted)}
@@ -90,6 +92,8 @@ class ExactResume:
     def _state(self) -> dict[str, Any]:
         trainer = self.trainer
         assert trainer is not None
+        if self.entry is not None:
+            return self.entry
         place = self.place()
         known = self.random_at == trainer.fit_loop.epoch_loop.batch_progress.total.processed
         held = self.before if self._is_amid() else self._held()
@@ -112,6 +116,8 @@ class ExactResume:
     def place(self) -> dict[str, Any]:
         """Where the run is."""
         assert self.trainer is not None
+        if self.entry is not None:
+            return self.entry["place"]  # type: ignore[no-any-return]
         fit_loop = self.trainer.fit_loop
         epoch, batch = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress
         done = batch.total.processed
@@ -155,7 +161,7 @@ class ExactResume:
     def steps_saved(self, path: str) -> dict[str, int]:
         """At which step each ModelCheckpoint last saved, once that is done which is about to write to `path`.
 
-        It notes the step afterwards, so that its own state does not tell, and a resumed run saved again after one batch.
+        It notes the step afterwards, so that its own state does not tell: a resumed run saved again after one batch.
         """
         steps = {}
         for callback in self.trainer.checkpoint_callbacks if self.trainer is not None else ():

@@ -435,7 +435,7 @@ if __name__ == "__main__":
     for name in names or SETTINGS:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                wrong = check(SETTINGS[name], random.Random(int(seed)), int(kills), Path(folder))
+                wrong = check(SETTINGS[name], random.Random(f"{seed} {name}"), int(kills), Path(folder))
             except Exception as error:
                 import traceback
 
