@@ -37,14 +37,7 @@ def restore(resume: ExactResume, trainer: Trainer, ranks: list[dict[str, Any] | 
     saved = ranks[trainer.global_rank % len(ranks)] or {**known, "gradients": {}}
     resume.own.check_seeds(saved.get("seeds", {}))
     place, fit_loop = saved["place"], trainer.fit_loop
-    resume.random, resume.random_at = saved["random"], fit_loop.epoch_loop.batch_progress.total.processed
-    loops = (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop)
-    if place is None:  # saved before training started, or without it
-        set_random_state(resume.random)
-        if fit_loop.epoch_loop.batch_progress.total.ready == 0:
-            for loop in loops:
-                loop._restarting = False
-        return
+    resume.random = saved["random"]
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback._last_global_step_saved = resume.saved_at.get(callback.state_key, 0)
@@ -55,7 +48,7 @@ def restore(resume: ExactResume, trainer: Trainer, ranks: list[dict[str, Any] | 
     resume.own.say_what_is_absent(saved["own"])
     _say_what_is_not_exact(resume, trainer, saved)
     trainer._logger_connector._callback_metrics.update(tensors(saved["callback_metrics"], trainer.lightning_module))
-    for loop in loops:
+    for loop in (fit_loop, epoch_loop, epoch_loop.val_loop):
         loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
     fit_loop._restart_stage, epoch_loop._restart_stage = FitStage.NONE, EpochStage.NONE
     resume.random_at = place["total"]

@@ -76,7 +76,7 @@ class ExactResume:
     def state_dict(self) -> dict[str, Any]:
         if self.saved is not None:  # what was loaded has not been gone on from yet
             return {"ranks": self.saved}
-        own = self._state() if self.trainer is not None else {"random": random_state(), "place": None}
+        own = self._state() if self.trainer is not None else {"random": self.random or random_state(), "place": None}
         interrupted = self.trainer is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED
         return {"ranks": of_all_ranks(own, may_be_alone=interrupted)}
 
@@ -200,7 +200,16 @@ class ExactResume:
 
     def setup(self, stage: str) -> None:
         if stage == "fit":  # a save before training starts is of this run, not of the one before
-            self.trainer = None
+            self.trainer, self.random = None, {}
+
+    def before_run(self, rank: int) -> None:
+        """Before the sanity check and the first iterator of the data, which draw random numbers."""
+        if self.saved is not None:
+            saved = self.saved[rank % len(self.saved)] or next(state for state in self.saved if state is not None)
+            if saved["place"] is None:  # saved here or earlier, or without training
+                set_random_state(saved["random"])
+                self.saved = None
+        self.random = random_state()
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Go on where the checkpoint was saved, or start so that a later checkpoint can."""

@@ -95,6 +95,12 @@ class AdapterStrategy(_Host):
         wrapped: nn.Module = super()._setup_model(model)
         return wrapped
 
+    def barrier(self, name: str | None = None) -> None:
+        super().barrier(name)
+        module = self.lightning_module
+        if name == "run-stage" and module is not None and module.trainer.state.fn == TrainerFn.FITTING:
+            self.lora.resume.before_run(module.trainer.global_rank)
+
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         module = self.lightning_module
@@ -134,6 +140,11 @@ class AdapterStrategy(_Host):
             checkpoint = super().load_checkpoint(path, weights_only=weights_only)
         if self.lightning_module is not None and has_adapters(self.lightning_module):
             checkpoint_adapter(checkpoint)
+            # Saved before the first batch: the run starts, with its sanity check, which Lightning leaves out of a run
+            # that restarts.
+            loops = checkpoint.get("loops", {}).get("fit_loop", {})
+            if loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("ready") == 0:
+                del checkpoint["loops"]
         return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

@@ -177,7 +177,7 @@ class Lit(pl.LightningModule):
         loss = self.loss(batch)
         self.seen += 1
         self.mean(loss.detach())
-        self.log("train_loss", loss, on_epoch=True, on_step=True)
+        self.log("train_loss", loss, on_epoch=True, on_step=True, batch_size=4)
         self.log("mean", self.mean, on_epoch=True)
         rates = [group["lr"] for o in self.trainer.optimizers for group in o.param_groups]
         self.log_["step", self.current_epoch, batch_idx] = (loss.item(), self.seen.item(), *rates)
