@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lightning_lora.training.randomness import set_random_state
-from lightning_lora.training.watched_loader import LoaderStart
+from lightning_lora.training.watched_loader import LoaderStart, knows_its_place
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -84,9 +84,8 @@ def enter(resume: ExactResume, trainer: Trainer, saved: dict[str, Any], fetcher:
     for counts, value in ((batch.current, place["batches"]), (batch.total, place["total"])):
         counts.ready = counts.started = counts.processed = counts.completed = value  # type: ignore[attr-defined]
     batch.is_last_batch = place["is_last"]
-    stateful = all(hasattr(loader, "load_state_dict") for loader in fetcher.combined_loader.flattened)
     if not place["is_last"]:
-        if stateful:
+        if all(knows_its_place(loader) for loader in fetcher.combined_loader.flattened):
             fetcher.fetched = place["batches"]
         elif saved["start"] is not None:
             _skip(resume.start, saved, fetcher)

@@ -18,10 +18,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -33,14 +34,21 @@ from lightning_lora.training.gradients import Trained
 from lightning_lora.training.loader_state import LoaderState
 from lightning_lora.training.processes import of_all_ranks
 from lightning_lora.training.randomness import RandomState, random_state, set_random_state
-from lightning_lora.training.watched_loader import LoaderStart, is_watched, watch
+from lightning_lora.training.watched_loader import (
+    LoaderStart,
+    is_watched,
+    knows_its_place,
+    seed_persistent_workers,
+    watch,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     _LoopHost = _TrainingEpochLoop
+    _ValidationHost = _EvaluationLoop
 else:
-    _LoopHost = object
+    _LoopHost = _ValidationHost = object
 
 
 class ExactResume:
@@ -70,6 +78,9 @@ class ExactResume:
         """After how many batches a validation was last through."""
         self.cut = False
         """Whether max_steps, max_time or early stopping ended the epoch before its last batch."""
+        self.extra = False
+        """Whether the last validation was one that only a run that stops has: what it changed does not count."""
+        self.validated_on: CombinedLoader | None = None
 
     # What a checkpoint holds of it.
 
@@ -180,6 +191,8 @@ class ExactResume:
         """Whether the run is in the middle of a batch, or of a validation that has to be done again from its start."""
         assert self.trainer is not None
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if self.extra and self.before:
+            return True
         return self._in_batch() or (self.trainer.validating and self.validated != done and bool(self.before))
 
     def _open_gradients(self) -> dict[str, Tensor]:
@@ -217,13 +230,15 @@ class ExactResume:
         ranks, self.saved, self.entry = self.saved, None, None
         self.before, self.gradients, self.fetched_at = {}, None, {}
         self.ended = self.validated = -1
-        self.cut = False
+        self.cut = self.extra = False
         self.buffers, self.trained = BufferWatch(trainer.lightning_module), Trained(trainer.lightning_module)
         self.metrics = EpochMetrics(trainer)
         epoch_loop = trainer.fit_loop.epoch_loop
         if not hasattr(epoch_loop, "lora_resume"):
             epoch_loop.__class__ = swapped_class("Resumed", _ResumedEpochLoop, type(epoch_loop))
-        epoch_loop.lora_resume = self  # type: ignore[attr-defined]
+            val_loop = epoch_loop.val_loop
+            val_loop.__class__ = swapped_class("Resumed", _ResumedValidationLoop, type(val_loop))
+        epoch_loop.lora_resume = epoch_loop.val_loop.lora_resume = self  # type: ignore[attr-defined]
         self._watch_loaders()
         if ranks is not None:
             restore(self, trainer, ranks)
@@ -255,6 +270,7 @@ class ExactResume:
             set_random_state(self.random)
         else:
             self._note_random()
+        self.extra = False
         self.ended = done = batch.total.processed
         self.fetched_at = {done: self.random, done - 1: self.fetched_at.get(done - 1, self.random)}
         self.before = self._held()
@@ -270,9 +286,20 @@ class ExactResume:
         self._note_random()
         self.before = {}
 
-    def on_validation_start(self) -> None:
-        set_random_state(self.random)
+    def begin_validation(self) -> None:
+        """Before its iterator is made."""
+        trainer = self.trainer
+        assert trainer is not None
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if epoch_loop.val_loop._combined_loader is not self.validated_on:
+            self._find_state()
         self.before = self._held()
+        stopping, trainer.should_stop = trainer.should_stop, False
+        self.extra = stopping and not epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        trainer.should_stop = stopping
+        set_random_state(self.random)
+        if self.validated_on is not None:
+            seed_persistent_workers(self.validated_on)
 
     def on_validation_end(self, trainer: Trainer) -> None:
         self.validated = trainer.fit_loop.epoch_loop.batch_progress.total.processed
@@ -308,12 +335,23 @@ class ExactResume:
         return isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is None
 
     def _watch_loaders(self) -> None:
+        assert self.trainer is not None
+        self.start = LoaderStart()
+        self._find_state()
+        if (loader := self.trainer.fit_loop._combined_loader) is not None:
+            watch(loader, self.start)
+
+    def _find_state(self) -> None:
+        """Find what loaders, modules and callbacks have of their own."""
         trainer = self.trainer
         assert trainer is not None
-        train, validation = trainer.fit_loop._combined_loader, trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        train, self.validated_on = (
+            trainer.fit_loop._combined_loader,
+            trainer.fit_loop.epoch_loop.val_loop._combined_loader,
+        )
         loaders = {
             f"{name} loader {i}": loader
-            for name, combined in (("train", train), ("validation", validation))
+            for name, combined in (("train", train), ("validation", self.validated_on))
             if combined is not None
             for i, loader in enumerate(combined.flattened)
         }
@@ -321,17 +359,14 @@ class ExactResume:
         owners["module"] = trainer.lightning_module
         if trainer.datamodule is not None:  # type: ignore[attr-defined]
             owners["datamodule"] = trainer.datamodule  # type: ignore[attr-defined]
-        self.own = LoaderState(loaders, owners)
-        self.start = LoaderStart(self.own)
-        if train is not None:
-            watch(train, self.start)
+        self.own = self.start.own = LoaderState(loaders, owners)
 
     def _may_start_again(self, fetcher: Any) -> bool:
         """Not where an iterator of the loader's is its place in the data already."""
         for loader in fetcher.combined_loader.flattened:
             dataset = getattr(loader, "dataset", None)
             once = isinstance(dataset, IterableDataset) and hasattr(dataset, "__next__")  # it is its own iterator
-            if once or hasattr(loader, "load_state_dict"):
+            if once or knows_its_place(loader):
                 return False
         return True
 
@@ -344,6 +379,17 @@ class _ResumedEpochLoop(_LoopHost):
     def advance(self, data_fetcher: Any) -> None:
         if self.lora_resume.begin_batch(data_fetcher):
             super().advance(data_fetcher)
+
+
+class _ResumedValidationLoop(_ValidationHost):
+    """Mixin in front of Lightning's loop over the batches of a validation."""
+
+    lora_resume: ExactResume
+
+    def reset(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.lora_resume.begin_validation()
+        super().reset()
 
 
 def _set_counts(progress: dict[str, Any], completed: int, ready: int) -> None:

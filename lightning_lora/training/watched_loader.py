@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import IterDataPipe, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, get_worker_info
 from torch.utils.data._utils.worker import _generate_state
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lightning_lora.training.loader_state import LoaderState
 from lightning_lora.training.randomness import RandomState, random_state, set_random_state
@@ -25,8 +24,9 @@ from lightning_lora.training.randomness import RandomState, random_state, set_ra
 class LoaderStart:
     """From what the iterators of the running epoch were made."""
 
-    def __init__(self, own: LoaderState) -> None:
-        self.own = own
+    own: LoaderState
+
+    def __init__(self) -> None:
         self.epoch: RandomState | None = None
         self.restarts: dict[int, RandomState] = {}
         """Of several loaders, the shorter ones start again when they are through, in mid-epoch: the last such start of
@@ -59,9 +59,11 @@ def _watched_class(base_class: type[CombinedLoader]) -> type[CombinedLoader]:
         start: LoaderStart = self.lora_start
         start.epoch = start.now()
         before = start.epoch["global"]
-        for loader in self.flattened:
-            _seed_persistent_workers(loader)
+        seed_persistent_workers(self)
         iterator = base_class.__iter__(self)
+        for loader in self.flattened:
+            if isinstance(getattr(getattr(loader, "_iterator", None), "_shared_seed", None), _WorkerSeed):
+                loader._iterator._shared_seed = None  # or a stateful loader's state would hold it
         set_random_state(before)
         torch.empty((), dtype=torch.int64).random_()
         start.restarts = {}
@@ -84,23 +86,41 @@ class _Restarting:
         if before is not None and before["count"] == self.count:
             self.start.set(before)
         self.start.restarts[self.place] = {**self.start.now(), "count": self.count}
-        _seed_persistent_workers(self.loader)
+        _seed_workers(self.loader)
         return iter(self.loader)
 
     def __len__(self) -> int:
         return len(self.loader)
 
 
-def _seed_persistent_workers(loader: Any) -> None:
-    """Give the worker processes of `loader` that go on from an earlier epoch new seeds, as new ones would get them.
+def knows_its_place(loader: Any) -> bool:
+    """Whether the state of `loader` brings all of its place in the data.
+
+    That of torchdata's does not where random numbers are drawn in worker processes: it is read again like any other,
+    unless its dataset has a state too.
+    """
+    if not hasattr(loader, "load_state_dict"):
+        return False
+    dataset = getattr(loader, "dataset", None)
+    by_index = isinstance(loader, DataLoader) and loader.num_workers > 0 and not isinstance(dataset, IterableDataset)
+    return not by_index or hasattr(dataset, "state_dict")
+
+
+def seed_persistent_workers(combined: CombinedLoader) -> None:
+    """Give the worker processes that go on from an earlier epoch new seeds, as new ones would get them.
 
     Nobody can read their random state. They would go on from it, and a resumed run's new workers would not.
     """
+    for loader in combined.flattened:
+        _seed_workers(loader)
+
+
+def _seed_workers(loader: Any) -> None:
     iterator = getattr(loader, "_iterator", None)
-    if isinstance(iterator, _MultiProcessingDataLoaderIter) and not isinstance(loader.dataset, IterDataPipe):
+    if iterator is not None and loader.persistent_workers and not isinstance(loader.dataset, IterDataPipe):
         seed = torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item()
-        iterator._base_seed = seed  # type: ignore[assignment]
-        iterator._shared_seed = _WorkerSeed(seed)  # type: ignore[assignment]
+        iterator._base_seed = seed
+        iterator._shared_seed = _WorkerSeed(seed)
 
 
 class _WorkerSeed:

@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
     OnExceptionCheckpoint,
@@ -149,9 +150,18 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "workers": lambda: DataLoader(Rows(), 4, shuffle=True, num_workers=2),
     "workers, generator": lambda: DataLoader(Rows(), 4, shuffle=True, num_workers=1, generator=seeded()),
     "persistent": lambda: DataLoader(Rows(), 4, shuffle=True, num_workers=2, persistent_workers=True),
+    "stateful, workers": lambda: StatefulDataLoader(Rows(), 4, shuffle=True, num_workers=2),
+    "stateful, persistent": lambda: StatefulDataLoader(Rows(), 4, shuffle=True, num_workers=2, persistent_workers=True),
     "persistent, generator": lambda: DataLoader(
         Rows(), 4, shuffle=True, num_workers=1, persistent_workers=True, generator=seeded()
     ),
+}
+
+
+VALIDATION: dict[str, Callable[[], Any]] = {
+    "rows": lambda: DataLoader(data(12), 4),
+    "generator": lambda: DataLoader(Rows(), 4, shuffle=True, generator=seeded()),
+    "persistent": lambda: DataLoader(Rows(), 4, num_workers=1, persistent_workers=True),
 }
 
 
@@ -238,6 +248,8 @@ class Setting:
     """Hooks in which the Trainer's save_checkpoint is called, at every third call."""
     on_exception: bool = False
     windows: dict[int, int] | None = None
+    validation: str = "rows"
+    average: bool = False
     grow: tuple[dict[str, int], ...] = ()
     """Limits of earlier runs, each of which ends before the next one goes on from its last checkpoint."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -298,6 +310,16 @@ SETTINGS: dict[str, Setting] = {
     ),
     "max_steps, then epochs": Setting(grow=({"max_steps": 8},), trainer={}),
     "max_steps in the last epoch": Setting(saver=TIME, grow=({"max_steps": 4, "max_epochs": 1},)),
+    "stopped in an epoch": Setting(grow=({"stop_at": 8},), trainer={"accumulate_grad_batches": 4}),
+    "stopped in an epoch, validation saves": Setting(saver={}, grow=({"stop_at": 8},)),
+    "two optimizers across epochs": Setting(
+        optimizers="two", by_hand=("on_train_epoch_start", "on_train_batch_end"), trainer={"limit_val_batches": 0}
+    ),
+    "validation: generator": Setting(
+        schedule="epoch val_loss", validation="generator", by_hand=HOOKS, trainer={"val_check_interval": 3}
+    ),
+    "validation: persistent": Setting(schedule="epoch val_loss", validation="persistent"),
+    "average": Setting(average=True, by_hand=HOOKS[3:8], trainer={"accumulate_grad_batches": 2}),
     "more epochs": Setting(grow=({"max_epochs": 1}, {"max_epochs": 2}), trainer={"accumulate_grad_batches": 4}),
     "more epochs, generator": Setting("generator", saver={}, grow=({"max_epochs": 1}, {"max_epochs": 2})),
     "max_steps, generator": Setting("generator", grow=({"max_steps": 8},), by_hand=("on_train_end",)),
@@ -308,6 +330,14 @@ SETTINGS: dict[str, Setting] = {
     "reloaded, generator": Setting("generator", trainer={"reload_dataloaders_every_n_epochs": 2}),
     "bf16": Setting(trainer={"precision": "bf16-mixed", "accumulate_grad_batches": 4}, by_hand=HOOKS),
 }
+
+
+class Stopper(Callback):
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.fit_loop.total_batch_idx + 1 >= self.after
 
 
 class ByHand(Callback):
@@ -357,9 +387,13 @@ def fit(setting: Setting, folder: Path, at: int | None = None, ckpt: Path | None
         callbacks.append(EarlyStopping(**setting.stopping))
     if setting.windows:
         callbacks.append(GradientAccumulationScheduler(setting.windows))
+    if "stop_at" in limits:
+        callbacks.append(Stopper(limits.pop("stop_at")))
+    if setting.average:
+        callbacks.append(EMAWeightAveraging(decay=0.5))
     run = trainer(*callbacks, **{"max_epochs": EPOCHS, **setting.trainer, **limits})
     module.train_dataloader = LOADERS[setting.loader]  # type: ignore[method-assign]
-    module.val_dataloader = lambda: DataLoader(data(12), 4)  # type: ignore[method-assign]
+    module.val_dataloader = VALIDATION[setting.validation]  # type: ignore[method-assign]
     try:
         run.fit(module, ckpt_path=ckpt)
     except Killed:
@@ -377,7 +411,7 @@ def end(module: Lit, run: pl.Trainer) -> dict[str, Any]:
     return {
         **adapter_state_dict(module),
         **state,
-        "seen": module.seen,
+        **({} if module.setting.average else {"seen": module.seen}),
         "global_step": torch.tensor(run.global_step),
         "waited": torch.tensor(stopping.wait_count if stopping else 0),
         "stepped": torch.tensor(run.fit_loop.epoch_loop._batches_that_stepped),
