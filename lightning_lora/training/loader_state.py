@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -103,6 +104,23 @@ class LoaderState:
         """The names of generators of `loader`'s dataset, of which each worker process has a copy."""
         inside = {id(value) for _, value in _reached(getattr(loader, "dataset", None), "", _DEPTH, set())}
         return [path for path, value in self.found.items() if _is_generator(value) and id(value) in inside]
+
+
+def state_of(trainer: Trainer) -> LoaderState:
+    """What the loaders, the modules and the callbacks of `trainer` have of their own."""
+    loops = {"train": trainer.fit_loop, "validation": trainer.fit_loop.epoch_loop.val_loop}
+    combined = {name: loop._combined_loader for name, loop in loops.items()}  # type: ignore[attr-defined]
+    loaders = {
+        f"{name} loader {i}": loader
+        for name, several in combined.items()
+        if several is not None
+        for i, loader in enumerate(several.flattened)
+    }
+    owners: dict[str, Any] = {type(c).__name__: c for c in trainer.callbacks}  # type: ignore[attr-defined]
+    owners["module"] = trainer.lightning_module
+    if trainer.datamodule is not None:  # type: ignore[attr-defined]
+        owners["datamodule"] = trainer.datamodule  # type: ignore[attr-defined]
+    return LoaderState(loaders, owners)
 
 
 def _reached(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:

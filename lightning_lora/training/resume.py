@@ -24,20 +24,20 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.training.buffers import BufferWatch
 from lightning_lora.training.epoch_metrics import EpochMetrics, plain
 from lightning_lora.training.going_on import enter, restore, tensors
 from lightning_lora.training.gradients import Trained
-from lightning_lora.training.loader_state import LoaderState
+from lightning_lora.training.loader_state import state_of
 from lightning_lora.training.processes import of_all_ranks
 from lightning_lora.training.randomness import RandomState, random_state, set_random_state
 from lightning_lora.training.watched_loader import (
     LoaderStart,
     is_watched,
     knows_its_place,
+    may_start_again,
     seed_persistent_workers,
     watch,
 )
@@ -64,6 +64,8 @@ class ExactResume:
         self.entry: dict[str, Any] | None = None
         """Of that, what waits for the first batch."""
         self.random: RandomState = {}
+        self.random_before: RandomState = {}
+        """The random state before Lightning makes the first iterator of the data."""
         self.random_at = -1
         """After how many batches, of all epochs, `random` was the random state."""
         self.fetched_at: dict[int, RandomState] = {}
@@ -110,6 +112,7 @@ class ExactResume:
         held = self.before if self._is_amid() else self._held()
         return {
             "place": place,
+            "before_run": self.random_before if place["total"] == 0 else None,
             "random": self.random if known else random_state(),
             "own": held["own"],
             "start": self.start.epoch if place["kind"] == "inside" else None,
@@ -162,8 +165,12 @@ class ExactResume:
         step = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
         for counts in step.values():
             counts["ready"] = counts["completed"]
-        if self._in_batch() and "combined_loader" in loops["state_dict"]:
-            loops["state_dict"]["combined_loader"] = self.before["loaders"]
+        if "combined_loader" in loops["state_dict"]:
+            loader = self.trainer.fit_loop._combined_loader
+            if loader is not None and not all(map(knows_its_place, loader.flattened)):
+                del loops["state_dict"]["combined_loader"]
+            elif self._in_batch():
+                loops["state_dict"]["combined_loader"] = self.before["loaders"]
 
     def values_before_batch(self) -> dict[str, Tensor]:
         """The buffers that the running batch has changed, as they were before it."""
@@ -222,7 +229,9 @@ class ExactResume:
             if saved["place"] is None:  # saved here or earlier, or without training
                 set_random_state(saved["random"])
                 self.saved = None
-        self.random = random_state()
+            elif saved["before_run"] is not None:
+                set_random_state(saved["before_run"])
+        self.random = self.random_before = random_state()
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Go on where the checkpoint was saved, or start so that a later checkpoint can."""
@@ -264,7 +273,7 @@ class ExactResume:
                 return False
             if entry["place"]["is_last"]:
                 raise StopIteration
-        elif self.start.epoch is None and self._may_start_again(fetcher):
+        elif self.start.epoch is None and may_start_again(fetcher.combined_loader):
             iter(fetcher)  # after all hooks that draw random numbers
         if batch.current.ready:
             set_random_state(self.random)
@@ -342,33 +351,9 @@ class ExactResume:
             watch(loader, self.start)
 
     def _find_state(self) -> None:
-        """Find what loaders, modules and callbacks have of their own."""
-        trainer = self.trainer
-        assert trainer is not None
-        train, self.validated_on = (
-            trainer.fit_loop._combined_loader,
-            trainer.fit_loop.epoch_loop.val_loop._combined_loader,
-        )
-        loaders = {
-            f"{name} loader {i}": loader
-            for name, combined in (("train", train), ("validation", self.validated_on))
-            if combined is not None
-            for i, loader in enumerate(combined.flattened)
-        }
-        owners = {type(c).__name__: c for c in trainer.callbacks}  # type: ignore[attr-defined]
-        owners["module"] = trainer.lightning_module
-        if trainer.datamodule is not None:  # type: ignore[attr-defined]
-            owners["datamodule"] = trainer.datamodule  # type: ignore[attr-defined]
-        self.own = self.start.own = LoaderState(loaders, owners)
-
-    def _may_start_again(self, fetcher: Any) -> bool:
-        """Not where an iterator of the loader's is its place in the data already."""
-        for loader in fetcher.combined_loader.flattened:
-            dataset = getattr(loader, "dataset", None)
-            once = isinstance(dataset, IterableDataset) and hasattr(dataset, "__next__")  # it is its own iterator
-            if once or knows_its_place(loader):
-                return False
-        return True
+        assert self.trainer is not None
+        self.validated_on = self.trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        self.own = self.start.own = state_of(self.trainer)
 
 
 class _ResumedEpochLoop(_LoopHost):

@@ -106,6 +106,16 @@ def knows_its_place(loader: Any) -> bool:
     return not by_index or hasattr(dataset, "state_dict")
 
 
+def may_start_again(combined: CombinedLoader) -> bool:
+    """Whether another iterator of it starts with the first batch: not where one is its place in the data already."""
+    for loader in combined.flattened:
+        dataset = getattr(loader, "dataset", None)
+        once = isinstance(dataset, IterableDataset) and hasattr(dataset, "__next__")  # it is its own iterator
+        if once or knows_its_place(loader):
+            return False
+    return True
+
+
 def seed_persistent_workers(combined: CombinedLoader) -> None:
     """Give the worker processes that go on from an earlier epoch new seeds, as new ones would get them.
 
