@@ -208,13 +208,12 @@ class ExactResume:
         module = self.trainer.lightning_module
         if self._in_batch() and self.gradients is not None:
             return self.gradients
-        epoch_loop = self.trainer.fit_loop.epoch_loop
-        window = self.trainer.accumulate_grad_batches
-        if module.automatic_optimization and epoch_loop.batch_progress.current.processed % window == 0:
-            return {}  # the next batch starts from none
-        if self.place()["kind"] != "inside" and module.automatic_optimization:
-            return {}
-        return self.trained.gradients()
+        epoch_loop, window = self.trainer.fit_loop.epoch_loop, self.trainer.accumulate_grad_batches
+        if self._in_batch():
+            is_open = epoch_loop.batch_progress.current.processed % window != 0
+        else:
+            is_open = self.place()["kind"] == "inside" and epoch_loop._should_accumulate()
+        return self.trained.gradients() if is_open or not module.automatic_optimization else {}
 
     # Noted while training goes on.
 

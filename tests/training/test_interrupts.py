@@ -15,10 +15,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
+from torch.multiprocessing import ProcessRaisedException
 
 from lightning_lora import LoRACallback
 from lightning_lora.errors import CheckpointError
 
+from .ddp_run import Shared
 from .lit import Lit, trainer
 
 SCRIPT = Path(__file__).with_name("interrupted_run.py")
@@ -125,3 +127,30 @@ def test_a_path_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="could not be written"):
         run.save_checkpoint(tmp_path / "file" / "x.ckpt")
     assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python's, of forking with threads
+def test_a_process_that_fails_alone_leaves_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "on_exception.ckpt"
+    command = [sys.executable, "-W", "ignore", str(SCRIPT.with_name("alone_run.py")), str(tmp_path)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert time.monotonic() < deadline, "it waits for the other process"
+            time.sleep(0.1)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    first, second = torch.load(path)["callbacks"]["LoRACallback"]["random"]["ranks"]
+    assert first["place"]["batches"] == 3
+    assert second is None
+    with pytest.warns(UserWarning, match="random state of 2 processes and this run has 1"):
+        trainer(LoRACallback(rank=2), max_epochs=1).fit(Shared(), ckpt_path=path)
+    both = trainer(LoRACallback(rank=2), max_epochs=1, strategy="ddp_fork", devices=2, use_distributed_sampler=False)
+    with pytest.raises(
+        ProcessRaisedException, match="the gradients of one process alone"
+    ):  # a warning is an error here
+        both.fit(Shared(), ckpt_path=path)
