@@ -81,8 +81,8 @@ class BufferWatch:
 
     def _changed(self) -> Iterator[tuple[str, Tensor]]:
         for name, owner, key in self._owners:
-            buffer, (known, version, _) = owner._buffers.get(key), self._copies.get(name, (None, 0, None))
-            if buffer is not None and (buffer is not known or buffer._version != version):
+            buffer, known = owner._buffers.get(key), self._copies.get(name)
+            if buffer is not None and (known is None or buffer is not known[0] or buffer._version != known[1]):
                 yield name, buffer
 
 

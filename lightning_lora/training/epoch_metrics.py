@@ -91,7 +91,7 @@ class _AnyMetadata(_Metadata):
         super().__post_init__()
         self.sync = _Sync()
 
-    def __ne__(self, other: object) -> bool:
+    def __ne__(self, other: Any) -> bool:
         self.metric.meta = other
         return False
 

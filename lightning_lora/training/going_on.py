@@ -16,12 +16,10 @@ from lightning_lora.training.randomness import set_random_state
 from lightning_lora.training.watched_loader import LoaderStart, knows_its_place
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
     from lightning_lora.training.resume import ExactResume
 
 
-def restore(resume: ExactResume, trainer: Trainer, ranks: list[dict[str, Any] | None]) -> None:
+def restore(resume: ExactResume, trainer: Any, ranks: list[dict[str, Any] | None]) -> None:
     """When training starts: to where the checkpoint was saved, as far as that is not inside an epoch."""
     if len(ranks) != trainer.world_size:
         rank_zero_warn(
@@ -42,7 +40,7 @@ def restore(resume: ExactResume, trainer: Trainer, ranks: list[dict[str, Any] | 
         if isinstance(callback, ModelCheckpoint):
             callback._last_global_step_saved = resume.saved_at.get(callback.state_key, 0)
     epoch_loop = fit_loop.epoch_loop
-    every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    every = trainer.reload_dataloaders_every_n_epochs
     if every:  # Lightning counts from the epoch of the checkpoint, not from the last one that loaded anew
         fit_loop._last_train_dl_reload_epoch = place["epoch"] - place["epoch"] % every
     resume.own.say_what_is_absent(saved["own"])
@@ -56,7 +54,7 @@ def restore(resume: ExactResume, trainer: Trainer, ranks: list[dict[str, Any] | 
         # Lightning loads the state of stateful loaders after a checkpoint in mid-epoch only.
         fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
         fit_loop._combined_loader_states_to_load = []
-        iter(fit_loop._data_fetcher)  # type: ignore[call-overload]
+        iter(fit_loop._data_fetcher)
     begun = int(place["kind"] == "inside")
     for counts in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
         counts.ready = counts.started = place["epoch"] + begun
@@ -76,13 +74,13 @@ def restore(resume: ExactResume, trainer: Trainer, ranks: list[dict[str, Any] | 
     resume.trained.set_gradients(saved["gradients"])
 
 
-def enter(resume: ExactResume, trainer: Trainer, saved: dict[str, Any], fetcher: Any) -> None:
+def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any) -> None:
     """In the loop over batches, before the first one: to where the checkpoint was saved."""
     place = saved["place"]
     epoch_loop = trainer.fit_loop.epoch_loop
     batch = epoch_loop.batch_progress
     for counts, value in ((batch.current, place["batches"]), (batch.total, place["total"])):
-        counts.ready = counts.started = counts.processed = counts.completed = value  # type: ignore[attr-defined]
+        counts.ready = counts.started = counts.processed = counts.completed = value
     batch.is_last_batch = place["is_last"]
     if not place["is_last"]:
         if all(knows_its_place(loader) for loader in fetcher.combined_loader.flattened):
@@ -94,7 +92,7 @@ def enter(resume: ExactResume, trainer: Trainer, saved: dict[str, Any], fetcher:
     resume.trained.set_gradients(saved["gradients"])
     if place["batches"]:
         trainer._logger_connector._first_loop_iter = False
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:
         if isinstance(callback, GradientAccumulationScheduler):  # it acts when an epoch starts, and this one has
             callback.on_train_epoch_start(trainer)
     resume.fetched_at = {place["total"] - 1: saved["fetched_at"] or resume.random}
@@ -123,7 +121,7 @@ def _skip(start: LoaderStart, saved: dict[str, Any], fetcher: Any) -> None:
     start.epoch = saved["start"]
 
 
-def _say_what_is_not_exact(resume: ExactResume, trainer: Trainer, saved: dict[str, Any]) -> None:
+def _say_what_is_not_exact(resume: ExactResume, trainer: Any, saved: dict[str, Any]) -> None:
     place, loader = saved["place"], trainer.fit_loop._combined_loader
     loaders = list(loader.flattened) if loader is not None else []
     inside = place["kind"] == "inside" and place["batches"] > 0

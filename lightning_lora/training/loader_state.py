@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_lora.errors import TrainingError, listed
-from lightning_lora.training.randomness import as_tuples
+from lightning_lora.training.randomness import set_python_state
 
 _DEPTH = 8
 _LENGTH = 64
@@ -85,8 +85,8 @@ class LoaderState:
 
     def seeds(self) -> dict[str, int]:
         """The seeds of samplers that draw each epoch's order from one: DistributedSampler, and those like it."""
-        samplers = {path: value for path, value in self.found.items() if isinstance(value, Sampler)}
-        return {path: s.seed for path, s in samplers.items() if type(getattr(s, "seed", None)) is int}
+        seeds = {p: getattr(value, "seed", None) for p, value in self.found.items() if isinstance(value, Sampler)}
+        return {path: seed for path, seed in seeds.items() if type(seed) is int}
 
     def check_seeds(self, saved: dict[str, int]) -> None:
         """Raise TrainingError where this run would draw another order of the data than the checkpoint's did."""
@@ -214,7 +214,7 @@ def _set_generator_state(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(state.cpu())
     elif isinstance(generator, random.Random):
-        generator.setstate(as_tuples(state))
+        set_python_state(generator, state)
     elif hasattr(generator, "bit_generator"):
         generator.bit_generator.state = _with_arrays(state)
     else:

@@ -29,7 +29,7 @@ def random_state() -> RandomState:
 def set_random_state(state: RandomState) -> None:
     """Put back what `random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
-    random.setstate(as_tuples(state["python"]))
+    set_python_state(random, state["python"])
     numpy = sys.modules.get("numpy")
     if "numpy" in state and numpy is not None and _numpy_state(numpy) is not state["numpy"]:
         saved = state["numpy"]
@@ -57,6 +57,7 @@ def _numpy_state(numpy: Any) -> Any:
     return state
 
 
-def as_tuples(value: Any) -> Any:
-    """`value` with tuples in place of its lists, as `random.setstate` wants them."""
-    return tuple(as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+def set_python_state(generator: Any, state: Any) -> None:
+    """Put back the state of Python's `random` or of a `random.Random`, which takes tuples and no lists."""
+    version, numbers, kept = state
+    generator.setstate((version, tuple(numbers), kept))

@@ -55,7 +55,7 @@ class ExactResume:
     """The part of the callback that makes a resumed run the run that was not interrupted."""
 
     def __init__(self) -> None:
-        self.trainer: Trainer | None = None
+        self.trainer: Any = None
         """The one that trains, or trained last."""
         self.saved: list[dict[str, Any] | None] | None = None
         """What a checkpoint brought, of each process, until training starts."""
@@ -104,7 +104,6 @@ class ExactResume:
 
     def _state(self) -> dict[str, Any]:
         trainer = self.trainer
-        assert trainer is not None
         if self.entry is not None:
             return self.entry
         place = self.place()
@@ -122,16 +121,15 @@ class ExactResume:
             "metrics": plain(held["metrics"]) if place["kind"] == "inside" else None,
             "gradients": self._open_gradients(),
             "callback_metrics": tensors(trainer.callback_metrics),
-            "stopped_early": trainer.should_stop and any(_has_stopped(c) for c in trainer.callbacks),  # type: ignore[attr-defined]
+            "stopped_early": trainer.should_stop and any(_has_stopped(c) for c in trainer.callbacks),
             "seeds": self.own.seeds(),
             "changed_in_batch": self._in_batch() and self.before["version"] != self.trained.version(),
         }
 
     def place(self) -> dict[str, Any]:
         """Where the run is."""
-        assert self.trainer is not None
         if self.entry is not None:
-            return self.entry["place"]  # type: ignore[no-any-return]
+            return self.entry["place"]
         fit_loop = self.trainer.fit_loop
         epoch, batch = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress
         done = batch.total.processed
@@ -190,13 +188,11 @@ class ExactResume:
 
     def _in_batch(self) -> bool:
         """Whether a batch is begun and not through."""
-        assert self.trainer is not None
         epoch, batch = self.trainer.fit_loop.epoch_progress.current, self.trainer.fit_loop.epoch_loop.batch_progress
         return epoch.started > epoch.processed and batch.current.ready > batch.current.processed
 
     def _is_amid(self) -> bool:
         """Whether the run is in the middle of a batch, or of a validation that has to be done again from its start."""
-        assert self.trainer is not None
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         if self.extra and self.before:
             return True
@@ -204,7 +200,6 @@ class ExactResume:
 
     def _open_gradients(self) -> dict[str, Tensor]:
         """The gradients that the next batch adds to."""
-        assert self.trainer is not None
         module = self.trainer.lightning_module
         if self._in_batch() and self.gradients is not None:
             return self.gradients
@@ -232,7 +227,7 @@ class ExactResume:
                 set_random_state(saved["before_run"])
         self.random = self.random_before = random_state()
 
-    def on_train_start(self, trainer: Trainer) -> None:
+    def on_train_start(self, trainer: Any) -> None:
         """Go on where the checkpoint was saved, or start so that a later checkpoint can."""
         self.trainer = trainer
         ranks, self.saved, self.entry = self.saved, None, None
@@ -243,10 +238,10 @@ class ExactResume:
         self.metrics = EpochMetrics(trainer)
         epoch_loop = trainer.fit_loop.epoch_loop
         if not hasattr(epoch_loop, "lora_resume"):
-            epoch_loop.__class__ = swapped_class("Resumed", _ResumedEpochLoop, type(epoch_loop))
+            epoch_loop.__class__ = _resumed(_ResumedEpochLoop, epoch_loop)
             val_loop = epoch_loop.val_loop
-            val_loop.__class__ = swapped_class("Resumed", _ResumedValidationLoop, type(val_loop))
-        epoch_loop.lora_resume = epoch_loop.val_loop.lora_resume = self  # type: ignore[attr-defined]
+            val_loop.__class__ = _resumed(_ResumedValidationLoop, val_loop)
+        epoch_loop.lora_resume = epoch_loop.val_loop.lora_resume = self
         self._watch_loaders()
         if ranks is not None:
             restore(self, trainer, ranks)
@@ -263,7 +258,6 @@ class ExactResume:
     def begin_batch(self, fetcher: Any) -> bool:
         """Before a batch is fetched. Returns whether one is: the first call after resuming may have to end another."""
         trainer = self.trainer
-        assert trainer is not None
         entry, self.entry = self.entry, None
         batch = trainer.fit_loop.epoch_loop.batch_progress
         if entry is not None:
@@ -297,35 +291,32 @@ class ExactResume:
     def begin_validation(self) -> None:
         """Before its iterator is made."""
         trainer = self.trainer
-        assert trainer is not None
         epoch_loop = trainer.fit_loop.epoch_loop
         if epoch_loop.val_loop._combined_loader is not self.validated_on:
             self._find_state()
         self.before = self._held()
         stopping, trainer.should_stop = trainer.should_stop, False
-        self.extra = stopping and not epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        self.extra = stopping and not epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         trainer.should_stop = stopping
         set_random_state(self.random)
         if self.validated_on is not None:
             seed_persistent_workers(self.validated_on)
 
-    def on_validation_end(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Any) -> None:
         self.validated = trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
-    def on_train_epoch_end(self, trainer: Trainer) -> None:
+    def on_train_epoch_end(self, trainer: Any) -> None:
         epoch_loop = trainer.fit_loop.epoch_loop
         stopped = trainer.should_stop or 0 <= epoch_loop.max_steps <= epoch_loop.global_step
         self.ended = epoch_loop.batch_progress.total.processed
         self.cut = stopped and not epoch_loop._num_ready_batches_reached()
 
     def _note_random(self) -> None:
-        assert self.trainer is not None
         self.random = random_state()
         self.random_at = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
     def _held(self) -> dict[str, Any]:
         trainer = self.trainer
-        assert trainer is not None
         self.buffers.note()
         fit_loop = trainer.fit_loop
         loader, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
@@ -338,19 +329,16 @@ class ExactResume:
 
     def _fetches_ahead(self) -> bool:
         """Whether Lightning fetches each batch before the one ahead of it is trained on, to know which is the last."""
-        assert self.trainer is not None
         fetcher = self.trainer.fit_loop._data_fetcher
         return isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is None
 
     def _watch_loaders(self) -> None:
-        assert self.trainer is not None
         self.start = LoaderStart()
         self._find_state()
         if (loader := self.trainer.fit_loop._combined_loader) is not None:
             watch(loader, self.start)
 
     def _find_state(self) -> None:
-        assert self.trainer is not None
         self.validated_on = self.trainer.fit_loop.epoch_loop.val_loop._combined_loader
         self.own = self.start.own = state_of(self.trainer)
 
@@ -374,6 +362,11 @@ class _ResumedValidationLoop(_ValidationHost):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.lora_resume.begin_validation()
         super().reset()
+
+
+def _resumed(mixin: Any, loop: Any) -> Any:
+    base: Any = type(loop)
+    return swapped_class("Resumed", mixin, base)
 
 
 def _set_counts(progress: dict[str, Any], completed: int, ready: int) -> None:

@@ -96,7 +96,7 @@ class AdapterStrategy(_Host):
         return wrapped
 
     def barrier(self, name: str | None = None) -> None:
-        super().barrier(name)
+        super().barrier(name)  # type: ignore[safe-super]
         module = self.lightning_module
         if name == "run-stage" and module is not None and module.trainer.state.fn == TrainerFn.FITTING:
             self.lora.resume.before_run(module.trainer.global_rank)
@@ -200,7 +200,7 @@ class AdapterStrategy(_Host):
         trainer = self.lora.resume.trainer
         if trainer is None:
             return True
-        folders = [c.dirpath for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None) is not None]
+        folders = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None)) is not None]
         same = trainer.ckpt_path is not None and _place(remote) == _place(trainer.ckpt_path)
         return not same and any(_place(remote).startswith(f"{_place(folder)}/") for folder in folders)
 

@@ -1,6 +1,6 @@
-"""Two processes, of which the first fails alone, in the middle of a batch.
+"""Two processes, of which the first fails alone, or both do, in the middle of a batch.
 
-python alone_run.py FOLDER    leaves FOLDER/on_exception.ckpt, and may then wait for ever for the other
+python alone_run.py FOLDER [both]    leaves FOLDER/on_exception.ckpt, and may then wait for ever for the other
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from training.lit import trainer
 
 class Fails(Shared):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if self.global_step == 3 and self.trainer.is_global_zero:
+        if self.global_step == 3 and (self.trainer.is_global_zero or "both" in sys.argv):
             raise ValueError("alone")
         return super().training_step(batch, batch_idx)
 

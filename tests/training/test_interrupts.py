@@ -132,9 +132,10 @@ def test_a_path_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python's, of forking with threads
-def test_a_process_that_fails_alone_leaves_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", ["alone", "both"])
+def test_a_process_that_fails_leaves_its_checkpoint_and_waits_for_no_other(who: str, tmp_path: Path) -> None:
     path = tmp_path / "on_exception.ckpt"
-    command = [sys.executable, "-W", "ignore", str(SCRIPT.with_name("alone_run.py")), str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", str(SCRIPT.with_name("alone_run.py")), str(tmp_path), who]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
@@ -146,11 +147,13 @@ def test_a_process_that_fails_alone_leaves_its_checkpoint(tmp_path: Path) -> Non
         run.wait()
     first, second = torch.load(path)["callbacks"]["LoRACallback"]["random"]["ranks"]
     assert first["place"]["batches"] == 3
+    if who == "both":
+        assert second["place"] == first["place"]
+        assert second["random"].keys() == first["random"].keys()
+        return
     assert second is None
     with pytest.warns(UserWarning, match="random state of 2 processes and this run has 1"):
         trainer(LoRACallback(rank=2), max_epochs=1).fit(Shared(), ckpt_path=path)
     both = trainer(LoRACallback(rank=2), max_epochs=1, strategy="ddp_fork", devices=2, use_distributed_sampler=False)
-    with pytest.raises(
-        ProcessRaisedException, match="the gradients of one process alone"
-    ):  # a warning is an error here
+    with pytest.raises(ProcessRaisedException, match="the gradients of one process alone"):
         both.fit(Shared(), ckpt_path=path)
