@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from lightning_lora.errors import TrainingError
 from lightning_lora.training.randomness import set_random_state
 from lightning_lora.training.watched_loader import LoaderStart, knows_its_place
 
@@ -113,10 +114,17 @@ def _skip(start: LoaderStart, saved: dict[str, Any], fetcher: Any) -> None:
     items = fetcher
     if isinstance(fetcher, _DataLoaderIterDataFetcher):
         items = fetcher.iterator_wrapper
-    for left in reversed(range(saved["fetched"] if saved["fetched"] is not None else saved["place"]["batches"])):
-        if left == 0 and saved["fetched_at"] is not None:  # the batch that comes after it is fetched with it
+    count = saved["fetched"] if saved["fetched"] is not None else saved["place"]["batches"]
+    for i in range(count):
+        if i == count - 1 and saved["fetched_at"] is not None:  # the batch that comes after it is fetched with it
             set_random_state(saved["fetched_at"])
-        next(items)
+        try:
+            next(items)
+        except StopIteration:
+            raise TrainingError(
+                f"The checkpoint was saved after batch {count} of epoch {saved['place']['epoch']}, and this run's data "
+                f"ends after batch {i}. Go on with the data and the batch size that it was saved with."
+            ) from None
     start.replayed = {}
     start.epoch = saved["start"]
 
@@ -125,6 +133,11 @@ def _say_what_is_not_exact(resume: ExactResume, trainer: Any, saved: dict[str, A
     place, loader = saved["place"], trainer.fit_loop._combined_loader
     loaders = list(loader.flattened) if loader is not None else []
     inside = place["kind"] == "inside" and place["batches"] > 0
+    if inside and place["of"] != trainer.num_training_batches:
+        rank_zero_warn(
+            f"Not exactly the run that was interrupted: its epochs had {place['of']} batches, this run's have "
+            f"{trainer.num_training_batches}. It goes on after the first {place['batches']} of them."
+        )
     streams = [x for x in loaders if isinstance(getattr(x, "dataset", None), IterableDataset)]
     if inside and any(not hasattr(x, "load_state_dict") for x in streams):
         rank_zero_warn(

@@ -140,6 +140,7 @@ class ExactResume:
                 "epoch": started,
                 "batches": batch.current.processed,
                 "total": done,
+                "of": self.trainer.num_training_batches,
                 "is_last": batch.is_last_batch and not self._in_batch(),
                 "ended": self.cut or self.ended == done,
                 "validated": self.validated == done,

@@ -304,3 +304,18 @@ def test_numpys_generator_is_put_back_whatever_it_was_asked_for() -> None:
         random_state()
         set_random_state(state)
         assert (np.random.randn(3) == expected).all()
+
+
+@pytest.mark.filterwarnings("ignore:Not exactly the run that was interrupted: its epochs had 5 batches")
+def test_data_that_ends_before_the_place_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, checkpoints={"every_n_train_steps": 4})
+    run = trainer(LoRACallback(rank=2, dropout=0.1), max_epochs=EPOCHS)
+    with pytest.raises(TrainingError, match="saved after batch 4 of epoch 0, and this run's data ends after batch 2"):
+        run.fit(Resumed(), DataLoader(data(16), batch_size=8), ckpt_path=tmp_path / "step=4.ckpt")
+
+
+def test_another_number_of_batches_than_the_checkpoints_is_said(tmp_path: Path) -> None:
+    fit(tmp_path, checkpoints={"every_n_train_steps": 3})
+    run = trainer(LoRACallback(rank=2, dropout=0.1), max_epochs=EPOCHS)
+    with pytest.warns(UserWarning, match="its epochs had 5 batches, this run's have 10"):
+        run.fit(Resumed(), DataLoader(data(), batch_size=4), ckpt_path=tmp_path / "step=3.ckpt")
