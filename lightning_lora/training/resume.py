@@ -55,6 +55,7 @@ class ExactResume:
     """The part of the callback that makes a resumed run the run that was not interrupted."""
 
     def __init__(self) -> None:
+        self.stage = ""
         self.trainer: Any = None
         """The one that trains, or trained last."""
         self.saved: list[dict[str, Any] | None] | None = None
@@ -94,6 +95,8 @@ class ExactResume:
         return {"ranks": of_all_ranks(own, may_be_alone=interrupted)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.stage != "fit":  # validate, test and predict take weights from a checkpoint, and no place in training
+            return
         self.saved = state["ranks"]
         if any(rank is not None and "place" not in rank for rank in state["ranks"]):
             rank_zero_warn(
@@ -195,7 +198,7 @@ class ExactResume:
     def _is_amid(self) -> bool:
         """Whether the run is in the middle of a batch, or of a validation that has to be done again from its start."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        if self.extra and self.before:
+        if (self.extra or self.cut) and self.before:
             return True
         return self._in_batch() or (self.trainer.validating and self.validated != done and bool(self.before))
 
@@ -214,6 +217,7 @@ class ExactResume:
     # Noted while training goes on.
 
     def setup(self, stage: str) -> None:
+        self.stage, self.saved = stage, None
         if stage == "fit":  # a save before training starts is of this run, not of the one before
             self.trainer, self.random = None, {}
 
@@ -311,6 +315,8 @@ class ExactResume:
         stopped = trainer.should_stop or 0 <= epoch_loop.max_steps <= epoch_loop.global_step
         self.ended = epoch_loop.batch_progress.total.processed
         self.cut = stopped and not epoch_loop._num_ready_batches_reached()
+        if self.cut and not self.extra:  # Lightning ends the epoch's metrics, and the longer run goes on with them
+            self.before = self._held()
 
     def _note_random(self) -> None:
         self.random = random_state()
