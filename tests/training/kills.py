@@ -308,6 +308,9 @@ SETTINGS: dict[str, Setting] = {
     "max_steps in windows": Setting(
         grow=({"max_steps": 1}, {"max_steps": 3}), trainer={"accumulate_grad_batches": 4, "max_steps": 5}
     ),
+    "max_steps, metrics of whole epochs": Setting(
+        saver={}, schedule="epoch train_loss_epoch", grow=({"max_steps": 8},), by_hand=("on_train_end",)
+    ),
     "max_steps, then epochs": Setting(grow=({"max_steps": 8},), trainer={}),
     "max_steps in the last epoch": Setting(saver=TIME, grow=({"max_steps": 4, "max_epochs": 1},)),
     "stopped in an epoch": Setting(grow=({"stop_at": 8},), trainer={"accumulate_grad_batches": 4}),
@@ -344,12 +347,15 @@ class ByHand(Callback):
     def __init__(self, folder: Path, hooks: tuple[str, ...]) -> None:
         self.folder, self.calls = folder, 0
         for hook in hooks:
-            setattr(self, hook, self.save)
+            setattr(self, hook, self.save if hook != "on_train_end" else self.save_at_end)
 
     def save(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self.calls += 1
         if (self.calls % 3 == 0 and not trainer.sanity_checking and trainer.training) or trainer.validating:
             trainer.save_checkpoint(self.folder / f"by-hand-{random_name()}.ckpt")
+
+    def save_at_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"by-hand-{random_name()}.ckpt")
 
 
 class Killer(Callback):
