@@ -85,6 +85,10 @@ class ExactResume:
         """Whether the last validation was one that only a run that stops has: what it changed does not count."""
         self.validated_on: CombinedLoader | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to no run yet: a callback can be copied and pickled once it was used."""
+        return {**ExactResume().__dict__, "stage": self.stage, "saved": self.saved, "saved_at": self.saved_at}
+
     # What a checkpoint holds of it.
 
     def state_dict(self) -> dict[str, Any]:
