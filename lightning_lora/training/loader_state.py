@@ -1,7 +1,7 @@
-"""What data loaders, samplers and modules keep of their own that training changes: random generators, counters, states.
+"""What data loaders, samplers and modules keep of their own that training changes: random generators and counters.
 
-`DataLoader(generator=g)`, the recipe of torch's documentation, draws from `g` alone; a sampler may count its epochs, or
-bring `state_dict` and `load_state_dict`. No checkpoint of Lightning's holds any of it.
+`DataLoader(generator=g)`, the recipe of torch's documentation, draws from `g` alone; a sampler may count its epochs. No
+checkpoint of Lightning's holds any of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from lightning_lora.errors import TrainingError, listed
 from lightning_lora.training.randomness import set_python_state
@@ -38,14 +38,14 @@ class LoaderState:
         seen: set[int] = set()
         for name, loader in loaders.items():
             for path, value in _reached(loader, name, _DEPTH, seen):
-                if _is_generator(value) or _has_state(value) or isinstance(value, (Sampler, Dataset)):
+                if _is_generator(value) or isinstance(value, (Sampler, Dataset)):
                     self.found[path] = value
         for name, owner in owners.items():
             for path, value in _held(owner, name):
                 if _is_generator(value) and id(value) not in seen:
                     seen.add(id(value))
                     self.found[path] = value
-        self.counters = {path: _plain(value) for path, value in self.found.items() if _counts(value)}
+        self.counters = {path: _plain(value) for path, value in self.found.items() if not _is_generator(value)}
 
     def state(self) -> State:
         """As values that `torch.load(weights_only=True)` accepts."""
@@ -53,8 +53,6 @@ class LoaderState:
         for path, value in self.found.items():
             if _is_generator(value):
                 state[path] = _generator_state(value)
-            elif _has_state(value):
-                state[path] = value.state_dict()
             else:
                 start = self.counters[path]
                 changed = {k: v for k, v in _plain(value).items() if k not in start or start[k] != v}
@@ -70,8 +68,6 @@ class LoaderState:
                 continue
             if _is_generator(value):
                 _set_generator_state(value, saved)
-            elif _has_state(value):
-                value.load_state_dict(saved)
             else:
                 value.__dict__.update(saved)
 
@@ -176,20 +172,8 @@ def _held(owner: Any, path: str) -> Iterator[tuple[str, Any]]:
                 yield from ((f"{where}.{place}", inner) for place, inner in _parts(value))
 
 
-def _has_state(value: Any) -> bool:
-    return (
-        hasattr(type(value), "state_dict")
-        and hasattr(type(value), "load_state_dict")
-        and not isinstance(value, DataLoader)
-        and isinstance(value, (Sampler, Dataset))
-    )
-
-
-def _counts(value: Any) -> bool:
-    return isinstance(value, (Sampler, Dataset)) and not _has_state(value)
-
-
 def _plain(value: Any) -> dict[str, Any]:
+    # Not its state_dict: loading that means to go on in mid-epoch, where the epoch is to start as it did.
     return {k: v for k, v in vars(value).items() if type(v) in (int, float, bool, str, type(None))}
 
 
