@@ -22,6 +22,7 @@ from lightning_lora.errors import AdapterFormatError, ConfigError, TargetError, 
 from lightning_lora.hub import peft
 from lightning_lora.hub.disk import DiskStore
 from lightning_lora.hub.inspection import checked_config
+from lightning_lora.hub.local import local_path
 from lightning_lora.hub.matching import Fit, fit
 from lightning_lora.hub.reading import CONFIG, Header, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
@@ -77,7 +78,7 @@ class AdapterBank(Bank):
         Raises ConfigError for a number that cannot be, TargetError for a layer that cannot be served,
         AdapterStateError where `model` has adapters or a bank, BankError where the slots do not fit into memory.
         """
-        store = None if disk is None else DiskStore(Path(disk))
+        store = None if disk is None else DiskStore(local_path(disk))
         super().__init__(
             model,
             capacity,
@@ -152,7 +153,7 @@ class AdapterBank(Bank):
     def _of_folder(
         self, source: str | os.PathLike[str], revision: str | None, check_base: bool, pulling: dict[str, Any]
     ) -> dict[str, LayerFactors]:
-        folder = Path(source)
+        folder = local_path(source)
         if pulling or revision is not None or not folder.exists():
             from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
 
@@ -255,9 +256,9 @@ _NOT_SERVED = (
 
 def _named_folders(folders: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str]) -> dict[str, Path]:
     if isinstance(folders, Mapping):
-        named = {name: Path(folder) for name, folder in folders.items()}
+        named = {name: local_path(folder) for name, folder in folders.items()}
     else:
-        place = Path(folders).expanduser()
+        place = local_path(folders)
         if not place.is_dir():
             raise AdapterFormatError(f"There is no folder {str(place)!r}, in which adapters would lie.")
         named = {path.name: path for path in sorted(place.iterdir()) if (path / CONFIG).is_file()}

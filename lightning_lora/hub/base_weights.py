@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError, closest, listed
 from lightning_lora.hub.calls import translated
+from lightning_lora.hub.local import local_path
 from lightning_lora.hub.roots import adapter_root
 
 Base = nn.Module | str | os.PathLike[str]
@@ -36,7 +37,7 @@ def weights_of(base: Base, revision: str | None = None) -> WeightOf:
     """
     if isinstance(base, nn.Module):
         return _of_module(base)
-    path = Path(base).expanduser()
+    path = local_path(base)
     if not path.exists():
         path = _fetched(base, revision)
     return _of_files(path)

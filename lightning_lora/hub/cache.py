@@ -23,13 +23,14 @@ from huggingface_hub import constants
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.hub.download import checksum
+from lightning_lora.hub.local import local_path
 
 
 class CachedRepository:
     """What the cache holds of one repository."""
 
     def __init__(self, repo_id: str, cache_dir: str | os.PathLike[str] | None) -> None:
-        cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
+        cache = local_path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
         self.folder = cache / "--".join(["models", *repo_id.split("/")])
 
     def commit_of(self, revision: str) -> str | None:

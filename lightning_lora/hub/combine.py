@@ -26,6 +26,7 @@ from lightning_lora.hub.card import RunFacts, base_id, model_card
 from lightning_lora.hub.combine_report import CombinedModule, CombineReport, shown_error
 from lightning_lora.hub.compatibility import check_bases, check_combinable, groups_of
 from lightning_lora.hub.inspection import LARGEST_SCALE
+from lightning_lora.hub.local import local_path
 from lightning_lora.hub.parts import Pair, Parts, parts_of
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.hub.reading import NOTE
@@ -75,10 +76,10 @@ def combine_adapters(
     """
     weights = _checked_weights(sources, weights)
     _check_method(method, rank, density, seed)
-    target = Path(target_folder).expanduser()
+    target = local_path(target_folder)
     used = [(source, weight) for source, weight in zip(sources, weights) if weight]
     folders = [adapter_folder(os.path.expanduser(source)) for source, _ in used]
-    _check_target(target, [*folders, *(Path(source).expanduser() for source in sources)])
+    _check_target(target, [*folders, *map(local_path, sources)])
     names = _names([source for source, _ in used])
     adapters = {name: parts_of(folder) for name, folder in zip(names, folders)}
     weight_of = {name: weight for name, (_, weight) in zip(names, used)}

@@ -19,6 +19,7 @@ from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.consumers import Consumer, consumer_called
 from lightning_lora.hub.export_report import ExportReport
+from lightning_lora.hub.local import local_path
 from lightning_lora.hub.low_rank import Spectrum
 from lightning_lora.hub.lowering import Lowered, dora_spectra, lowered, with_every_layer, written_rank
 from lightning_lora.hub.obstacles import head_of, other_base, refuse, refuse_loss, unclear, unsupported
@@ -59,7 +60,7 @@ def export_adapter(
     HubError for what cannot be fetched; CheckpointError where files cannot be read or written.
     """
     row = consumer_called(consumer)
-    target = Path(folder).expanduser()
+    target = local_path(folder)
     dtype = _dtype(dtype)
     _check_numbers(rank, max_rank, tolerance)
     source = adapter_folder(os.path.expanduser(adapter), revision)

@@ -43,6 +43,7 @@ from lightning_lora.errors import (
 from lightning_lora.hub.card import model_card
 from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.layout import Adapted, layout_of, member, names_of_tensors, tensor_named, tensors_named
+from lightning_lora.hub.local import local_path
 from lightning_lora.hub.matching import Fit, fit
 from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, own_fields, to_peft
 from lightning_lora.hub.reading import NOTE, check_folder, open_tensors
@@ -80,6 +81,7 @@ def save_adapter(
     AdapterStateError where `inject` was not called on `model` or inside it, ConfigError for an argument that cannot be,
     CheckpointError where the folder cannot be written; what was there before is then still there.
     """
+    folder = local_path(folder)
     owner, injection = only_injection(model)
     module, root = adapter_root(model)
     adapted = dict(adapters(root))
@@ -135,7 +137,6 @@ def save_adapter(
     header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
     trained = sum(t.numel() for t in own_tensors.values())
     card = model_card(config, modules=len(adapted), parameters=trained, module=module)
-    folder = Path(folder)
     if not any(map(is_sharded, own_tensors.values())) or is_first():
         write_adapter(folder, config, values, header, card)
     for what, names in targets.unread.items():

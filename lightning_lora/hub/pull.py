@@ -25,6 +25,7 @@ from lightning_lora.errors import (
 from lightning_lora.hub.cache import CachedRepository, copy_files, link_or_copy
 from lightning_lora.hub.download import Remote, RemoteFile, checksum
 from lightning_lora.hub.inspection import LARGEST_CONFIG, check_adapter, checked_config
+from lightning_lora.hub.local import local_path
 from lightning_lora.hub.reading import CARD, CONFIG, TENSORS, foreign_layout
 
 MAX_BYTES = 4 << 30
@@ -105,6 +106,7 @@ def pull(
     """`pull_adapter`, with what it did."""
     revision = "main" if revision is None else revision
     _check_arguments(repo_id, revision, timeout)
+    folder = None if local_dir is None else local_path(local_dir)
     cache = CachedRepository(repo_id, cache_dir)
     offline = local_files_only or constants.HF_HUB_OFFLINE
     # A commit never changes: what was pulled of it needs no answer from the Hub.
@@ -125,9 +127,8 @@ def pull(
         else:
             found = _fetch(remote, cache, commit, max_bytes)
             cache.remember(revision, commit)
-    if local_dir is None:
+    if folder is None:
         return found
-    folder = Path(local_dir).expanduser()
     # The config last: a folder without one is no adapter yet.
     copy_files([found.folder / name for name in (TENSORS, CARD, CONFIG) if name in found.files], folder)
     return Pulled(folder, repo_id, found.commit, found.files, found.fetched)
@@ -135,7 +136,7 @@ def pull(
 
 def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
     """A folder that exists as it is, what looks like an id on the Hub pulled with the `options` of `pull_adapter`."""
-    folder = Path(folder_or_repo)
+    folder = local_path(folder_or_repo)
     if folder.exists():
         if revision is not None:
             raise ConfigError(f"{str(folder)!r} is a folder here, which has no revision {revision!r}. Leave it out.")

@@ -17,6 +17,7 @@ from lightning_lora.errors import CheckpointError, HubAccessError, HubError, Hub
 from lightning_lora.hub.calls import DEADLINE, SLOWEST, retried
 from lightning_lora.hub.card import RunFacts, merge_cards
 from lightning_lora.hub.files import save_adapter
+from lightning_lora.hub.local import local_path
 from lightning_lora.hub.reading import CARD
 from lightning_lora.hub.repository import Destination, HubRepository
 from lightning_lora.hub.staging import PICTURE, Staged, digest, stage
@@ -94,10 +95,11 @@ def push_adapter(
         endpoint=endpoint,
         deadline=deadline,
     )
+    picture = None if picture is None else local_path(picture)
     staged = stage_model(model_or_folder) if isinstance(model_or_folder, nn.Module) else stage(model_or_folder)
     try:
         if picture is not None:
-            staged = staged.with_file(PICTURE, _content(Path(picture)))
+            staged = staged.with_file(PICTURE, _content(picture))
         run = RunFacts(
             repo_id=repo_id, metrics=metrics or {}, step=step, data=data, datasets=datasets, front_matter=card or {}
         )

@@ -16,6 +16,7 @@ from typing import Any
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.inspection import check_adapter
+from lightning_lora.hub.local import local_path
 from lightning_lora.hub.peft import HEADS_OF_TASK, adapted_names, base_name, ends_with, plain_key
 from lightning_lora.hub.reading import CARD, CONFIG, TENSORS, check_folder, open_tensors, read_config
 from lightning_lora.hub.temporary import reason, temporary_folder
@@ -82,7 +83,7 @@ def stage(source: str | os.PathLike[str], *, checkpoint: str | os.PathLike[str] 
     Raises AdapterFormatError for a folder that is no adapter, one that `pull_adapter` would refuse, and one with
     weights of the base. CheckpointError where it cannot be read or written.
     """
-    source = Path(source)
+    source = local_path(source)
     check_folder(source)
     folder = temporary_folder("push")
     try:

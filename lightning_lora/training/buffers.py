@@ -59,6 +59,34 @@ def restore_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
             record[name] = _RESTORED
 
 
+class BufferWatch:
+    """Copies of small buffers as they were when the running batch began: it may be trained on again from there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._owners = [
+            (f"{prefix}.{name}".lstrip("."), inner, name)
+            for prefix, inner in module.named_modules()
+            for name, buffer in inner.named_buffers(recurse=False)
+            if buffer.numel() <= _SAMPLE >> 4
+        ]
+        self._copies: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self.note()
+
+    def note(self) -> None:
+        for name, buffer in self._changed():
+            self._copies[name] = (buffer, buffer._version, buffer.detach().clone())
+
+    def before(self) -> dict[str, Tensor]:
+        """Those that have changed since `note`, as they were then."""
+        return {name: self._copies[name][2] for name, _ in self._changed() if name in self._copies}
+
+    def _changed(self) -> Iterator[tuple[str, Tensor]]:
+        for name, owner, key in self._owners:
+            buffer, known = owner._buffers.get(key), self._copies.get(name)
+            if buffer is not None and (known is None or buffer is not known[0] or buffer._version != known[1]):
+                yield name, buffer
+
+
 def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The persistent buffers that are no part of the adapter, each under its first name, without wrappers."""
     seen = {id(tensor) for tensor in adapter_tensors(module).values()}

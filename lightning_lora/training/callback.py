@@ -28,7 +28,6 @@ from lightning_lora.training.launch import adapt_before_launch
 from lightning_lora.training.present import adapters_present
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
-from lightning_lora.training.randomness import ExactResume
 from lightning_lora.training.strategy import (
     AdapterPolicy,
     attach,
@@ -112,7 +111,7 @@ class LoRACallback(Callback):
             push=Pushing(push) if push is not None else None,
             init_batches=init_batches,
         )
-        self._resume = ExactResume()
+        self._resume = self._policy.resume
         self._awaits_gradient: dict[str, Any] | None = None
         self._heard_backward = False
         self._held = 0
@@ -123,6 +122,7 @@ class LoRACallback(Callback):
     # Adapting the model.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._resume.setup(stage)
         self._policy.bases.clear()  # another module, or other base weights, may come with this run
         self._policy.watch = None
         self._goes_on = None
@@ -275,7 +275,6 @@ class LoRACallback(Callback):
         self._resume.on_train_epoch_start(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._resume.on_train_batch_start(trainer)
         held = sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
         if held != self._held:
             check_only_adapters(trainer.optimizers, pl_module)
@@ -288,14 +287,17 @@ class LoRACallback(Callback):
             self._report_unused(pl_module)
         if self._policy.watch is not None:
             self._policy.watch.after_batch(pl_module, trainer.global_step > self._first_step)
-        self._resume.on_train_batch_end(trainer, batch_idx)
+        self._resume.on_train_batch_end()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._resume.on_train_epoch_end()
+        self._resume.on_train_epoch_end(trainer)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        self._resume.on_before_backward(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._resume.on_validation_end()
+            self._resume.on_validation_end(trainer)
             if self._policy.push is not None:
                 self._policy.push.record(trainer)
 
@@ -309,6 +311,9 @@ class LoRACallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": self._resume.state_dict()}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resume.on_save_checkpoint(checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume.load_state_dict(state_dict["random"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fsspec.core import url_to_fs
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import (
@@ -51,6 +52,7 @@ from lightning_lora.training.checkpoint import (
 )
 from lightning_lora.training.checkpoint_file import read_checkpoint, write_whole_files
 from lightning_lora.training.hyperparameters import leave_out_base
+from lightning_lora.training.resume import ExactResume
 from lightning_lora.training.sharding import WholeCheckpoints
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class AdapterPolicy:
     product_decay: float | None = None
     watch: BaseWatch | None = None
     """What the base was when training started."""
+    resume: ExactResume = field(default_factory=ExactResume)
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What tells the base from others, once it was needed; frozen weights do not change. By the name of the module to
     which the names of its weights are relative."""
@@ -93,6 +96,12 @@ class AdapterStrategy(_Host):
             start_waiting(module, self.lora.init_batches)
         wrapped: nn.Module = super()._setup_model(model)
         return wrapped
+
+    def barrier(self, name: str | None = None) -> None:
+        super().barrier(name)  # type: ignore[safe-super]
+        module = self.lightning_module
+        if name == "run-stage" and module is not None and module.trainer.state.fn == TrainerFn.FITTING:
+            self.lora.resume.before_run(module.trainer.global_rank)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -126,12 +135,18 @@ class AdapterStrategy(_Host):
             self.precision_plugin.convert_module(module)  # values that float32 would round
         load_adapter_state_dict(module, checkpoint["state_dict"])
         restore_buffers(module, checkpoint[METADATA].get("buffers", {}))
+        self.lora.resume.saved_at = checkpoint[METADATA].get("saved_at", {})
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         load = super().load_checkpoint
         checkpoint: dict[str, Any] = read_checkpoint(checkpoint_path, load, weights_only, io=self.checkpoint_io)
         if self.lightning_module is not None and has_adapters(self.lightning_module):
             checkpoint_adapter(checkpoint)
+            # Saved before the first batch: the run starts, with its sanity check, which Lightning leaves out of a run
+            # that restarts.
+            loops = checkpoint.get("loops", {}).get("fit_loop", {})
+            if loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("ready") == 0:
+                del checkpoint["loops"]
         return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -148,6 +163,10 @@ class AdapterStrategy(_Host):
         for names in (own, as_theirs) if in_state_dict else (own,):
             checkpoint.update({key: without_base(value, names) for key, value in checkpoint.items()})
         checkpoint[METADATA] = self._metadata(module)
+        before = self.lora.resume.values_before_batch()
+        for values in (checkpoint["state_dict"], checkpoint[METADATA].get("buffers", {})):
+            values.update({name: before[name] for name in values.keys() & before.keys()})
+        checkpoint[METADATA]["saved_at"] = self.lora.resume.steps_saved(str(filepath))
         if left_out := leave_out_base(checkpoint, module):
             checkpoint[METADATA][LEFT_OUT] = left_out
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -176,11 +195,24 @@ class AdapterStrategy(_Host):
             self.lora.push.abort()
 
     def remove_checkpoint(self, filepath: Any) -> None:
+        if not is_local(str(filepath)) and not self._may_remove(str(filepath)):
+            rank_zero_info(f"{filepath} is kept: it belongs to the run that this one went on from.")
+            return
         super().remove_checkpoint(filepath)
         if self.lora.save_adapter and self.is_global_zero and is_local(str(filepath)):
             folder = adapter_folder(str(filepath))
             if (folder / "adapter_config.json").exists():
                 remove_folder(folder)
+
+    def _may_remove(self, remote: str) -> bool:
+        """What Lightning asks of local files alone (Lightning's issue 21813): a checkpoint of this run's own folders,
+        and not the one that it went on from."""
+        trainer = self.lora.resume.trainer
+        if trainer is None:
+            return True
+        folders = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None)) is not None]
+        same = trainer.ckpt_path is not None and _place(remote) == _place(trainer.ckpt_path)
+        return not same and any(_place(remote).startswith(f"{_place(folder)}/") for folder in folders)
 
     def _base(self, module: nn.Module, name: str, root: nn.Module) -> dict[str, Any]:
         if name not in self.lora.bases or not self.lora.check_base:  # which lets a base go on that changes
@@ -286,3 +318,10 @@ def freeze_new_norms(module: nn.Module) -> None:
             norm = submodule(submodule(module, root), name)
             if has_running_statistics(norm):
                 freeze_statistics(norm)
+
+
+def _place(url: Any) -> str:
+    """One spelling for each place: "memory://run", "memory:///run/" and the file system's own name for it are the
+    same."""
+    filesystem, path = url_to_fs(str(url))
+    return f"{type(filesystem).__name__}:{path.rstrip('/')}"

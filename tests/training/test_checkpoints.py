@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import lightning.pytorch as pl
 import peft
 import pytest
@@ -334,3 +336,29 @@ def test_a_folder_that_was_damaged_does_not_load(tmp_path: Path) -> None:
     tensors.write_bytes(tensors.read_bytes()[:-10])
     with pytest.raises(AdapterFormatError):
         load_adapter(Lit(), tmp_path / "x-adapter")
+
+
+@pytest.mark.parametrize("saver", [{"save_top_k": 1}, {"save_top_k": 1, "monitor": "val_loss"}, {"save_last": True}])
+def test_going_on_in_another_remote_folder_keeps_the_checkpoints_of_the_first(saver: Any, tmp_path: Path) -> None:
+    def fit(folder: str, epochs: int, ckpt: str | None = None) -> ModelCheckpoint:
+        callback = ModelCheckpoint(f"memory://{tmp_path.name}/{folder}", every_n_epochs=1, **saver)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="No adapter folder was written beside")
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            trainer(LoRACallback(rank=2), callback, max_epochs=epochs).fit(Lit(), ckpt_path=ckpt)
+        return callback
+
+    files = fsspec.filesystem("memory")
+    first = fit("first", 2)
+    before = set(files.ls(f"/{tmp_path.name}/first", detail=False))
+    for path in {first.best_model_path, first.last_model_path} - {""}:
+        second = fit("second", 4, path)
+        assert set(files.ls(f"/{tmp_path.name}/first", detail=False)) == before
+        # What the run saved itself goes, as it does in a local folder.
+        left = files.ls(f"/{tmp_path.name}/second", detail=False)
+        assert len(left) == len({second.best_model_path, second.last_model_path} - {""})
+        files.rm(f"/{tmp_path.name}/second", recursive=True)
+        again = fit("first", 4, path)
+        assert files.exists(again.best_model_path)
+        files.rm(f"/{tmp_path.name}/first", recursive=True)
+        first = fit("first", 2)

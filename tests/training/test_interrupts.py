@@ -18,10 +18,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.multiprocessing import ProcessRaisedException
 
 from lightning_lora import LoRACallback, load_from_checkpoint
 from lightning_lora.errors import CheckpointError
 
+from .ddp_run import Shared
 from .lit import Lit, trainer
 
 SCRIPT = Path(__file__).with_name("interrupted_run.py")
@@ -173,3 +175,33 @@ def test_a_checkpoint_for_which_temporary_files_have_no_room_names_them(
     monkeypatch.setattr("lightning_lora.training.checkpoint_file.has_less_room", lambda path: True)
     with pytest.raises(CheckpointError, match=r"temporary files, .*, is full .*set TMPDIR"):
         run.save_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python's, of forking with threads
+@pytest.mark.parametrize("who", ["alone", "both"])
+def test_a_process_that_fails_leaves_its_checkpoint_and_waits_for_no_other(who: str, tmp_path: Path) -> None:
+    path = tmp_path / "on_exception.ckpt"
+    command = [sys.executable, "-W", "ignore", str(SCRIPT.with_name("alone_run.py")), str(tmp_path), who]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert time.monotonic() < deadline, "it waits for the other process"
+            time.sleep(0.1)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    first, second = torch.load(path)["callbacks"]["LoRACallback"]["random"]["ranks"]
+    assert first["place"]["batches"] == 3
+    if who == "both":
+        assert second["place"] == first["place"]
+        assert second["random"].keys() == first["random"].keys()
+        return
+    assert second is None
+    with pytest.warns(UserWarning, match="random state of 2 processes and this run has 1"):
+        trainer(LoRACallback(rank=2), max_epochs=1).fit(Shared(), ckpt_path=path)
+    both = trainer(LoRACallback(rank=2), max_epochs=1, strategy="ddp_fork", devices=2, use_distributed_sampler=False)
+    with pytest.raises(ProcessRaisedException, match="the gradients of one process alone"):
+        both.fit(Shared(), ckpt_path=path)

@@ -9,14 +9,16 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_lora import LoRACallback
 from lightning_lora.engine import adapter_state_dict
+from lightning_lora.errors import TrainingError
+from lightning_lora.training.randomness import random_state, set_random_state
 
 from .lit import Lit, data, trainer
 
@@ -24,6 +26,8 @@ EPOCHS, STEPS = 3, 5
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata's own
 ]
 
@@ -139,3 +143,179 @@ def test_a_checkpoint_can_be_resumed_with_accumulated_gradients(tmp_path: Path) 
     path = str(tmp_path / "whole" / "step=2.ckpt")
     again = fit(tmp_path / "2", ckpt=path, seed=7, accumulate_grad_batches=2, checkpoints={"every_n_train_steps": 2})
     assert_same_end(whole, again, 4)
+
+
+# What no checkpoint of Lightning's holds, and where a run cannot be the same.
+
+
+def saved_state(path: Path) -> dict[str, Any]:
+    return torch.load(path)["callbacks"]["LoRACallback"]["random"]["ranks"][0]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_checkpoint_holds_the_gradients_of_an_open_window_and_of_no_other(precision: str, tmp_path: Path) -> None:
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            index = trainer.fit_loop.total_batch_idx
+            gradients[index] = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+            trainer.save_checkpoint(tmp_path / f"{index}.ckpt")
+
+    gradients: dict[int, dict[str, Tensor]] = {}
+    run = trainer(LoRACallback(rank=2), Saves(), max_epochs=2, accumulate_grad_batches=3, precision=precision)
+    run.fit(Resumed())
+    for index in range(10):
+        closed = index % 5 in (2, 4)  # an epoch's last batch ends its window
+        saved = saved_state(tmp_path / f"{index}.ckpt")["gradients"]
+        expected = {} if closed else gradients[index]
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
+def test_a_resumed_run_does_not_save_the_step_again_at_which_it_was_saved(tmp_path: Path) -> None:
+    saver = {"every_n_train_steps": 2}
+    fit(tmp_path, checkpoints=saver, accumulate_grad_batches=2)
+    names = {path.name for path in tmp_path.glob("*.ckpt")}
+    (tmp_path / "step=4.ckpt").rename(tmp_path / "from.ckpt")
+    fit(tmp_path, ckpt=str(tmp_path / "from.ckpt"), checkpoints=saver, accumulate_grad_batches=2)
+    assert {path.name for path in tmp_path.glob("*.ckpt")} & {"step=4.ckpt", "step=4-v1.ckpt"} == set()
+    assert names - {"step=4.ckpt"} <= {path.name for path in tmp_path.glob("*.ckpt")}
+
+
+def test_an_epochs_last_batch_that_was_saved_before_the_validation_is_validated_after_resuming(tmp_path: Path) -> None:
+    class Notes(Callback):
+        def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            values.append((trainer.global_step, trainer.callback_metrics["val_loss"].item()))
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            values.append((trainer.global_step, "epoch"))
+
+    def run(ckpt: str | None) -> list[Any]:
+        values.clear()
+        pl.seed_everything(1 if ckpt is None else 7, verbose=False)
+        saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=STEPS)
+        callbacks = [LoRACallback(rank=2), Notes(), saver]
+        trainer(*callbacks, max_epochs=2, num_sanity_val_steps=0).fit(Resumed(), ckpt_path=ckpt)
+        return values.copy()
+
+    values: list[Any] = []
+    whole = run(None)
+    assert [step for step, _ in whole] == [5, 5, 10, 10]
+    (tmp_path / "step=5.ckpt").rename(tmp_path / "from.ckpt")
+    assert run(str(tmp_path / "from.ckpt")) == whole
+
+
+class ByHand(Resumed):
+    """Two steps in a batch, between which something may happen."""
+
+    fails_at = -1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        for _ in range(2):
+            loss = self.loss(batch)
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            if self.trainer.fit_loop.total_batch_idx == self.fails_at:
+                raise ValueError("stop")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=None.*was called without a model", "ignore:.*no last checkpoint")
+def test_a_checkpoint_from_the_middle_of_a_batch_that_has_changed_weights_is_said_to_be_inexact(tmp_path: Path) -> None:
+    module = ByHand()
+    module.fails_at = 7
+    with pytest.raises(ValueError, match="stop"):
+        trainer(LoRACallback(rank=2), OnExceptionCheckpoint(tmp_path), max_epochs=2).fit(module)
+    with pytest.warns(UserWarning, match="in the middle of batch 2 of epoch 1, when an optimizer had changed weights"):
+        trainer(LoRACallback(rank=2), max_epochs=2).fit(ByHand(), ckpt_path=tmp_path / "on_exception.ckpt")
+
+
+class OwnGenerator(Augmented):
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = torch.Generator().manual_seed(3)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.rows[index]
+        return x + torch.randn((), generator=self.noise), y
+
+
+def test_a_generator_that_lives_in_persistent_workers_is_said_to_be_out_of_reach(tmp_path: Path) -> None:
+    def loader() -> Any:
+        return DataLoader(OwnGenerator(), batch_size=8, num_workers=1, persistent_workers=True)
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=3)
+    trainer(LoRACallback(rank=2), saver, max_epochs=1).fit(Resumed(), loader())
+    with pytest.warns(UserWarning, match=r"train loader 0.dataset.noise is copied into each .* persistent workers"):
+        trainer(LoRACallback(rank=2), max_epochs=1).fit(Resumed(), loader(), ckpt_path=tmp_path / "step=3.ckpt")
+
+
+def test_data_that_a_sampler_orders_by_another_seed_is_refused(tmp_path: Path) -> None:
+    def loader(seed: int) -> Any:
+        sampler = DistributedSampler(data(), num_replicas=1, rank=0, seed=seed)  # type: ignore[var-annotated]
+        return DataLoader(data(), batch_size=8, sampler=sampler)
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=3)
+    whole = Resumed()
+    trainer(LoRACallback(rank=2), saver, max_epochs=2).fit(whole, loader(4))
+    resumed = Resumed()
+    for step in (3, 9):
+        trainer(LoRACallback(rank=2), max_epochs=2).fit(resumed, loader(4), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert_same_end(whole, resumed, step)
+        resumed.losses.clear()
+        with pytest.raises(TrainingError, match=r"with seed 4, this run draws it with 5 .*seed_everything\(4\)"):
+            trainer(LoRACallback(rank=2), max_epochs=2).fit(
+                Resumed(), loader(5), ckpt_path=tmp_path / f"step={step}.ckpt"
+            )
+
+
+def test_a_generator_that_the_resumed_run_does_not_have_is_said(tmp_path: Path) -> None:
+    def loader(generator: torch.Generator | None) -> Any:
+        return DataLoader(data(), batch_size=8, shuffle=True, generator=generator)
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=3)
+    trainer(LoRACallback(rank=2), saver, max_epochs=1).fit(Resumed(), loader(torch.Generator()))
+    with pytest.warns(UserWarning, match="holds the state of train loader 0.sampler.generator"):
+        trainer(LoRACallback(rank=2), max_epochs=1).fit(Resumed(), loader(None), ckpt_path=tmp_path / "step=3.ckpt")
+
+
+def test_a_checkpoint_of_an_earlier_version_says_that_it_does_not_tell_the_place(tmp_path: Path) -> None:
+    fit(tmp_path, checkpoints={"every_n_train_steps": 3})
+    checkpoint = torch.load(tmp_path / "step=3.ckpt")
+    earlier = {"epoch_start": None, "restarts": {}, "now": saved_state(tmp_path / "step=3.ckpt")["random"]}
+    checkpoint["callbacks"]["LoRACallback"]["random"] = {"ranks": [earlier]}
+    torch.save(checkpoint, tmp_path / "earlier.ckpt")
+    with pytest.warns(UserWarning, match="saved by an earlier version of lightning_lora"):
+        fit(tmp_path / "resumed", ckpt=str(tmp_path / "earlier.ckpt"))
+
+
+def test_numpys_generator_is_put_back_whatever_it_was_asked_for() -> None:
+    for draws in range(4):
+        np.random.seed(draws)
+        np.random.randn(draws)  # of normal numbers two are made at a time, and one is kept
+        state = random_state()
+        expected = np.random.randn(3)
+        random_state()
+        set_random_state(state)
+        assert (np.random.randn(3) == expected).all()
+
+
+@pytest.mark.filterwarnings("ignore:Not exactly the run that was interrupted")
+def test_data_that_ends_before_the_place_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, checkpoints={"every_n_train_steps": 4})
+    run = trainer(LoRACallback(rank=2, dropout=0.1), max_epochs=EPOCHS)
+    with pytest.raises(TrainingError, match="saved after batch 4 of epoch 0, and this run's data ends after batch 2"):
+        run.fit(Resumed(), DataLoader(data(16), batch_size=8), ckpt_path=tmp_path / "step=4.ckpt")
+
+
+def test_another_number_of_batches_than_the_checkpoints_is_said(tmp_path: Path) -> None:
+    fit(tmp_path, checkpoints={"every_n_train_steps": 3})
+    run = trainer(LoRACallback(rank=2, dropout=0.1), max_epochs=EPOCHS)
+    with pytest.warns(UserWarning, match="its epochs had 5 batches, this run's have 10"):
+        run.fit(Resumed(), DataLoader(data(), batch_size=4), ckpt_path=tmp_path / "step=3.ckpt")

@@ -1,0 +1,165 @@
+"""To where a checkpoint was saved: the second half of an exact resumption."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
+from lightning.pytorch.loops.training_epoch_loop import RestartStage as EpochStage
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from lightning_lora.errors import TrainingError
+from lightning_lora.training.randomness import set_random_state
+from lightning_lora.training.watched_loader import LoaderStart, knows_its_place
+
+if TYPE_CHECKING:
+    from lightning_lora.training.resume import ExactResume
+
+
+def restore(resume: ExactResume, trainer: Any, ranks: list[dict[str, Any] | None]) -> None:
+    """When training starts: to where the checkpoint was saved, as far as that is not inside an epoch."""
+    if len(ranks) != trainer.world_size:
+        rank_zero_warn(
+            f"The checkpoint holds the random state of {len(ranks)} processes and this run has "
+            f"{trainer.world_size}: it goes on from other random numbers than the run that was interrupted."
+        )
+    elif None in ranks:
+        rank_zero_warn(
+            "The checkpoint was saved on an exception, which not all processes may have had, so it holds the "
+            "random state and the gradients of one process alone: the others go on from its random numbers."
+        )
+    known = next(state for state in ranks if state is not None)
+    saved = ranks[trainer.global_rank % len(ranks)] or {**known, "gradients": {}}
+    resume.own.check_seeds(saved.get("seeds", {}))
+    place, fit_loop = saved["place"], trainer.fit_loop
+    resume.random = saved["random"]
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback._last_global_step_saved = resume.saved_at.get(callback.state_key, 0)
+    epoch_loop = fit_loop.epoch_loop
+    every = trainer.reload_dataloaders_every_n_epochs
+    if every:  # Lightning counts from the epoch of the checkpoint, not from the last one that loaded anew
+        fit_loop._last_train_dl_reload_epoch = place["epoch"] - place["epoch"] % every
+    resume.own.say_what_is_absent(saved["own"])
+    _say_what_is_not_exact(resume, trainer, saved)
+    trainer._logger_connector._callback_metrics.update(tensors(saved["callback_metrics"], trainer.lightning_module))
+    for loop in (fit_loop, epoch_loop, epoch_loop.val_loop):
+        loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+    fit_loop._restart_stage, epoch_loop._restart_stage = FitStage.NONE, EpochStage.NONE
+    resume.random_at = place["total"]
+    if fit_loop._combined_loader_states_to_load and fit_loop._combined_loader is not None:
+        # Lightning loads the state of stateful loaders after a checkpoint in mid-epoch only.
+        fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
+        fit_loop._combined_loader_states_to_load = []
+        iter(fit_loop._data_fetcher)
+    begun = int(place["kind"] == "inside")
+    for counts in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
+        counts.ready = counts.started = place["epoch"] + begun
+        counts.processed = counts.completed = place["epoch"]
+    if place["kind"] == "inside":
+        fit_loop._restart_stage = FitStage.RESTARTED_MID_EPOCH
+        fit_loop._resuming_from_checkpoint = True  # or the epoch would start with an iterator that nobody uses
+        resume.entry = saved
+        return
+    if place["kind"] == "end":
+        epoch_loop.batch_progress.is_last_batch = True
+        epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        for counts in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
+            counts.ready = counts.started = counts.processed = counts.completed = place["epoch"] + 1
+    if not (every and fit_loop.epoch_progress.current.completed % every == 0):
+        resume.own.load(saved["own"])
+    resume.trained.set_gradients(saved["gradients"])
+
+
+def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any) -> None:
+    """In the loop over batches, before the first one: to where the checkpoint was saved."""
+    place = saved["place"]
+    epoch_loop = trainer.fit_loop.epoch_loop
+    batch = epoch_loop.batch_progress
+    for counts, value in ((batch.current, place["batches"]), (batch.total, place["total"])):
+        counts.ready = counts.started = counts.processed = counts.completed = value
+    batch.is_last_batch = place["is_last"]
+    if not place["is_last"]:
+        if all(knows_its_place(loader) for loader in fetcher.combined_loader.flattened):
+            fetcher.fetched = place["batches"]
+        elif saved["start"] is not None:
+            _skip(resume.start, saved, fetcher)
+    resume.own.load(saved["own"])
+    resume.metrics.load(saved["metrics"])
+    resume.trained.set_gradients(saved["gradients"])
+    if place["batches"]:
+        trainer._logger_connector._first_loop_iter = False
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):  # it acts when an epoch starts, and this one has
+            callback.on_train_epoch_start(trainer)
+    resume.fetched_at = {place["total"] - 1: saved["fetched_at"] or resume.random}
+    resume.validated = place["total"] if place["validated"] else -1
+    epoch_loop._skip_next_val = place["validated"] and not place["ended"]
+    resume.random, resume.random_at = saved["random"], place["total"]
+    set_random_state(resume.random)
+    if saved["stopped_early"]:
+        rank_zero_info("EarlyStopping had stopped the run when the checkpoint was saved: it stops here as well.")
+        trainer.should_stop = True
+
+
+def _skip(start: LoaderStart, saved: dict[str, Any], fetcher: Any) -> None:
+    """Past the batches of the epoch that were trained on."""
+    start.set(saved["start"])
+    start.replayed = saved["restarts"]
+    iter(fetcher)
+    items = fetcher
+    if isinstance(fetcher, _DataLoaderIterDataFetcher):
+        items = fetcher.iterator_wrapper
+    count = saved["fetched"] if saved["fetched"] is not None else saved["place"]["batches"]
+    for i in range(count):
+        if i == count - 1 and saved["fetched_at"] is not None:  # the batch that comes after it is fetched with it
+            set_random_state(saved["fetched_at"])
+        try:
+            next(items)
+        except StopIteration:
+            raise TrainingError(
+                f"The checkpoint was saved after batch {count} of epoch {saved['place']['epoch']}, and this run's data "
+                f"ends after batch {i}. Go on with the data and the batch size that it was saved with."
+            ) from None
+    start.replayed = {}
+    start.epoch = saved["start"]
+
+
+def _say_what_is_not_exact(resume: ExactResume, trainer: Any, saved: dict[str, Any]) -> None:
+    place, loader = saved["place"], trainer.fit_loop._combined_loader
+    loaders = list(loader.flattened) if loader is not None else []
+    inside = place["kind"] == "inside" and place["batches"] > 0
+    if inside and place["of"] != trainer.num_training_batches:
+        rank_zero_warn(
+            f"Not exactly the run that was interrupted: its epochs had {place['of']} batches, this run's have "
+            f"{trainer.num_training_batches}. It goes on after the first {place['batches']} of them."
+        )
+    streams = [x for x in loaders if isinstance(getattr(x, "dataset", None), IterableDataset)]
+    if inside and any(not hasattr(x, "load_state_dict") for x in streams):
+        rank_zero_warn(
+            "Resuming in mid-epoch, but an IterableDataset has no position to go back to: it is read again from "
+            f"its start past the {place['batches']} batches that were seen, which is exact only if it gives the "
+            "same rows each time. Use a stateful loader (torchdata's StatefulDataLoader) to go there at once."
+        )
+    for x in loaders:
+        if getattr(x, "persistent_workers", False) and place["total"] and (names := resume.own.unreadable(x)):
+            rank_zero_warn(
+                f"Not exactly the run that was interrupted: {', '.join(names)} is copied into each of the loader's "
+                "persistent workers, whose state nobody can read. Draw from the global generators of torch, numpy "
+                "or random, which are seeded anew each epoch, or use persistent_workers=False."
+            )
+    if saved["changed_in_batch"]:
+        rank_zero_warn(
+            f"Not exactly the run that was interrupted: the checkpoint was saved in the middle of batch "
+            f"{place['batches']} of epoch {place['epoch']}, when an optimizer had changed weights already, and the "
+            "batch is trained on again. Take an earlier checkpoint for the same run."
+        )
+
+
+def tensors(metrics: dict[str, Any], module: Any = None) -> dict[str, Tensor]:
+    device = "cpu" if module is None else module.device
+    return {name: value.detach().to(device) for name, value in metrics.items() if isinstance(value, Tensor)}

@@ -1,0 +1,391 @@
+"""Exact resumption: a run that was stopped anywhere and goes on from a checkpoint is the run that was not stopped.
+
+Lightning restores loops, optimizers and schedulers. It restores no random state, no place in the data, no gradients of
+an open accumulation window and no metrics of an epoch that is not through, and its counters say different things of
+one and the same place. Here a checkpoint says where the run is in these words:
+
+    between   the next thing is the start of an epoch
+    inside    in an epoch, `batches` of it trained on; the end of the last one (its validation) has to come or has been
+    end       all batches of an epoch and the hooks of its end are through, its plateau schedules are not
+
+A batch that a checkpoint was saved in the middle of counts as not begun: it is trained on again, from what the run held
+when the batch began. What hooks draw between the end of a batch and the start of the next one does not count, nor what
+validation draws: the random state goes back to where the batch left it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from torch import Tensor
+
+from lightning_lora.engine.swap import swapped_class
+from lightning_lora.training.buffers import BufferWatch
+from lightning_lora.training.epoch_metrics import EpochMetrics, plain
+from lightning_lora.training.going_on import enter, restore, tensors
+from lightning_lora.training.gradients import Trained
+from lightning_lora.training.loader_state import state_of
+from lightning_lora.training.processes import of_all_ranks
+from lightning_lora.training.randomness import RandomState, random_state, set_random_state
+from lightning_lora.training.watched_loader import (
+    LoaderStart,
+    is_watched,
+    knows_its_place,
+    may_start_again,
+    seed_persistent_workers,
+    watch,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    _LoopHost = _TrainingEpochLoop
+    _ValidationHost = _EvaluationLoop
+else:
+    _LoopHost = _ValidationHost = object
+
+
+class ExactResume:
+    """The part of the callback that makes a resumed run the run that was not interrupted."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.trainer: Any = None
+        """The one that trains, or trained last."""
+        self.saved: list[dict[str, Any] | None] | None = None
+        """What a checkpoint brought, of each process, until training starts."""
+        self.saved_at: dict[str, int] = {}
+        """At which step each ModelCheckpoint had last saved, in that checkpoint."""
+        self.entry: dict[str, Any] | None = None
+        """Of that, what waits for the first batch."""
+        self.random: RandomState = {}
+        self.random_before: RandomState = {}
+        """The random state before Lightning makes the first iterator of the data."""
+        self.random_at = -1
+        """After how many batches, of all epochs, `random` was the random state."""
+        self.fetched_at: dict[int, RandomState] = {}
+        """The random state when the last two batches were fetched, by the number of batches before them."""
+        self.before: dict[str, Any] = {}
+        """What the run held when the running batch, or the running validation, began."""
+        self.gradients: dict[str, Tensor] | None = None
+        """Those that were there before the running batch added its own."""
+        self.ended = -1
+        """After how many batches the end of the last one, its validation, was through."""
+        self.validated = -1
+        """After how many batches a validation was last through."""
+        self.cut = False
+        """Whether max_steps, max_time or early stopping ended the epoch before its last batch."""
+        self.extra = False
+        """Whether the last validation was one that only a run that stops has: what it changed does not count."""
+        self.validated_on: CombinedLoader | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to no run yet: a callback can be copied and pickled once it was used."""
+        return {**ExactResume().__dict__, "stage": self.stage, "saved": self.saved, "saved_at": self.saved_at}
+
+    # What a checkpoint holds of it.
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.saved is not None:  # what was loaded has not been gone on from yet
+            return {"ranks": self.saved}
+        own = self._state() if self.trainer is not None else {"random": self.random or random_state(), "place": None}
+        interrupted = self.trainer is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED
+        return {"ranks": of_all_ranks(own, may_be_alone=interrupted)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.stage != "fit":  # validate, test and predict take weights from a checkpoint, and no place in training
+            return
+        self.saved = state["ranks"]
+        if any(rank is not None and "place" not in rank for rank in state["ranks"]):
+            rank_zero_warn(
+                "Not exactly the run that was interrupted: the checkpoint was saved by an earlier version of "
+                "lightning_lora, which noted the place in the data in another way."
+            )
+            self.saved = [{"place": None, "random": rank["now"]} for rank in state["ranks"]]
+
+    def _state(self) -> dict[str, Any]:
+        trainer = self.trainer
+        if self.entry is not None:
+            return self.entry
+        place = self.place()
+        known = self.random_at == trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        held = self.before if self._is_amid() else self._held()
+        return {
+            "place": place,
+            "before_run": self.random_before if place["total"] == 0 else None,
+            "random": self.random if known else random_state(),
+            "own": held["own"],
+            "start": self.start.epoch if place["kind"] == "inside" else None,
+            "restarts": self.start.restarts if place["kind"] == "inside" else {},
+            "fetched": held["fetched"],
+            "fetched_at": self.fetched_at.get(place["total"] - 1) if self._fetches_ahead() else None,
+            "metrics": plain(held["metrics"]) if place["kind"] == "inside" else None,
+            "gradients": self._open_gradients(),
+            "callback_metrics": tensors(trainer.callback_metrics),
+            "stopped_early": trainer.should_stop and any(_has_stopped(c) for c in trainer.callbacks),
+            "seeds": self.own.seeds(),
+            "changed_in_batch": self._in_batch() and self.before["version"] != self.trained.version(),
+        }
+
+    def place(self) -> dict[str, Any]:
+        """Where the run is."""
+        if self.entry is not None:
+            return self.entry["place"]
+        fit_loop = self.trainer.fit_loop
+        epoch, batch = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress
+        done = batch.total.processed
+        if self.cut or epoch.started > epoch.processed:
+            started = epoch.started - 1
+            return {
+                "kind": "inside",
+                "epoch": started,
+                "batches": batch.current.processed,
+                "total": done,
+                "of": self.trainer.num_training_batches,
+                "is_last": batch.is_last_batch and not self._in_batch(),
+                "ended": self.cut or self.ended == done,
+                "validated": self.validated == done,
+            }
+        kind = "end" if epoch.processed > epoch.completed else "between"
+        return {"kind": kind, "epoch": epoch.completed, "batches": batch.current.processed, "total": done}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Have Lightning's counters say where the run is, in the one way for which there is a way on from there."""
+        if self.trainer is None or "loops" not in checkpoint:
+            return
+        place, loops = self.place(), checkpoint["loops"]["fit_loop"]
+        if place["kind"] != "end":
+            begun = int(place["kind"] == "inside")
+            _set_counts(loops["epoch_progress"], place["epoch"], place["epoch"] + begun)
+        if place["kind"] == "inside":
+            batch = loops["epoch_loop.batch_progress"]
+            for counts, value in ((batch["current"], place["batches"]), (batch["total"], place["total"])):
+                counts.update(dict.fromkeys(counts, value))
+            batch["is_last_batch"] = place["is_last"]
+        step = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+        for counts in step.values():
+            counts["ready"] = counts["completed"]
+        if "combined_loader" in loops["state_dict"]:
+            loader = self.trainer.fit_loop._combined_loader
+            if loader is not None and not all(map(knows_its_place, loader.flattened)):
+                del loops["state_dict"]["combined_loader"]
+            elif self._in_batch():
+                loops["state_dict"]["combined_loader"] = self.before["loaders"]
+
+    def values_before_batch(self) -> dict[str, Tensor]:
+        """The buffers that the running batch has changed, as they were before it."""
+        return self.buffers.before() if self.trainer is not None and self._is_amid() else {}
+
+    def steps_saved(self, path: str) -> dict[str, int]:
+        """At which step each ModelCheckpoint last saved, once that is done which is about to write to `path`.
+
+        It notes the step afterwards, so that its own state does not tell: a resumed run saved again after one batch.
+        """
+        steps = {}
+        for callback in self.trainer.checkpoint_callbacks if self.trainer is not None else ():
+            if isinstance(callback, ModelCheckpoint):
+                saves = path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
+                steps[callback.state_key] = self.trainer.global_step if saves else callback._last_global_step_saved
+        return steps
+
+    def _in_batch(self) -> bool:
+        """Whether a batch is begun and not through."""
+        epoch, batch = self.trainer.fit_loop.epoch_progress.current, self.trainer.fit_loop.epoch_loop.batch_progress
+        return epoch.started > epoch.processed and batch.current.ready > batch.current.processed
+
+    def _is_amid(self) -> bool:
+        """Whether the run is in the middle of a batch, or of a validation that has to be done again from its start."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if (self.extra or self.cut) and self.before:
+            return True
+        return self._in_batch() or (self.trainer.validating and self.validated != done and bool(self.before))
+
+    def _open_gradients(self) -> dict[str, Tensor]:
+        """The gradients that the next batch adds to."""
+        module = self.trainer.lightning_module
+        if self._in_batch() and self.gradients is not None:
+            return self.gradients
+        epoch_loop, window = self.trainer.fit_loop.epoch_loop, self.trainer.accumulate_grad_batches
+        if self._in_batch():
+            is_open = epoch_loop.batch_progress.current.processed % window != 0
+        else:
+            is_open = self.place()["kind"] == "inside" and epoch_loop._should_accumulate()
+        return self.trained.gradients() if is_open or not module.automatic_optimization else {}
+
+    # Noted while training goes on.
+
+    def setup(self, stage: str) -> None:
+        self.stage, self.saved = stage, None
+        if stage == "fit":  # a save before training starts is of this run, not of the one before
+            self.trainer, self.random = None, {}
+
+    def before_run(self, rank: int) -> None:
+        """Before the sanity check and the first iterator of the data, which draw random numbers."""
+        if self.saved is not None:
+            saved = self.saved[rank % len(self.saved)] or next(state for state in self.saved if state is not None)
+            if saved["place"] is None:  # saved here or earlier, or without training
+                set_random_state(saved["random"])
+                self.saved = None
+            elif saved["before_run"] is not None:
+                set_random_state(saved["before_run"])
+        self.random = self.random_before = random_state()
+
+    def on_train_start(self, trainer: Any) -> None:
+        """Go on where the checkpoint was saved, or start so that a later checkpoint can."""
+        self.trainer = trainer
+        ranks, self.saved, self.entry = self.saved, None, None
+        self.before, self.gradients, self.fetched_at = {}, None, {}
+        self.ended = self.validated = -1
+        self.cut = self.extra = False
+        self.buffers, self.trained = BufferWatch(trainer.lightning_module), Trained(trainer.lightning_module)
+        self.metrics = EpochMetrics(trainer)
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if not hasattr(epoch_loop, "lora_resume"):
+            epoch_loop.__class__ = _resumed(_ResumedEpochLoop, epoch_loop)
+            val_loop = epoch_loop.val_loop
+            val_loop.__class__ = _resumed(_ResumedValidationLoop, val_loop)
+        epoch_loop.lora_resume = epoch_loop.val_loop.lora_resume = self
+        self._watch_loaders()
+        if ranks is not None:
+            restore(self, trainer, ranks)
+        else:
+            self._note_random()
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        self.cut = False
+        fetcher = trainer.fit_loop._data_fetcher
+        if fetcher is not None and not is_watched(fetcher.combined_loader):  # loaders are made anew for each epoch
+            self._watch_loaders()
+        set_random_state(self.random)
+
+    def begin_batch(self, fetcher: Any) -> bool:
+        """Before a batch is fetched. Returns whether one is: the first call after resuming may have to end another."""
+        trainer = self.trainer
+        entry, self.entry = self.entry, None
+        batch = trainer.fit_loop.epoch_loop.batch_progress
+        if entry is not None:
+            enter(self, trainer, entry, fetcher)
+            if not entry["place"]["ended"]:
+                return False
+            if entry["place"]["is_last"]:
+                raise StopIteration
+        elif self.start.epoch is None and may_start_again(fetcher.combined_loader):
+            iter(fetcher)  # after all hooks that draw random numbers
+        if batch.current.ready:
+            set_random_state(self.random)
+        else:
+            self._note_random()
+        self.extra = False
+        self.ended = done = batch.total.processed
+        self.fetched_at = {done: self.random, done - 1: self.fetched_at.get(done - 1, self.random)}
+        self.before = self._held()
+        self.before["version"] = self.trained.version()
+        self.gradients = None
+        return True
+
+    def on_before_backward(self, trainer: Trainer) -> None:
+        if self.gradients is None:
+            self.gradients = self.trained.gradients()
+
+    def on_train_batch_end(self) -> None:
+        self._note_random()
+        self.before = {}
+
+    def begin_validation(self) -> None:
+        """Before its iterator is made."""
+        trainer = self.trainer
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if epoch_loop.val_loop._combined_loader is not self.validated_on:
+            self._find_state()
+        self.before = self._held()
+        stopping, trainer.should_stop = trainer.should_stop, False
+        self.extra = stopping and not epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        trainer.should_stop = stopping
+        set_random_state(self.random)
+        if self.validated_on is not None:
+            seed_persistent_workers(self.validated_on)
+
+    def on_validation_end(self, trainer: Any) -> None:
+        self.validated = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def on_train_epoch_end(self, trainer: Any) -> None:
+        epoch_loop = trainer.fit_loop.epoch_loop
+        stopped = trainer.should_stop or 0 <= epoch_loop.max_steps <= epoch_loop.global_step
+        self.ended = epoch_loop.batch_progress.total.processed
+        self.cut = stopped and not epoch_loop._num_ready_batches_reached()
+        if self.cut and not self.extra:  # Lightning ends the epoch's metrics, and the longer run goes on with them
+            self.before = self._held()
+
+    def _note_random(self) -> None:
+        self.random = random_state()
+        self.random_at = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _held(self) -> dict[str, Any]:
+        trainer = self.trainer
+        self.buffers.note()
+        fit_loop = trainer.fit_loop
+        loader, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
+        return {
+            "own": self.own.state(),
+            "metrics": self.metrics.state(),
+            "loaders": loader._state_dicts() if loader is not None else [],
+            "fetched": fetcher.fetched if isinstance(fetcher, _DataLoaderIterDataFetcher) else None,
+        }
+
+    def _fetches_ahead(self) -> bool:
+        """Whether Lightning fetches each batch before the one ahead of it is trained on, to know which is the last."""
+        fetcher = self.trainer.fit_loop._data_fetcher
+        return isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is None
+
+    def _watch_loaders(self) -> None:
+        self.start = LoaderStart()
+        self._find_state()
+        if (loader := self.trainer.fit_loop._combined_loader) is not None:
+            watch(loader, self.start)
+
+    def _find_state(self) -> None:
+        self.validated_on = self.trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        self.own = self.start.own = state_of(self.trainer)
+
+
+class _ResumedEpochLoop(_LoopHost):
+    """Mixin in front of Lightning's loop over the batches of an epoch."""
+
+    lora_resume: ExactResume
+
+    def advance(self, data_fetcher: Any) -> None:
+        if self.lora_resume.begin_batch(data_fetcher):
+            super().advance(data_fetcher)
+
+
+class _ResumedValidationLoop(_ValidationHost):
+    """Mixin in front of Lightning's loop over the batches of a validation."""
+
+    lora_resume: ExactResume
+
+    def reset(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.lora_resume.begin_validation()
+        super().reset()
+
+
+def _resumed(mixin: Any, loop: Any) -> Any:
+    base: Any = type(loop)
+    return swapped_class("Resumed", mixin, base)
+
+
+def _set_counts(progress: dict[str, Any], completed: int, ready: int) -> None:
+    for counts in progress.values():
+        counts.update(ready=ready, started=ready, processed=completed, completed=completed)
+
+
+def _has_stopped(callback: Any) -> bool:
+    return isinstance(callback, EarlyStopping) and (
+        callback.stopped_epoch > 0 or callback.wait_count >= callback.patience
+    )
