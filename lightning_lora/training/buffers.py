@@ -63,9 +63,10 @@ class BufferWatch:
     """Copies of small buffers as they were when the running batch began: it may be trained on again from there."""
 
     def __init__(self, module: nn.Module) -> None:
+        tree = Tree.of(module)
         self._owners = [
             (f"{prefix}.{name}".lstrip("."), inner, name)
-            for prefix, inner in module.named_modules()
+            for prefix, inner in (*tree.modules, *tree.wrappers)
             for name, buffer in inner.named_buffers(recurse=False)
             if buffer.numel() <= _SAMPLE >> 4
         ]

@@ -31,11 +31,13 @@ class WeighedWindow(pl.LightningModule):
         """Of the micro-batch between its training_step and its backward."""
         self._window: int | None = None
         """Of the micro-batches whose gradients are there and not divided yet, in this process."""
+        self._before: int | None = None
+        """Of those before the running micro-batch, from whose start a run resumed in its middle goes on."""
         self._resumed: int | None = None
 
     def weighed(self, loss: Tensor, count: int) -> Tensor:
         """`loss`, the mean over `count` tokens or rows of this micro-batch, which count alike within the step."""
-        self._weight = count
+        self._weight, self._before = count, self._window
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -74,8 +76,10 @@ class WeighedWindow(pl.LightningModule):
         self._window = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._window is not None:  # a checkpoint inside of the window, beside whose gradients this belongs
-            checkpoint[_KEY] = self._window
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        window = self._before if progress.ready > progress.processed else self._window
+        if window is not None:  # a checkpoint inside of the window, beside whose gradients this belongs
+            checkpoint[_KEY] = window
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._resumed = checkpoint.get(_KEY)
