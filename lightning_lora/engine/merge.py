@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.as_injected import check_as_injected
+from lightning_lora.engine.candidates import name_in
 from lightning_lora.engine.inject import injections, release, weight_users
 from lightning_lora.engine.layers.base import BIAS, Adapter, adapters
 from lightning_lora.engine.layers.swapping import check_removable, swap_back
@@ -128,9 +129,10 @@ def _shared(model: nn.Module, mergeable: Mapping[str, Adapter]) -> dict[int, lis
     users, memory = weight_users(modules), Memory(modules)
     return {
         id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]
+        + [name_in(name, other) for other, q in module._parameters.items() if q is p and other != own]
         + [held.name for held in memory.sharing(p)]
-        for module in mergeable.values()
-        for p in module._parameters.values()
+        for name, module in mergeable.items()
+        for own, p in module._parameters.items()
         if p is not None
     }
 

@@ -212,18 +212,38 @@ def _fingerprint(model: nn.Module, base: Iterable[tuple[str, nn.Parameter]]) -> 
     for name, p in sorted(base, key=lambda item: item[0]):
         if is_quantized(p):
             continue
+        W = whole(p.detach())
         if id(p) in replaced:  # the adapter brings these rows, whatever a resized embedding was filled with
-            values = whole(p.detach()).index_fill(0, replaced[id(p)], 0).reshape(-1)
-        else:
-            values = whole(p.detach()).reshape(-1)
-        if p.is_floating_point():
-            # By way of float32: a base of float64 that was loaded in float32 was rounded twice as well.
-            values = values[:: max(1, values.numel() // _SAMPLE)].to(torch.float32).to(torch.bfloat16)
-        else:
-            values = values[:_SAMPLE]
+            W = W.index_fill(0, replaced[id(p)], 0)
         digest.update(f"{name}{tuple(p.shape)}".encode())
-        digest.update(values.contiguous().cpu().view(torch.uint8).numpy().data if values.numel() else b"")
+        for part in _parts(W):
+            values = part.reshape(-1)
+            if values.is_floating_point():
+                # By way of float32: a base of float64 that was loaded in float32 was rounded twice as well.
+                values = values[:: max(1, values.numel() // _SAMPLE)].to(torch.float32).to(torch.bfloat16)
+            else:
+                values = values[:_SAMPLE]
+            digest.update(values.contiguous().cpu().view(torch.uint8).numpy().data if values.numel() else b"")
     return digest.hexdigest()[:16]
+
+
+_OF_SPARSE: dict[torch.layout, tuple[str, ...]] = {
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_coo: ("indices", "values"),
+}
+
+
+def _parts(W: Tensor) -> list[Tensor]:
+    """The tensors that hold the numbers of `W`: itself, but for one that is sparse."""
+    if W.layout is torch.strided:
+        return [W]
+    if W.layout not in _OF_SPARSE:
+        return [W.to_dense()]
+    W = W.coalesce() if W.layout is torch.sparse_coo else W
+    return [getattr(W, part)() for part in _OF_SPARSE[W.layout]]
 
 
 def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_lora.engine import fused
 from lightning_lora.engine.layers.base import BIAS, FACTORS, NOT_GIVEN, Adapter
 from lightning_lora.engine.layers.by_weight import ByWeight
+from lightning_lora.engine.layers.straight_through import straight_through
+from lightning_lora.engine.storage import is_wrapper
 
 _PLAIN = frozenset(("weight", "bias", *FACTORS))
 
@@ -46,6 +49,7 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
             and cls.base_class.forward is cls.lora_known_forward
             and self.lora_names == FACTORS
             and own.keys() >= _PLAIN
+            and type(own["weight"]) is nn.Parameter
             and not (spec.rank_dropout or spec.module_dropout or args or kwargs)
         ):  # as below, without nn.Module's lookups, which take a small layer as long as a product
             A, B = own["lora_A"], own["lora_B"]
@@ -56,12 +60,17 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
         A, B = self.factors()
         dropout = self.lora.dropout if self.training else 0.0
         is_known = cls.base_class.forward is cls.lora_known_forward and not (args or kwargs)
-        if is_known and "base_class" in cls.__dict__:
+        if is_known and "base_class" in cls.__dict__ and not _is_wrapped(self):
             W, b = self.own("weight"), self.own("bias")
             assert W is not None
             return fused.linear(input, self.matrix(self, W), b, A, B, self.lora.scale, dropout)
         base: Tensor = self.base_forward(input, *args, **kwargs)
         return fused.add_update(base, input, A, B, self.lora.scale, dropout)
+
+    def base_forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_wrapped(self):
+            return super().base_forward(x, *args, **kwargs)
+        return straight_through(self, x, functools.partial(super().base_forward, x, *args, **kwargs))
 
     def update(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         update = fused.update(x, *self.factors(), self.lora.dropout if self.training else 0.0)
@@ -71,6 +80,11 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
     def multiply(x: Tensor, W: Tensor) -> Tensor:
         """x times a weight, laid out as this class does."""
         return F.linear(x, W)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and is_wrapper(weight)
 
 
 class FastPathLinearLoRA(LinearLoRA):
