@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.candidates import name_in
 from lightning_lora.engine.inject import injections, release, weight_users
-from lightning_lora.engine.layers.base import BIAS, Adapter, adapters
+from lightning_lora.engine.layers.base import BIAS, FACTORS, Adapter, adapters
 from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory, repeats
+from lightning_lora.engine.overflow import largest_in
 from lightning_lora.engine.storage import dense, is_plain, stored
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import AdapterStateError, listed
@@ -181,6 +182,9 @@ def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
     kept: dict[str, float] = {}
     with torch.no_grad():
         for name, module in mergeable.items():
+            if _keeps_all(module):  # as most do: no update is computed
+                kept[name] = 1.0
+                continue
             for changed, own, before, wanted in _changes(name, module):
                 if is_plain(own):
                     kept[changed] = _share_kept(before, wanted)
@@ -213,6 +217,17 @@ def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
             "the adapter unmerged, or merge it into the base in float32: call model.float() before merge.",
             stacklevel=3,
         )
+
+
+def _keeps_all(module: Adapter) -> bool:
+    """Whether it is known, from the largest numbers of its weight, A and B, that merging rounds to no fewer bits and
+    stays finite."""
+    W = module._parameters.get("weight")
+    if module.lora_names != FACTORS or W is None or not is_plain(W) or W.dtype.itemsize < 4:
+        return False
+    A, B = module.lora_A, module.lora_B
+    change = abs(module.lora.scale) * largest_in(A) * largest_in(B) * A.shape[0]
+    return change + largest_in(W) <= torch.finfo(W.dtype).max
 
 
 def _changes(name: str, module: Adapter) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
