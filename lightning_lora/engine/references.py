@@ -51,11 +51,15 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
         return found
     head = head_of()
     part_of = {t.name: _outermost(t.name, awake, asleep) for t in linear}
-    parts = list(dict.fromkeys(part for name, part in part_of.items() if part is not None and name != head))
     trained = [t.name for t in linear if part_of[t.name] is None]
-    if not parts or not trained:
+    if not trained or not any(part_of.values()):
         return found
     layers = [layer for layer in _layers(tree) if not lies_in(layer.name, found)]
+    # Of a frozen head that is a part by itself there is nothing to say.
+    frozen = dict.fromkeys(part for part in part_of.values() if part is not None)
+    parts = [part for part in frozen if part != part_of.get(head or "") or len(_inside(part, layers)) > 1]
+    if not parts:
+        return found
     is_kept = {la.name: lies_in(la.name, parts) or (la.name in asleep and la.name not in awake) for la in layers}
     kept = [layer for layer in layers if is_kept[layer.name]]
     rest = [layer for layer in layers if not is_kept[layer.name]]

@@ -117,6 +117,13 @@ class Perceptual(Metric):
         return torch.zeros(())
 
 
+def test_a_reference_that_comes_last_is_not_taken_for_the_output_head() -> None:
+    perceptual = frozen(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8)))
+    report = inject(Model(generator=mlp(8, 16, 16, 4), perceptual=perceptual), LoRAConfig(rank=2))
+    assert ({m.name for m in report.modules}, report.head) == ({"generator.0", "generator.2"}, "generator.4")
+    assert list(report.left_out) == ["perceptual"]
+
+
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_the_network_of_a_metric_is_left_out(is_frozen: bool) -> None:
     metric = Perceptual()
