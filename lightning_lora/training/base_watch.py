@@ -76,8 +76,8 @@ def check_averages(module: nn.Module) -> None:
     for name, wrapper in Tree.of(module).wrappers:
         if name and is_average(wrapper) and next(adapters(wrapper), None) is None:
             raise TrainingError(
-                f"{name} of {type(module).__name__} averages weights ({type(wrapper).__name__}) and was made before the "
-                "adapters: it would go through its own parameters and the trained ones side by side, which do not "
+                f"{name} of {type(module).__name__} averages weights ({type(wrapper).__name__}) and was made before "
+                "the adapters: it would go through its own parameters and the trained ones side by side, which do not "
                 "match any more. Use Lightning's EMAWeightAveraging callback, which averages the adapters; or make it "
                 "in on_fit_start and keep it out of the module's children (in a list, for example)."
             )

@@ -189,7 +189,7 @@ class WithLateAverage(WithAverage):
 
 
 def test_an_average_that_was_made_before_the_adapters_is_refused_and_one_made_after_them_has_them() -> None:
-    with pytest.raises(TrainingError, match="average of WithAverage averages weights .AveragedModel."):
+    with pytest.raises(TrainingError, match=r"average of WithAverage averages weights .AveragedModel."):
         run(WithAverage(), LoRACallback(rank=2))
     module: Any = run(WithLateAverage(), LoRACallback(rank=2))
     averaged, trained = adapter_state_dict(module.kept[0]), adapter_state_dict(module.net)
