@@ -51,15 +51,13 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
         return found
     head = head_of()
     part_of = {t.name: _outermost(t.name, awake, asleep) for t in linear}
+    if head is not None and _holds_more(part_of.get(head), tree):
+        head = None  # it is no output of the model, but the last layer of a reference
+    parts = list(dict.fromkeys(part for name, part in part_of.items() if part is not None and name != head))
     trained = [t.name for t in linear if part_of[t.name] is None]
-    if not trained or not any(part_of.values()):
+    if not parts or not trained:
         return found
     layers = [layer for layer in _layers(tree) if not lies_in(layer.name, found)]
-    # Of a frozen head that is a part by itself there is nothing to say.
-    frozen = dict.fromkeys(part for part in part_of.values() if part is not None)
-    parts = [part for part in frozen if part != part_of.get(head or "") or len(_inside(part, layers)) > 1]
-    if not parts:
-        return found
     is_kept = {la.name: lies_in(la.name, parts) or (la.name in asleep and la.name not in awake) for la in layers}
     kept = [layer for layer in layers if is_kept[layer.name]]
     rest = [layer for layer in layers if not is_kept[layer.name]]
@@ -72,6 +70,11 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
             if _is_copy(part, tree, layers, training) or (not is_only_the_head and _is_block(part, tree, awake))
         ]
     return found | dict.fromkeys(parts, _FROZEN)
+
+
+def _holds_more(part: str | None, tree: Tree) -> bool:
+    """Whether `part` has several layers."""
+    return part is not None and sum(lies_in(layer.name, (part,)) for layer in _layers(tree)) > 1
 
 
 def lies_in(name: str, parts: Any) -> bool:

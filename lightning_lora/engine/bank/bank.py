@@ -22,7 +22,6 @@ from lightning_lora.engine.bank.writing import problem_written, write
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.present import check_none_of_ours
-from lightning_lora.engine.storage import is_plain
 from lightning_lora.engine.targets import select
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BankError, ConfigError, listed
@@ -374,7 +373,8 @@ def _cells(
 def _plan(cells: Mapping[str, Cell], capacity: int, max_rank: int, dtype: torch.dtype | None) -> MemoryPlan:
     _check_counts(1, capacity=capacity, max_rank=max_rank)
     weight: Any = next(iter(cells.values())).module._parameters["weight"]
-    dtype = dtype or (weight.dtype if is_plain(weight) else torch.float32)
+    is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
+    dtype = dtype or (weight.dtype if is_plain else torch.float32)
     width = width_of({name: cell.shapes(max_rank) for name, cell in cells.items()})
     return MemoryPlan(capacity, len(cells), max_rank, dtype, weight.device, width * dtype.itemsize)
 
