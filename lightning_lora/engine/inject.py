@@ -33,7 +33,7 @@ from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import planned, variants_of
-from lightning_lora.engine.present import RECORD, are_there, check_none_of_ours
+from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.shown import listen_for_forwards, unlisten_for_forwards
@@ -194,8 +194,8 @@ def remove(model: nn.Module) -> None:
     injection_of(model)
     check_removable(model, tree)
     adapted: Any = [module for _, module in tree.of_classes(is_adapter)]
-    if not adapted and are_there(model, tree):
-        raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you remove.")
+    if are_merged(model, tree):
+        raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` first.")
     # Innermost first: what an inner `inject` found was already frozen by the outer one.
     records = [(m, m.__dict__[RECORD]) for _, m in tree.modules if RECORD in m.__dict__][::-1]
     restored = [_where_to_restore(owner, injection) for owner, injection in records]

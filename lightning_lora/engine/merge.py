@@ -21,6 +21,7 @@ from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory, repeats
 from lightning_lora.engine.overflow import largest_in
+from lightning_lora.engine.present import check_some_of_ours
 from lightning_lora.engine.storage import dense, is_plain, stored
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import AdapterStateError, listed
@@ -109,7 +110,9 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 def _mergeable(model: nn.Module) -> dict[str, Adapter]:
     """The adapted layers by name. Raises before anything is changed."""
-    check_as_injected(model)
+    tree = Tree.of(model)
+    check_some_of_ours(model, tree)
+    check_as_injected(model, tree)
     check_removable(model)
     found = {}
     for name, module in adapters(model):
@@ -118,8 +121,6 @@ def _mergeable(model: nn.Module) -> dict[str, Adapter]:
         except AdapterStateError as error:
             raise AdapterStateError(f"{name!r}: {error}") from None
         found[name] = module
-    if not found:
-        raise AdapterStateError(f"{type(model).__name__} has no adapters to merge.")
     # What reads another's tensors comes before that one.
     return dict(sorted(found.items(), key=lambda entry: bool(entry[1].lora_names)))
 

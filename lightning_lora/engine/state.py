@@ -18,6 +18,7 @@ from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.layers.base import FACTORS, is_adapter
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.overflow import largest, largest_in, too_large
+from lightning_lora.engine.present import check_some_of_ours
 from lightning_lora.engine.sharded import check_complete, fill, is_sharded, whole
 from lightning_lora.engine.storage import dtype_of, is_quantized
 from lightning_lora.engine.tree import Tree
@@ -39,14 +40,13 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises AdapterStateError where the model has no adapters, or not all that `inject` gave it."""
     tensors: dict[str, Tensor] = {}
     tree = Tree.of(model)
+    check_some_of_ours(model, tree)
     check_as_injected(model, tree)
     layers: Any = tree.of_classes(is_adapter)
     for name, module in layers:
         prefix = f"{name}." if name else ""
         for own in module.lora_names:
             tensors[prefix + own] = getattr(module, own)
-    if not tensors:
-        raise AdapterStateError(f"{type(model).__name__} has no adapters: call inject(model, config) first.")
     check_complete(tensors)
     for root, injection in injections(model, tree):
         if not injection.trained_whole:
