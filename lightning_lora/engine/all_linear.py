@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Container, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lora.engine.candidates import Candidates, Target, name_in
@@ -126,7 +127,7 @@ def _multiplies(kind: type[nn.Module], name: str, p: nn.Parameter) -> bool:
     """Whether one may take a parameter of a layer that cannot be adapted by itself for a linear layer's: a stack of
     matrices, or a matrix that is called a weight. What torch's own layers have as a matrix is no such weight: that of a
     norm is multiplied element by element."""
-    if p.dim() not in (2, 3) or min(p.shape) < 2:
+    if p.dim() not in (2, 3) or min(p.shape) < 2 or p.layout is not torch.strided:
         return False
     is_called_so = _WEIGHT.fullmatch(name) is not None and p.is_floating_point()
     return p.dim() == 3 or (is_called_so and not kind.__module__.startswith("torch."))

@@ -27,13 +27,13 @@ from lightning_lora.engine.layers.frozen import (
     may_have_running_statistics,
     release_statistics,
 )
-from lightning_lora.engine.layers.quantized import keep_in_place, let_rearrange, may_rearrange, rearranges
+from lightning_lora.engine.layers.quantized import is_kept, keep_in_place, let_go, may_be_kept
 from lightning_lora.engine.layers.swapping import check_removable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import planned, variants_of
-from lightning_lora.engine.present import RECORD, are_there, check_none_of_ours
+from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.shown import listen_for_forwards, unlisten_for_forwards
@@ -57,7 +57,7 @@ class Injection:
     frozen_norms: tuple[str, ...] = ()
     """Norms whose running statistics were frozen."""
     kept_in_place: tuple[str, ...] = ()
-    """4-bit layers without an adapter that were kept from rearranging their weights."""
+    """Quantized layers without an adapter that were kept from rearranging their weights, and pass gradients."""
     awaits_start: bool = False
     """Whether A and B are zero still: neither started nor loaded."""
     adapted: dict[str, nn.Module] = field(default_factory=dict, repr=False)
@@ -125,9 +125,7 @@ def inject(
             for name, m in tree.of_classes(may_have_running_statistics)
             if has_running_statistics(m) and id(m) not in saved_modules
         ),
-        kept_in_place=tuple(
-            name for name, m in tree.of_classes(may_rearrange) if rearranges(m) and id(m) not in targeted
-        ),
+        kept_in_place=tuple(name for name, m in tree.of_classes(may_be_kept) if id(m) not in targeted and is_kept(m)),
         awaits_start=not start,
         adapted={
             name: module
@@ -196,8 +194,8 @@ def remove(model: nn.Module) -> None:
     injection_of(model)
     check_removable(model, tree)
     adapted: Any = [module for _, module in tree.of_classes(is_adapter)]
-    if not adapted and are_there(model, tree):
-        raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` before you remove.")
+    if are_merged(model, tree):
+        raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` first.")
     # Innermost first: what an inner `inject` found was already frozen by the outer one.
     records = [(m, m.__dict__[RECORD]) for _, m in tree.modules if RECORD in m.__dict__][::-1]
     restored = [_where_to_restore(owner, injection) for owner, injection in records]
@@ -240,7 +238,7 @@ def release(model: nn.Module, injection: Injection) -> None:
             release_statistics(norm)
     for name in injection.kept_in_place:
         if name in modules:
-            let_rearrange(modules[name])
+            let_go(modules[name])
     for name, p in tree.parameters:
         if p.requires_grad is not (was_trainable := name in injection.was_trainable):
             p.requires_grad_(was_trainable)
@@ -293,7 +291,8 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
             if is_wanted(module, name) and id(p) not in seen:
                 full = f"{prefix}.{name}" if prefix else name
                 if not is_plain(p):
-                    raise TargetError(f"{full!r} cannot be trained: it holds {p.dtype} values (quantized weights).")
+                    why = "complex numbers" if p.is_complex() else "quantized weights"
+                    raise TargetError(f"{full!r} cannot be trained: it holds {why} ({p.dtype}).")
                 seen.add(id(p))
                 whole[full] = p
         if is_saved(module):

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.as_injected import check_as_injected
+from lightning_lora.engine.candidates import name_in
 from lightning_lora.engine.inject import injections, release, weight_users
-from lightning_lora.engine.layers.base import BIAS, Adapter, adapters
+from lightning_lora.engine.layers.base import BIAS, FACTORS, Adapter, adapters
 from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory, repeats
+from lightning_lora.engine.overflow import largest_in
+from lightning_lora.engine.present import check_some_of_ours
 from lightning_lora.engine.storage import dense, is_plain, stored
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import AdapterStateError, listed
@@ -107,7 +110,9 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 def _mergeable(model: nn.Module) -> dict[str, Adapter]:
     """The adapted layers by name. Raises before anything is changed."""
-    check_as_injected(model)
+    tree = Tree.of(model)
+    check_some_of_ours(model, tree)
+    check_as_injected(model, tree)
     check_removable(model)
     found = {}
     for name, module in adapters(model):
@@ -116,8 +121,6 @@ def _mergeable(model: nn.Module) -> dict[str, Adapter]:
         except AdapterStateError as error:
             raise AdapterStateError(f"{name!r}: {error}") from None
         found[name] = module
-    if not found:
-        raise AdapterStateError(f"{type(model).__name__} has no adapters to merge.")
     # What reads another's tensors comes before that one.
     return dict(sorted(found.items(), key=lambda entry: bool(entry[1].lora_names)))
 
@@ -128,9 +131,10 @@ def _shared(model: nn.Module, mergeable: Mapping[str, Adapter]) -> dict[int, lis
     users, memory = weight_users(modules), Memory(modules)
     return {
         id(p): [name for name, user in users[id(p)] if user is not module and not module.shares_with(user)]
+        + [name_in(name, other) for other, q in module._parameters.items() if q is p and other != own]
         + [held.name for held in memory.sharing(p)]
-        for module in mergeable.values()
-        for p in module._parameters.values()
+        for name, module in mergeable.items()
+        for own, p in module._parameters.items()
         if p is not None
     }
 
@@ -179,6 +183,9 @@ def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
     kept: dict[str, float] = {}
     with torch.no_grad():
         for name, module in mergeable.items():
+            if _keeps_all(module):  # as most do: no update is computed
+                kept[name] = 1.0
+                continue
             for changed, own, before, wanted in _changes(name, module):
                 if is_plain(own):
                     kept[changed] = _share_kept(before, wanted)
@@ -211,6 +218,17 @@ def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
             "the adapter unmerged, or merge it into the base in float32: call model.float() before merge.",
             stacklevel=3,
         )
+
+
+def _keeps_all(module: Adapter) -> bool:
+    """Whether it is known, from the largest numbers of its weight, A and B, that merging rounds to no fewer bits and
+    stays finite."""
+    W = module._parameters.get("weight")
+    if module.lora_names != FACTORS or W is None or not is_plain(W) or W.dtype.itemsize < 4:
+        return False
+    A, B = module.lora_A, module.lora_B
+    change = abs(module.lora.scale) * largest_in(A) * largest_in(B) * A.shape[0]
+    return change + largest_in(W) <= torch.finfo(W.dtype).max
 
 
 def _changes(name: str, module: Adapter) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:

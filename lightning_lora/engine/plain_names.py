@@ -19,9 +19,10 @@ _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parame
 _DICTS = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
 
 
-def with_plain_names(config: LoRAConfig, tree: Tree) -> LoRAConfig:
-    """`config` with the wrappers of `tree` left out of those names and expressions that match nothing as they are."""
-    if not tree.wrappers:
+def with_plain_names(config: LoRAConfig, tree: Tree, *, of_file: bool = False) -> LoRAConfig:
+    """`config` with wrappers left out of those names and expressions that match nothing in `tree` as they are: those of
+    `tree`, or any, where the config is `of_file`, of a model that was wrapped elsewhere."""
+    if not (tree.wrappers or of_file):
         return config
     names = [name for name, _ in (*tree.every, *tree.tensors)]
     changes: dict[str, Any] = {}
@@ -40,12 +41,13 @@ def with_plain_names(config: LoRAConfig, tree: Tree) -> LoRAConfig:
 
 
 def _plain(entry: str, names: list[str], matches: Callable[[str, str], bool]) -> str:
-    plain = _without_wrappers(entry)
+    plain = without_wrappers(entry)
     return entry if plain in ("", entry) or any(matches(entry, name) for name in names) else plain
 
 
 @functools.cache
-def _without_wrappers(entry: str) -> str:
+def without_wrappers(entry: str) -> str:
+    """A name, or an expression, without the names of wrappers in it."""
     return _MENTIONED.sub("", entry).removesuffix(".").removesuffix("\\")
 
 

@@ -37,22 +37,36 @@ def check_none_of_ours(model: nn.Module, tree: Tree) -> None:
             "Call remove(model) or merge(model) first, or save them and add them to an AdapterBank, which holds "
             "several on one base."
         )
+    if hidden := _where_they_are(model, tree):
+        raise AdapterStateError(hidden)
     for name, module in tree.modules:
-        if RECORD in module.__dict__:
-            what = f"{type(model).__name__}{f' ({name!r} in it)' if name else ''}"
-            if are_there(module, Tree.of(module)):
-                raise AdapterStateError(f"{what} is merged: leave `with merged(model)` before you inject.")
-            raise AdapterStateError(
-                f"All adapted layers of {what} were replaced since inject: call remove on it first."
-            )
         if "bank_cell" in module.__dict__:
             raise AdapterStateError(f"A bank serves {name or type(model).__name__} already: close it first.")
 
 
-def are_there(model: nn.Module, tree: Tree) -> bool:
-    """Whether a layer that `inject` adapted, called on `model`, is still a part of it: as its own, if it is merged."""
+def check_some_of_ours(model: nn.Module, tree: Tree) -> None:
+    """Raise AdapterStateError where nothing in `model` is adapted by this package just now, saying why."""
+    if not tree.of_classes(is_adapter):
+        why = _where_they_are(model, tree)
+        raise AdapterStateError(why or f"{type(model).__name__} has no adapters: call inject(model, config) first.")
+
+
+def are_merged(model: nn.Module, tree: Tree) -> bool:
+    """Whether a layer that `inject` adapted, called on `model`, is a part of it as its own, and no adapter is there."""
     adapted = model.__dict__[RECORD].adapted.values()
-    return not adapted or not {id(m) for m in adapted}.isdisjoint(id(m) for _, m in tree.modules)
+    is_there = not adapted or not {id(m) for m in adapted}.isdisjoint(id(m) for _, m in tree.modules)
+    return is_there and not tree.of_classes(is_adapter)
+
+
+def _where_they_are(model: nn.Module, tree: Tree) -> str | None:
+    """Where the adapters of `model` are, of which none is there though `inject` left its record."""
+    for name, module in tree.modules:
+        if RECORD in module.__dict__:
+            what = f"{type(model).__name__}{f' ({name!r} in it)' if name else ''}"
+            if are_merged(module, Tree.of(module)):
+                return f"{what} is merged: leave `with merged(model)` first."
+            return f"All adapted layers of {what} were replaced since inject: call remove on it first."
+    return None
 
 
 def check_none_of_others(model: nn.Module, tree: Tree, meant: Callable[[], Iterable[str]] | None = None) -> None:

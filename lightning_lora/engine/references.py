@@ -52,6 +52,8 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
         return found
     head = head_of()
     part_of = {t.name: _outermost(t.name, awake, asleep) for t in linear}
+    if head is not None and _holds_more(part_of.get(head), tree):
+        head = None  # it is no output of the model, but the last layer of a reference
     parts = list(dict.fromkeys(part for name, part in part_of.items() if part is not None and name != head))
     if not parts:
         return found
@@ -70,6 +72,11 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
     return found | dict.fromkeys(parts, _FROZEN)
 
 
+def _holds_more(part: str | None, tree: Tree) -> bool:
+    """Whether `part` has several layers."""
+    return part is not None and sum(lies_in(layer.name, (part,)) for layer in _layers(tree)) > 1
+
+
 def lies_in(name: str, parts: Any) -> bool:
     """Whether a module called `name` is one of `parts`, or inside one."""
     return name in parts or any(above in parts for above in _above(name))
@@ -78,7 +85,9 @@ def lies_in(name: str, parts: Any) -> bool:
 def _metrics(tree: Tree) -> Iterator[str]:
     metric: Any = getattr(sys.modules.get("torchmetrics"), "Metric", None)
     if metric is not None:
-        yield from (name for name, _ in tree.of_classes(lambda cls: issubclass(cls, metric)) if name)
+        for name, module in tree.of_classes(lambda cls: issubclass(cls, metric)):
+            if name and next(module.parameters(), None) is not None:  # most have none, and there is nothing to say
+                yield name
 
 
 def _states(tree: Tree) -> tuple[set[str], set[str]]:

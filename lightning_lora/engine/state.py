@@ -18,6 +18,7 @@ from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.layers.base import FACTORS, is_adapter
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.overflow import largest, largest_in, too_large
+from lightning_lora.engine.present import check_some_of_ours
 from lightning_lora.engine.sharded import check_complete, fill, is_sharded, whole
 from lightning_lora.engine.storage import dtype_of, is_quantized
 from lightning_lora.engine.tree import Tree
@@ -39,14 +40,13 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises AdapterStateError where the model has no adapters, or not all that `inject` gave it."""
     tensors: dict[str, Tensor] = {}
     tree = Tree.of(model)
+    check_some_of_ours(model, tree)
     check_as_injected(model, tree)
     layers: Any = tree.of_classes(is_adapter)
     for name, module in layers:
         prefix = f"{name}." if name else ""
         for own in module.lora_names:
             tensors[prefix + own] = getattr(module, own)
-    if not tensors:
-        raise AdapterStateError(f"{type(model).__name__} has no adapters: call inject(model, config) first.")
     check_complete(tensors)
     for root, injection in injections(model, tree):
         if not injection.trained_whole:
@@ -212,18 +212,38 @@ def _fingerprint(model: nn.Module, base: Iterable[tuple[str, nn.Parameter]]) -> 
     for name, p in sorted(base, key=lambda item: item[0]):
         if is_quantized(p):
             continue
+        W = whole(p.detach())
         if id(p) in replaced:  # the adapter brings these rows, whatever a resized embedding was filled with
-            values = whole(p.detach()).index_fill(0, replaced[id(p)], 0).reshape(-1)
-        else:
-            values = whole(p.detach()).reshape(-1)
-        if p.is_floating_point():
-            # By way of float32: a base of float64 that was loaded in float32 was rounded twice as well.
-            values = values[:: max(1, values.numel() // _SAMPLE)].to(torch.float32).to(torch.bfloat16)
-        else:
-            values = values[:_SAMPLE]
+            W = W.index_fill(0, replaced[id(p)], 0)
         digest.update(f"{name}{tuple(p.shape)}".encode())
-        digest.update(values.contiguous().cpu().view(torch.uint8).numpy().data if values.numel() else b"")
+        for part in _parts(W):
+            values = part.reshape(-1)
+            if values.is_floating_point():
+                # By way of float32: a base of float64 that was loaded in float32 was rounded twice as well.
+                values = values[:: max(1, values.numel() // _SAMPLE)].to(torch.float32).to(torch.bfloat16)
+            else:
+                values = values[:_SAMPLE]
+            digest.update(values.contiguous().cpu().view(torch.uint8).numpy().data if values.numel() else b"")
     return digest.hexdigest()[:16]
+
+
+_OF_SPARSE: dict[torch.layout, tuple[str, ...]] = {
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_coo: ("indices", "values"),
+}
+
+
+def _parts(W: Tensor) -> list[Tensor]:
+    """The tensors that hold the numbers of `W`: itself, but for one that is sparse."""
+    if W.layout is torch.strided:
+        return [W]
+    if W.layout not in _OF_SPARSE:
+        return [W.to_dense()]
+    W = W.coalesce() if W.layout is torch.sparse_coo else W
+    return [getattr(W, part)() for part in _OF_SPARSE[W.layout]]
 
 
 def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, Any]:

@@ -152,7 +152,8 @@ def _with_parameters(
     there = [
         (t, name, [name_in(module, name) for module in (t.name, *t.aliases)])
         for t in everything
-        for name, p in t.module.named_parameters(recurse=False)
+        for name, p in t.module._parameters.items()  # a parameter that has two names is read under both
+        if p is not None
     ]
     for entry in entries:
         hits = [(t, name) for t, name, full in there if any(entry_matches(entry, n) for n in full)]

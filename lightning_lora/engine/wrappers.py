@@ -26,6 +26,12 @@ _INSIDE = {
 }
 """Each class, and under which name it holds what it wraps."""
 
+_AVERAGES = (
+    "torch.optim.swa_utils.AveragedModel",
+    "timm.utils.model_ema.ModelEmaV2",
+    "timm.utils.model_ema.ModelEmaV3",
+)
+
 NAMES = frozenset((*_INSIDE.values(), "_forward_module"))
 """The names that wrappers put into those of parameters."""
 
@@ -47,6 +53,11 @@ def around(module: nn.Module) -> list[nn.Module]:
             found += around(forward)
         module = inner
     return found
+
+
+def is_average(module: nn.Module) -> bool:
+    """Whether it is a wrapper that averages the weights of another module into those of the one inside."""
+    return any(f"{cls.__module__}.{cls.__qualname__}" in _AVERAGES for cls in type(module).__mro__)
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

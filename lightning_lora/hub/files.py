@@ -26,7 +26,7 @@ from lightning_lora.engine import (
 )
 from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.layers import LinearLoRA, register_conv1d
-from lightning_lora.engine.present import check_none_of_ours
+from lightning_lora.engine.present import check_none_of_ours, check_some_of_ours
 from lightning_lora.engine.sharded import is_first, is_sharded, whole
 from lightning_lora.engine.state import by_plain_name, check_fits, check_same_base, describe_base, fill_adapter
 from lightning_lora.engine.targets import name_matches
@@ -210,19 +210,19 @@ def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, 
 def only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
     """The one module that `inject` was called on, and its record; raises AdapterStateError where there is not one, or
     where its layers are not as they were adapted."""
-    check_as_injected(model)
-    found = list(injections(model))
+    tree = Tree.of(model)
+    check_some_of_ours(model, tree)
+    check_as_injected(model, tree)
+    found = list(injections(model, tree))
     if len(found) == 1:
         return submodule(model, found[0][0]), found[0][1]
     if found:
         places = listed(repr(name) for name, _ in found)
         raise AdapterStateError(f"inject was called on several parts of the model ({places}): save each by itself.")
-    if any(True for _ in adapters(model)):
-        raise AdapterStateError(
-            f"This {type(model).__name__} was adapted as a part of a larger module: pass the one that inject was "
-            "called on (under a Trainer, the LightningModule). Names in the folder are relative to the base even so."
-        )
-    raise AdapterStateError(f"{type(model).__name__} has no adapters to save: call inject(model, config) first.")
+    raise AdapterStateError(
+        f"This {type(model).__name__} was adapted as a part of a larger module: pass the one that inject was called on "
+        "(under a Trainer, the LightningModule). Names in the folder are relative to the base even so."
+    )
 
 
 def _saved_names(root: nn.Module, owner: nn.Module, config: LoRAConfig) -> list[str]:

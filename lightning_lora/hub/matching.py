@@ -13,6 +13,7 @@ from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.inject import tensors_trained_whole
 from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
+from lightning_lora.engine.plain_names import with_plain_names, without_wrappers
 from lightning_lora.engine.plan import promised
 from lightning_lora.engine.present import check_none_of_others
 from lightning_lora.engine.state import is_finite
@@ -85,6 +86,7 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
 def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
     root = _root(model, header)
     config = peft.with_own_fields(config, header.note.get("config"), where)
+    config = with_plain_names(config, Tree.of(root), of_file=True)
     relative = _for_engine(root, config)
     selection = select(root, relative)
     if not _has_bias(root, selection, config.bias):
@@ -125,8 +127,9 @@ def _root(model: nn.Module, header: Header) -> nn.Module:
     """The module of `model` in which every module that the file adapts has its name; `model` itself if none has."""
     wanted = peft.adapted_names(map(peft.plain_key, header.shapes))
     tree = Tree.of(model)
-    if wanted <= {name for name, _ in tree.every}:
-        return tree.root
+    for names in (wanted, set(map(without_wrappers, wanted))):
+        if names <= {name for name, _ in tree.every}:
+            return tree.root
     by_note = tree.by_name.get(header.note.get("module") or "", tree.root)
     if wanted <= {name for name, _ in Tree.of(by_note).every}:
         return by_note
@@ -245,6 +248,7 @@ def _sources(
     problems, unexpected = [], []
     for key, shape in header.shapes.items():
         plain = key if key in keys else peft.plain_key(key)
+        plain = plain if plain in keys else without_wrappers(plain)
         if plain in keys:
             name = keys[plain]
             sources.setdefault(name, []).append(key)

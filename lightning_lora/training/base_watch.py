@@ -9,8 +9,11 @@ from __future__ import annotations
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.state import base_parameters, check_same_base, describe_base
+from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.witness import marks_of
+from lightning_lora.engine.wrappers import is_average
 from lightning_lora.errors import BaseMismatchError, TrainingError, listed
 
 
@@ -66,6 +69,18 @@ class BaseWatch:
         if not self.is_said:
             self.is_said = True
             rank_zero_warn(message)
+
+
+def check_averages(module: nn.Module) -> None:
+    """Raise TrainingError for an average of weights inside of `module` that was made before the adapters."""
+    for name, wrapper in Tree.of(module).wrappers:
+        if name and is_average(wrapper) and next(adapters(wrapper), None) is None:
+            raise TrainingError(
+                f"{name} of {type(module).__name__} averages weights ({type(wrapper).__name__}) and was made before "
+                "the adapters: it would go through its own parameters and the trained ones side by side, which do not "
+                "match any more. Use Lightning's EMAWeightAveraging callback, which averages the adapters; or make it "
+                "in on_fit_start and keep it out of the module's children (in a list, for example)."
+            )
 
 
 def _sample(mark: object) -> object:

@@ -21,7 +21,7 @@ from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.product_decay import check_strength
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import ConfigError, TargetError, TrainingError, closest, listed
-from lightning_lora.training.base_watch import BaseWatch
+from lightning_lora.training.base_watch import BaseWatch, check_averages
 from lightning_lora.training.buffers import watch_buffers
 from lightning_lora.training.checkpoint import accept_adapters
 from lightning_lora.training.launch import adapt_before_launch
@@ -235,6 +235,7 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._policy.push is not None:
             self._policy.push.start(trainer, pl_module)
+        check_averages(pl_module)
         watch_buffers(pl_module)
         if not shards(trainer.strategy):  # of whose weights each process sees a part
             self._policy.watch = BaseWatch(pl_module, is_error=self._policy.check_base)

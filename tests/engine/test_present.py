@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import AdapterBank, LoRAConfig, inject, load_adapter, merged, save_adapter
+from lightning_lora import (
+    AdapterBank,
+    LoRAConfig,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    merge,
+    merged,
+    remove,
+    save_adapter,
+)
 from lightning_lora.engine.inits import INITS, init, pissa
 from lightning_lora.errors import AdapterStateError, ConfigError
 
@@ -143,8 +153,8 @@ def test_ours_are_not_adapted_again_from_outside_or_inside() -> None:
     check_refused(Holder(inner), "has adapters already")
     check_refused(inner[:2], "has adapters already")
     with merged(inner):
-        check_refused(Holder(inner), "part is merged")
-        with pytest.raises(AdapterStateError, match="part is merged"):
+        check_refused(Holder(inner), r"'part' in it. is merged")
+        with pytest.raises(AdapterStateError, match=r"'part' in it. is merged"):
             AdapterBank(Holder(inner))
 
 
@@ -191,3 +201,25 @@ def test_a_cell_that_defines_an_initialiser_can_be_run_again(monkeypatch: pytest
         assert model[0].lora_A.eq(size).all()  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="'tiny' already, of __main__"):
         exec("@init\ndef tiny(rank: int) -> Tensor: ...", {**notebook, "__name__": "another"})
+
+
+USES: dict[str, Any] = {
+    "inject": inject,
+    "remove": remove,
+    "merge": merge,
+    "merged": lambda model: merged(model).__enter__(),
+    "adapter_state_dict": adapter_state_dict,
+    "save_adapter": lambda model: save_adapter(model, "never-written"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_model_that_is_merged_for_a_while_says_so_whatever_is_asked_of_it(use: str) -> None:
+    model = net()
+    inject(model, LoRAConfig(rank=2))
+    with merged(model):
+        before = state(model)
+        with pytest.raises(AdapterStateError, match="is merged: leave"):
+            USES[use](model)
+        assert state(model) == before
+    assert adapter_state_dict(model)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.errors import TargetError
@@ -138,6 +138,13 @@ class Perceptual(Metric):
         return torch.zeros(())
 
 
+def test_a_reference_that_comes_last_is_not_taken_for_the_output_head() -> None:
+    perceptual = frozen(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8)))
+    report = inject(Model(generator=mlp(8, 16, 16, 4), perceptual=perceptual), LoRAConfig(rank=2))
+    assert ({m.name for m in report.modules}, report.head) == ({"generator.0", "generator.2"}, "generator.4")
+    assert list(report.left_out) == ["perceptual"]
+
+
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_the_network_of_a_metric_is_left_out(is_frozen: bool) -> None:
     metric = Perceptual()
@@ -145,6 +152,12 @@ def test_the_network_of_a_metric_is_left_out(is_frozen: bool) -> None:
     report = inject(model, LoRAConfig(rank=2))
     assert ({m.name for m in report.modules}, report.head) == ({"student.0", "student.2"}, "student.4")
     assert "it is part of a metric" in report.left_out["metric"]
+
+
+def test_of_a_metric_that_holds_no_weights_nothing_is_said() -> None:
+    metrics = MetricCollection([MeanMetric(), SumMetric()])
+    report = inject(Model(body=mlp(8, 16, 4), metrics=metrics, loss=MeanMetric()), LoRAConfig(rank=2))
+    assert ({m.name for m in report.modules}, report.left_out) == ({"body.0"}, {})
 
 
 BACKBONES: dict[str, tuple[Callable[[], dict[str, nn.Module]], int]] = {

@@ -115,3 +115,21 @@ def test_finite_is_what_each_number_is_even_where_their_sum_overflows(dtype):
         assert not is_finite(torch.stack([one, -one]))
     assert is_finite(torch.tensor([1, 2]))
     assert is_finite(torch.empty(0))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_a_sparse_weight_of_the_base_is_a_part_of_its_fingerprint(layout):
+    class Graph(nn.Module):
+        def __init__(self, weight: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            edges = (weight * torch.eye(4)).to_sparse(layout=layout)
+            self.edges = nn.Parameter(edges, requires_grad=False)
+            self.linear = nn.Linear(4, 4)
+
+    prints = [base_fingerprint(Graph(weight)) for weight in (1.0, 1.0, 2.0)]
+    assert prints[0] == prints[1] != prints[2]
+    model = Graph(1.0)
+    inject(model, LoRAConfig(rank=2, target_modules=["linear"]))
+    assert base_fingerprint(model) == prints[0]

@@ -252,6 +252,32 @@ def test_names_that_mention_wrappers_mean_the_plain_ones(prefix: str, tmp_path: 
     assert list(adapter_state_dict(as_regex))[::2] == ["blocks.0.up.lora_A", "blocks.1.up.lora_A"]
 
 
+@pytest.mark.parametrize("targets", [["0", "2"], None], ids=["suffixes", "whole names"])
+@pytest.mark.parametrize("wrapper", [compiled, DataParallel])
+def test_a_folder_that_peft_wrote_of_a_wrapped_child_is_read_onto_the_plain_one_and_the_wrapped(
+    wrapper: Callable[[nn.Module], nn.Module], targets: list[str] | None, tmp_path: Path
+) -> None:
+    class Holds(nn.Module):
+        def __init__(self, around: Callable[[nn.Module], nn.Module] = lambda m: m) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = around(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    base = Holds(wrapper)
+    whole = [name for name, m in base.named_modules() if type(m) is nn.Linear]
+    config = peft.LoraConfig(r=2, target_modules=targets or whole, rank_pattern={whole[0]: 3}, init_lora_weights=False)
+    theirs = peft.get_peft_model(base, config)
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(3, 4)
+    for model in (Holds(), Holds(wrapper)):
+        load_adapter(model, tmp_path)
+        # Three sums of a few terms in float32.
+        torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
 def test_children_of_ones_own_keep_such_names(tmp_path: Path) -> None:
     class Own(nn.Module):
         def __init__(self) -> None:

@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, adapter_state_dict
 from lightning_lora.errors import TrainingError
 from lightning_lora.training.checkpoint import load_from_checkpoint
 
@@ -161,3 +162,36 @@ def test_what_leaves_the_base_as_it_is_says_nothing(name: str, tmp_path: Path) -
     module, callbacks = QUIET[name]()
     run(module, LoRACallback(rank=2), *callbacks, folder=tmp_path, max_epochs=3)
     assert list(tmp_path.rglob("*.ckpt"))
+
+
+class WithAverage(Lit):
+    """An average of its weights, made with the module or where training starts."""
+
+    is_early = True
+
+    def build(self, seed: int) -> None:
+        self.net = net(seed)
+        self.kept: list[AveragedModel] = []
+        if self.is_early:
+            self.average = AveragedModel(self.net).requires_grad_(False)
+
+    def on_fit_start(self) -> None:
+        if not self.is_early:
+            self.kept.append(AveragedModel(self.net))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        average = self.average if self.is_early else self.kept[0]
+        average.update_parameters(self.net)
+
+
+class WithLateAverage(WithAverage):
+    is_early = False
+
+
+def test_an_average_that_was_made_before_the_adapters_is_refused_and_one_made_after_them_has_them() -> None:
+    with pytest.raises(TrainingError, match=r"average of WithAverage averages weights .AveragedModel."):
+        run(WithAverage(), LoRACallback(rank=2))
+    module: Any = run(WithLateAverage(), LoRACallback(rank=2))
+    averaged, trained = adapter_state_dict(module.kept[0]), adapter_state_dict(module.net)
+    assert averaged.keys() == trained.keys()
+    assert any(t.any() and not torch.equal(t, trained[name]) for name, t in averaged.items() if name.endswith("lora_B"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_lora.engine import fused
 from lightning_lora.engine.layers.base import BIAS, FACTORS, NOT_GIVEN, Adapter, keeps_attributes
 from lightning_lora.engine.layers.by_weight import ByWeight
+from lightning_lora.engine.layers.straight_through import straight_through
+from lightning_lora.engine.storage import is_wrapper
 
 _PLAIN = frozenset(("weight", "bias", *FACTORS))
 
@@ -45,6 +48,7 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
             and cls.base_class.forward is cls.lora_known_forward
             and self.lora_names == FACTORS
             and own.keys() >= _PLAIN
+            and type(own["weight"]) is nn.Parameter
             and not (spec.rank_dropout or spec.module_dropout or args or kwargs)
         ):  # as below, without nn.Module's lookups, which take a small layer as long as a product
             A, B = own["lora_A"], own["lora_B"]
@@ -52,6 +56,9 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
             return fused.linear(input, own["weight"], own["bias"], A, B, spec.scale, p)
         if cls.combine is not Adapter.combine or BIAS in self.lora_names:
             return super().forward(input, *args, **kwargs)
+        if _is_wrapped(self):  # whose own product may need help with its gradient
+            p, y = self.lora.dropout if self.training else 0.0, self.base_forward(input, *args, **kwargs)
+            return fused.add_update(y, input, *self.factors(), self.lora.scale, p)
         A, B = self.factors()
         dropout = self.lora.dropout if self.training else 0.0
         is_known = cls.base_class.forward is cls.lora_known_forward and not (args or kwargs)
@@ -62,6 +69,11 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
         base: Tensor = self.base_forward(input, *args, **kwargs)
         return fused.add_update(base, input, A, B, self.lora.scale, dropout)
 
+    def base_forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_wrapped(self):
+            return super().base_forward(x, *args, **kwargs)
+        return straight_through(self, x, functools.partial(super().base_forward, x, *args, **kwargs))
+
     def update(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         update = fused.update(x, *self.factors(), self.lora.dropout if self.training else 0.0)
         return update + getattr(self, BIAS).to(update.dtype) if BIAS in self.lora_names else update
@@ -70,6 +82,11 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
     def multiply(x: Tensor, W: Tensor) -> Tensor:
         """x times a weight, laid out as this class does."""
         return F.linear(x, W)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and is_wrapper(weight)
 
 
 class FastPathLinearLoRA(LinearLoRA):

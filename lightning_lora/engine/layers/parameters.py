@@ -18,6 +18,7 @@ from lightning_lora.engine.layers.base import (
     without_autocast,
 )
 from lightning_lora.engine.layers.by_weight import kept_columns
+from lightning_lora.engine.storage import is_plain
 from lightning_lora.errors import AdapterStateError, TargetError
 
 
@@ -41,8 +42,8 @@ class ParameterLoRA(Adapter):
                 raise TargetError(f"its {name} has no low rank: train it whole, with bias= or modules_to_save")
             if P.dim() > 3:
                 raise TargetError(f"its {name} is neither a matrix nor a stack of them: name its module instead")
-            if not P.is_floating_point() or P.dtype.itemsize == 1:
-                raise TargetError(f"its {name} holds {P.dtype} values (quantized weights): no update can be added")
+            if not is_plain(P):
+                raise TargetError(f"its {name} holds quantized weights ({P.dtype}): no update can be added to them")
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
@@ -117,7 +118,7 @@ class ParameterLoRA(Adapter):
     def check_mergeable(self) -> None:
         for name in self.lora.parameters:
             P = self._parameters.get(name)
-            if P is None or not P.is_floating_point() or P.dtype.itemsize == 1:
+            if P is None or not is_plain(P):
                 raise AdapterStateError(f"its {name} is quantized or computed from others. Use the adapter unmerged.")
 
     def merged_parameters(self) -> dict[str, Tensor]:

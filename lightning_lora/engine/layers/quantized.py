@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit Linear. Its 8-bit one and torchao's weights need no class of their own: see engine/storage.py.
+"""bitsandbytes' 4-bit Linear. Its 8-bit one and torchao's weights need no geometry of their own: see engine/storage.py.
 
 Where a CPU has AVX512-BF16, such a layer rearranges its weight in its first forward in eval mode: it rounds the scales
 to bfloat16, which cannot be undone, and passes no gradient on from then on. In an adapted model that must not happen: a
@@ -9,6 +9,7 @@ model's output depends on: it stays as it is.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.linear import LinearLoRA
-from lightning_lora.engine.storage import dense, is_rearranged, unpacked
+from lightning_lora.engine.layers.straight_through import straight_through
+from lightning_lora.engine.storage import is_rearranged, is_wrapper, unpacked
 from lightning_lora.engine.swap import swapped_class
 
 if TYPE_CHECKING:
@@ -37,11 +39,15 @@ class Steady4bit(_Host):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight, bias = _own(self, "weight"), _own(self, "bias")
         values = None if bias is None or bias.requires_grad else bias.data
-        needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-        if needs_grad and torch.is_grad_enabled() and is_rearranged(weight):
-            output: Tensor = _Rearranged.apply(x, bias, self, super().forward)
-        else:
-            output = super().forward(x, *args, **kwargs)
+        forward = super().forward
+
+        def without_gradients() -> Tensor:
+            with torch.no_grad():  # since it writes in place
+                y: Tensor = forward(x, *args, **kwargs)
+                return y
+
+        is_changed = is_rearranged(weight)
+        output = straight_through(self, x, without_gradients) if is_changed else forward(x, *args, **kwargs)
         if bias is not None and values is not None and bias.dtype != values.dtype:
             bias.data = values  # rounded for good otherwise, to the dtype in which the layer computes
         return output
@@ -63,26 +69,19 @@ class Steady4bit(_Host):
         return super()._apply(fn, recurse)
 
 
+class PassesGradient(_Host):
+    """Mixin in front of a Linear whose weight, one of torchao's, may pass no gradient to the input."""
+
+    base_class: type[nn.Module]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return straight_through(self, x, functools.partial(super().forward, x, *args, **kwargs))
+
+
 class Linear4bitLoRA(LinearLoRA, Steady4bit):  # type: ignore[misc]
     """The mixin comes after the adapter: it is what the adapter takes for the base's own forward."""
 
     replaces = ("support_avx512bf16_for_cpu",)
-
-
-class _Rearranged(torch.autograd.Function):
-    """What a rearranged layer computes, with the gradient that bitsandbytes does not pass on."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: nn.Module, forward: Callable[..., Tensor]) -> Tensor:
-        ctx.module, ctx.weight = module, _own(module, "weight")
-        return forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        needs_x, needs_bias, *_ = ctx.needs_input_grad
-        W = dense(ctx.module, ctx.weight)
-        of_x = gradient @ W.to(gradient.dtype) if needs_x else None
-        return of_x, gradient.flatten(0, -2).sum(0) if needs_bias else None, None, None
 
 
 def register_bitsandbytes() -> None:
@@ -92,28 +91,34 @@ def register_bitsandbytes() -> None:
         Adapter.geometries.setdefault(module.Linear4bit, Linear4bitLoRA)
 
 
-def may_rearrange(cls: type[nn.Module]) -> bool:
-    """Whether a module of that class can be a Linear4bit that rearranges its weight."""
+_KEPT = (Steady4bit, PassesGradient)
+
+
+def may_be_kept(cls: type[nn.Module]) -> bool:
+    """Whether a module of that class can be one for `keep_in_place`."""
+    return issubclass(cls, nn.Linear) and not issubclass(cls, _KEPT)
+
+
+def is_kept(module: nn.Module) -> bool:
+    """Whether `module`, a Linear without an adapter, would rearrange its weight, or pass no gradient through it."""
     bitsandbytes: Any = sys.modules.get("bitsandbytes.nn")
-    return bitsandbytes is not None and issubclass(cls, bitsandbytes.Linear4bit) and not issubclass(cls, Steady4bit)
-
-
-def rearranges(module: nn.Module) -> bool:
-    """Whether `module` is a Linear4bit that would rearrange its weight, or has done so."""
-    would = bool(module.__dict__.get("support_avx512bf16_for_cpu", False))
-    return may_rearrange(type(module)) and (would or is_rearranged(module._parameters["weight"]))
+    weight = module._parameters.get("weight")
+    if bitsandbytes is not None and isinstance(module, bitsandbytes.Linear4bit):
+        return bool(module.__dict__.get("support_avx512bf16_for_cpu", False)) or is_rearranged(weight)
+    return weight is not None and is_wrapper(weight)
 
 
 def keep_in_place(module: Any) -> None:
-    """Keep the weight of a Linear4bit without an adapter as it is, and pass gradients through it."""
+    """Keep the weight of a Linear without an adapter as it is, and pass gradients through it."""
     base_class: Any = type(module)
-    module.__class__ = swapped_class("Steady", Steady4bit, base_class)
+    mixin = PassesGradient if is_wrapper(module._parameters["weight"]) else Steady4bit
+    module.__class__ = swapped_class("Steady", mixin, base_class)
 
 
-def let_rearrange(module: Any) -> None:
+def let_go(module: Any) -> None:
     """Undo `keep_in_place`; nothing is done to a module that took the place of the one that was kept."""
     cls: Any = type(module)
-    if issubclass(cls, Steady4bit) and "base_class" in vars(cls):
+    if issubclass(cls, _KEPT) and "base_class" in vars(cls):
         module.__class__ = cls.base_class
 
 

@@ -1,0 +1,46 @@
+"""Layers that pass no gradient to their input, though they compute with it: 4-bit weights that bitsandbytes has
+rearranged for a CPU, and torchao's weights that round the input as well (Int8DynamicActivation..., for example).
+
+Adapters below such a layer would train by what reaches them around it, without a word. They get the gradient of the
+layer as if nothing was rounded: G W, with the numbers that the weight stands for (straight-through).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine.storage import can_be_dense, dense
+
+
+def straight_through(module: nn.Module, x: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+    """What `forward` of `module` computes from x, with the gradients of x and of its bias, if it has them or not."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    is_trained = bias is not None and bias.requires_grad
+    if not torch.is_grad_enabled() or not (x.requires_grad or is_trained):
+        return forward()
+    if is_trained:  # without its gradient, that of the output tells whether x has one
+        module._parameters["bias"] = bias.detach()  # type: ignore[assignment, union-attr]
+    try:
+        y = forward()
+    finally:
+        if is_trained:
+            module._parameters["bias"] = bias
+    if x.requires_grad and not y.requires_grad and can_be_dense(weight):
+        y = _StraightThrough.apply(y, x, module, weight)
+    return y + (bias - bias.detach()).to(y.dtype) if is_trained else y  # type: ignore[union-attr]
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
+        ctx.module, ctx.weight = module, weight
+        # In the same memory, but no view, which what comes next could not change in place (nn.ReLU(inplace=True)).
+        return y.clone() if torch.compiler.is_compiling() else y.new_empty(0).set_(y)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, None, None]:
+        return None, G @ dense(ctx.module, ctx.weight).to(G.dtype), None, None
