@@ -30,6 +30,7 @@ class Settings:
     tolerance: float
     dtype: str | None
     revision: str | None
+    ignore_fields: list[str]
 
 
 def overrides(arguments: list[str]) -> list[str]:

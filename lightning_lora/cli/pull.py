@@ -26,6 +26,7 @@ class Settings:
     local_files_only: bool
     max_bytes: int
     timeout: float
+    ignore_fields: list[str]
 
 
 def run(settings: dict[str, Any]) -> None:

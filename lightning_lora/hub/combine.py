@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from lightning_lora.hub.combine_report import CombinedModule, CombineReport, sho
 from lightning_lora.hub.compatibility import check_bases, check_combinable, groups_of
 from lightning_lora.hub.inspection import LARGEST_SCALE
 from lightning_lora.hub.parts import Pair, Parts, parts_of
+from lightning_lora.hub.peft_config import to_peft
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.hub.reading import NOTE
 from lightning_lora.hub.writing import write_adapter
@@ -53,6 +54,7 @@ def combine_adapters(
     density: float | None = None,
     seed: int = 0,
     check_base: bool = True,
+    ignore_fields: Collection[str] = (),
 ) -> CombineReport:
     """Combine the adapters `sources` (folders in PEFT's format, or ids on the Hub), each times its weight, into one in
     `target_folder`.
@@ -67,7 +69,8 @@ def combine_adapters(
     the largest of the adapters; `seed` is that of what DARE drops. What was cut off is in the report.
 
     Ranks, alphas, targets, scalings and precisions may differ: computed in float32 or wider, saved in the widest of the
-    files. Modules and biases that were trained whole must be the same in all. Everything is checked before anything is
+    files. Modules and biases that were trained whole must be the same in all. `ignore_fields` are unknown fields of the
+    configs that are passed over and left out, though they have a value. Everything is checked before anything is
     computed. Raises AdapterFormatError for an adapter that is damaged or cannot be combined (DoRA, other shapes),
     BaseMismatchError where two were trained on different bases (`check_base=False` combines them all the same),
     ConfigError for an argument that cannot be, HubError for what cannot be fetched, CheckpointError where files cannot
@@ -77,10 +80,10 @@ def combine_adapters(
     _check_method(method, rank, density, seed)
     target = Path(target_folder).expanduser()
     used = [(source, weight) for source, weight in zip(sources, weights) if weight]
-    folders = [adapter_folder(os.path.expanduser(source)) for source, _ in used]
+    folders = [adapter_folder(os.path.expanduser(source), ignore_fields=ignore_fields) for source, _ in used]
     _check_target(target, [*folders, *(Path(source).expanduser() for source in sources)])
     names = _names([source for source, _ in used])
-    adapters = {name: parts_of(folder) for name, folder in zip(names, folders)}
+    adapters = {name: parts_of(folder, ignore_fields) for name, folder in zip(names, folders)}
     weight_of = {name: weight for name, (_, weight) in zip(names, used)}
     check_combinable(adapters, weight_of)
     if check_base:
@@ -320,7 +323,7 @@ def _config(adapters: Mapping[str, Parts], written: _Written) -> dict[str, Any]:
     if any(r != revision for name, r in based if name):
         revision = None
     ranks = {module: pair.rank for module, pair in written.pairs.items()}
-    config = peft.to_peft(
+    config = to_peft(
         LoRAConfig(
             rank=max(ranks.values()),
             alpha=written.alpha,

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ from lightning_lora.hub.card import model_card
 from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.layout import Adapted, layout_of, member, names_of_tensors, tensor_named, tensors_named
 from lightning_lora.hub.matching import Fit, fit
-from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, own_fields, to_peft
+from lightning_lora.hub.peft import ends_with
+from lightning_lora.hub.peft_config import HEADS_OF_TASK, TASK_TYPES, own_fields, to_peft
 from lightning_lora.hub.reading import NOTE, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
 from lightning_lora.hub.spelling import exact_targets, targets_of
@@ -149,6 +150,7 @@ def load_adapter(
     *,
     revision: str | None = None,
     check_base: bool = True,
+    ignore_fields: Collection[str] = (),
     **pulling: Any,
 ) -> InjectionReport:
     """Adapt `model` as the adapter in a folder says and load its tensors, whether this package or PEFT wrote it.
@@ -156,7 +158,10 @@ def load_adapter(
     A folder that exists is that folder. Anything else that looks like "user/name" is pulled from the Hub, at
     `revision`; further arguments are those of `pull_adapter`, whose errors are raised too.
 
-    `model` is the base itself or what holds it, such as a LightningModule. Strict: raises AdapterFormatError for a
+    `model` is the base itself or what holds it, such as a LightningModule. Fields of the config that are not known
+    here, and are not empty, are passed over where `ignore_fields` names them.
+
+    Strict: raises AdapterFormatError for a
     folder of another layout, a config with a field that cannot be honoured, and every tensor that is missing,
     unexpected, of another shape or not finite; BaseMismatchError where the adapter was trained on other base weights
     (`check_base=False` loads it all the same); AdapterStateError where `model` has adapters already. `model` is then as
@@ -165,9 +170,9 @@ def load_adapter(
     check_none_of_ours(model, Tree.of(model))
     from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
 
-    folder = adapter_folder(folder_or_repo, revision, **pulling)
+    folder = adapter_folder(folder_or_repo, revision, ignore_fields=ignore_fields, **pulling)
     check_folder(folder)
-    config = checked_config(folder)
+    config = checked_config(folder, ignore_fields)
     with open_tensors(folder) as file:
         try:
             plan = fit(model, config, file.header, where=str(folder))

@@ -22,6 +22,7 @@ from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, tensor_named
+from lightning_lora.hub.peft_config import exact_pattern, with_own_fields
 from lightning_lora.hub.reading import Header, TensorFile
 from lightning_lora.hub.roots import adapter_root
 from lightning_lora.hub.spelling import exact_targets
@@ -84,7 +85,7 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
 
 def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
     root = _root(model, header)
-    config = peft.with_own_fields(config, header.note.get("config"), where)
+    config = with_own_fields(config, header.note.get("config"), where)
     relative = _for_engine(root, config)
     selection = select(root, relative)
     if not _has_bias(root, selection, config.bias):
@@ -199,8 +200,8 @@ def _for_model(
             ranks[here] = config.rank_of(*target.names_of(parameter))
             alphas[here] = config.alpha_of(*target.names_of(parameter))
     changes: dict[str, Any] = {
-        "rank_pattern": peft.exact_pattern(ranks, config.rank),
-        "alpha_pattern": peft.exact_pattern(alphas, config.alpha),
+        "rank_pattern": exact_pattern(ranks, config.rank),
+        "alpha_pattern": exact_pattern(alphas, config.alpha),
     }
     if root is not model:
         inside = {id(m) for module in selection.saved.values() for m in module.modules()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ def pull_adapter(
     local_files_only: bool = False,
     max_bytes: int = MAX_BYTES,
     timeout: float = 60.0,
+    ignore_fields: Collection[str] = (),
 ) -> Path:
     """Fetch the adapter in the repository `repo_id` and check it; returns the folder that it lies in.
 
@@ -66,7 +67,8 @@ def pull_adapter(
     huggingface_hub (`cache_dir`), and copied to `local_dir` where that is given. Checked are: sizes before the download
     (tensors: `max_bytes`), checksums after it, the config (types, ranges, no field that changes the base, no regular
     expression that hangs), and the tensors (names, types, ranks, finite values). Whether it fits a model is checked by
-    `load_adapter`.
+    `load_adapter`. Fields of the config that are not known here, and are not empty, are passed over where
+    `ignore_fields` names them.
 
     Offline (`local_files_only`, HF_HUB_OFFLINE, or a Hub that is out of reach) what was pulled before is checked again
     and handed out. `token` and `endpoint` are those of huggingface_hub unless given. `timeout` is in seconds, for an
@@ -87,6 +89,7 @@ def pull_adapter(
         local_files_only=local_files_only,
         max_bytes=max_bytes,
         timeout=timeout,
+        ignore_fields=ignore_fields,
     ).folder
 
 
@@ -101,6 +104,7 @@ def pull(
     local_files_only: bool = False,
     max_bytes: int = MAX_BYTES,
     timeout: float = 60.0,
+    ignore_fields: Collection[str] = (),
 ) -> Pulled:
     """`pull_adapter`, with what it did."""
     revision = "main" if revision is None else revision
@@ -109,7 +113,7 @@ def pull(
     offline = local_files_only or constants.HF_HUB_OFFLINE
     # A commit never changes: what was pulled of it needs no answer from the Hub.
     known = cache.commit_of(revision)
-    found = _from_cache(cache, repo_id, known) if known and (offline or known == revision) else None
+    found = _from_cache(cache, repo_id, known, ignore_fields) if known and (offline or known == revision) else None
     if found is None and offline:
         raise HubUnavailableError(_offline(repo_id, revision, cache, known))
     if found is None:
@@ -117,13 +121,13 @@ def pull(
         try:
             commit = remote.commit_of(revision)
         except HubUnavailableError as error:
-            found = _from_cache(cache, repo_id, known) if known else None
+            found = _from_cache(cache, repo_id, known, ignore_fields) if known else None
             if found is None:
                 raise
             said = str(error).rstrip(".")
             warnings.warn(f"{said}. The adapter that was pulled earlier is used: commit {known}.", stacklevel=3)
         else:
-            found = _fetch(remote, cache, commit, max_bytes)
+            found = _fetch(remote, cache, commit, max_bytes, ignore_fields)
             cache.remember(revision, commit)
     if local_dir is None:
         return found
@@ -162,7 +166,7 @@ def _check_arguments(repo_id: str, revision: str, timeout: float) -> None:
         raise ConfigError(f"timeout is a number of seconds above 0, not {timeout!r}.")
 
 
-def _from_cache(cache: CachedRepository, repo_id: str, commit: str) -> Pulled | None:
+def _from_cache(cache: CachedRepository, repo_id: str, commit: str, ignore_fields: Collection[str]) -> Pulled | None:
     """What was pulled earlier, checked again; None where the cache has not all of it, or not as it was."""
     folder = cache.snapshot(commit)
     try:
@@ -171,7 +175,7 @@ def _from_cache(cache: CachedRepository, repo_id: str, commit: str) -> Pulled | 
             return None
     except OSError:
         return None
-    check_adapter(folder)
+    check_adapter(folder, ignore_fields)
     return Pulled(folder, repo_id, commit, {name: (folder / name).stat().st_size for name in there}, fetched=False)
 
 
@@ -182,7 +186,9 @@ def _offline(repo_id: str, revision: str, cache: CachedRepository, known: str | 
     return f"{what}, and the Hub may not be asked: local_files_only or HF_HUB_OFFLINE is set. Pull it once online."
 
 
-def _fetch(remote: Remote, cache: CachedRepository, commit: str, max_bytes: int) -> Pulled:
+def _fetch(
+    remote: Remote, cache: CachedRepository, commit: str, max_bytes: int, ignore_fields: Collection[str]
+) -> Pulled:
     files = remote.listed(commit, _FILES)
     missing = [name for name in _REQUIRED if name not in files]
     if missing:
@@ -203,9 +209,9 @@ def _fetch(remote: Remote, cache: CachedRepository, commit: str, max_bytes: int)
                 fetched = True
             if name == CONFIG:
                 with _about(remote, commit, staged):
-                    checked_config(staged)
+                    checked_config(staged, ignore_fields)
         with _about(remote, commit, staged):
-            check_adapter(staged)
+            check_adapter(staged, ignore_fields)
         folder = cache.keep(staged, commit, {name: file.checksum for name, file in files.items()})
     return Pulled(folder, remote.repo_id, commit, {name: files[name].size for name in _FILES if name in files}, fetched)
 
