@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine, product_change
 from lightning_lora.engine.overflow import largest
+from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.card import RunFacts, base_id, model_card
@@ -350,9 +351,11 @@ def _targets(every: list[Parts], modules: list[str]) -> tuple[str | list[str], d
     entries = [parts.config.target_modules for parts in every]
     fields = [{field: getattr(parts.config, field) for field in _SELECTION} for parts in every]
     lists = [entry for entry in entries if isinstance(entry, list)]
-    if len(lists) == len(every) and not any(any(f.values()) for f in fields):
-        return sorted({name for names in lists for name in names}), {}
-    if all(entry == entries[0] and field == fields[0] for entry, field in zip(entries, fields)):
+    union = sorted({name for names in lists for name in names})
+    is_named = len(lists) < len(every) or all(name_matches(union, name) for name in modules)  # tied layers may not be
+    if len(lists) == len(every) and not any(any(f.values()) for f in fields) and is_named:
+        return union, {}
+    if is_named and all(entry == entries[0] and field == fields[0] for entry, field in zip(entries, fields)):
         return entries[0], {field: every[0].data.get(field) for field in _SELECTION}
     # As a list, "fc" would mean every module of the model that ends so.
     return "|".join(re.escape(name) for name in modules) or "^$", {}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
@@ -121,6 +122,7 @@ def _for_peft(
     config["use_dora"] = parts.is_dora
     for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
         config[field] = parts.data.get(field)
+    config["ensure_weight_tying"] = bool(parts.data.get("ensure_weight_tying"))
     patterns = {field: config[field] for field in ("rank_pattern", "alpha_pattern")}
     changes = [
         f"{field}: an entry for each module that differs, whatever order they are read in"
@@ -205,6 +207,8 @@ def _config(
 ) -> dict[str, Any]:
     own = config.target_modules
     narrowed = config.exclude_modules or config.layers_to_transform is not None or added
+    # PEFT names one of two tied layers where it adapts both (ensure_weight_tying).
+    narrowed = narrowed or not all(name_matches(own, name) for name in ranks)
     # A list as it was says the same with fewer words; the names of all modules say it whatever else the config had.
     targets = sorted(own) if isinstance(own, list) and not narrowed else sorted(ranks)
     return to_peft(

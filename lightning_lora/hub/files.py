@@ -29,6 +29,7 @@ from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.sharded import is_first, is_sharded, whole
 from lightning_lora.engine.state import by_plain_name, check_fits, check_same_base, describe_base, fill_adapter
+from lightning_lora.engine.tables import take_tables
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.wrappers import unwrapped
@@ -81,7 +82,8 @@ def save_adapter(
     AdapterStateError where `inject` was not called on `model` or inside it, ConfigError for an argument that cannot be,
     CheckpointError where the folder cannot be written; what was there before is then still there.
     """
-    owner, injection = only_injection(model)
+    owner_name, injection = only_injection(model)
+    owner = submodule(model, owner_name)
     module, root = adapter_root(model)
     adapted = dict(adapters(root))
     parts = {name: {own: getattr(m, own) for own in m.lora_names} for name, m in adapted.items()}
@@ -134,7 +136,8 @@ def save_adapter(
         **(known_base or describe_base(model, root)),
     }
     header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
-    trained = sum(t.numel() for t in own_tensors.values())
+    at = f"{owner_name}." if owner_name else ""
+    trained = sum(t.numel() for name, t in own_tensors.items() if name.removeprefix(at) not in injection.tables)
     card = model_card(config, modules=len(adapted), parameters=trained, module=module)
     folder = Path(folder)
     if not any(map(is_sharded, own_tensors.values())) or is_first():
@@ -151,6 +154,7 @@ def load_adapter(
     revision: str | None = None,
     check_base: bool = True,
     ignore_fields: Collection[str] = (),
+    load_embedding_layers: bool = False,
     **pulling: Any,
 ) -> InjectionReport:
     """Adapt `model` as the adapter in a folder says and load its tensors, whether this package or PEFT wrote it.
@@ -160,6 +164,10 @@ def load_adapter(
 
     `model` is the base itself or what holds it, such as a LightningModule. Fields of the config that are not known
     here, and are not empty, are passed over where `ignore_fields` names them.
+
+    PEFT also writes the embedding and the head of the base (its save_embedding_layers) where the vocabulary was resized
+    or they are adapted. They are compared with the model's; with `load_embedding_layers` they are loaded into it, stay
+    frozen, are saved with the adapter, and `remove` puts back the model's own.
 
     Strict: raises AdapterFormatError for a
     folder of another layout, a config with a field that cannot be honoured, and every tensor that is missing,
@@ -178,14 +186,16 @@ def load_adapter(
             plan = fit(model, config, file.header, where=str(folder))
         except TargetError as error:
             raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
-        values = plan.read(file)
+        values = plan.read(file, compare_base=not load_embedding_layers)
+        tables = plan.tables(file) if load_embedding_layers else {}
         note = file.header.note
     try:
         report = inject(model, plan.config, start=False)
     except TargetError as error:
         raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
     try:
-        own, given = adapter_tensors(model), _on(model, plan, values)
+        take_tables(model, _on(model, plan, tables))
+        own, given = adapter_tensors(model), _on(model, plan, {**values, **tables})
         check_fits(own, given, what="the adapter", are_finite=True)  # by `read`
         fill_adapter(model, own, given)
         if check_base:
@@ -211,13 +221,13 @@ def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, 
     return {names[id(there[name])]: value for name, value in values.items()}
 
 
-def only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
-    """The one module that `inject` was called on, and its record; raises AdapterStateError where there is not one, or
-    where its layers are not as they were adapted."""
+def only_injection(model: nn.Module) -> tuple[str, Injection]:
+    """The name of the one module that `inject` was called on, and its record; raises AdapterStateError where there is
+    not one, or where its layers are not as they were adapted."""
     check_as_injected(model)
     found = list(injections(model))
     if len(found) == 1:
-        return submodule(model, found[0][0]), found[0][1]
+        return found[0]
     if found:
         places = listed(repr(name) for name, _ in found)
         raise AdapterStateError(f"inject was called on several parts of the model ({places}): save each by itself.")

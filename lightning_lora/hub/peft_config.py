@@ -93,6 +93,7 @@ _WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
     "auto_mapping": (dict,),
     "base_model_name_or_path": (str,),
     "corda_config": (dict,),
+    "ensure_weight_tying": (bool,),  # the file has the tensors of both layers
     "eva_config": (dict,),
     "fan_in_fan_out": (bool,),
     "inference_mode": (bool,),
