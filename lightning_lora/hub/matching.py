@@ -25,6 +25,7 @@ from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, names_of_tensors, tensor_named
+from lightning_lora.hub.old_names import renamed_config, renamed_key, todays_names
 from lightning_lora.hub.peft_config import exact_pattern, with_own_fields
 from lightning_lora.hub.reading import Header, TensorFile
 from lightning_lora.hub.roots import adapter_root
@@ -151,7 +152,10 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
 def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
     root = _root(model, header)
     config = with_own_fields(config, header.note.get("config"), where)
-    relative = _with_tied(root, _for_engine(root, config), header)
+    names = todays_names(root, header.shapes)
+    keys = {key: renamed_key(peft.plain_key(key), names) for key in header.shapes}
+    config = renamed_config(config, root, peft.adapted_names(map(peft.plain_key, header.shapes)), names)
+    relative = _with_tied(root, _for_engine(root, config), keys.values())
     selection = select(root, relative)
     if not _has_bias(root, selection, config.bias):
         relative = replace(relative, bias="none")
@@ -170,7 +174,7 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
     # PEFT trains every bias but does not write every one: such a one stays as the base has it.
     biases = set(layout.whole) - _inside(selection.saved) if config.bias == "all" else set()
     optional = {name for name in biases if not peft.is_saved_by_peft(name)}
-    sources, base = _sources(layout, header, root, optional, where)
+    sources, base = _sources(layout, header, keys, root, optional, where)
     return Fit(
         root=root,
         layout=layout,
@@ -229,7 +233,7 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
     )
 
 
-def _with_tied(root: nn.Module, config: LoRAConfig, header: Header) -> LoRAConfig:
+def _with_tied(root: nn.Module, config: LoRAConfig, keys: Iterable[str]) -> LoRAConfig:
     """`config` with the modules that the file has beside one that it names and that shares its weight.
 
     Where PEFT keeps tied layers tied (ensure_weight_tying), it adapts or trains both, and writes one of the names."""
@@ -238,7 +242,6 @@ def _with_tied(root: nn.Module, config: LoRAConfig, header: Header) -> LoRAConfi
     tied = {id(m): {n for n, _ in group} for group in users.values() if len(group) > 1 for _, m in group}
     if not tied:
         return config
-    keys = list(map(peft.plain_key, header.shapes))
     adapted = peft.adapted_names(keys)
     whole = {peft.base_name(key).rpartition(".")[0] for key in keys} - adapted
     targets, saved = config.target_modules, config.modules_to_save or []
@@ -327,18 +330,20 @@ def _inside(saved: Mapping[str, nn.Module]) -> set[str]:
 def _sources(
     layout: Layout,
     header: Header,
+    plain_keys: Mapping[str, str],
     root: nn.Module,
     optional: set[str],
     where: str,
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Which keys of the file hold which of our tensors, and which hold weights of the base."""
+    """Which keys of the file hold which of our tensors, and which hold weights of the base; `plain_keys` are its keys
+    by today's names, without what writers leave in."""
     keys = layout.keys()
     parameters = dict(Tree.of(root).parameters)
     sources: dict[str, list[str]] = {}
     base: dict[str, str] = {}
     problems, unexpected = [], []
     for key, shape in header.shapes.items():
-        plain = key if key in keys else peft.plain_key(key)
+        plain = key if key in keys else plain_keys[key]
         if plain in keys:
             name = keys[plain]
             sources.setdefault(name, []).append(key)
