@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.config import pattern_matches
 from lightning_lora.engine.state import is_finite
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
@@ -112,7 +113,13 @@ def check_header(config: LoRAConfig, header: Header, where: str) -> None:
             return
         raise AdapterFormatError(f"{where} holds no LoRA factor, only {listed(header.shapes)}.")
     most, patterns = max(ranks.values()), {**config.rank_pattern, **config.alpha_pattern}
-    above = {entry: rank for entry, rank in config.rank_pattern.items() if rank > most}
+    # An entry for a module that is not adapted means nothing, to PEFT too.
+    names = peft.adapted_names(map(peft.plain_key, ranks))
+    above = {
+        entry: rank
+        for entry, rank in config.rank_pattern.items()
+        if rank > most and any(pattern_matches(entry, name) for name in names)
+    }
     # With patterns, the rank beside them may be that of no module.
     if not config.rank_pattern:
         above = {key: config.rank for key, rows in ranks.items() if config.rank > rows}

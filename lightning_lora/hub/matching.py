@@ -217,6 +217,14 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
     entries = [e for e in config.modules_to_save or () if any(name_matches([e], n) for n in modules)]
     excluded, targets = config.exclude_modules, config.target_modules
     parameters = [e for e in config.target_parameters or () if _names_a_parameter(e, modules)]
+    if config.layers_to_transform is not None and isinstance(targets, list):
+        meant = [
+            n for n in candidates if peft.is_in_layers(targets, config.layers_to_transform, config.layers_pattern, n)
+        ]
+        if meant:  # else the engine says what there is
+            others = [n for n in modules if n not in set(meant)]
+            targets = exact_targets(meant, others)
+            config = replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
     if targets != "all-linear" and targets:
         # Where none matches, the engine says so, with the closest names.
         targets = _matching(targets, candidates) or targets

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from lightning_lora.engine.layers.base import BIAS, MAGNITUDE
 from lightning_lora.engine.layers.tokens import TOKENS
@@ -109,6 +110,24 @@ def is_untrained_original(key: str) -> bool:
 def is_saved_by_peft(bias_name: str) -> bool:
     """Whether PEFT writes the bias called `bias_name` when it trains all biases: not `in_proj_bias`, for one."""
     return bias_name.rpartition(".")[2] == "bias"
+
+
+def is_in_layers(targets: Collection[str], layers: Any, pattern: str | Sequence[str] | None, name: str) -> bool:
+    """PEFT's rule for layers_to_transform: whether `targets` mean the module called `name`.
+
+    One that is named by its whole name is adapted in whichever layer. Layers that match nothing are no error."""
+    if name in targets:
+        return True
+    if not any(name.endswith(f".{entry}") for entry in targets):
+        return False
+    if pattern:
+        patterns = [pattern] if isinstance(pattern, str) else pattern
+        found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns)
+        match = next(filter(None, found), None)
+    else:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    wanted = [layers] if isinstance(layers, int) else layers
+    return match is not None and int(match[1]) in wanted
 
 
 def ends_with(entries: Collection[str], name: str) -> bool:
