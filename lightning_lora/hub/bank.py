@@ -24,7 +24,7 @@ from lightning_lora.hub.disk import DiskStore
 from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.matching import Fit, fit
 from lightning_lora.hub.reading import CONFIG, Header, check_folder, open_tensors
-from lightning_lora.hub.roots import adapter_root
+from lightning_lora.hub.roots import adapter_root, place_of
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,11 @@ class AdapterBank(Bank):
         if injection.trained_whole:
             raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(injection.trained_whole)))
         prefix, _ = adapter_root(model)
-        ours, _ = adapter_root(self.model)
+        adapted = {name.removeprefix(f"{prefix}.") if prefix else name: module for name, module in adapters(model)}
+        place = place_of(self.model, adapted.keys(), prefix)
+        ours, _ = place or adapter_root(self.model)
         factors = {}
-        for name, module in adapters(model):
-            relative = name.removeprefix(f"{prefix}.") if prefix else name
+        for relative, module in adapted.items():
             foreign = [f"{relative}.{part}" for part in module.lora_names if part not in (*_PARTS, *START)]
             if foreign:
                 raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(foreign)))

@@ -16,7 +16,7 @@ from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.plan import promised
 from lightning_lora.engine.present import check_none_of_others
-from lightning_lora.engine.state import is_finite
+from lightning_lora.engine.state import describe_base, is_finite
 from lightning_lora.engine.storage import is_plain
 from lightning_lora.engine.targets import Selection, name_matches, select
 from lightning_lora.engine.tied_heads import output_embeddings
@@ -28,7 +28,7 @@ from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, names_
 from lightning_lora.hub.old_names import renamed_config, renamed_key, todays_names
 from lightning_lora.hub.peft_config import exact_pattern, with_own_fields
 from lightning_lora.hub.reading import Header, TensorFile
-from lightning_lora.hub.roots import adapter_root
+from lightning_lora.hub.roots import adapter_root, place_of
 from lightning_lora.hub.spelling import exact_targets
 
 _LOADABLE = (
@@ -193,15 +193,17 @@ def _adapted(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]]) -> Adapte
 
 
 def _root(model: nn.Module, header: Header) -> nn.Module:
-    """The module of `model` in which every module that the file adapts has its name; `model` itself if none has."""
+    """The module of `model` in which every module that the file adapts has its name; what is its root by its shape if
+    none has."""
     wanted = peft.adapted_names(map(peft.plain_key, header.shapes))
-    tree = Tree.of(model)
-    if wanted <= {name for name, _ in tree.every}:
-        return tree.root
-    by_note = tree.by_name.get(header.note.get("module") or "", tree.root)
-    if wanted <= {name for name, _ in Tree.of(by_note).every}:
-        return by_note
-    return adapter_root(model)[1]
+    theirs = header.note.get("base_fingerprint")
+    place = place_of(
+        model,
+        wanted,
+        header.note.get("module") or "",
+        lambda root: theirs is not None and describe_base(model, root)["base_fingerprint"] == theirs,
+    )
+    return place[1] if place is not None else adapter_root(model)[1]
 
 
 def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
