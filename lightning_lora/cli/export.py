@@ -30,6 +30,7 @@ class Settings:
     tolerance: float
     dtype: str | None
     revision: str | None
+    subfolder: str | None
     ignore_fields: list[str]
 
 

@@ -21,6 +21,7 @@ class Settings:
 
     repo_id: str
     revision: str | None
+    subfolder: str | None
     local_dir: str | None
     cache_dir: str | None
     local_files_only: bool

@@ -43,6 +43,7 @@ def export_adapter(
     tolerance: float = 0.01,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
+    subfolder: str | None = None,
     ignore_fields: Collection[str] = (),
 ) -> ExportReport:
     """Write the `adapter` (a folder in PEFT's format, or an id on the Hub) into `folder` as `consumer` needs it.
@@ -55,7 +56,7 @@ def export_adapter(
     `base` is what the adapter was trained on: the model, a folder or file of safetensors, or an id on the Hub. It is
     needed for DoRA, for weights of the base in the file (compared, then left out), and to count layers. `rank` is the
     rank to write; `max_rank` the most that the server takes. `dtype` ("float32", "bfloat16", "float16") is by default
-    that of the file. `revision` is that of an adapter on the Hub. `ignore_fields` are
+    that of the file. `revision` and `subfolder` are those of an adapter on the Hub. `ignore_fields` are
     unknown fields of its config that are passed over and left out, though they have a value.
 
     Everything is checked before anything is written. Raises AdapterFormatError for an adapter that is damaged, that
@@ -66,7 +67,7 @@ def export_adapter(
     target = Path(folder).expanduser()
     dtype = _dtype(dtype)
     _check_numbers(rank, max_rank, tolerance)
-    source = adapter_folder(os.path.expanduser(adapter), revision, ignore_fields=ignore_fields)
+    source = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
     if target.exists() and source.exists() and os.path.samefile(source, target):
         raise ConfigError(f"The export would replace the adapter itself: choose another folder than {str(target)!r}.")
     parts = parts_of(source, ignore_fields)

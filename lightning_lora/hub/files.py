@@ -71,7 +71,8 @@ def save_adapter(
 
     The names in it are relative to the base inside `model` (see `adapter_root`), so PEFT loads it onto that base.
     `base_model` is the base's id on the Hub, by default the one that a transformers model was loaded from; a local path
-    is never written. `task_type` is PEFT's, by default that of a transformers model. `metadata` goes into the header of
+    is never written. `task_type` is PEFT's, by default that of a transformers model, and none
+    where PEFT could not call it then. `metadata` goes into the header of
     the tensors. `tensors` are written instead of the adapter's live ones: an `adapter_state_dict` of `model`.
     `known_base` is what `describe_base(model, root)` said, where the weights of the base need not be read again.
 
@@ -160,7 +161,8 @@ def load_adapter(
     """Adapt `model` as the adapter in a folder says and load its tensors, whether this package or PEFT wrote it.
 
     A folder that exists is that folder. Anything else that looks like "user/name" is pulled from the Hub, at
-    `revision`; further arguments are those of `pull_adapter`, whose errors are raised too.
+    `revision`; further arguments are those of `pull_adapter`, whose errors are raised too. `subfolder`, among them, is
+    where in either the adapter lies.
 
     `model` is the base itself or what holds it, such as a LightningModule. Fields of the config that are not known
     here, and are not empty, are passed over where `ignore_fields` names them.
@@ -272,7 +274,7 @@ def _task_type(root: nn.Module, given: str | None, saved: list[str]) -> str | No
             f"task_type is one of {', '.join(TASK_TYPES)}, not {given!r}."
             f"{f' Did you mean {listed(map(repr, near))}?' if near else ''}"
         )
-    task = given or _task_of(type(root).__name__)
+    task = given or _task_of(root)
     heads = HEADS_OF_TASK.get(task or "", ())
     untrained = [n for n, _ in Tree.of(root).modules if ends_with(heads, n) and n not in saved] if heads else []
     if not untrained:
@@ -285,16 +287,21 @@ def _task_type(root: nn.Module, given: str | None, saved: list[str]) -> str | No
     )
 
 
-def _task_of(class_name: str) -> str | None:
+def _task_of(root: nn.Module) -> str | None:
+    """That under which PEFT calls the model as it wants to be called: with a task type it is given input_ids, whatever
+    its main input is."""
+    if getattr(root, "main_input_name", "input_ids") != "input_ids":  # Whisper's input_features, for one
+        return None
+    is_pair = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
     endings = {
         "ForCausalLM": "CAUSAL_LM",
         "LMHeadModel": "CAUSAL_LM",
         "ForSequenceClassification": "SEQ_CLS",
         "ForTokenClassification": "TOKEN_CLS",
         "ForQuestionAnswering": "QUESTION_ANS",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM" if is_pair else "CAUSAL_LM",
     }
-    return next((task for ending, task in endings.items() if class_name.endswith(ending)), None)
+    return next((task for ending, task in endings.items() if type(root).__name__.endswith(ending)), None)
 
 
 def _base_id(root: nn.Module, given: str | None) -> str | None:

@@ -48,3 +48,14 @@ def test_fields_of_a_later_peft_are_ignored_by_name_in_every_command(cli, hub, t
     for command, arguments in commands.items():
         assert "ignore_fields=['later_config']" in cli.error(command, *arguments)
         assert cli(command, *arguments, "ignore_fields=[later_config]") == 0
+
+
+def test_a_folder_of_a_repository_is_pulled_and_exported(cli, hub, tmp_path):  # noqa: F811
+    model = Linears()
+    inject(model, LoRAConfig(rank=2, target_modules=["fc"]))
+    folder = save_adapter(model, tmp_path / "saved")
+    hub.create_repo("user/many", files={f"v2/{path.name}": path.read_bytes() for path in folder.iterdir()})
+    assert "subfolder='v2'" in cli.error("pull", "repo_id=user/many")
+    assert cli("pull", "repo_id=user/many", "subfolder=v2", "local_dir=here") == 0
+    assert (tmp_path / "here" / "adapter_config.json").is_file()
+    assert cli("export", "--for", "vllm", "adapter=user/many", "subfolder=v2", "output=out") == 0
