@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.foreign import other_prefix
 from lightning_lora.engine.inject import tensors_trained_whole, weight_users
 from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
@@ -375,8 +376,10 @@ def _sources(
     if unexpected:
         problems.append(f"unexpected: {listed(unexpected)}")
     if problems:
+        prefix = other_prefix(unexpected, keys)
+        advice = f" {prefix}. Save the adapter from the model itself, or rename its keys." if prefix else ""
         raise AdapterFormatError(
-            f"{where} does not fit {type(root).__name__}: {listed(problems)}. Nothing was changed."
+            f"{where} does not fit {type(root).__name__}: {listed(problems)}.{advice} Nothing was changed."
         )
     return sources, base
 

@@ -90,6 +90,11 @@ def stage(
     """
     source = Path(source)
     check_folder(source)
+    if not (source / TENSORS).is_file():
+        raise AdapterFormatError(
+            f"{source} is an adapter of mlx-lm, and PEFT's layout is what is pushed: convert it first, with "
+            f"lightning-lora export --for peft adapter={source} output=FOLDER."
+        )
     folder = Path(tempfile.mkdtemp(prefix="lightning-lora-push-"))
     try:
         shutil.copyfile(source / TENSORS, folder / TENSORS)
