@@ -29,6 +29,7 @@ class Settings:
     density: float | None
     seed: int
     check_base: bool
+    ignore_fields: list[str]
 
 
 def run(settings: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ class Settings:
     tolerance: float
     dtype: str | None
     revision: str | None
+    subfolder: str | None
+    ignore_fields: list[str]
 
 
 def overrides(arguments: list[str]) -> list[str]:

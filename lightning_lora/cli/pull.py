@@ -21,11 +21,13 @@ class Settings:
 
     repo_id: str
     revision: str | None
+    subfolder: str | None
     local_dir: str | None
     cache_dir: str | None
     local_files_only: bool
     max_bytes: int
     timeout: float
+    ignore_fields: list[str]
 
 
 def run(settings: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ class Settings:
     endpoint: str | None
     deadline: float
     dry_run: bool
+    ignore_fields: list[str]
 
 
 def run(settings: dict[str, Any]) -> None:

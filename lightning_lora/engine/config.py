@@ -47,7 +47,8 @@ class LoRAConfig:
     exclude_modules: str | list[str] | None = None
     """Modules that are not adapted though they are targets: a list of name endings, or a regular expression."""
     layers_to_transform: int | list[int] | None = None
-    """Indices of the layers in which targets are adapted; the first number in a module's name is its layer."""
+    """Indices of the layers in which targets are adapted; the first number in a module's name is its layer. A target
+    that is named by its whole name is adapted in any case."""
     layers_pattern: str | list[str] | None = None
     """Name of the container before that number, where the first number in the name is not the layer."""
     rank_pattern: dict[str, int] = field(default_factory=dict)

@@ -7,9 +7,12 @@ their own: it has no place under PEFT's names, and a reader that looks for A and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from lightning_lora.engine.wrappers import NAMES as WRAPPERS
+from lightning_lora.errors import listed
 
 _CONVERT = (
     "Convert it: PEFT's examples/stable_diffusion/convert_sd_adapter_to_peft.py does, and so does loading it with "
@@ -54,12 +57,42 @@ _LAYOUTS = (
         "mlx-lm's layout",
         re.compile(r"\.lora_[ab]$"),
         "the scale is lora_parameters.scale in its config",
-        "Write the transposed lora_a and lora_b under PEFT's keys, with scale * rank as lora_alpha",
+        "Load the folder as mlx-lm wrote it, adapter_config.json beside adapters.safetensors; or write the transposed "
+        "lora_a and lora_b under PEFT's keys, with scale * rank as lora_alpha",
     ),
 )
+_PEFT = "base_model.model."
 _ALPHA = re.compile(r"(.*?)(?:\.lora_[AB])?\.(?:(?:lora_|network_)?alpha|(?:lora_)?scal(?:e|ing))$")
 _FACTOR = re.compile(r"(.*)\.lora_(?:embedding_)?[AB](?:_\w+)?(?:\.\w+)*$")
 _IN_HEADER = ("network_alphas", "lora_adapter_metadata")
+
+
+def other_prefix(given: Iterable[str], wanted: Iterable[str]) -> str | None:
+    """What PEFT's keys `given`, none of which is among those `wanted`, have more or less than these: a sentence. None
+    where they differ in another way."""
+    names, there = list(given), set(wanted)
+    if not names or not there:
+        return None
+    inside = sorted(part for part in WRAPPERS if any(part in name.split(".") for name in names))
+    if inside and {_without(name, inside) for name in names} <= there:
+        what = listed(repr(f"{part}.") for part in inside)
+        return f"They have {what} in them, which is how DDP, FSDP or torch.compile names what it wraps"
+    stem, ending = names[0].removeprefix(_PEFT), ""
+    for name in there:
+        short = name.removeprefix(_PEFT)
+        if stem.endswith(f".{short}") and {n.replace(stem.removesuffix(short), "", 1) for n in names} <= there:
+            ending = stem.removesuffix(short)
+            return f"They have {ending!r} before the names of this model: they are of a model around it"
+        if names[0] == short and {_PEFT + n for n in names} <= there:
+            return f"They lack PEFT's prefix {_PEFT!r}"
+        more = short.removesuffix(stem)
+        if short.endswith(f".{stem}") and {n.replace(_PEFT, _PEFT + more, 1) for n in names} <= there:
+            return f"They lack {more!r}, which this model has before its names: they are of a part of it"
+    return None
+
+
+def _without(name: str, parts: Collection[str]) -> str:
+    return ".".join(part for part in name.split(".") if part not in parts)
 
 
 def foreign_layout_of(

@@ -63,12 +63,14 @@ class Injection:
     adapted: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     """The adapted modules by their names without wrappers, for `check_as_injected`; not the module itself that the
     record lies on."""
+    tables: set[str] = field(default_factory=set)
+    """Those of `originals` that are not trained but came with the adapter (tables.py)."""
     report: InjectionReport | None = field(default=None, repr=False)
     """What `inject` returned."""
 
     @property
     def trained_whole(self) -> list[str]:
-        """Names of the parameters and buffers that are trained, and saved, beside A and B."""
+        """Names of the parameters and buffers that are trained, or came, and are saved, beside A and B."""
         return list(self.originals)
 
 

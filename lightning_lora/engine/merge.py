@@ -23,6 +23,7 @@ from lightning_lora.engine.memory import Memory, repeats
 from lightning_lora.engine.overflow import largest_in
 from lightning_lora.engine.present import check_some_of_ours
 from lightning_lora.engine.storage import dense, is_plain, stored
+from lightning_lora.engine.tied_heads import say_again, say_what_is_true, tied_models
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import AdapterStateError, listed
 
@@ -56,12 +57,13 @@ def merge(model: nn.Module) -> None:
     if names:  # said before anything is changed: a warning can be an error
         warnings.warn(
             f"Merging unties a weight that is shared with {listed(names)}, in one parameter or in one memory: each "
-            "keeps what it computes. Save the model with its weights untied (in transformers: "
-            "config.tie_word_embeddings=False).",
+            "keeps what it computes. The config of a transformers model says tie_word_embeddings=False from then on; "
+            "others have to be built untied where the merged weights are loaded.",
             stacklevel=2,
         )
     _check_rounding(mergeable)
     _warn_of_growth(mergeable)
+    tied = tied_models(model)
     for module in mergeable.values():
         values, attributes = _merged(module)
         kind = type(module)
@@ -77,6 +79,7 @@ def merge(model: nn.Module) -> None:
                     parameter.copy_(value)
         vars(module).update(attributes)
         kind.parameters_replaced(module)
+    say_what_is_true(tied)
     for owner, injection in records:
         release(owner, injection)
 
@@ -86,10 +89,12 @@ def merged(model: nn.Module) -> Iterator[None]:
     """Inside, the adapters of `model` are baked into weights of their own, and its layers are the base's own, at their
     speed; outside, all is as it was, bit for bit. Raises AdapterStateError and warns as `merge` does."""
     undo = []
+    said: list[tuple[Any, Any]] = []
     try:
         mergeable = _mergeable(model)
         _check_rounding(mergeable)
         _warn_of_growth(mergeable)
+        tied = tied_models(model)
         for module in mergeable.values():
             values, attributes = _merged(module)
             before = {name: module._parameters[name] for name in values}, {n: getattr(module, n) for n in attributes}
@@ -99,8 +104,10 @@ def merged(model: nn.Module) -> Iterator[None]:
                 module._parameters[name] = _parameter(value)
             vars(module).update(attributes)
             kind.parameters_replaced(module)
+        said = say_what_is_true(tied)
         yield
     finally:
+        say_again(said)
         for module, parameters, attributes, swap_again in undo:
             module._parameters.update(parameters)
             vars(module).update(attributes)

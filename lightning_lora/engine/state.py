@@ -300,6 +300,10 @@ def compare_bases(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str,
 def base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
     """The parameters of `root` that are no part of the adapter of `model`, by name."""
     adapted = any(True for _ in adapters(model))
-    ours = {id(t) for t in adapter_tensors(model).values()} if adapted else set()
+    tables = {
+        f"{at}.{name}" if at else name for at, injection in injections(model) for name in injection.tables
+    }  # are weights of the base all the same
+    tensors = adapter_tensors(model) if adapted else {}
+    ours = {id(t) for name, t in tensors.items() if name not in tables}
     first = {id(p): (name, p) for name, p in reversed(Tree.of(root or model).parameters)}
     return [named for key, named in reversed(first.items()) if key not in ours]

@@ -252,6 +252,9 @@ def _in_layers(targets: list[Target], config: LoRAConfig) -> list[Target]:
             raise TargetError(f"layers_pattern: no target lies in a numbered layer of {pattern!r}.")
     assert isinstance(config.layers_to_transform, list), "normalised by the config"
     wanted = set(config.layers_to_transform)
+    # PEFT's rule: an entry that is a module's whole name means that module, in whichever layer it lies.
+    whole = set(config.target_modules) if isinstance(config.target_modules, list) else set()
+    named = {id(t) for t in targets if whole.intersection((t.name, *t.aliases))}
     by_layer = {id(t): _layer_of(t.name, patterns) for t in targets}
     there = sorted({layer for layer in by_layer.values() if layer is not None})
     absent = sorted(wanted.difference(there))
@@ -259,7 +262,7 @@ def _in_layers(targets: list[Target], config: LoRAConfig) -> list[Target]:
         where = f"The targets lie in layers {there[0]} to {there[-1]}." if there else "No target lies in a layer."
         hint = f" layers_pattern is {given!r}." if given else ""
         raise TargetError(f"layers_to_transform: no target in layer {listed(map(str, absent))}. {where}{hint}")
-    return [t for t in targets if by_layer[id(t)] in wanted]
+    return [t for t in targets if by_layer[id(t)] in wanted or id(t) in named]
 
 
 def _layer_of(name: str, patterns: list[str]) -> int | None:

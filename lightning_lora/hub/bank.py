@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.local import local_path
 from lightning_lora.hub.matching import Fit, fit
 from lightning_lora.hub.reading import CONFIG, Header, check_folder, open_tensors
-from lightning_lora.hub.roots import adapter_root
+from lightning_lora.hub.roots import adapter_root, place_of
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class AdapterBank(Bank):
         capacity: int = 64,
         *,
         check_base: bool = True,
+        ignore_fields: Collection[str] = (),
         **settings: Any,
     ) -> AdapterBank:
         """A bank with room for what these adapters adapt, at their largest rank, and with all of them in it.
@@ -109,12 +110,12 @@ class AdapterBank(Bank):
         those of AdapterBank. Raises as AdapterBank and `add` do; `model` is then as it was.
         """
         named = _named_folders(folders)
-        modules, rank = _adapted(model, named)
+        modules, rank = _adapted(model, named, ignore_fields)
         targets = "|".join(map(re.escape, modules))  # as a list, "fc" would mean every module that ends so
         bank = cls(model, min(capacity, len(named)), **{"max_rank": rank, "target_modules": targets, **settings})
         try:
             for name, folder in named.items():
-                bank.add(name, folder, check_base=check_base)
+                bank.add(name, folder, check_base=check_base, ignore_fields=ignore_fields)
         except BaseException:
             bank.close()
             raise
@@ -129,11 +130,13 @@ class AdapterBank(Bank):
         config: LoRAConfig | None = None,
         replace: bool = False,
         check_base: bool = True,
+        ignore_fields: Collection[str] = (),
         **pulling: Any,
     ) -> None:
         """Add an adapter: a folder in PEFT's format, "user/name" on the Hub (at `revision`; further arguments are those
         of `pull_adapter`), a state dict of PEFT's keys or of `adapter_state_dict` (with its `config`), or a model that
-        has adapters, such as one that was just trained.
+        has adapters, such as one that was just trained. Fields of a folder's config that are not known here, and are
+        not empty, are passed over where `ignore_fields` names them.
 
         With `replace` it takes the place of one of the same name; batches that run with that one end as they began.
         Raises AdapterFormatError for what does not fit the model or the bank, BaseMismatchError where it was trained on
@@ -147,19 +150,24 @@ class AdapterBank(Bank):
         elif isinstance(source, Mapping):
             factors = self._of_state_dict(source, config)
         else:
-            factors = self._of_folder(source, revision, check_base, pulling)
+            factors = self._of_folder(source, revision, check_base, ignore_fields, pulling)
         self.put(name, factors, replace=replace)
 
     def _of_folder(
-        self, source: str | os.PathLike[str], revision: str | None, check_base: bool, pulling: dict[str, Any]
+        self,
+        source: str | os.PathLike[str],
+        revision: str | None,
+        check_base: bool,
+        ignore_fields: Collection[str],
+        pulling: dict[str, Any],
     ) -> dict[str, LayerFactors]:
         folder = local_path(source)
         if pulling or revision is not None or not folder.exists():
             from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
 
-            folder = adapter_folder(source, revision, **pulling)
+            folder = adapter_folder(source, revision, ignore_fields=ignore_fields, **pulling)
         check_folder(folder)
-        config = checked_config(folder)
+        config = checked_config(folder, ignore_fields)
         with open_tensors(folder) as file:
             plan, parts = self._parts(config, file.header, str(folder))
             if check_base and file.header.note:
@@ -198,10 +206,11 @@ class AdapterBank(Bank):
         if injection.trained_whole:
             raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(injection.trained_whole)))
         prefix, _ = adapter_root(model)
-        ours, _ = adapter_root(self.model)
+        adapted = {name.removeprefix(f"{prefix}.") if prefix else name: module for name, module in adapters(model)}
+        place = place_of(self.model, adapted.keys(), prefix)
+        ours, _ = place or adapter_root(self.model)
         factors = {}
-        for name, module in adapters(model):
-            relative = name.removeprefix(f"{prefix}.") if prefix else name
+        for relative, module in adapted.items():
             foreign = [f"{relative}.{part}" for part in module.lora_names if part not in (*_PARTS, *START)]
             if foreign:
                 raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(foreign)))
@@ -269,14 +278,14 @@ def _named_folders(folders: Mapping[str, str | os.PathLike[str]] | str | os.Path
     return named
 
 
-def _adapted(model: nn.Module, named: Mapping[str, Path]) -> tuple[list[str], int]:
+def _adapted(model: nn.Module, named: Mapping[str, Path], ignore_fields: Collection[str]) -> tuple[list[str], int]:
     """Which modules of `model` the adapters in these folders adapt, and their largest rank."""
     names = {id(module): name for name, module in Tree.of(model).modules}
     modules: dict[str, None] = {}
     rank, kinds = 1, set()
     for folder in named.values():
         check_folder(folder)
-        config = checked_config(folder)
+        config = checked_config(folder, ignore_fields)
         with open_tensors(folder) as file:
             header = file.header
         if (kind := _kind(config, header)) in kinds:

@@ -29,9 +29,10 @@ from lightning_lora.hub.local import local_path
 class CachedRepository:
     """What the cache holds of one repository."""
 
-    def __init__(self, repo_id: str, cache_dir: str | os.PathLike[str] | None) -> None:
+    def __init__(self, repo_id: str, cache_dir: str | os.PathLike[str] | None, subfolder: str = "") -> None:
         cache = local_path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
         self.folder = cache / "--".join(["models", *repo_id.split("/")])
+        self._subfolder = subfolder
 
     def commit_of(self, revision: str) -> str | None:
         """The commit that `revision` meant when it was last asked for."""
@@ -44,7 +45,8 @@ class CachedRepository:
         return commit if re.fullmatch(r"[0-9a-f]{40}", commit) else None
 
     def snapshot(self, commit: str) -> Path:
-        return self.folder / "snapshots" / commit
+        """The adapter's place in what the cache has of `commit`."""
+        return self.folder / "snapshots" / commit / self._subfolder
 
     def blob(self, checksum: str) -> Path:
         return self.folder / "blobs" / checksum

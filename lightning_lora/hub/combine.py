@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine, product_change
 from lightning_lora.engine.overflow import largest
+from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.card import RunFacts, base_id, model_card
@@ -28,6 +29,7 @@ from lightning_lora.hub.compatibility import check_bases, check_combinable, grou
 from lightning_lora.hub.inspection import LARGEST_SCALE
 from lightning_lora.hub.local import local_path
 from lightning_lora.hub.parts import Pair, Parts, parts_of
+from lightning_lora.hub.peft_config import to_peft
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.hub.reading import NOTE
 from lightning_lora.hub.writing import write_adapter
@@ -54,6 +56,7 @@ def combine_adapters(
     density: float | None = None,
     seed: int = 0,
     check_base: bool = True,
+    ignore_fields: Collection[str] = (),
 ) -> CombineReport:
     """Combine the adapters `sources` (folders in PEFT's format, or ids on the Hub), each times its weight, into one in
     `target_folder`.
@@ -68,7 +71,8 @@ def combine_adapters(
     the largest of the adapters; `seed` is that of what DARE drops. What was cut off is in the report.
 
     Ranks, alphas, targets, scalings and precisions may differ: computed in float32 or wider, saved in the widest of the
-    files. Modules and biases that were trained whole must be the same in all. Everything is checked before anything is
+    files. Modules and biases that were trained whole must be the same in all. `ignore_fields` are unknown fields of the
+    configs that are passed over and left out, though they have a value. Everything is checked before anything is
     computed. Raises AdapterFormatError for an adapter that is damaged or cannot be combined (DoRA, other shapes),
     BaseMismatchError where two were trained on different bases (`check_base=False` combines them all the same),
     ConfigError for an argument that cannot be, HubError for what cannot be fetched, CheckpointError where files cannot
@@ -78,10 +82,10 @@ def combine_adapters(
     _check_method(method, rank, density, seed)
     target = local_path(target_folder)
     used = [(source, weight) for source, weight in zip(sources, weights) if weight]
-    folders = [adapter_folder(os.path.expanduser(source)) for source, _ in used]
+    folders = [adapter_folder(os.path.expanduser(source), ignore_fields=ignore_fields) for source, _ in used]
     _check_target(target, [*folders, *map(local_path, sources)])
     names = _names([source for source, _ in used])
-    adapters = {name: parts_of(folder) for name, folder in zip(names, folders)}
+    adapters = {name: parts_of(folder, ignore_fields) for name, folder in zip(names, folders)}
     weight_of = {name: weight for name, (_, weight) in zip(names, used)}
     check_combinable(adapters, weight_of)
     if check_base:
@@ -321,7 +325,7 @@ def _config(adapters: Mapping[str, Parts], written: _Written) -> dict[str, Any]:
     if any(r != revision for name, r in based if name):
         revision = None
     ranks = {module: pair.rank for module, pair in written.pairs.items()}
-    config = peft.to_peft(
+    config = to_peft(
         LoRAConfig(
             rank=max(ranks.values()),
             alpha=written.alpha,
@@ -348,9 +352,11 @@ def _targets(every: list[Parts], modules: list[str]) -> tuple[str | list[str], d
     entries = [parts.config.target_modules for parts in every]
     fields = [{field: getattr(parts.config, field) for field in _SELECTION} for parts in every]
     lists = [entry for entry in entries if isinstance(entry, list)]
-    if len(lists) == len(every) and not any(any(f.values()) for f in fields):
-        return sorted({name for names in lists for name in names}), {}
-    if all(entry == entries[0] and field == fields[0] for entry, field in zip(entries, fields)):
+    union = sorted({name for names in lists for name in names})
+    is_named = len(lists) < len(every) or all(name_matches(union, name) for name in modules)  # tied layers may not be
+    if len(lists) == len(every) and not any(any(f.values()) for f in fields) and is_named:
+        return union, {}
+    if is_named and all(entry == entries[0] and field == fields[0] for entry, field in zip(entries, fields)):
         return entries[0], {field: every[0].data.get(field) for field in _SELECTION}
     # As a list, "fc" would mean every module of the model that ends so.
     return "|".join(re.escape(name) for name in modules) or "^$", {}

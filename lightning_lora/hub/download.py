@@ -48,6 +48,7 @@ class RemoteFile:
     """A file as the Hub lists it."""
 
     name: str
+    """With its folder."""
     size: int
     checksum: str
     """The sha256 of its content (64 digits), or git's id of it as a blob (40)."""
@@ -56,8 +57,11 @@ class RemoteFile:
 class Remote:
     """A repository on the Hub. Every method ends after about `timeout` seconds, a download after its share more."""
 
-    def __init__(self, repo_id: str, *, endpoint: str | None, token: str | bool | None, timeout: float) -> None:
+    def __init__(
+        self, repo_id: str, *, endpoint: str | None, token: str | bool | None, timeout: float, subfolder: str = ""
+    ) -> None:
         self.repo_id = repo_id
+        self.subfolder = subfolder
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self.timeout = timeout
         self._token = get_token() if token in (None, True) else token or None
@@ -74,10 +78,11 @@ class Remote:
         return commit
 
     def listed(self, commit: str, names: list[str]) -> dict[str, RemoteFile]:
-        """Those of the files `names` that `commit` has."""
+        """Those of the files `names` that `commit` has in the subfolder."""
+        paths = {f"{self.subfolder}/{name}" if self.subfolder else name: name for name in names}
         url = f"{self.endpoint}/api/models/{self.repo_id}/paths-info/{commit}"
         try:
-            entries = self._ask("POST", url, commit, data={"paths": names, "expand": "false"})
+            entries = self._ask("POST", url, commit, data={"paths": list(paths), "expand": "false"})
         except (HubAccessError, HubUnavailableError):
             raise
         except HubError:  # mirrors of the Hub know trees better
@@ -86,18 +91,19 @@ class Remote:
             entries = self._tree(commit)
         found = {}
         for entry in entries:
-            if isinstance(entry, dict) and entry.get("type") == "file" and entry.get("path") in names:
-                found[entry["path"]] = _remote_file(entry)
+            if isinstance(entry, dict) and entry.get("type") == "file" and entry.get("path") in paths:
+                found[paths[entry["path"]]] = _remote_file(entry)
         return found
 
     def names(self, commit: str) -> list[str]:
-        """What lies in the top folder of `commit`."""
+        """What lies in the subfolder of `commit`, or at its top."""
         entries = [entry for entry in self._tree(commit) if isinstance(entry, dict)]
         return [entry["path"] for entry in entries if isinstance(entry.get("path"), str)]
 
     def _tree(self, commit: str) -> list[Any]:
         entries: list[Any] = []
-        url: str | None = f"{self.endpoint}/api/models/{self.repo_id}/tree/{commit}"
+        folder = f"/{quote(self.subfolder)}" if self.subfolder else ""
+        url: str | None = f"{self.endpoint}/api/models/{self.repo_id}/tree/{commit}{folder}"
         for _ in range(_MOST_PAGES):
             # The token goes nowhere else, whatever the link to the next page says.
             if url is None or not url.startswith(f"{self.endpoint}/"):

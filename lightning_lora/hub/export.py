@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
@@ -24,6 +25,7 @@ from lightning_lora.hub.low_rank import Spectrum
 from lightning_lora.hub.lowering import Lowered, dora_spectra, lowered, with_every_layer, written_rank
 from lightning_lora.hub.obstacles import head_of, other_base, refuse, refuse_loss, unclear, unsupported
 from lightning_lora.hub.parts import Parts, header_of, magnitude_key, parts_of
+from lightning_lora.hub.peft_config import to_peft
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.hub.reading import CARD, CONFIG
 from lightning_lora.hub.writing import write_adapter
@@ -42,6 +44,8 @@ def export_adapter(
     tolerance: float = 0.01,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
+    subfolder: str | None = None,
+    ignore_fields: Collection[str] = (),
 ) -> ExportReport:
     """Write the `adapter` (a folder in PEFT's format, or an id on the Hub) into `folder` as `consumer` needs it.
 
@@ -53,7 +57,8 @@ def export_adapter(
     `base` is what the adapter was trained on: the model, a folder or file of safetensors, or an id on the Hub. It is
     needed for DoRA, for weights of the base in the file (compared, then left out), and to count layers. `rank` is the
     rank to write; `max_rank` the most that the server takes. `dtype` ("float32", "bfloat16", "float16") is by default
-    that of the file. `revision` is that of an adapter on the Hub.
+    that of the file. `revision` and `subfolder` are those of an adapter on the Hub. `ignore_fields` are
+    unknown fields of its config that are passed over and left out, though they have a value.
 
     Everything is checked before anything is written. Raises AdapterFormatError for an adapter that is damaged, that
     the consumer cannot compute, or that loses more than `tolerance`; ConfigError for an argument that cannot be;
@@ -63,10 +68,10 @@ def export_adapter(
     target = local_path(folder)
     dtype = _dtype(dtype)
     _check_numbers(rank, max_rank, tolerance)
-    source = adapter_folder(os.path.expanduser(adapter), revision)
+    source = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
     if target.exists() and source.exists() and os.path.samefile(source, target):
         raise ConfigError(f"The export would replace the adapter itself: choose another folder than {str(target)!r}.")
-    parts = parts_of(source)
+    parts = parts_of(source, ignore_fields)
     try:
         if row.layout_of_peft:
             tensors, config, report = _for_peft(parts, row, target, dtype)
@@ -119,6 +124,7 @@ def _for_peft(
     config["use_dora"] = parts.is_dora
     for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
         config[field] = parts.data.get(field)
+    config["ensure_weight_tying"] = bool(parts.data.get("ensure_weight_tying"))
     patterns = {field: config[field] for field in ("rank_pattern", "alpha_pattern")}
     changes = [
         f"{field}: an entry for each module that differs, whatever order they are read in"
@@ -203,9 +209,11 @@ def _config(
 ) -> dict[str, Any]:
     own = config.target_modules
     narrowed = config.exclude_modules or config.layers_to_transform is not None or added
+    # PEFT names one of two tied layers where it adapts both (ensure_weight_tying).
+    narrowed = narrowed or not all(name_matches(own, name) for name in ranks)
     # A list as it was says the same with fewer words; the names of all modules say it whatever else the config had.
     targets = sorted(own) if isinstance(own, list) and not narrowed else sorted(ranks)
-    return peft.to_peft(
+    return to_peft(
         replace(config, bias=bias),
         ranks=ranks,
         alphas=alphas,
@@ -260,6 +268,8 @@ def _cleaned(parts: Parts, config: Mapping[str, Any]) -> list[str]:
     changes = []
     if config["target_modules"] != parts.data.get("target_modules"):
         changes.append("target_modules: a list of names")
+    if dropped := [field for field, value in parts.data.items() if field not in config and value]:
+        changes.append(f"fields left out, which are not known here: {listed(dropped)}")
     if parts.renamed:
         changes.append(f"keys: {parts.renamed} without the adapter's name in them")
     return changes

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.present import check_none_of_ours, check_some_of_ours
 from lightning_lora.engine.sharded import is_first, is_sharded, whole
 from lightning_lora.engine.state import by_plain_name, check_fits, check_same_base, describe_base, fill_adapter
+from lightning_lora.engine.tables import take_tables
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.wrappers import unwrapped
@@ -45,7 +46,8 @@ from lightning_lora.hub.inspection import checked_config
 from lightning_lora.hub.layout import Adapted, layout_of, member, names_of_tensors, tensor_named, tensors_named
 from lightning_lora.hub.local import local_path
 from lightning_lora.hub.matching import Fit, fit
-from lightning_lora.hub.peft import HEADS_OF_TASK, TASK_TYPES, ends_with, own_fields, to_peft
+from lightning_lora.hub.peft import ends_with
+from lightning_lora.hub.peft_config import HEADS_OF_TASK, TASK_TYPES, own_fields, to_peft
 from lightning_lora.hub.reading import NOTE, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root
 from lightning_lora.hub.spelling import exact_targets, targets_of
@@ -70,7 +72,8 @@ def save_adapter(
 
     The names in it are relative to the base inside `model` (see `adapter_root`), so PEFT loads it onto that base.
     `base_model` is the base's id on the Hub, by default the one that a transformers model was loaded from; a local path
-    is never written. `task_type` is PEFT's, by default that of a transformers model. `metadata` goes into the header of
+    is never written. `task_type` is PEFT's, by default that of a transformers model, and none
+    where PEFT could not call it then. `metadata` goes into the header of
     the tensors. `tensors` are written instead of the adapter's live ones: an `adapter_state_dict` of `model`.
     `known_base` is what `describe_base(model, root)` said, where the weights of the base need not be read again.
 
@@ -82,7 +85,8 @@ def save_adapter(
     CheckpointError where the folder cannot be written; what was there before is then still there.
     """
     folder = local_path(folder)
-    owner, injection = only_injection(model)
+    owner_name, injection = only_injection(model)
+    owner = submodule(model, owner_name)
     module, root = adapter_root(model)
     adapted = dict(adapters(root))
     parts = {name: {own: getattr(m, own) for own in m.lora_names} for name, m in adapted.items()}
@@ -135,7 +139,8 @@ def save_adapter(
         **(known_base or describe_base(model, root)),
     }
     header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
-    trained = sum(t.numel() for t in own_tensors.values())
+    at = f"{owner_name}." if owner_name else ""
+    trained = sum(t.numel() for name, t in own_tensors.items() if name.removeprefix(at) not in injection.tables)
     card = model_card(config, modules=len(adapted), parameters=trained, module=module)
     if not any(map(is_sharded, own_tensors.values())) or is_first():
         write_adapter(folder, config, values, header, card)
@@ -150,14 +155,24 @@ def load_adapter(
     *,
     revision: str | None = None,
     check_base: bool = True,
+    ignore_fields: Collection[str] = (),
+    load_embedding_layers: bool = False,
     **pulling: Any,
 ) -> InjectionReport:
     """Adapt `model` as the adapter in a folder says and load its tensors, whether this package or PEFT wrote it.
 
     A folder that exists is that folder. Anything else that looks like "user/name" is pulled from the Hub, at
-    `revision`; further arguments are those of `pull_adapter`, whose errors are raised too.
+    `revision`; further arguments are those of `pull_adapter`, whose errors are raised too. `subfolder`, among them, is
+    where in either the adapter lies.
 
-    `model` is the base itself or what holds it, such as a LightningModule. Strict: raises AdapterFormatError for a
+    `model` is the base itself or what holds it, such as a LightningModule. Fields of the config that are not known
+    here, and are not empty, are passed over where `ignore_fields` names them.
+
+    PEFT also writes the embedding and the head of the base (its save_embedding_layers) where the vocabulary was resized
+    or they are adapted. They are compared with the model's; with `load_embedding_layers` they are loaded into it, stay
+    frozen, are saved with the adapter, and `remove` puts back the model's own.
+
+    Strict: raises AdapterFormatError for a
     folder of another layout, a config with a field that cannot be honoured, and every tensor that is missing,
     unexpected, of another shape or not finite; BaseMismatchError where the adapter was trained on other base weights
     (`check_base=False` loads it all the same); AdapterStateError where `model` has adapters already. `model` is then as
@@ -166,22 +181,24 @@ def load_adapter(
     check_none_of_ours(model, Tree.of(model))
     from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
 
-    folder = adapter_folder(folder_or_repo, revision, **pulling)
+    folder = adapter_folder(folder_or_repo, revision, ignore_fields=ignore_fields, **pulling)
     check_folder(folder)
-    config = checked_config(folder)
+    config = checked_config(folder, ignore_fields)
     with open_tensors(folder) as file:
         try:
             plan = fit(model, config, file.header, where=str(folder))
         except TargetError as error:
             raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
-        values = plan.read(file)
+        values = plan.read(file, compare_base=not load_embedding_layers)
+        tables = plan.tables(file) if load_embedding_layers else {}
         note = file.header.note
     try:
         report = inject(model, plan.config, start=False)
     except TargetError as error:
         raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
     try:
-        own, given = adapter_tensors(model), _on(model, plan, values)
+        take_tables(model, _on(model, plan, tables))
+        own, given = adapter_tensors(model), _on(model, plan, {**values, **tables})
         check_fits(own, given, what="the adapter", are_finite=True)  # by `read`
         fill_adapter(model, own, given)
         if check_base:
@@ -207,15 +224,15 @@ def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, 
     return {names[id(there[name])]: value for name, value in values.items()}
 
 
-def only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
-    """The one module that `inject` was called on, and its record; raises AdapterStateError where there is not one, or
-    where its layers are not as they were adapted."""
+def only_injection(model: nn.Module) -> tuple[str, Injection]:
+    """The name of the one module that `inject` was called on, and its record; raises AdapterStateError where there is
+    not one, or where its layers are not as they were adapted."""
     tree = Tree.of(model)
     check_some_of_ours(model, tree)
     check_as_injected(model, tree)
     found = list(injections(model, tree))
     if len(found) == 1:
-        return submodule(model, found[0][0]), found[0][1]
+        return found[0]
     if found:
         places = listed(repr(name) for name, _ in found)
         raise AdapterStateError(f"inject was called on several parts of the model ({places}): save each by itself.")
@@ -258,7 +275,7 @@ def _task_type(root: nn.Module, given: str | None, saved: list[str]) -> str | No
             f"task_type is one of {', '.join(TASK_TYPES)}, not {given!r}."
             f"{f' Did you mean {listed(map(repr, near))}?' if near else ''}"
         )
-    task = given or _task_of(type(root).__name__)
+    task = given or _task_of(root)
     heads = HEADS_OF_TASK.get(task or "", ())
     untrained = [n for n, _ in Tree.of(root).modules if ends_with(heads, n) and n not in saved] if heads else []
     if not untrained:
@@ -271,16 +288,21 @@ def _task_type(root: nn.Module, given: str | None, saved: list[str]) -> str | No
     )
 
 
-def _task_of(class_name: str) -> str | None:
+def _task_of(root: nn.Module) -> str | None:
+    """That under which PEFT calls the model as it wants to be called: with a task type it is given input_ids, whatever
+    its main input is."""
+    if getattr(root, "main_input_name", "input_ids") != "input_ids":  # Whisper's input_features, for one
+        return None
+    is_pair = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
     endings = {
         "ForCausalLM": "CAUSAL_LM",
         "LMHeadModel": "CAUSAL_LM",
         "ForSequenceClassification": "SEQ_CLS",
         "ForTokenClassification": "TOKEN_CLS",
         "ForQuestionAnswering": "QUESTION_ANS",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM" if is_pair else "CAUSAL_LM",
     }
-    return next((task for ending, task in endings.items() if class_name.endswith(ending)), None)
+    return next((task for ending, task in endings.items() if type(root).__name__.endswith(ending)), None)
 
 
 def _base_id(root: nn.Module, given: str | None) -> str | None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.config import pattern_matches
 from lightning_lora.engine.state import is_finite
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
+from lightning_lora.hub.peft_config import from_peft
 from lightning_lora.hub.reading import CONFIG, TENSORS, Header, check_folder, open_tensors, read_config
 from lightning_lora.hub.regexes import MOST_WAYS, ways
 
@@ -34,10 +36,10 @@ _FIRST_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?A(\.weight)?$")
 _VOCABULARY = re.compile(r"(^|\.)(\w*emb\w*|wte|lm_head|shared|output)\.(base_layer\.)?(weight|bias)$")
 
 
-def check_adapter(folder: Path) -> None:
+def check_adapter(folder: Path, ignore_fields: Collection[str] = ()) -> None:
     """Raise AdapterFormatError unless `folder` holds an adapter that is safe to load onto the model that it fits."""
     check_folder(folder)
-    config = checked_config(folder)
+    config = checked_config(folder, ignore_fields)
     where = str(folder / TENSORS)
     with open_tensors(folder) as file:
         check_header(config, file.header, where)
@@ -47,16 +49,21 @@ def check_adapter(folder: Path) -> None:
         raise AdapterFormatError(f"{where} holds values that are not finite, in {listed(broken)}.")
 
 
-def checked_config(folder: Path) -> LoRAConfig:
+def checked_config(folder: Path, ignore_fields: Collection[str] = ()) -> LoRAConfig:
     """The config in `folder`, of a size that a config has; raises AdapterFormatError as `check_config` does."""
+    return check_config(config_in(folder), str(folder / CONFIG), ignore_fields)
+
+
+def config_in(folder: Path) -> Any:
+    """The content of the config in `folder`, not checked but for its size."""
     path = folder / CONFIG
     size = path.stat().st_size
     if size > LARGEST_CONFIG:
         raise AdapterFormatError(f"{path} has {size:,} bytes; a config has at most {LARGEST_CONFIG:,}.")
-    return check_config(read_config(folder), str(path))
+    return read_config(folder)
 
 
-def check_config(data: Any, where: str) -> LoRAConfig:
+def check_config(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoRAConfig:
     """The config that `data`, the content of an `adapter_config.json`, is. Raises AdapterFormatError, beginning with
     `where`, for one that `from_peft` refuses, one of an absurd size or scale, and one with a regular expression that
     could keep the matcher busy for ever."""
@@ -66,7 +73,7 @@ def check_config(data: Any, where: str) -> LoRAConfig:
                 raise AdapterFormatError(f"{where}: {field} has {len(value):,} entries, more than {_MOST_ENTRIES:,}.")
         for field, expression in _expressions(data):
             _check_expression(field, expression, where)
-    config = peft.from_peft(data, where)
+    config = from_peft(data, where, ignore_fields)
     if max([config.rank, *config.rank_pattern.values()]) > LARGEST_RANK:
         raise AdapterFormatError(f"{where}: r, or a rank in rank_pattern, is larger than any layer.")
     largest = max([config.alpha, *config.alpha_pattern.values()])
@@ -106,7 +113,13 @@ def check_header(config: LoRAConfig, header: Header, where: str) -> None:
             return
         raise AdapterFormatError(f"{where} holds no LoRA factor, only {listed(header.shapes)}.")
     most, patterns = max(ranks.values()), {**config.rank_pattern, **config.alpha_pattern}
-    above = {entry: rank for entry, rank in config.rank_pattern.items() if rank > most}
+    # An entry for a module that is not adapted means nothing, to PEFT too.
+    names = peft.adapted_names(map(peft.plain_key, ranks))
+    above = {
+        entry: rank
+        for entry, rank in config.rank_pattern.items()
+        if rank > most and any(pattern_matches(entry, name) for name in names)
+    }
     # With patterns, the rank beside them may be that of no module.
     if not config.rank_pattern:
         above = {key: config.rank for key, rows in ranks.items() if config.rank > rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,22 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.inject import tensors_trained_whole
+from lightning_lora.engine.foreign import other_prefix
+from lightning_lora.engine.inject import tensors_trained_whole, weight_users
 from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.plain_names import with_plain_names, without_wrappers
 from lightning_lora.engine.plan import promised
 from lightning_lora.engine.present import check_none_of_others
-from lightning_lora.engine.state import is_finite
+from lightning_lora.engine.state import describe_base, is_finite
+from lightning_lora.engine.storage import is_plain
 from lightning_lora.engine.targets import Selection, name_matches, select
+from lightning_lora.engine.tied_heads import output_embeddings
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub import peft
-from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, tensor_named
+from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, names_of_tensors, tensor_named
+from lightning_lora.hub.old_names import renamed_config, renamed_key, todays_names
+from lightning_lora.hub.peft_config import exact_pattern, with_own_fields
 from lightning_lora.hub.reading import Header, TensorFile
-from lightning_lora.hub.roots import adapter_root
+from lightning_lora.hub.roots import adapter_root, place_of
 from lightning_lora.hub.spelling import exact_targets
+
+_LOADABLE = (
+    ". Where the vocabulary was resized before the training, load it with the adapter: "
+    "load_adapter(..., load_embedding_layers=True)"
+)
 
 
 @dataclass(frozen=True)
@@ -43,11 +54,14 @@ class Fit:
     """Keys in the file that hold a weight of the base -> its name."""
     kept: list[str]
     """Tensors that are trained but not in the file, which keep the base's values."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of all tensors in the file, by its keys."""
     where: str
 
-    def read(self, file: TensorFile | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read(self, file: TensorFile | Mapping[str, Tensor], *, compare_base: bool = True) -> dict[str, Tensor]:
         """The tensors to load, by the engine's names relative to the root. Raises AdapterFormatError for one that is
-        not finite, for two that should be equal and differ, and for base weights other than the model's."""
+        not finite, for two that should be equal and differ, and for base weights other than the model's, unless
+        `compare_base` is false."""
         values: dict[str, Tensor] = {}
         problems = []
         are_finite = isinstance(file, TensorFile) and file.are_finite()
@@ -56,18 +70,72 @@ class Fit:
             if not (are_finite or is_finite(value)):
                 problems.append(f"{key} holds values that are not finite")
             unequal = [other for other in same if not _equal(file[other], value)]
-            problems += [f"{key} and {other} are one tensor in the model, and differ" for other in unequal]
+            problems += [self._tied(key, other) for other in unequal]
             values[name] = self.layout.value(name, value)
-        for key, name in self.base.items():
-            if not _equal(file[key], tensor_named(self.root, name)):
+        tables = self._tables()
+        problems += self._of_another_shape()
+        for key, own in self.base.items():
+            if key in tables and not compare_base:
+                continue
+            there = tensor_named(self.root, own)
+            if there.shape == self.shapes[key] and not _equal(file[key], there):
                 problems.append(
                     f"{key} is a weight of the base, which PEFT saved as well (save_embedding_layers), and it differs "
-                    "from this model's"
+                    "from this model's" + (_LOADABLE if key in tables else "")
                 )
         values |= {name: tensor_named(self.root, name).detach().clone() for name in self.kept}
+        self._refuse(problems)
+        return values
+
+    def tables(self, file: TensorFile) -> dict[str, Tensor]:
+        """The weights of the base in the file, by the engine's names relative to the root. Raises AdapterFormatError
+        for those that the model has no place for."""
+        problems: list[str] = []
+        first = names_of_tensors(self.root)
+        values: dict[str, Tensor] = {}
+        keys: dict[str, str] = {}
+        for key, own in self._tables().items():
+            parameter, value = tensor_named(self.root, own), file[key]
+            name = first[id(parameter)]
+            if not (is_plain(parameter) and value.is_floating_point()):
+                problems.append(f"{key} cannot be loaded into a weight of {parameter.dtype}")
+            elif not is_finite(value):
+                problems.append(f"{key} holds values that are not finite")
+            elif name in values and not _equal(values[name], value):
+                problems.append(self._tied(keys[name], key))
+            values[name], keys[name] = value, key
+        self._refuse(problems)
+        return values
+
+    def _tables(self) -> dict[str, str]:
+        """Those of `base` that are of an embedding or of a head, which PEFT writes."""
+        heads = {id(m) for _, m in Tree.of(self.root).modules if isinstance(m, nn.Embedding)}
+        heads |= {id(head) for head in output_embeddings(self.root)}
+        return {k: n for k, n in self.base.items() if id(submodule(self.root, n.rpartition(".")[0])) in heads}
+
+    def _of_another_shape(self) -> list[str]:
+        """What is in the way where the file has weights of the base of another size than the model."""
+        problems = []
+        for key, name in self.base.items():
+            theirs, ours = self.shapes[key], tuple(tensor_named(self.root, name).shape)
+            if theirs != ours:
+                how = f": call model.resize_token_embeddings({theirs[0]}) first" if theirs[1:] == ours[1:] else ""
+                problems.append(f"{key} is of shape {theirs}, and the model's of {ours}{how}")
+        return problems
+
+    def _tied(self, key: str, other: str) -> str:
+        modules = [peft.base_name(k).rpartition(".")[0] for k in (key, other)]
+        embeddings = [isinstance(submodule(self.root, m), nn.Embedding) for m in modules]
+        head = modules[embeddings.index(False)] if False in embeddings else modules[1]
+        return (
+            f"{key} and {other} are one tensor in the model, and differ: they were trained apart (PEFT trains a copy "
+            f"for each name). Untie them first: model.{head}.weight = torch.nn.Parameter(model.{head}.weight.detach()"
+            ".clone()), and in transformers model.config.tie_word_embeddings = False"
+        )
+
+    def _refuse(self, problems: list[str]) -> None:
         if problems:
             raise AdapterFormatError(f"{self.where} cannot be loaded: {listed(problems)}. Nothing was changed.")
-        return values
 
 
 def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> Fit:
@@ -85,9 +153,12 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
 
 def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
     root = _root(model, header)
-    config = peft.with_own_fields(config, header.note.get("config"), where)
+    config = with_own_fields(config, header.note.get("config"), where)
     config = with_plain_names(config, Tree.of(root), of_file=True)
-    relative = _for_engine(root, config)
+    names = todays_names(root, header.shapes)
+    keys = {key: renamed_key(peft.plain_key(key), names) for key in header.shapes}
+    config = renamed_config(config, root, peft.adapted_names(map(peft.plain_key, header.shapes)), names)
+    relative = _with_tied(root, _for_engine(root, config), keys.values())
     selection = select(root, relative)
     if not _has_bias(root, selection, config.bias):
         relative = replace(relative, bias="none")
@@ -106,7 +177,7 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
     # PEFT trains every bias but does not write every one: such a one stays as the base has it.
     biases = set(layout.whole) - _inside(selection.saved) if config.bias == "all" else set()
     optional = {name for name in biases if not peft.is_saved_by_peft(name)}
-    sources, base = _sources(layout, header, root, optional, where)
+    sources, base = _sources(layout, header, keys, root, optional, where)
     return Fit(
         root=root,
         layout=layout,
@@ -114,6 +185,7 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
         sources=sources,
         base=base,
         kept=sorted(optional.difference(sources)),
+        shapes=header.shapes,
         where=where,
     )
 
@@ -124,15 +196,19 @@ def _adapted(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]]) -> Adapte
 
 
 def _root(model: nn.Module, header: Header) -> nn.Module:
-    """The module of `model` in which every module that the file adapts has its name; `model` itself if none has."""
+    """The module of `model` in which every module that the file adapts has its name; what is its root by its shape if
+    none has."""
     wanted = peft.adapted_names(map(peft.plain_key, header.shapes))
-    tree = Tree.of(model)
+    theirs = header.note.get("base_fingerprint")
     for names in (wanted, set(map(without_wrappers, wanted))):
-        if names <= {name for name, _ in tree.every}:
-            return tree.root
-    by_note = tree.by_name.get(header.note.get("module") or "", tree.root)
-    if wanted <= {name for name, _ in Tree.of(by_note).every}:
-        return by_note
+        place = place_of(
+            model,
+            names,
+            header.note.get("module") or "",
+            lambda root: theirs is not None and describe_base(model, root)["base_fingerprint"] == theirs,
+        )
+        if place is not None:
+            return place[1]
     return adapter_root(model)[1]
 
 
@@ -149,6 +225,14 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
     entries = [e for e in config.modules_to_save or () if any(name_matches([e], n) for n in modules)]
     excluded, targets = config.exclude_modules, config.target_modules
     parameters = [e for e in config.target_parameters or () if _names_a_parameter(e, modules)]
+    if config.layers_to_transform is not None and isinstance(targets, list):
+        meant = [
+            n for n in candidates if peft.is_in_layers(targets, config.layers_to_transform, config.layers_pattern, n)
+        ]
+        if meant:  # else the engine says what there is
+            others = [n for n in modules if n not in set(meant)]
+            targets = exact_targets(meant, others)
+            config = replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
     if targets != "all-linear" and targets:
         # Where none matches, the engine says so, with the closest names.
         targets = _matching(targets, candidates) or targets
@@ -163,6 +247,32 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
         rank_pattern={},
         alpha_pattern={},
     )
+
+
+def _with_tied(root: nn.Module, config: LoRAConfig, keys: Iterable[str]) -> LoRAConfig:
+    """`config` with the modules that the file has beside one that it names and that shares its weight.
+
+    Where PEFT keeps tied layers tied (ensure_weight_tying), it adapts or trains both, and writes one of the names."""
+    tree = Tree.of(root)
+    users = weight_users(tree.modules)
+    tied = {id(m): {n for n, _ in group} for group in users.values() if len(group) > 1 for _, m in group}
+    if not tied:
+        return config
+    adapted = peft.adapted_names(keys)
+    whole = {peft.base_name(key).rpartition(".")[0] for key in keys} - adapted
+    targets, saved = config.target_modules, config.modules_to_save or []
+
+    def beside(pattern: str | list[str], there: set[str]) -> list[str]:
+        named = [m for name, m in tree.modules if name and id(m) in tied and name_matches(pattern, name)]
+        found = {name for m in named for name in tied[id(m)]} & there
+        return sorted(name for name in found if not name_matches(pattern, name))
+
+    if targets and targets != "all-linear" and (more := beside(targets, adapted)):
+        if isinstance(targets, str):
+            targets = "|".join([f"(?:{targets})", *map(re.escape, more)])
+        else:
+            targets = [*targets, *more]
+    return replace(config, target_modules=targets, modules_to_save=[*saved, *beside(saved, whole)] or None)
 
 
 def _rows(indices: Any, modules: Mapping[str, nn.Module]) -> Any:
@@ -202,8 +312,8 @@ def _for_model(
             ranks[here] = config.rank_of(*target.names_of(parameter))
             alphas[here] = config.alpha_of(*target.names_of(parameter))
     changes: dict[str, Any] = {
-        "rank_pattern": peft.exact_pattern(ranks, config.rank),
-        "alpha_pattern": peft.exact_pattern(alphas, config.alpha),
+        "rank_pattern": exact_pattern(ranks, config.rank),
+        "alpha_pattern": exact_pattern(alphas, config.alpha),
     }
     if root is not model:
         inside = {id(m) for module in selection.saved.values() for m in module.modules()}
@@ -236,18 +346,20 @@ def _inside(saved: Mapping[str, nn.Module]) -> set[str]:
 def _sources(
     layout: Layout,
     header: Header,
+    plain_keys: Mapping[str, str],
     root: nn.Module,
     optional: set[str],
     where: str,
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Which keys of the file hold which of our tensors, and which hold weights of the base."""
+    """Which keys of the file hold which of our tensors, and which hold weights of the base; `plain_keys` are its keys
+    by today's names, without what writers leave in."""
     keys = layout.keys()
     parameters = dict(Tree.of(root).parameters)
     sources: dict[str, list[str]] = {}
     base: dict[str, str] = {}
     problems, unexpected = [], []
     for key, shape in header.shapes.items():
-        plain = key if key in keys else peft.plain_key(key)
+        plain = key if key in keys else plain_keys[key]
         plain = plain if plain in keys else without_wrappers(plain)
         if plain in keys:
             name = keys[plain]
@@ -270,8 +382,10 @@ def _sources(
     if unexpected:
         problems.append(f"unexpected: {listed(unexpected)}")
     if problems:
+        prefix = other_prefix(unexpected, keys)
+        advice = f" {prefix}. Save the adapter from the model itself, or rename its keys." if prefix else ""
         raise AdapterFormatError(
-            f"{where} does not fit {type(root).__name__}: {listed(problems)}. Nothing was changed."
+            f"{where} does not fit {type(root).__name__}: {listed(problems)}.{advice} Nothing was changed."
         )
     return sources, base
 

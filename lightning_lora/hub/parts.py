@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from lightning_lora.engine.config import pattern_matches
 from lightning_lora.engine.scaling import scale_of
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
-from lightning_lora.hub.inspection import check_config, check_header, checked_config
-from lightning_lora.hub.reading import CONFIG, NOTE, TENSORS, check_folder, open_tensors, read_config
+from lightning_lora.hub.inspection import check_config, check_header, config_in
+from lightning_lora.hub.reading import CONFIG, NOTE, TENSORS, check_folder, open_tensors
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def magnitude_key(key_of_A: str) -> str:
     return f"{key_of_A[: key_of_A.rindex('lora_')]}lora_magnitude_vector"
 
 
-def parts_of(folder: Path) -> Parts:
+def parts_of(folder: Path, ignore_fields: Collection[str] = ()) -> Parts:
     """Read and check the adapter in `folder`.
 
     Raises AdapterFormatError for what is no adapter, is damaged or not finite, does not fit its own config, or has a
@@ -99,7 +99,7 @@ def parts_of(folder: Path) -> Parts:
     """
     check_folder(folder)
     where = str(folder / TENSORS)
-    config, data = _config(folder)
+    config, data = _config(folder, ignore_fields)
     tensors: dict[str, Tensor] = {}
     renamed, doubled, broken = 0, [], []
     with open_tensors(folder) as file:
@@ -136,13 +136,14 @@ def parts_of(folder: Path) -> Parts:
     return Parts(config, data, pairs, saved, biases, base, note, repaired, _ambiguous(config, pairs), renamed)
 
 
-def _config(folder: Path) -> tuple[LoRAConfig, Mapping[str, Any]]:
+def _config(folder: Path, ignore_fields: Collection[str]) -> tuple[LoRAConfig, Mapping[str, Any]]:
     """DoRA changes no tensor of the pair, so its config is read as one without."""
-    data = read_config(folder)
+    data = config_in(folder)
     is_dora = isinstance(data, Mapping) and bool(data.get("use_dora"))
     if is_dora and data["use_dora"] is not True:
         raise AdapterFormatError(f"{folder / CONFIG}: use_dora is {data['use_dora']!r}, not true or false.")
-    config = check_config({**data, "use_dora": False}, str(folder / CONFIG)) if is_dora else checked_config(folder)
+    plain = {**data, "use_dora": False} if is_dora else data
+    config = check_config(plain, str(folder / CONFIG), ignore_fields)
     for field in ("lora_bias", "target_parameters", "trainable_token_indices"):
         if getattr(config, field):
             raise AdapterFormatError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ def pull_adapter(
     repo_id: str,
     revision: str | None = None,
     *,
+    subfolder: str | None = None,
     token: str | bool | None = None,
     endpoint: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -59,15 +60,17 @@ def pull_adapter(
     local_files_only: bool = False,
     max_bytes: int = MAX_BYTES,
     timeout: float = 60.0,
+    ignore_fields: Collection[str] = (),
 ) -> Path:
     """Fetch the adapter in the repository `repo_id` and check it; returns the folder that it lies in.
 
     `revision` (a branch, a tag or a commit; by default "main") is resolved to a commit first, which everything comes
-    from. Only adapter_config.json, adapter_model.safetensors and README.md are fetched, into the cache of
-    huggingface_hub (`cache_dir`), and copied to `local_dir` where that is given. Checked are: sizes before the download
-    (tensors: `max_bytes`), checksums after it, the config (types, ranges, no field that changes the base, no regular
-    expression that hangs), and the tensors (names, types, ranks, finite values). Whether it fits a model is checked by
-    `load_adapter`.
+    from; in it the adapter lies in `subfolder`, by default at the top. Only adapter_config.json,
+    adapter_model.safetensors and README.md are fetched, into the cache of huggingface_hub (`cache_dir`), and copied to
+    `local_dir` where that is given. Checked are: sizes before the download (tensors: `max_bytes`), checksums after it,
+    the config (types, ranges, no field that changes the base, no regular expression that hangs), and the tensors
+    (names, types, ranks, finite values). Whether it fits a model is checked by `load_adapter`. Fields of the config
+    that are not known here, and are not empty, are passed over where `ignore_fields` names them.
 
     Offline (`local_files_only`, HF_HUB_OFFLINE, or a Hub that is out of reach) what was pulled before is checked again
     and handed out. `token` and `endpoint` are those of huggingface_hub unless given. `timeout` is in seconds, for an
@@ -81,6 +84,7 @@ def pull_adapter(
     return pull(
         repo_id,
         revision,
+        subfolder=subfolder,
         token=token,
         endpoint=endpoint,
         cache_dir=cache_dir,
@@ -88,6 +92,7 @@ def pull_adapter(
         local_files_only=local_files_only,
         max_bytes=max_bytes,
         timeout=timeout,
+        ignore_fields=ignore_fields,
     ).folder
 
 
@@ -95,6 +100,7 @@ def pull(
     repo_id: str,
     revision: str | None = None,
     *,
+    subfolder: str | None = None,
     token: str | bool | None = None,
     endpoint: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -102,30 +108,32 @@ def pull(
     local_files_only: bool = False,
     max_bytes: int = MAX_BYTES,
     timeout: float = 60.0,
+    ignore_fields: Collection[str] = (),
 ) -> Pulled:
     """`pull_adapter`, with what it did."""
     revision = "main" if revision is None else revision
-    _check_arguments(repo_id, revision, timeout)
+    subfolder = subfolder or ""
+    _check_arguments(repo_id, revision, subfolder, timeout)
     folder = None if local_dir is None else local_path(local_dir)
-    cache = CachedRepository(repo_id, cache_dir)
+    cache = CachedRepository(repo_id, cache_dir, subfolder)
     offline = local_files_only or constants.HF_HUB_OFFLINE
     # A commit never changes: what was pulled of it needs no answer from the Hub.
     known = cache.commit_of(revision)
-    found = _from_cache(cache, repo_id, known) if known and (offline or known == revision) else None
+    found = _from_cache(cache, repo_id, known, ignore_fields) if known and (offline or known == revision) else None
     if found is None and offline:
         raise HubUnavailableError(_offline(repo_id, revision, cache, known))
     if found is None:
-        remote = Remote(repo_id, endpoint=endpoint, token=token, timeout=timeout)
+        remote = Remote(repo_id, endpoint=endpoint, token=token, timeout=timeout, subfolder=subfolder)
         try:
             commit = remote.commit_of(revision)
         except HubUnavailableError as error:
-            found = _from_cache(cache, repo_id, known) if known else None
+            found = _from_cache(cache, repo_id, known, ignore_fields) if known else None
             if found is None:
                 raise
             said = str(error).rstrip(".")
             warnings.warn(f"{said}. The adapter that was pulled earlier is used: commit {known}.", stacklevel=3)
         else:
-            found = _fetch(remote, cache, commit, max_bytes)
+            found = _fetch(remote, cache, commit, max_bytes, ignore_fields)
             cache.remember(revision, commit)
     if folder is None:
         return found
@@ -135,12 +143,16 @@ def pull(
 
 
 def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
-    """A folder that exists as it is, what looks like an id on the Hub pulled with the `options` of `pull_adapter`."""
+    """A folder that exists as it is, what looks like an id on the Hub pulled with the `options` of `pull_adapter`; of
+    either, the `subfolder` among them."""
     folder = local_path(folder_or_repo)
     if folder.exists():
+        inside = options.get("subfolder") or ""
+        if inside and not _is_path(inside):
+            raise ConfigError(f"subfolder is a folder inside of the adapter's, such as 'v2', not {inside!r}.")
         if revision is not None:
             raise ConfigError(f"{str(folder)!r} is a folder here, which has no revision {revision!r}. Leave it out.")
-        return folder
+        return folder / inside
     if not isinstance(folder_or_repo, str) or not _ID.fullmatch(folder_or_repo):
         return folder
     try:
@@ -149,21 +161,28 @@ def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None 
         raise type(error)(f"There is no folder {folder_or_repo!r} here, nor can it be pulled: {error}") from error
 
 
-def _check_arguments(repo_id: str, revision: str, timeout: float) -> None:
+def _check_arguments(repo_id: str, revision: str, subfolder: str, timeout: float) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ConfigError(
             f"{repo_id!r} is not the id of a repository, which looks like 'user/name': {error}"
         ) from error
-    parts = revision.split("/") if isinstance(revision, str) else [""]
-    if any(part in ("", ".", "..") or re.search(r"[\0\\:]", part) for part in parts):
+    if not _is_path(revision):
         raise ConfigError(f"revision is a branch, a tag or a commit, not {revision!r}.")
+    if subfolder and not _is_path(subfolder):
+        raise ConfigError(f"subfolder is a folder in the repository, such as 'checkpoint-100', not {subfolder!r}.")
     if not timeout > 0:
         raise ConfigError(f"timeout is a number of seconds above 0, not {timeout!r}.")
 
 
-def _from_cache(cache: CachedRepository, repo_id: str, commit: str) -> Pulled | None:
+def _is_path(value: Any) -> bool:
+    """Whether it is names with slashes between them, none of which leads elsewhere."""
+    parts = value.split("/") if isinstance(value, str) else [""]
+    return not any(part in ("", ".", "..") or re.search(r"[\0\\:]", part) for part in parts)
+
+
+def _from_cache(cache: CachedRepository, repo_id: str, commit: str, ignore_fields: Collection[str]) -> Pulled | None:
     """What was pulled earlier, checked again; None where the cache has not all of it, or not as it was."""
     folder = cache.snapshot(commit)
     try:
@@ -172,7 +191,7 @@ def _from_cache(cache: CachedRepository, repo_id: str, commit: str) -> Pulled | 
             return None
     except OSError:
         return None
-    check_adapter(folder)
+    check_adapter(folder, ignore_fields)
     return Pulled(folder, repo_id, commit, {name: (folder / name).stat().st_size for name in there}, fetched=False)
 
 
@@ -183,14 +202,13 @@ def _offline(repo_id: str, revision: str, cache: CachedRepository, known: str | 
     return f"{what}, and the Hub may not be asked: local_files_only or HF_HUB_OFFLINE is set. Pull it once online."
 
 
-def _fetch(remote: Remote, cache: CachedRepository, commit: str, max_bytes: int) -> Pulled:
+def _fetch(
+    remote: Remote, cache: CachedRepository, commit: str, max_bytes: int, ignore_fields: Collection[str]
+) -> Pulled:
     files = remote.listed(commit, _FILES)
     missing = [name for name in _REQUIRED if name not in files]
     if missing:
-        there = remote.names(commit)
-        foreign = foreign_layout(there)
-        what = f"It looks like {foreign}." if foreign else f"It holds: {listed(sorted(there)) or 'nothing'}."
-        raise AdapterFormatError(f"{remote.repo_id} at {commit} lacks {' and '.join(missing)}. {what}")
+        raise AdapterFormatError(f"{_where(remote, commit)} lacks {' and '.join(missing)}. {_what(remote, commit)}")
     for file in files.values():
         _check_size(remote, file, max_bytes)
     fetched = False
@@ -204,11 +222,28 @@ def _fetch(remote: Remote, cache: CachedRepository, commit: str, max_bytes: int)
                 fetched = True
             if name == CONFIG:
                 with _about(remote, commit, staged):
-                    checked_config(staged)
+                    checked_config(staged, ignore_fields)
         with _about(remote, commit, staged):
-            check_adapter(staged)
+            check_adapter(staged, ignore_fields)
         folder = cache.keep(staged, commit, {name: file.checksum for name, file in files.items()})
     return Pulled(folder, remote.repo_id, commit, {name: files[name].size for name in _FILES if name in files}, fetched)
+
+
+def _where(remote: Remote, commit: str) -> str:
+    return f"{f'{remote.subfolder} of ' if remote.subfolder else ''}{remote.repo_id} at {commit}"
+
+
+def _what(remote: Remote, commit: str) -> str:
+    """What is there instead of an adapter."""
+    try:
+        there = remote.names(commit)
+    except HubNotFoundError:  # there is no such folder
+        there = []
+    if foreign := foreign_layout(there):
+        return f"It looks like {foreign}."
+    known = f"It holds: {listed(sorted(there)) or 'nothing'}."
+    folders = [name for name in there if "." not in name.rpartition("/")[2]]
+    return known + (f" If it lies in one of its folders, say subfolder={folders[0]!r}." if folders else "")
 
 
 @contextmanager
@@ -217,12 +252,13 @@ def _about(remote: Remote, commit: str, staged: Path) -> Iterator[None]:
     try:
         yield
     except AdapterFormatError as error:
-        raise AdapterFormatError(str(error).replace(str(staged), f"{remote.repo_id}@{commit[:12]}")) from error
+        place = "/".join(filter(None, (f"{remote.repo_id}@{commit[:12]}", remote.subfolder)))
+        raise AdapterFormatError(str(error).replace(str(staged), place)) from error
 
 
 def _check_size(remote: Remote, file: RemoteFile, max_bytes: int) -> None:
     most, how = LARGEST_CONFIG, ""
-    if file.name == TENSORS:
+    if file.name.endswith(TENSORS):
         most, how = max_bytes, " If that is right, pass a larger max_bytes=."
     if file.size > most:
         raise AdapterFormatError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def push_adapter(
     card: Mapping[str, Any] | None = None,
     deadline: float = DEADLINE,
     dry_run: bool = False,
+    ignore_fields: Collection[str] = (),
 ) -> CommitInfo | DryRun:
     """Push the adapter in a folder, or that of a model, to the Hub; returns the commit (`oid`, `commit_url`, `pr_url`).
 
@@ -82,6 +83,8 @@ def push_adapter(
         card: Entries for the front matter of the card: license, language, tags.
         deadline: Seconds after which one call to the Hub counts as hung.
         dry_run: Touch no network; returns a list of the files, and the card.
+        ignore_fields: Fields of the folder's config that are not known here and pushed all the same, though they have
+            a value.
 
     Raises AdapterFormatError for a folder that is no adapter or holds other weights, HubAccessError where the token is
     missing, wrong, or may not write, HubUnavailableError where the Hub cannot be reached after some tries.
@@ -96,7 +99,10 @@ def push_adapter(
         deadline=deadline,
     )
     picture = None if picture is None else local_path(picture)
-    staged = stage_model(model_or_folder) if isinstance(model_or_folder, nn.Module) else stage(model_or_folder)
+    if isinstance(model_or_folder, nn.Module):
+        staged = stage_model(model_or_folder)
+    else:
+        staged = stage(model_or_folder, ignore_fields=ignore_fields)
     try:
         if picture is not None:
             staged = staged.with_file(PICTURE, _content(picture))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_lora.engine.foreign import foreign_layout_of
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
+from lightning_lora.hub import mlx
 from lightning_lora.hub.mapped import MappedTensors
 
 CONFIG = "adapter_config.json"
@@ -32,7 +33,8 @@ _FOREIGN = {
     "adapter_model.bin": "an adapter saved as a pickle, which can run code when it is opened: load it with PEFT where "
     "you trust it, and save it again with safe_serialization=True",
     "lit_model.pth.lora": "a LoRA of LitGPT; convert it with `litgpt merge_lora` and `litgpt convert_from_litgpt`",
-    "adapters.safetensors": "an adapter of mlx-lm",
+    "adapters.safetensors": "an adapter of mlx-lm; fetch the folder, of which load_adapter and export read both files",
+    "adapters.npz": "an adapter of an mlx-lm of before 2024; convert it there to adapters.safetensors",
     "pytorch_lora_weights.bin": "a pickled LoRA of diffusers' layout",
     "model.safetensors": "a whole model, not an adapter",
     "model.safetensors.index.json": "a whole model, not an adapter",
@@ -50,10 +52,20 @@ class Header:
     """Our own data, empty where somebody else wrote the file."""
 
 
+class _Converted(dict[str, Tensor]):
+    """Tensors that are in a file under other names and in other shapes."""
+
+    def at_once(self) -> Mapping[str, Tensor]:
+        return self
+
+    def are_finite(self) -> bool:
+        return False  # not known without a look at each of them
+
+
 class TensorFile:
     """An open `adapter_model.safetensors`; tensors are read one by one, when asked for."""
 
-    def __init__(self, tensors: MappedTensors, header: Header) -> None:
+    def __init__(self, tensors: MappedTensors | _Converted, header: Header) -> None:
         self._tensors = tensors
         self.header = header
 
@@ -81,7 +93,7 @@ def check_folder(folder: Path) -> None:
             f"{str(folder)!r} is a file: an adapter is a folder with {CONFIG} and {TENSORS}.{hint}"
         )
     missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
-    if not missing:
+    if not missing or _is_mlx(folder):
         return
     there = sorted(path.name for path in folder.iterdir())
     others = (_foreign_file(folder / name) for name in there if name.endswith(".safetensors"))
@@ -90,13 +102,45 @@ def check_folder(folder: Path) -> None:
     raise AdapterFormatError(f"{str(folder)!r} lacks {' and '.join(missing)}.{what}")
 
 
+def _is_mlx(folder: Path) -> bool:
+    """Whether mlx-lm wrote it."""
+    files = [folder / name for name in (TENSORS, CONFIG, mlx.TENSORS)]
+    if [file.is_file() for file in files] != [False, True, True]:
+        return False
+    return mlx.is_config(_json(folder / CONFIG))
+
+
+# What a file begins with that is not what its name says -> what it is, and what to do.
+_BEGINNINGS = {
+    b"version https://git-lfs.github.com/": "a pointer of Git LFS instead of the file itself, which was not fetched: "
+    "run `git lfs pull` in its repository, or fetch it with `hf download`",
+    b"# xet version": "a pointer of Xet instead of the file itself, which was not fetched: fetch it with `hf download`",
+    b"GGUF": "a GGUF file, llama.cpp's own format, which cannot be turned back into an adapter: take the folder that "
+    "it was converted from",
+    b"PK\x03\x04": "a pickle as torch.save writes it, which can run code when it is opened: load it with PEFT where "
+    "you trust it, and save it again with safe_serialization=True",
+    b"\x80": "a pickle, which can run code when it is opened",
+    b"<": "a page of HTML or XML, as a download that failed leaves it: fetch it again",
+}
+
+
+def _begins_as(path: Path) -> str | None:
+    """What a file is that is not what its name says, told by how it begins."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip()
+    except OSError:
+        return None
+    return next((meaning for beginning, meaning in _BEGINNINGS.items() if start.startswith(beginning)), None)
+
+
 def _foreign_file(path: Path) -> str | None:
-    """What the tensors in a file are, if they are a LoRA of another layout."""
+    """What the tensors in a file are, if they are a LoRA of another layout; or what the file is instead of one."""
     try:
         with safe_open(path, framework="np") as file:
             return foreign_layout_of(file.keys(), file.metadata() or {})
     except (SafetensorError, OSError):
-        return None
+        return None if path.suffix == ".json" else _begins_as(path)
 
 
 def foreign_layout(names: Collection[str]) -> str | None:
@@ -104,6 +148,8 @@ def foreign_layout(names: Collection[str]) -> str | None:
     foreign = next((meaning for name, meaning in _FOREIGN.items() if name in names), None)
     if foreign is None and any(re.fullmatch(r"adapter_\d+\.pt", name) for name in names):
         foreign = "a torchtune checkpoint; save it from torchtune in its PEFT format"
+    if foreign is None and (gguf := next((name for name in sorted(names) if name.endswith(".gguf")), None)):
+        foreign = f"an adapter for llama.cpp ({gguf}), which cannot be turned back: take the folder it was made from"
     single = next((name for name in sorted(names) if name.endswith(".safetensors") and name != TENSORS), None)
     if foreign is None and single is not None and CONFIG not in names:
         foreign = (
@@ -114,12 +160,21 @@ def foreign_layout(names: Collection[str]) -> str | None:
 
 
 def read_config(folder: Path) -> Any:
-    """The content of `adapter_config.json`. Raises AdapterFormatError where it is not JSON."""
-    path = folder / CONFIG
+    """The content of `adapter_config.json`, mlx-lm's as PEFT would have written it. Raises AdapterFormatError where it
+    is not JSON."""
+    data = _json(folder / CONFIG)
+    if not mlx.is_config(data) or not (folder / mlx.TENSORS).is_file():
+        return data
+    with _opened(folder / mlx.TENSORS) as tensors:
+        return mlx.config_as_peft(data, list(tensors.entries), str(folder / CONFIG))
+
+
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise AdapterFormatError(f"{path} is not JSON, or only the beginning of it: {error}.") from error
+        what = _begins_as(path) or f"not JSON, or only the beginning of it: {error}"
+        raise AdapterFormatError(f"{path} is {what}.") from error
     except RecursionError as error:
         raise AdapterFormatError(f"{path} is nested too deeply to be a config.") from error
     except OSError as error:
@@ -129,13 +184,26 @@ def read_config(folder: Path) -> Any:
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[TensorFile]:
     """The tensors in `folder`. Raises AdapterFormatError where the file is not what it must be, or is cut short."""
-    path = folder / TENSORS
+    if _is_mlx(folder):
+        path = folder / mlx.TENSORS
+        with _opened(path) as tensors:
+            converted = _Converted(mlx.tensors_as_peft({key: tensors[key] for key in tensors.entries}, str(path)))
+            shapes = {key: tuple(t.shape) for key, t in sorted(converted.items())}
+            yield TensorFile(converted, Header(shapes, {key: converted[key].is_floating_point() for key in shapes}, {}))
+        return
+    with _opened(folder / TENSORS) as tensors:
+        yield TensorFile(tensors, _header(tensors, folder / TENSORS))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[MappedTensors]:
     try:
         with safe_open(path, framework="np"):  # which raises for a header that lies; as torch's, it would map it all
             tensors = MappedTensors(path)
-        yield TensorFile(tensors, _header(tensors, path))
+        yield tensors
     except SafetensorError as error:
-        raise AdapterFormatError(f"{path} is cut short, or is no safetensors file: {error}.") from error
+        what = _begins_as(path) or f"cut short, or is no safetensors file: {error}"
+        raise AdapterFormatError(f"{path} is {what}.") from error
     except OSError as error:
         raise CheckpointError(f"{path} could not be read: {error}.") from error
 

@@ -6,42 +6,68 @@ for that base ("model.") must not get into the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 
 from torch import Tensor, nn
 
 from lightning_lora.engine import adapter_tensors, adapters
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.wrappers import unwrapped
+from lightning_lora.errors import AdapterFormatError, listed
+
+Place = tuple[str, nn.Module]
+"""A module, and its name in the model."""
 
 
-def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
+def adapter_root(model: nn.Module) -> Place:
     """The module of `model` to which the names in an adapter folder are relative, with its name in `model`; neither has
     to do with wrappers.
 
-    It is the transformers model, where exactly one lies in `model` and holds the whole adapter; else the one child of a
-    LightningModule that has parameters, if it holds the whole adapter; else `model` itself, with the name "". A model
-    without adapters is judged by its shape alone.
+    It is the transformers model that holds the whole adapter; else the child of a LightningModule that does, whatever
+    that has besides (a teacher, a metric); else `model` itself, with the name "". A model without adapters is judged by
+    its shape alone: it is the one transformers model, or the one child of a LightningModule that has parameters.
     """
     tree = Tree.of(model)
     model = tree.root
-    found = [("", model)]
-    outermost = list(_outermost_transformers(tree))
-    if len(outermost) == 1:
-        found = outermost
-    elif not outermost and is_lightning_module(model):
-        children = ((n, unwrapped(child)) for n, child in model.named_children())
-        found = [(n, child) for n, child in children if next(child.parameters(), None) is not None]
-    if len(found) != 1:
-        return "", model
-    name, root = found[0]
-    if root is model:
-        return "", model
-    adapted = any(True for _ in adapters(model))
-    whole = {id(t) for t in adapter_tensors(model).values()} if adapted else set()
-    inside = {id(t) for t in _tensors(root)}
-    # An adapted layer cannot be the root itself: it would have no name there.
-    return (name, root) if whole <= inside and "lora_A" not in root._parameters else ("", model)
+    if any(True for _ in adapters(model)):
+        whole = {id(t) for t in adapter_tensors(model).values()}
+        models, children = ([p for p in found if _holds(p, whole)] for found in (_models(tree), _children(tree)))
+        found = _outermost(models or children)
+    else:
+        found = _models(tree) or [p for p in _children(tree) if next(p[1].parameters(), None) is not None]
+    return found[0] if len(found) == 1 else ("", model)
+
+
+def place_of(
+    model: nn.Module, wanted: Set[str], module: str, is_meant: Callable[[nn.Module], bool] = lambda root: True
+) -> Place | None:
+    """The module of `model` in which all the modules that an adapter adapts, `wanted`, have their names; None where
+    there is none. `module` is what it was called in the model that was trained, "" where that is not known.
+
+    Raises AdapterFormatError where several have them, and `is_meant` does not tell which.
+    """
+    tree = Tree.of(model)
+    named = tree.by_name.get(module) if module else None
+    by_name = (module, named) if named is not None and _named(named, wanted) else None
+    if not wanted or (by_name is not None and is_lightning_module(tree.root)):
+        return by_name
+    # Of those in which the names mean the same modules, one child that is also known as a part of another, the last.
+    found = {
+        tuple(modules): place
+        for place in (("", tree.root), *_models(tree), *_children(tree))
+        if (modules := _named(place[1], wanted))
+    }
+    places = list(found.values())
+    if len(places) > 1 and is_lightning_module(tree.root):
+        meant = [place for place in places if is_meant(place[1])]
+        if len(meant) != 1:
+            raise AdapterFormatError(
+                f"The adapter fits several parts of this {type(tree.root).__name__}: "
+                f"{listed(name or 'itself' for name, _ in places)}. Pass the one that is meant, such as "
+                f"model.{places[-1][0]}. Nothing was changed."
+            )
+        return meant[0]
+    return places[0] if places else by_name
 
 
 def is_lightning_module(model: nn.Module) -> bool:
@@ -49,12 +75,48 @@ def is_lightning_module(model: nn.Module) -> bool:
     return hasattr(model, "configure_optimizers") and hasattr(model, "training_step")
 
 
-def _outermost_transformers(tree: Tree) -> Iterator[tuple[str, nn.Module]]:
+def _models(tree: Tree) -> list[Place]:
+    """The outermost transformers models."""
     inside: set[int] = set()
+    found = []
     for name, module in tree.modules:
         if id(module) not in inside and hasattr(module, "config") and hasattr(module, "save_pretrained"):
             inside.update(id(m) for m in module.modules())
-            yield name, module
+            found.append((name, module))
+    return found
+
+
+def _children(tree: Tree) -> list[Place]:
+    """Those of a LightningModule; there are none where it is a transformers model itself, or no LightningModule."""
+    if not is_lightning_module(tree.root):
+        return []
+    return [(name, unwrapped(child)) for name, child in tree.root.named_children()]
+
+
+def _holds(place: Place, whole: Set[int]) -> bool:
+    """Whether all of the tensors `whole` are inside. An adapted layer itself cannot be the root: it would have no name
+    there."""
+    return whole <= {id(t) for t in _tensors(place[1])} and "lora_A" not in place[1]._parameters
+
+
+def _outermost(places: list[Place]) -> list[Place]:
+    """Those that lie in none of the others."""
+    places = _distinct(places)
+    parts = {id(p): {id(m) for m in p.modules()} for _, p in places}
+    return [(n, p) for n, p in places if not any(id(p) in parts[id(o)] for _, o in places if o is not p)]
+
+
+def _distinct(places: Iterable[Place]) -> list[Place]:
+    first: dict[int, Place] = {}
+    for place in places:
+        first.setdefault(id(place[1]), place)
+    return list(first.values())
+
+
+def _named(root: nn.Module, wanted: Set[str]) -> list[int]:
+    """The modules called `wanted` in `root`, by identity; none where some are not there."""
+    there = dict(Tree.of(root).every)
+    return [id(there[name]) for name in sorted(wanted)] if wanted <= there.keys() else []
 
 
 def _tensors(root: nn.Module) -> Iterator[Tensor]:

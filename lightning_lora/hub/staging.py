@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.inspection import check_adapter
 from lightning_lora.hub.local import local_path
-from lightning_lora.hub.peft import HEADS_OF_TASK, adapted_names, base_name, ends_with, plain_key
+from lightning_lora.hub.peft import adapted_names, base_name, ends_with, plain_key
+from lightning_lora.hub.peft_config import HEADS_OF_TASK
 from lightning_lora.hub.reading import CARD, CONFIG, TENSORS, check_folder, open_tensors, read_config
 from lightning_lora.hub.temporary import reason, temporary_folder
 
@@ -77,7 +78,12 @@ class Staged:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def stage(source: str | os.PathLike[str], *, checkpoint: str | os.PathLike[str] | None = None) -> Staged:
+def stage(
+    source: str | os.PathLike[str],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    ignore_fields: Collection[str] = (),
+) -> Staged:
     """Copy the adapter in the folder `source` (and a training `checkpoint`) to where only this process looks.
 
     Raises AdapterFormatError for a folder that is no adapter, one that `pull_adapter` would refuse, and one with
@@ -85,11 +91,16 @@ def stage(source: str | os.PathLike[str], *, checkpoint: str | os.PathLike[str] 
     """
     source = local_path(source)
     check_folder(source)
+    if not (source / TENSORS).is_file():
+        raise AdapterFormatError(
+            f"{source} is an adapter of mlx-lm, and PEFT's layout is what is pushed: convert it first, with "
+            f"lightning-lora export --for peft adapter={source} output=FOLDER."
+        )
     folder = temporary_folder("push")
     try:
         shutil.copyfile(source / TENSORS, folder / TENSORS)
         shutil.copyfile(source / CONFIG, folder / CONFIG)
-        _check(folder, source)
+        _check(folder, source, ignore_fields)
         config = read_config(folder)
         named = config.get("base_model_name_or_path")
         if named is not None and base_id(named) is None:
@@ -120,9 +131,9 @@ def stage(source: str | os.PathLike[str], *, checkpoint: str | os.PathLike[str] 
         raise
 
 
-def _check(folder: Path, source: Path) -> None:
+def _check(folder: Path, source: Path, ignore_fields: Collection[str]) -> None:
     try:
-        check_adapter(folder)
+        check_adapter(folder, ignore_fields)
     except AdapterFormatError as error:  # the user knows the folder that it was copied from
         raise AdapterFormatError(str(error).replace(str(folder), str(source))) from None
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.hub.card import RunFacts, merge_cards, model_card
 from lightning_lora.hub.curve import curve_picture
-from lightning_lora.hub.peft import to_peft
+from lightning_lora.hub.peft_config import to_peft
 
 
 def config(**changes: Any) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class WeighedWindow(pl.LightningModule):
         self._window = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         window = self._before if progress.ready > progress.processed else self._window
         if window is not None:  # a checkpoint inside of the window, beside whose gradients this belongs
             checkpoint[_KEY] = window

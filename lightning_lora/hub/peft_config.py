@@ -1,0 +1,315 @@
+"""PEFT's spelling of a config, in this module alone: the fields of `adapter_config.json`, dict to LoRAConfig and back.
+
+Read in peft 0.21.2 (tuners/lora/config.py) and checked by running it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lightning_lora.engine import LoRAConfig
+from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
+
+log = logging.getLogger(__name__)
+
+# Every field that PEFT writes, with its default.
+_DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "target_parameters": None,
+    "task_type": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+
+# Their fields -> ours.
+_OURS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target_modules",
+    "target_parameters": "target_parameters",
+    "exclude_modules": "exclude_modules",
+    "layers_to_transform": "layers_to_transform",
+    "layers_pattern": "layers_pattern",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "modules_to_save": "modules_to_save",
+    "bias": "bias",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_bias": "lora_bias",
+    "trainable_token_indices": "trainable_token_indices",
+    "alora_invocation_tokens": "alora_invocation_tokens",
+}
+
+# What PEFT has no field for: it changes how an adapter is trained on, and no output.
+_OURS_ALONE = ("freeze_a", "rank_dropout", "module_dropout")
+_OURS_SOMETIMES = ("dropout",)
+"""What it does not know for some layers."""
+
+# What says where an adapter comes from, or how it started, and changes no output: field -> the types that it may have.
+_WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
+    "auto_mapping": (dict,),
+    "base_model_name_or_path": (str,),
+    "corda_config": (dict,),
+    "ensure_weight_tying": (bool,),  # the file has the tensors of both layers
+    "eva_config": (dict,),
+    "fan_in_fan_out": (bool,),
+    "inference_mode": (bool,),
+    "init_lora_weights": (bool, str),
+    "loftq_config": (dict,),
+    "lora_ga_config": (dict,),
+    "megatron_core": (str,),
+    "peft_type": (str,),
+    "peft_version": (str,),
+    "qalora_group_size": (int,),
+    "revision": (str,),
+    "runtime_config": (dict,),
+    "task_type": (str,),
+    # Written by PEFT before 0.4.
+    "enable_lora": (),
+    "merge_weights": (bool,),
+}
+
+# Initial weights that are taken out of the base's: PEFT changes the base again when it loads such an adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# With these task types PEFT trains the named modules whole, and fails to load an adapter that lacks them.
+HEADS_OF_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def from_peft(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoRAConfig:
+    """The config in an `adapter_config.json`; how the adapter started is left out, since its tensors replace that.
+
+    A later PEFT has further fields. One that is empty says that its feature was not used, and is passed over; so are
+    those that `ignore_fields` names. Raises AdapterFormatError, beginning with `where`, for another PEFT method, an
+    unknown field with a value, a field with an effect that is not supported, and a value that cannot be; ConfigError
+    for a name in `ignore_fields` whose effect is known.
+    """
+    _check_ignored(ignore_fields)
+    if not isinstance(data, Mapping):
+        raise AdapterFormatError(f"{where} holds a {type(data).__name__}, not an object with PEFT's fields.")
+    if "peft_type" not in data:
+        hint = " It looks like an adapter of mlx-lm." if "lora_parameters" in data else ""
+        raise AdapterFormatError(f"{where} has no field peft_type, so it is not a config of PEFT's.{hint}")
+    if data["peft_type"] != "LORA":
+        raise AdapterFormatError(f"{where}: peft_type is {data['peft_type']!r}; only 'LORA' can be loaded.")
+    ours: dict[str, Any] = {}
+    passed_over = []
+    for key, value in data.items():
+        if key in _OURS:
+            ours[key] = value
+        elif key in _WITHOUT_EFFECT:
+            types = _WITHOUT_EFFECT[key]
+            if value is not None and (type(value) not in types):
+                names = " or ".join(t.__name__ for t in types) or "null"
+                raise AdapterFormatError(f"{where}: {key} is {value!r}, not a {names}.")
+        elif key not in _DEFAULTS:
+            if not (_is_empty(value) or key in ignore_fields):
+                raise AdapterFormatError(_unknown(key, value, where))
+            passed_over.append(f"{key} ({_shown(value)})")
+        elif value:
+            raise AdapterFormatError(
+                f"{where}: {key} is {value!r}. That changes what the adapter computes, and is not supported."
+            )
+    if passed_over:
+        log.debug("%s: fields that are not known here are passed over: %s", where, ", ".join(passed_over))
+    _check_init(data.get("init_lora_weights", True), where)
+    return _config({**ours, "peft_version": data.get("peft_version")}, where)
+
+
+def _check_ignored(names: Any) -> None:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"ignore_fields is a list of names, such as ['new_config'], not {names!r}.")
+    if known := [name for name in names if name in _DEFAULTS and name not in _WITHOUT_EFFECT]:
+        raise ConfigError(
+            f"ignore_fields names {listed(map(repr, known))}, which is known and changes what an adapter computes: "
+            "without it the adapter would be another. Only fields that are not known here can be passed over."
+        )
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a field with this value says that its feature was not used; a number, 0 too, may mean something."""
+    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _unknown(key: str, value: Any, where: str) -> str:
+    near = closest(key, _DEFAULTS)
+    hint = f" Did you mean {listed(map(repr, near))}?" if near else ""
+    return (
+        f"{where} has the unknown field {key!r} ({_shown(value)}).{hint} A later PEFT may write it, and it may change "
+        f"what the adapter computes. If you know that it does not, pass ignore_fields=[{key!r}]."
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def own_fields(config: LoRAConfig, *, dropout: bool = False) -> dict[str, Any]:
+    """What `config` says that is not written for PEFT, `dropout` among it or not, for the metadata of the tensors."""
+    fields = (*_OURS_ALONE, *(_OURS_SOMETIMES if dropout else ()))
+    return {field: getattr(config, field) for field in fields if getattr(config, field)}
+
+
+def with_own_fields(config: LoRAConfig, own: Any, where: str) -> LoRAConfig:
+    """`config` with the `own_fields` that a file has; None are none. Raises AdapterFormatError for others."""
+    own = {} if own is None else own
+    if not isinstance(own, Mapping) or not set(own) <= {*_OURS_ALONE, *_OURS_SOMETIMES}:
+        raise AdapterFormatError(f"{where}: the metadata of its tensors holds {own!r} for a config of this package.")
+    try:
+        return replace(config, **own)
+    except ConfigError as error:
+        raise AdapterFormatError(f"{where}: the metadata of its tensors: {error}") from error
+
+
+def _check_init(init: Any, where: str) -> None:
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        raise AdapterFormatError(
+            f"{where}: init_lora_weights is {init!r}, so the adapter belongs to a base whose weights were changed. "
+            "Convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+
+
+def _check_stacks(version: Any, where: str) -> None:
+    """Up to 0.18 PEFT wrote the factors of a stack, such as the experts of a mixture, the other way round."""
+    numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < (0, 19):
+        raise AdapterFormatError(
+            f"{where}: target_parameters of peft_version {version!r} are laid out as before PEFT 0.19, and which way "
+            "round cannot be told from their shapes alone. Load it in PEFT 0.19 or later, and save it there."
+        )
+
+
+def _config(data: Mapping[str, Any], where: str) -> LoRAConfig:
+    values = {"rank": _DEFAULTS["r"], "alpha": _DEFAULTS["lora_alpha"]}
+    for key, value in ((key, data[key]) for key in _OURS if key in data):
+        # PEFT reads an absent value and an empty one alike, and null as false.
+        is_empty = value is None or (not value and isinstance(value, (str, list, dict)))
+        if is_empty and (_DEFAULTS[key] is None or isinstance(_DEFAULTS[key], dict)):
+            continue
+        if value is None and _DEFAULTS[key] is False:
+            continue
+        values[_OURS[key]] = value
+    if "target_parameters" in values:
+        values.setdefault("target_modules", [])
+        _check_stacks(data.get("peft_version"), where)
+    if "trainable_token_indices" in values:
+        values.setdefault("target_modules", [])
+    if "target_modules" not in values:
+        raise AdapterFormatError(f"{where}: target_modules is {data.get('target_modules')!r}, so it adapts nothing.")
+    try:
+        return LoRAConfig(**values)
+    except ConfigError as error:
+        renamed = " (rank, alpha and dropout are r, lora_alpha and lora_dropout there.)"
+        raise AdapterFormatError(f"{where}: {error}{renamed}") from error
+
+
+def to_peft(
+    config: LoRAConfig,
+    *,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    target_modules: str | list[str],
+    target_parameters: list[str] | None = None,
+    trainable_token_indices: dict[str, list[int]] | None = None,
+    without_dropout: bool = False,
+    modules_to_save: list[str] | None,
+    fan_in_fan_out: bool = False,
+    task_type: str | None = None,
+    base_model: str | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """The fields of an `adapter_config.json`, sorted. `ranks` and `alphas` are those of the modules and parameters that
+    PEFT wraps."""
+    rank = _usual(config.rank, ranks)
+    alpha = _usual(config.alpha, alphas)
+    return dict(
+        sorted(
+            {
+                **_DEFAULTS,
+                "r": rank,
+                "lora_alpha": _number(alpha),
+                "lora_dropout": 0.0 if without_dropout else config.dropout,
+                "rank_pattern": exact_pattern(ranks, rank),
+                "alpha_pattern": {k: _number(v) for k, v in exact_pattern(alphas, alpha).items()},
+                "target_modules": target_modules,
+                "target_parameters": target_parameters,
+                "trainable_token_indices": trainable_token_indices,
+                "modules_to_save": modules_to_save,
+                "bias": config.bias,
+                "use_rslora": config.use_rslora,
+                "use_dora": config.use_dora,
+                "lora_bias": config.lora_bias,
+                "alora_invocation_tokens": config.alora_invocation_tokens,
+                "fan_in_fan_out": fan_in_fan_out,
+                "task_type": task_type,
+                "base_model_name_or_path": base_model,
+                "revision": revision,
+            }.items()
+        )
+    )
+
+
+def _usual(default: Any, values: Mapping[str, Any]) -> Any:
+    """`default` if some module has it, else what most have: consumers that ignore patterns read this one alone."""
+    if not values or default in values.values():
+        return default
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """A rank or alpha pattern that gives every module of `values` its value, whatever order its entries are read in."""
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
