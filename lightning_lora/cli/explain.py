@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_lora.cli.composition import composed, keys, refused_key
-from lightning_lora.cli.signature import parameter_names
+from lightning_lora.cli.signature import ours_for, parameter_names
 from lightning_lora.errors import LightningLoRAError, closest, listed
 
 _NOT_WRITTEN = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -62,6 +62,7 @@ def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
     if parent and isinstance(node, DictConfig):
         names |= set(parameter_names(node))
     names = {n for n in names if not n.startswith("_")}
+    name = ours_for(name, names if parent else {k.rpartition(".")[2] for k in known})
     beside = [f"{parent}.{n}" if parent else n for n in closest(name, names, count=1)]
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]  # rank for lora.rank
     meant = [*elsewhere, *beside] or ([] if names else closest(key, known, count=1))

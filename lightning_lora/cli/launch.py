@@ -22,6 +22,7 @@ from lightning_lora.cli.composition import CONFIG_MODULE, rehearsal, with_pluses
 from lightning_lora.cli.cores import wait_without_spinning
 from lightning_lora.cli.explain import explain, explain_composition
 from lightning_lora.cli.finished_run import with_finished_run
+from lightning_lora.cli.noise import quieten_imports
 from lightning_lora.cli.schema import checked
 from lightning_lora.cli.sweep import record_failure
 from lightning_lora.errors import ConfigError
@@ -34,6 +35,7 @@ def launch(command: str, arguments: list[str]) -> int:
     shown and kept for its table, so that the other jobs run.
     """
     wait_without_spinning()
+    quieten_imports()
     module = import_module(f"lightning_lora.cli.{command}")
     if hasattr(module, "overrides"):  # of a command with flags of its own
         arguments = module.overrides(arguments)

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_lora.cli.signature import HYDRA_KEYS, parameters, takes_any_name, target, type_problem
+from lightning_lora.cli.signature import HYDRA_KEYS, ours_for, parameters, takes_any_name, target, type_problem
 from lightning_lora.errors import ConfigError, closest, listed
 
 Node = dict[str, Any] | None
@@ -79,7 +79,7 @@ def _check_call(where: str, function: Any, values: dict[str, Any], raw: dict[str
 
 def unknown_key(where: str, name: str, known: Any, taker: str | None) -> str:
     """The message for a setting `name` in the node `where`, whose taker knows only the names `known`."""
-    meant = closest(name, known, count=1)
+    meant = closest(ours_for(name, known), known, count=1)
     hint = f"Did you mean {_join(where, meant[0])}?" if meant else f"There are: {listed(sorted(known), 12)}."
     return f"{_join(where, name)}: there is no such setting{f' of {taker}' if taker else ''}. {hint}"
 

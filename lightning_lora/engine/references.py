@@ -78,7 +78,8 @@ def lies_in(name: str, parts: Any) -> bool:
 def _metrics(tree: Tree) -> Iterator[str]:
     metric: Any = getattr(sys.modules.get("torchmetrics"), "Metric", None)
     if metric is not None:
-        yield from (name for name, _ in tree.of_classes(lambda cls: issubclass(cls, metric)) if name)
+        found = tree.of_classes(lambda cls: issubclass(cls, metric))
+        yield from (name for name, module in found if name and next(module.parameters(), None) is not None)
 
 
 def _states(tree: Tree) -> tuple[set[str], set[str]]:
