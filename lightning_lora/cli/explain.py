@@ -16,6 +16,17 @@ from lightning_lora.errors import LightningLoRAError, closest, listed
 
 _NOT_WRITTEN = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
+PLUGINS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit": "hydra-submitit-launcher",
+    "ray": "hydra-ray-launcher",
+    "rq": "hydra-rq-launcher",
+    "optuna": "hydra-optuna-sweeper",
+    "ax": "hydra-ax-sweeper",
+    "nevergrad": "hydra-nevergrad-sweeper",
+}
+"""Hydra's launchers and sweepers, by how their options begin -> the package that brings them."""
+
 
 def explain(error: Exception) -> str | None:
     """The message for `error`; None where it is no error of the user's, and its traceback is wanted."""
@@ -41,6 +52,9 @@ def explain_composition(error: ConfigCompositionException, config_name: str, ove
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     options = error.options or []
+    plugin = PLUGINS.get(option.partition("_")[0]) if group in ("hydra/launcher", "hydra/sweeper") else None
+    if plugin is not None:
+        return f"{group}={option} needs a plugin of Hydra that is not installed. Install it with: pip install {plugin}"
     meant = closest(option, options, count=1)
     hint = f" Did you mean {group}={meant[0]}?" if meant else ""
     return (

@@ -31,7 +31,7 @@ def _says_names(cls: type[C]) -> type[C]:
     def checked_init(self: Any, *args: Any, **given: Any) -> None:
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         if args:
-            raise _UnknownFieldError(f"{cls.__name__} takes its fields by name, such as rank=8, and not {args[0]!r} alone.")
+            raise _UnknownFieldError(f"{cls.__name__} takes its fields by name, such as rank=8; {args[0]!r} has none.")
         for name in given:
             if name not in known:
                 raise _UnknownFieldError(f"{cls.__name__} has no field {name!r}. {unknown_name(name, known)}")
