@@ -30,7 +30,7 @@ complete -c lightning-lora -e
 function __lightning_lora
     COMP_LINE=(commandline -cp) command lightning-lora -sc query=fish 2>/dev/null | string split " "
 end
-complete -c lightning-lora -f -a "(__lightning_lora)"""",
+complete -c lightning-lora -f -a '(__lightning_lora)'""",
 }
 UNINSTALL = {
     "bash": "complete -r lightning-lora; unset -f _lightning_lora",
