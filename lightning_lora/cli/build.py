@@ -7,7 +7,9 @@ from typing import Any
 from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError
 
 OTHERS = ("lightning", "torch", "transformers")
-"""Packages whose constructors say in a ValueError what is wrong with a setting; elsewhere it may be a fault in code."""
+"""Packages whose constructors say in an error what is wrong with a setting; elsewhere it may be a fault in code."""
+REFUSALS = (ValueError, TypeError, ImportError)
+"""The last for what is not installed: trainer.accelerator=tpu wants torch_xla."""
 EXTRAS = {"TensorBoardLogger": ("tensorboard", "tensorboard"), "WandbLogger": ("wandb", "wandb")}
 """Class name -> the package it needs and the extra of ours that brings it."""
 
@@ -35,7 +37,7 @@ def build(settings: dict[str, Any], where: str, **arguments: Any) -> Any:
             name = node["_target_"].rpartition(".")[2]
             if name in EXTRAS:
                 raise MissingExtraError(f"{where} ({name})", *EXTRAS[name]) from cause
-        if isinstance(cause, ValueError) and node["_target_"].partition(".")[0] in OTHERS:
+        if isinstance(cause, REFUSALS) and node["_target_"].partition(".")[0] in OTHERS:
             raise ConfigError(f"{where}: {cause}") from cause
         raise cause if isinstance(cause, Exception) else error from None
 

@@ -41,11 +41,11 @@ def rehearsal(config_name: str, arguments: list[str]) -> Iterator[DictConfig]:
 
 
 class Composed(NamedTuple):
-    """A configuration, and what it could have been composed from."""
+    """A configuration, and what it could have been composed from instead."""
 
     config: DictConfig
     groups: dict[str, list[str]]
-    """Config group -> its options."""
+    """Config group, of those that the command has -> its options."""
 
 
 def refused_key(error: Exception) -> str | None:
@@ -75,7 +75,8 @@ def composed(config_name: str, arguments: list[str], but: str | None = None) -> 
                 kept.append(f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]")
             try:
                 config = compose(args.config_name or config_name, kept, return_hydra_config=True)
-                return Composed(config, {group: loader.get_group_options(group) for group in _groups(loader)})
+                groups = [group for group in _groups(loader) if group in config.hydra.runtime.choices]
+                return Composed(config, {group: loader.get_group_options(group) for group in groups})
             except ConfigCompositionException as error:
                 key = refused_key(error)
                 if but is None or key is None or key in left_out:

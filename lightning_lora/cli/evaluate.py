@@ -8,10 +8,11 @@ lightning-lora evaluate adapter=null                           the bare base
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_lora.cli.finished_run import ADAPTER_MISSING
 from lightning_lora.cli.results import metrics_of, shown, write_json
 from lightning_lora.cli.schema import Node
 from lightning_lora.cli.table import table
@@ -27,7 +28,7 @@ class Settings:
     trainer: Node
     optimizer: Node
     scheduler: Node
-    adapter: str | None
+    adapter: str | None = field(metadata={"missing": ADAPTER_MISSING})
     ckpt_path: str | None
     split: Literal["validation", "test"]
     seed: int | None

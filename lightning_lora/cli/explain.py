@@ -11,10 +11,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_lora.cli.composition import composed, keys, refused_key
-from lightning_lora.cli.signature import parameter_names
+from lightning_lora.cli.signature import ours_for, parameter_names
 from lightning_lora.errors import LightningLoRAError, closest, listed
 
 _NOT_WRITTEN = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+PLUGINS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit": "hydra-submitit-launcher",
+    "ray": "hydra-ray-launcher",
+    "rq": "hydra-rq-launcher",
+    "optuna": "hydra-optuna-sweeper",
+    "ax": "hydra-ax-sweeper",
+    "nevergrad": "hydra-nevergrad-sweeper",
+}
+"""Hydra's launchers and sweepers, by how their options begin -> the package that brings them."""
 
 
 def explain(error: Exception) -> str | None:
@@ -41,6 +52,9 @@ def explain_composition(error: ConfigCompositionException, config_name: str, ove
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     options = error.options or []
+    plugin = PLUGINS.get(option.partition("_")[0]) if group in ("hydra/launcher", "hydra/sweeper") else None
+    if plugin is not None:
+        return f"{group}={option} needs a plugin of Hydra that is not installed. Install it with: pip install {plugin}"
     meant = closest(option, options, count=1)
     hint = f" Did you mean {group}={meant[0]}?" if meant else ""
     return (
@@ -62,6 +76,7 @@ def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
     if parent and isinstance(node, DictConfig):
         names |= set(parameter_names(node))
     names = {n for n in names if not n.startswith("_")}
+    name = ours_for(name, names if parent else {k.rpartition(".")[2] for k in known})
     beside = [f"{parent}.{n}" if parent else n for n in closest(name, names, count=1)]
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]  # rank for lora.rank
     meant = [*elsewhere, *beside] or ([] if names else closest(key, known, count=1))

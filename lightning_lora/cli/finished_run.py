@@ -16,6 +16,10 @@ from lightning_lora.errors import ConfigError
 
 TAKEN = ("model", "data", "task")
 LINKED = ("model", "optimizer", "scheduler")
+ADAPTER_MISSING = (
+    "Give run=FOLDER for what a run has trained, on the data of that run; adapter=FOLDER; or adapter=null for the bare "
+    "base."
+)
 
 
 def with_finished_run(command: str, arguments: list[str]) -> tuple[str, list[str]]:

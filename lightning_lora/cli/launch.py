@@ -22,6 +22,8 @@ from lightning_lora.cli.composition import CONFIG_MODULE, rehearsal, with_pluses
 from lightning_lora.cli.cores import wait_without_spinning
 from lightning_lora.cli.explain import explain, explain_composition
 from lightning_lora.cli.finished_run import with_finished_run
+from lightning_lora.cli.help import FLAGS, help_of
+from lightning_lora.cli.noise import quieten_imports
 from lightning_lora.cli.schema import checked
 from lightning_lora.cli.sweep import record_failure
 from lightning_lora.errors import ConfigError
@@ -34,13 +36,12 @@ def launch(command: str, arguments: list[str]) -> int:
     shown and kept for its table, so that the other jobs run.
     """
     wait_without_spinning()
+    quieten_imports()
     module = import_module(f"lightning_lora.cli.{command}")
     if hasattr(module, "overrides"):  # of a command with flags of its own
         arguments = module.overrides(arguments)
     # argparse, which Hydra reads with, takes no flag between two overrides.
     arguments = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
-    if "--help" in arguments or "-h" in arguments:
-        print(docstring(command), end="\n\n")
     program = str(Path(sys.argv[0]).absolute())
     status = 0
     failure: Exception | None = None
@@ -62,7 +63,11 @@ def launch(command: str, arguments: list[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     config_name, overrides = with_finished_run(command, arguments)
+    _check_flags(overrides)
     try:
+        if any(flag in arguments for flag in FLAGS):
+            print(help_of(command, docstring(command), arguments))
+            return 0
         overrides = with_pluses(config_name, overrides)
         if _will_run(overrides):
             # Ahead of Hydra, which first makes the folder of a run, even of one that cannot be.
@@ -81,6 +86,20 @@ def _will_run(arguments: list[str]) -> bool:
     """Whether Hydra is asked to run, and not to show its help or the configuration."""
     args = get_args_parser().parse_args(arguments)
     return not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Raises ConfigError for flags at which Hydra fails with an error of its own code's, or says nothing."""
+    try:
+        args, unknown = get_args_parser().parse_known_args(arguments)
+    except SystemExit:  # argparse has said why
+        raise ConfigError("see --help, and --hydra-help for Hydra's own flags.") from None
+    if unknown:
+        raise ConfigError(f"there is no flag {unknown[0]}. See --help, and --hydra-help for Hydra's own.")
+    if args.resolve and not args.cfg:
+        raise ConfigError("--resolve goes with --cfg: --cfg job --resolve shows the settings without references.")
+    if args.package and not args.cfg:
+        raise ConfigError("--package goes with --cfg: --cfg job --package lora shows that part of the settings.")
 
 
 def _job_argv(program: str, command: str, arguments: list[str]) -> list[str]:

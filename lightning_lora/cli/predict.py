@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.cli.finished_run import ADAPTER_MISSING
 from lightning_lora.cli.results import shown
 from lightning_lora.cli.schema import Node
 from lightning_lora.errors import ConfigError
+
+SHOWN, WIDTH = 3, 200
+"""How many rows are shown, and how much of each."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Settings:
     trainer: Node
     optimizer: Node
     scheduler: Node
-    adapter: str | None
+    adapter: str | None = field(metadata={"missing": ADAPTER_MISSING})
     adapter_column: str | None
     ckpt_path: str | None
     seed: int | None
@@ -56,11 +60,17 @@ def run(settings: dict[str, Any]) -> None:
     path = Path(settings["run_dir"]) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
+    first: list[str] = []
     with path.open("w", encoding="utf-8") as file:
         for batch in batches:
             for row in rows(batch):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                line = json.dumps(row, ensure_ascii=False)
+                file.write(line + "\n")
                 count += 1
+                if len(first) < SHOWN:
+                    first.append(line if len(line) <= WIDTH else f"{line[:WIDTH]}...")
+    if first and trainer.is_global_zero:
+        print("\n" + "\n".join(first))
     print(f"\npredictions  {shown(path)} ({count:,} lines)")
 
 

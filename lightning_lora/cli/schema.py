@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_lora.cli.signature import HYDRA_KEYS, parameters, takes_any_name, target, type_problem
+from lightning_lora.cli.pairing import mismatch
+from lightning_lora.cli.signature import HYDRA_KEYS, ours_for, parameters, takes_any_name, target, type_problem
 from lightning_lora.errors import ConfigError, closest, listed
 
 Node = dict[str, Any] | None
@@ -31,10 +33,11 @@ def checked(config: DictConfig, settings: type) -> dict[str, Any]:
         if not missing:  # else the reference to a missing value is what fails, and the missing value is what to say
             raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
         values = None
-    problems = [f"{key}: a value is missing. Give it with {key}=..." for key in missing]
+    hints = {f.name: f.metadata.get("missing") for f in fields(settings)}
+    problems = [f"{key}: a value is missing. {hints.get(key) or f'Give it with {key}=...'}" for key in missing]
     if not problems:
         raw: Any = OmegaConf.to_container(config, resolve=False)
-        problems = [*_check_call("", settings, values, raw), *_check_nodes("", values, raw)]
+        problems = [*_check_call("", settings, values, raw), *_check_nodes("", values, raw), *mismatch(values)]
     if problems:
         raise ConfigError("\n  ".join(["the settings do not fit:", *dict.fromkeys(problems)]))
     return values
@@ -79,7 +82,7 @@ def _check_call(where: str, function: Any, values: dict[str, Any], raw: dict[str
 
 def unknown_key(where: str, name: str, known: Any, taker: str | None) -> str:
     """The message for a setting `name` in the node `where`, whose taker knows only the names `known`."""
-    meant = closest(name, known, count=1)
+    meant = closest(ours_for(name, known), known, count=1)
     hint = f"Did you mean {_join(where, meant[0])}?" if meant else f"There are: {listed(sorted(known), 12)}."
     return f"{_join(where, name)}: there is no such setting{f' of {taker}' if taker else ''}. {hint}"
 

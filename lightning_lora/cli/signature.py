@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,14 @@ def parameter_names(node: Mapping[Any, Any]) -> list[str]:
         return list(parameters(target(node["_target_"])))
     except (KeyError, ConfigError):
         return []
+
+
+def ours_for(name: str, known: Collection[str]) -> str:
+    """The name that PEFT's `name` has here, where it is one of `known`; else `name`."""
+    from lightning_lora.engine.peft_names import PEFT_NAMES  # brings torch, which is slow
+
+    ours = PEFT_NAMES.get(name, name)
+    return ours if ours in known else name
 
 
 EXTRAS = {"bitsandbytes": "quantized", "tensorboard": "tensorboard", "wandb": "wandb"}

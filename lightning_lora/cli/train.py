@@ -67,7 +67,7 @@ def run(settings: dict[str, Any]) -> float | None:
     results = train(settings)
     folder = Path(settings["run_dir"])
     if results is not None:
-        print(f"\n{_summary(results)}\n\n{_where(folder, results)}")
+        print(f"\n{_summary(results)}\n\n{_where(folder, results, settings['lora'] is not None)}")
         return results["after"].get(settings["monitor"])
     return None
 
@@ -75,6 +75,8 @@ def run(settings: dict[str, Any]) -> float | None:
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
     from lightning_lora import LoRACallback  # torch is slow to import
+    from lightning_lora.cli.end import MeasuredEnd, end_of
+    from lightning_lora.cli.progress import shows_progress
     from lightning_lora.engine.storage import shape_of
     from lightning_lora.training.checkpoint_file import fetched
 
@@ -93,9 +95,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     task: LightningModule = build(settings, "task")
     data: LightningDataModule = build(settings, "data")
     _train_new_heads(settings, task)
-    trainer: Trainer = build(
-        settings, "trainer", callbacks=build_each(settings, "callbacks"), logger=build_each(settings, "logger")
-    )
+    callbacks, bars = shows_progress(settings, [*build_each(settings, "callbacks"), MeasuredEnd()])
+    trainer: Trainer = build(settings, "trainer", callbacks=callbacks, logger=build_each(settings, "logger"), **bars)
     _check_processes(trainer)
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(settings), folder / CONFIG)
@@ -119,8 +120,9 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         _say_how_to_go_on(folder, TERMINATED)
     seconds = time.perf_counter() - started
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    best = best or end_of(trainer, folder)
     trainer.loggers = []  # the best checkpoint's metrics are in the log already, at the step that they belong to
-    after = _validate(trainer, task, data, best) if best else metrics_of(trainer)
+    after = _validate(trainer, task, data, best) if trainer.enable_validation else metrics_of(trainer)
     if not trainer.is_global_zero:
         return None
     results = {
@@ -132,7 +134,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         "parameters": sum(math.prod(shape_of(p)) for p in task.parameters()),
         "steps": trainer.global_step,
         "seconds": round(seconds, 2),
-        "best_checkpoint": best and os.path.relpath(best, folder),
+        "best_checkpoint": os.path.relpath(best, folder),
         "adapter": _keep_adapter(folder, best),
         "overrides": _overrides(),
     }
@@ -209,10 +211,10 @@ def _validate(
     return metrics_of(trainer)
 
 
-def _keep_adapter(folder: Path, checkpoint: str | None) -> str | None:
+def _keep_adapter(folder: Path, checkpoint: str) -> str | None:
     """Copy the adapter folder that lies beside the best checkpoint to where a reader looks for it."""
-    beside = checkpoint and Path(checkpoint).with_name(f"{Path(checkpoint).stem}-adapter")
-    if not beside or not beside.is_dir():
+    beside = Path(checkpoint).with_name(f"{Path(checkpoint).stem}-adapter")
+    if not beside.is_dir():
         return None
     shutil.copytree(beside, folder / "adapter", dirs_exist_ok=True)
     return "adapter"
@@ -245,7 +247,7 @@ def _summary(results: dict[str, Any]) -> str:
     return f"{table(rows, ['metric', 'before', 'after'])}\n\n{trained}, {spent}"
 
 
-def _where(folder: Path, results: dict[str, Any]) -> str:
+def _where(folder: Path, results: dict[str, Any], adapted: bool) -> str:
     """One line for each thing that the run left, and the command that evaluates it."""
     left = [
         ("adapter", "adapter"),
@@ -256,7 +258,8 @@ def _where(folder: Path, results: dict[str, Any]) -> str:
         ("settings", CONFIG),
     ]
     lines = [f"{what:<12} {shown(folder / name)}" for what, name in left if (folder / name).exists()]
-    lines.append(f"{'evaluate':<12} {PROGRAM} evaluate run={shlex.quote(shown(folder))}")
+    if results["adapter"] or not adapted:  # else there is nothing that the command could measure
+        lines.append(f"{'evaluate':<12} {PROGRAM} evaluate run={shlex.quote(shown(folder))}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_lora import load_adapter
 from lightning_lora.cli.build import build
 from lightning_lora.cli.cores import use_available_cores
-from lightning_lora.cli.noise import quieten
+from lightning_lora.cli.noise import is_terminal, quieten
 from lightning_lora.errors import ConfigError
 
 
@@ -56,5 +56,6 @@ def trained(
     task, data = build(settings, "task"), build(settings, "data")
     if settings["adapter"] is not None and not callbacks:
         callbacks = (LoadedAdapter(settings["adapter"]),)
-    trainer = build(settings, "trainer", callbacks=list(callbacks), logger=False, enable_checkpointing=False)
+    bars = {} if is_terminal() else {"enable_progress_bar": False}
+    trainer = build(settings, "trainer", callbacks=list(callbacks), logger=False, enable_checkpointing=False, **bars)
     return trainer, task, data

@@ -7,17 +7,45 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from lightning_lora.engine.inits import INITS
+from lightning_lora.engine.peft_names import in_our_names, unknown_name
 from lightning_lora.engine.scaling import scale_of
 from lightning_lora.errors import ConfigError, listed
 
 Bias = Literal["none", "all", "lora_only"]
 AdapterDtype = Literal["float32", "base"]
+C = TypeVar("C")
 
 
-@dataclass(frozen=True, kw_only=True)
+class _UnknownFieldError(ConfigError, TypeError):
+    """To Python a wrong name is a TypeError, to this package a setting that cannot be."""
+
+
+def _says_names(cls: type[C]) -> type[C]:
+    """`cls`, whose constructor raises ConfigError for a name that is no field, and says which one is meant."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **given: Any) -> None:
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        if args:
+            raise _UnknownFieldError(f"{cls.__name__} takes its fields by name, such as rank=8; {args[0]!r} has none.")
+        for name in given:
+            if name not in known:
+                raise _UnknownFieldError(f"{cls.__name__} has no field {name!r}. {unknown_name(name, known)}")
+        init(self, **given)
+
+    cls.__init__ = checked_init  # type: ignore[method-assign]
+    return cls
+
+
+_ALWAYS_SHOWN = ("rank", "alpha", "target_modules")
+
+
+@_says_names
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoRAConfig:
     """Low-rank adaptation of a model: h = W x + scale * B A x, W frozen (Hu et al. 2021, arXiv:2106.09685).
 
@@ -163,9 +191,27 @@ class LoRAConfig:
         """The factor on its B A x."""
         return scale_of(self.alpha_of(*names), self.rank_of(*names), rank_stabilised=self.use_rslora)
 
+    def __repr__(self) -> str:
+        """The fields that most differ by, and those that are not as by default."""
+        default = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)}
+        shown = [n for n in default if n in _ALWAYS_SHOWN or getattr(self, n) != default[n]]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values; `LoRAConfig(**config.to_dict())` is equal to `config`."""
         return {f.name: _copied(getattr(self, f.name)) for f in fields(self)}
+
+
+def check_is_config(config: object) -> LoRAConfig:
+    """`config` itself. Raises ConfigError, with the form that is meant, for what is no LoRAConfig."""
+    if isinstance(config, LoRAConfig):
+        return config
+    default = LoRAConfig().to_dict()
+    if (ours := in_our_names(config, default)) is not None:
+        raise ConfigError(f"This is PEFT's LoraConfig. What it says reads here: {ours}")
+    if isinstance(config, Mapping):
+        raise ConfigError(f"config is a LoRAConfig, not a dict of its fields: write LoRAConfig(**{dict(config)!r}).")
+    raise ConfigError(f"config is a LoRAConfig, not a {type(config).__name__}: {config!r}.")
 
 
 def pattern_matches(key: str, name: str) -> bool:

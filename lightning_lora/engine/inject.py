@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.config import LoRAConfig
+from lightning_lora.engine.config import LoRAConfig, check_is_config
 from lightning_lora.engine.layers.alora import check_readers, listen, stop_listening
 from lightning_lora.engine.layers.base import is_adapter
 from lightning_lora.engine.layers.fresh import Measured, check_measured, drawing_on, fresh_tensors
@@ -94,7 +94,7 @@ def inject(
     """
     tree = Tree.of(model)
     model = tree.root  # the record is left on the module itself, whatever is around it
-    config = with_plain_names(config or LoRAConfig(), tree)
+    config = with_plain_names(LoRAConfig() if config is None else check_is_config(config), tree)
     _check_unadapted(model, tree)
     selection = select(model, config, tree)
     plan = planned(selection.targets, config)

@@ -66,13 +66,23 @@ class InjectionReport:
             frozen=self.frozen + others,
         )
 
+    def __repr__(self) -> str:
+        return f"InjectionReport({self._totals()})"
+
     def __str__(self) -> str:
+        groups = _grouped(self.modules)
         rows = [
-            (m.name or "(root)", m.kind, "x".join(map(str, m.shape)), str(m.rank), f"{m.scale:g}", f"{m.parameters:,}")
-            for m in self.modules
+            (
+                *((name or "(root)", str(count)) if len(groups) < len(self.modules) else (name or "(root)",)),
+                *(m.kind, "x".join(map(str, m.shape)), str(m.rank), f"{m.scale:g}", f"{count * m.parameters:,}"),
+            )
+            for name, count, m in groups
         ]
-        lines = aligned([("module", "kind", "weight", "rank", "scale", "parameters"), *rows], right=(3, 4, 5))
-        lines += [f"{m.name}: {m.note}" for m in self.modules if m.note]
+        head = ["module", *(["number"] if len(groups) < len(self.modules) else [])]
+        head += ["kind", "weight", "rank", "scale", "parameters"]
+        right = [i for i, column in enumerate(head) if column in ("number", "rank", "scale", "parameters")]
+        lines = aligned([head, *rows], right)
+        lines += [f"{name}: {m.note}" for name, _, m in groups if m.note]
         if self.trained_whole:
             lines.append(f"trained whole: {listed(self.trained_whole)}")
         if self.head is not None:
@@ -83,12 +93,47 @@ class InjectionReport:
         for how in dict.fromkeys(self.left_out.values()):
             names = [name for name, way in self.left_out.items() if way == how]
             lines.append(f"not adapted: {listed(names)} (to adapt: {how})")
+        return "\n".join([*lines, self._totals()])
+
+    def _totals(self) -> str:
         count = len(self.modules)
-        lines.append(
+        return (
             f"{count} module{'' if count == 1 else 's'} adapted; {self.trainable:,} parameters trained "
             f"({100 * self.trainable_share:.2f} %), {self.frozen:,} frozen"
         )
-        return "\n".join(lines)
+
+
+def _grouped(modules: Sequence[AdaptedModule]) -> list[tuple[str, int, AdaptedModule]]:
+    """Rows that differ in numbers of their names alone as one: "layers.0-31.mlp", how many, and the first of them.
+
+    Names are joined in one number at a time, so that a joined name means all of its combinations, and no other.
+    """
+    groups = [(m.name.split("."), 1, m) for m in modules]
+    for at in reversed(range(max((len(parts) for parts, _, _ in groups), default=0))):
+        alike: dict[str, list[tuple[list[str], int, AdaptedModule]]] = {}
+        for parts, count, m in groups:
+            number = ["#"] if at < len(parts) and parts[at].isdecimal() else parts[at : at + 1]
+            key = repr((parts[:at], number, parts[at + 1 :], count, m[1:]))
+            alike.setdefault(key, []).append((parts, count, m))
+        groups = [members[0] if len(members) == 1 else _joined(members, at) for members in alike.values()]
+    return [(".".join(parts), count, m) for parts, count, m in groups]
+
+
+def _joined(members: Sequence[tuple[list[str], int, AdaptedModule]], at: int) -> tuple[list[str], int, AdaptedModule]:
+    parts, _, m = members[0]
+    numbers = _spans([int(own[at]) for own, _, _ in members])
+    return [*parts[:at], numbers, *parts[at + 1 :]], sum(count for _, count, _ in members), m
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """ "0-3,7" for 0, 1, 2, 3 and 7."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def rows(

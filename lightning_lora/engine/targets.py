@@ -206,10 +206,22 @@ def _without(targets: list[Target], pattern: str | list[str], there: Candidates,
 
 
 def _no_match(key: str, entry: str, everything: list[Target], model: nn.Module, *, is_regex: bool) -> str:
+    if is_regex and (names := _as_list(entry, everything)):
+        return (
+            f"{key}: a string is a regular expression that must match a whole name, and {entry!r} matches none of "
+            f"{type(model).__name__}'s. As a list it takes every module whose name ends so: {key}={names!r}."
+        )
     near = closest(entry, _suffixes(everything, parts=1 if is_regex else entry.count(".") + 1))
     guess = f" Did you mean {listed(map(repr, near))}?" if near else ""
     what = "the expression (it must match a whole name)" if is_regex else "the entry"
     return f"{key}: {what} {entry!r} matches no module of {type(model).__name__}.{guess} {_adaptable(everything)}"
+
+
+def _as_list(text: str, everything: Iterable[Target]) -> list[str]:
+    """The names in `text`, such as "q_proj, v_proj", where each is the ending of a module's name; else none."""
+    names = re.split(r"[\s,|]+", text.strip())
+    endings = [f".{t.name}" for t in everything]
+    return names if all(n and any(e.endswith(f".{n}") for e in endings) for n in names) else []
 
 
 def _suffixes(everything: Iterable[Target], parts: int = 1) -> list[str]:

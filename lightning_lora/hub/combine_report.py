@@ -47,6 +47,10 @@ class CombineReport:
         """That of the module with the largest."""
         return max(m.error for m in self.modules.values())
 
+    def __repr__(self) -> str:
+        done = f"{self.method}, {len(self.modules)} modules, error {shown_error(self.error)}"
+        return f"CombineReport({str(self.folder)!r}, {done})"
+
     def __str__(self) -> str:
         width = max(len(f"{weight:g}") for _, weight in self.adapters)
         lines = [f"combined by {self.method}", *(f"  {weight:>{width}g} x {name}" for name, weight in self.adapters)]

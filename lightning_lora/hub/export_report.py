@@ -34,6 +34,10 @@ class ExportReport:
         """That of the module with the largest."""
         return max((m.error for m in self.modules.values()), default=0.0)
 
+    def __repr__(self) -> str:
+        done = f"{len(self.modules)} modules, error {self.error:.2g}"
+        return f"ExportReport({self.consumer!r}, {str(self.folder)!r}, {done})"
+
     def __str__(self) -> str:
         lines = [f"exported for {self.consumer}"]
         if self.modules:

@@ -14,13 +14,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injections
+from lightning_lora.engine.config import check_is_config
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
+from lightning_lora.engine.peft_names import unknown_name
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.product_decay import check_strength
 from lightning_lora.engine.tree import Tree
-from lightning_lora.errors import ConfigError, TargetError, TrainingError, closest, listed
+from lightning_lora.errors import ConfigError, TargetError, TrainingError, listed
 from lightning_lora.training.base_watch import BaseWatch, check_averages
 from lightning_lora.training.buffers import watch_buffers
 from lightning_lora.training.checkpoint import accept_adapters
@@ -84,16 +86,12 @@ class LoRACallback(Callback):
         """
         if config is not None and config_fields:
             raise ConfigError(f"Give either a LoRAConfig or its fields, not both: {listed(config_fields)}.")
-        if config is not None and not isinstance(config, LoRAConfig):
-            raise ConfigError(f"config is a LoRAConfig, not a {type(config).__name__}: {config!r}.")
+        if config is not None:
+            check_is_config(config)
         known = LoRAConfig.__dataclass_fields__
         for name in config_fields:
             if name not in known:
-                near = closest(name, [*known, *_SETTINGS])
-                raise ConfigError(
-                    f"LoRACallback has no setting {name!r}. "
-                    + (f"Did you mean {listed(map(repr, near))}?" if near else f"It has: {listed(known, 99)}.")
-                )
+                raise ConfigError(f"LoRACallback has no setting {name!r}. {unknown_name(name, [*known, *_SETTINGS])}")
         if lora_plus_ratio is not None:
             check_ratio(lora_plus_ratio)
         if product_decay is not None:
@@ -118,6 +116,10 @@ class LoRACallback(Callback):
         self._first_step = 0
         self._goes_on: str | None = None
         adapt_before_launch()
+
+    def __repr__(self) -> str:
+        adapted = "" if self.report is None else f", {self.report!r}"
+        return f"LoRACallback({self.config!r}{adapted})"
 
     # Adapting the model.
 

@@ -38,6 +38,18 @@ from tests.cli.conftest import THEIRS
         (["monitor=${lora.rnak}"], "Interpolation key 'lora.rnak' not found"),
         (["lora=null"], "lora=null: a group takes the name of an option. Options of lora: alora,"),
         (["experiment=null"], "Options of experiment: demo,"),
+        (["lora.r=4"], "lora.r: there is no such setting. Did you mean lora.rank?"),
+        (["+lora.lora_alpha=4"], "Did you mean lora.alpha?"),
+        (["lora_dropout=0.1"], "Did you mean lora.dropout?"),
+        (["--resolve"], "--resolve goes with --cfg"),
+        (["--package", "lora"], "--package goes with --cfg"),
+        (["--verbose"], "there is no flag --verbose"),
+        (["--cfg"], "see --help"),
+        (["hydra/launcher=joblib"], "pip install hydra-joblib-launcher"),
+        (["hydra/sweeper=optuna"], "pip install hydra-optuna-sweeper"),
+        (["task=sequence_classification"], "SequenceClassification does not go with TextData"),
+        (["data=shapes"], "CausalLM does not go with ImageClassificationData. Choose task=image_classification"),
+        (["data=stdlib_docstrings"], "Choose task=sequence_classification for these data, or data=text"),
     ],
 )
 def test_a_wrong_setting_is_a_one_screen_error_that_says_what_to_write(cli, arguments, said):
@@ -87,7 +99,7 @@ def test_a_file_that_is_no_yaml_is_an_error_with_its_line(cli):
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
 def test_an_adapter_that_is_not_there_is_an_error(cli, command):
-    assert "adapter: a value is missing" in cli.error(command)
+    assert "adapter: a value is missing. Give run=FOLDER" in cli.error(command)
     assert "is not the folder of a run" in cli.error(command, "run=nowhere")
 
 
@@ -104,6 +116,8 @@ def test_a_checkpoint_that_is_not_there_is_an_error(cli):
     [
         (["trainer.accelerator=quantum"], "trainer: You selected an invalid accelerator name"),
         (["trainer.strategy=fsdp"], "trainer: The strategy `fsdp` requires a GPU"),
+        (["trainer.accelerator=tpu"], "trainer: Requirement 'torch_xla"),
+        (["trainer.devices=-3"], "trainer: `devices` selected with `CPUAccelerator`"),
         (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
         (["seed=-5"], "seed=-5: -5 is not in bounds"),
         (["run_dir=taken/inside"], "run_dir=taken/inside cannot be made: Not a directory"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shlex
 import signal
 import subprocess
@@ -50,6 +51,66 @@ def test_the_last_lines_say_where_everything_is_and_the_command_to_evaluate_it(c
     assert program == "lightning-lora"
     assert cli(*arguments) == 0
     assert f"{after:.4g}" in cli.out
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [
+        ["trainer.max_steps=2"],
+        ["trainer.max_steps=2", "trainer.max_epochs=-1"],
+        ["trainer.max_steps=6"],
+        ["trainer.max_steps=2", "trainer.accumulate_grad_batches=2", "trainer.check_val_every_n_epoch=5"],
+        ["trainer.max_epochs=1", "trainer.check_val_every_n_epoch=5"],
+        ["trainer.max_steps=2", "trainer.val_check_interval=3", "trainer.check_val_every_n_epoch=null"],
+        ["trainer.max_epochs=1", "callbacks.checkpoint=null"],
+        ["trainer.max_epochs=1", "trainer.limit_val_batches=0", "evaluate_before=false"],
+        ["trainer.max_steps=2", "lora=none"],
+    ],
+)
+def test_a_run_that_reached_its_end_has_what_it_ended_with_wherever_that_lies(cli, bound):
+    assert cli.train(*bound) == 0
+    assert (cli.folder / "adapter/adapter_model.safetensors").is_file() == ("lora=none" not in bound)
+    command = cli.out.strip().splitlines()[-1].removeprefix("evaluate").split()
+    after = cli.results["after"]
+    if cli.results["before"]:
+        assert after["val_loss"] < cli.results["before"]["val_loss"]
+    assert cli(*command[1:], "trainer.limit_val_batches=1.0") == 0
+    assert not after or f"{after['val_loss']:.4g}" in cli.out
+
+
+def test_what_a_run_of_steps_learned_last_is_measured(cli):
+    assert cli.train("trainer.max_steps=6") == 0
+    assert [row["step"] for row in metrics(cli.folder) if row["val_loss"]] == ["0", "3", "5"]
+
+
+def test_a_run_without_an_adapter_names_no_command_that_would_be_refused(cli):
+    assert cli.train("callbacks.lora.save_adapter=false") == 0
+    assert "evaluate " not in cli.out
+
+
+def test_a_run_is_quiet_but_for_the_adapters_its_progress_and_its_results(tmp_path):
+    text = "\n\n".join(f"Paragraph {number}." for number in range(60))
+    (tmp_path / "notes.txt").write_text(text)
+    arguments = [
+        "data=text",
+        "data.source.path=notes.txt",
+        "trainer=cpu",
+        "trainer.max_steps=1",
+        "trainer.max_epochs=-1",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_lora", "train", *arguments, "data.block_size=64"],
+        cwd=tmp_path, capture_output=True, text=True, env={**environment, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.strip().splitlines()
+    assert said[0].split() == ["module", "number", "kind", "weight", "rank", "scale", "parameters"]
+    assert said[2].split()[0] == "model.model.layers.0-5.self_attn.q_proj"
+    assert len(said) < 14
+    assert "42 modules adapted" in said[-2]
+    assert done.stdout.startswith("step 1  train_loss ")
+    assert "Epoch" not in done.stdout
 
 
 def test_without_lora_every_weight_is_trained_and_the_same_command_evaluates_it(cli):

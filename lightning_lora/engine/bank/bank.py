@@ -105,6 +105,9 @@ class Bank:
     def __contains__(self, name: object) -> bool:
         return name in self._slots.entries
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} adapters in {self.plan})"
+
     def __reduce__(self) -> Any:
         raise AdapterStateError("A bank cannot be copied or pickled, since its slots belong to this process.")
 

@@ -11,22 +11,28 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.errors import ConfigError, DataError, closest, listed
 from lightning_lora.training.data.base import SourceData
 from lightning_lora.training.data.chat import ChatEncoder, template_of
 from lightning_lora.training.data.collate import PadRows
-from lightning_lora.training.data.source import Source, require_columns
+from lightning_lora.training.data.shapes import Shape, shape_of
+from lightning_lora.training.data.source import Source
 from lightning_lora.training.data.text import Prompts
 from lightning_lora.training.models import ModelSource
 from lightning_lora.training.tasks.base import IGNORED
+
+_MESSAGES = "messages"
+_DEFAULT_COLUMNS = (_MESSAGES, "prompt", "response")
 
 
 class InstructionData(SourceData):
     """Conversations through the model's chat template; only what the assistant says is predicted.
 
     Rows have a column `messages_column` of messages (dicts of `role` and `content`), or the columns `prompt_column`
-    and `response_column`. `system_prompt` is put before conversations that have none. `chat_template` is the
-    tokenizer's own (None), "plain" (the package's, for base models that have none), or Jinja text.
+    and `response_column`. Where these names are as they are by default, rows of another common shape are taken too:
+    instruction, input and output (alpaca), conversations (ShareGPT), prompt and completion. `system_prompt` is put
+    before conversations that have none. `chat_template` is the tokenizer's own (None), "plain" (the package's, for base
+    models that have none), or Jinja text.
 
     A conversation is cut at `max_length` tokens. One whose answers are cut away whole teaches nothing and is left out,
     with a warning that counts them.
@@ -68,9 +74,11 @@ class InstructionData(SourceData):
         self.collate_prompts = PadRows(self.tokenizer.pad_token_id or 0, side="left")
 
     def encode(self, rows: Any, split: str) -> Dataset:
-        encoder = ChatEncoder(
-            self.tokenizer, self.max_length, self.system_prompt, *self._columns(rows, split), prompts=split == "predict"
-        )
+        columns = self._columns(rows.column_names, split)
+        if isinstance(columns, Shape):
+            rows = rows.map(_AsMessages(columns), remove_columns=rows.column_names, desc=f"Reading {split}")
+            columns = _MESSAGES, "", ""
+        encoder = ChatEncoder(self.tokenizer, self.max_length, self.system_prompt, *columns, prompts=split == "predict")
         encoded = rows.map(encoder, remove_columns=rows.column_names, desc=f"Applying the chat template to {split}")
         if split == "predict":
             return Prompts(encoded, self.max_length)
@@ -92,17 +100,35 @@ class InstructionData(SourceData):
             return PackedRows(encoded, pack([min(lengths[index], self.max_length) for index in kept], self.max_length))
         return encoded.select_columns(["input_ids", "labels", "attention_mask"])
 
-    def _columns(self, rows: Any, split: str) -> tuple[str | None, str, str]:
-        if self.messages_column in rows.column_names:
-            return self.messages_column, self.prompt_column, self.response_column
-        needed = [self.prompt_column] if split == "predict" else [self.prompt_column, self.response_column]
-        if not set(needed) <= set(rows.column_names):
-            # Which of the two was meant is not known: name the first and say both.
-            try:
-                require_columns(rows, [self.messages_column], split)
-            except DataError as error:
-                raise DataError(f"{error} Needed are messages_column, or prompt_column and response_column.") from None
-        return None, self.prompt_column, self.response_column
+    def _columns(self, there: Sequence[str], split: str) -> tuple[str | None, str, str] | Shape:
+        named = (self.messages_column, self.prompt_column, self.response_column)
+        pair = None, self.prompt_column, self.response_column
+        if self.messages_column in there:
+            return named
+        if {self.prompt_column, self.response_column} <= set(there):
+            return pair
+        shape = shape_of(there, split) if named == _DEFAULT_COLUMNS else None
+        if shape is not None:
+            return shape
+        if split == "predict" and self.prompt_column in there:
+            return pair
+        meant = closest(self.messages_column, there, count=1)
+        guess = f" Did you mean {meant[0]!r}?" if meant else ""
+        raise DataError(
+            f"The {split} data has no column {self.messages_column!r}. Its columns are: {listed(there)}.{guess} Needed "
+            "are messages_column, or prompt_column and response_column. By their own names these are taken: "
+            "instruction, input and output (alpaca), conversations (ShareGPT), prompt and completion."
+        )
+
+
+class _AsMessages:
+    """A row of a shape as its messages; an object so that `datasets` can pickle it, and know it again in its cache."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {_MESSAGES: self.shape.messages(row)}
 
 
 class PackedRows(Dataset):

@@ -152,6 +152,20 @@ class DataSource:
         assert isinstance(found, DatasetDict)
         return found
 
+    def _in_units(self, count: int) -> str:
+        """What to know of a text of which one row was made: which other `text_unit` would make several."""
+        if count > 1 or not self._is_local_file() or self.text_unit == "line":
+            return ""
+        files = _existing_files(self.path)
+        if (self.format or _format_of(files)) != "text":
+            return ""
+        if self.text_unit == "document":
+            return ", read with text_unit=document, where a file is one row (text_unit=paragraph or line makes more),"
+        lines = sum(bool(line.strip()) for file in files for line in file.read_text(encoding="utf-8").splitlines())
+        if lines > 1:
+            return f" has no empty line, and so is one paragraph; its {lines} lines are rows with text_unit=line. It"
+        return " is one line, and so one paragraph: text_unit can part a text at empty lines or at line ends only. It"
+
     def _split(self, found: DatasetDict) -> Splits:
         train = _named(found, self.train_split, self.path)
         validation_name = self.validation_split or next((name for name in VALIDATION_NAMES if name in found), None)
@@ -159,12 +173,13 @@ class DataSource:
         validation = None if validation_name is None else _named(found, validation_name, self.path)
         test = None if test_name is None else _named(found, test_name, self.path)
         predict = test or validation or train
+        where = f"{self.path}{self._in_units(len(train))}"
         if test is None and self.test_fraction > 0:
-            train, test = _hold_back(train, self.test_fraction, self.seed, self.path)
+            train, test = _hold_back(train, self.test_fraction, self.seed, where)
         if validation is None:
             # The fraction is of all training rows, so of what is left now it is more.
             share = self.validation_fraction / (1 - (self.test_fraction if test_name is None else 0))
-            train, validation = _hold_back(train, share, self.seed, self.path)
+            train, validation = _hold_back(train, share, self.seed, where)
         if self.limit is None:
             return Splits(train, validation, test, predict)
         return Splits(
@@ -261,11 +276,11 @@ def _named(found: DatasetDict, split: str, path: str) -> Dataset:
     return found[split]
 
 
-def _hold_back(rows: Dataset, fraction: float, seed: int, path: str) -> tuple[Dataset, Dataset]:
+def _hold_back(rows: Dataset, fraction: float, seed: int, where: str) -> tuple[Dataset, Dataset]:
     held = max(1, round(fraction * len(rows)))
     if held >= len(rows):
         raise DataError(
-            f"{path} has {len(rows)} row(s) to train on: too few to hold back {fraction:.0%}. "
+            f"{where} has {len(rows)} row(s) to train on: too few to hold back {fraction:.0%}. "
             "Give more rows, or a validation split of its own."
         )
     order = rows.train_test_split(test_size=held, seed=seed)

@@ -151,3 +151,68 @@ def test_a_tokenizer_without_a_template_says_what_to_give(llama):
 def test_rows_that_are_no_conversations_are_refused(llama, row, said):
     with pytest.raises(DataError, match=said):
         InstructionData(llama, Rows([row]), chat_template="plain").setup("fit")
+
+
+ALPACA = {"instruction": "Add", "input": "1 and 2", "output": "3"}
+SHAPES = [
+    ([ALPACA], [("user", "Add\n\n1 and 2"), ("assistant", "3")]),
+    ([{**ALPACA, "input": ""}], [("user", "Add"), ("assistant", "3")]),
+    ([{"instruction": "Hi", "output": "Yes"}], [("user", "Hi"), ("assistant", "Yes")]),
+    (
+        [{**ALPACA, "input": None, "system": "Be kind.", "history": [["Hi", "Hello"]], "text": "all of it"}],
+        [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Add"), ("assistant", "3")],
+    ),
+    (
+        [{"id": 7, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}],
+        [("user", "Hi"), ("assistant", "Hello")],
+    ),
+    (
+        [{"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}],
+        [("user", "Hi"), ("assistant", "Hello")],
+    ),
+    ([{"prompt": "Hi", "completion": "Hello"}], [("user", "Hi"), ("assistant", "Hello")]),
+    (
+        [{"prompt": CHAT[:2], "completion": CHAT[2:3]}],
+        [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello – you")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "messages"), SHAPES)
+def test_a_common_shape_is_taken_by_the_names_of_its_columns(llama, rows, messages):
+    own = [{"messages": [{"role": role, "content": text} for role, text in messages]}]
+    for stage, split in (("fit", "train"), ("predict", "predict")):
+        batches = []
+        for given in (rows, own):
+            data = InstructionData(llama, Rows(given * 4), chat_template="plain")
+            data.setup(stage)
+            batches.append(next(iter(getattr(data, f"{split}_dataloader")())))
+        assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"conversations": [{"from": "alien", "value": "Hi"}]}, "one of human, user, gpt"),
+        ({"conversations": [{"from": "human", "value": None}]}, "value .a text."),
+        ({"conversations": "Hi"}, "conversations must be a list of messages"),
+        ({"instruction": 3, "output": "x"}, "instruction must be text"),
+        ({"instruction": "x", "output": None}, "needs a user and an assistant"),
+        ({"instruction": "x", "output": "y", "history": ["a"]}, "history holds pairs"),
+        (
+            {"conversations": [], "instruction": "x", "output": "y"},
+            "several shapes: alpaca .instruction, output., share",
+        ),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "Needed are messages_column.*taken: instruction"),
+    ],
+)
+def test_what_is_no_such_shape_is_an_error_that_names_it(llama, row, said):
+    data = InstructionData(llama, Rows([row] * 4), chat_template="plain")
+    with pytest.raises(DataError, match=said):
+        data.setup("fit")
+
+
+def test_a_column_that_was_named_is_not_replaced_by_a_shape(llama):
+    data = InstructionData(llama, Rows([ALPACA] * 4), messages_column="chat", chat_template="plain")
+    with pytest.raises(DataError, match="no column 'chat'"):
+        data.setup("fit")

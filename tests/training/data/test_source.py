@@ -164,3 +164,18 @@ def test_settings_that_cannot_be_fail_on_construction(settings):
 
 def test_a_data_source_is_a_source():
     assert isinstance(DataSource("a.jsonl"), Source)
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "said"),
+    [
+        ("one\ntwo\nthree\n", "paragraph", "its 3 lines are rows with text_unit=line"),
+        ("one\n\ntwo\n", "document", "text_unit=paragraph or line makes more"),
+        ("one " * 100, "paragraph", "is one line"),
+    ],
+)
+def test_a_text_that_is_one_row_says_which_unit_makes_several(tmp_path, text, unit, said):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(DataError, match="too few to hold back") as raised:
+        DataSource(str(tmp_path / "a.txt"), text_unit=unit).load()
+    assert said in str(raised.value)

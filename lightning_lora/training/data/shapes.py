@@ -1,0 +1,103 @@
+"""The shapes in which datasets of conversations commonly come, known by the names of their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+from lightning_lora.errors import DataError, listed
+
+Row = dict[str, Any]
+Message = dict[str, str]
+
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "bot", "model", "bing", "bard"), "assistant"),
+    "system": "system",
+}
+"""Who speaks, in ShareGPT's words -> in those of a chat template."""
+
+
+class Shape(NamedTuple):
+    """A kind of row, and how it reads as messages."""
+
+    name: str
+    asked: tuple[str, ...]
+    """The columns that hold what is asked."""
+    answered: tuple[str, ...]
+    """The columns that hold what is answered; not needed for predicting."""
+    messages: Callable[[Row], list[Message]]
+
+
+def shape_of(columns: Collection[str], split: str) -> Shape | None:
+    """The shape of rows with these columns; None where none is known. Raises DataError where it may be several."""
+    found = [s for s in SHAPES if {*s.asked, *(s.answered if split != "predict" else ())} <= set(columns)]
+    if len(found) > 1:
+        shapes = listed(f"{s.name} ({', '.join([*s.asked, *s.answered])})" for s in found)
+        raise DataError(
+            f"The {split} data has the columns of several shapes: {shapes}. Say which to take: messages_column, or "
+            "prompt_column and response_column."
+        )
+    return found[0] if found else None
+
+
+def _alpaca(row: Row) -> list[Message]:
+    """`instruction`, what it is about in `input`, `output`; some have `system`, and earlier turns in `history`."""
+    asked = _text(row, "instruction")
+    if row.get("input"):
+        asked = f"{asked}\n\n{_text(row, 'input')}"
+    said = [("system", _text(row, "system"))] if row.get("system") else []
+    for turn in row.get("history") or []:
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise DataError(f"history holds pairs of what was asked and answered, and not {turn!r:.120}")
+        said += [("user", turn[0]), ("assistant", turn[1])]
+    said.append(("user", asked))
+    if row.get("output") is not None:
+        said.append(("assistant", _text(row, "output")))
+    return [{"role": role, "content": text} for role, text in said]
+
+
+def _sharegpt(row: Row) -> list[Message]:
+    """`conversations` of messages with `from` and `value`, or with `role` and `content`."""
+    messages = []
+    for message in _list(row, "conversations"):
+        who, said = ("from", "value") if message.get("from") is not None else ("role", "content")
+        role = ROLES.get(str(message.get(who)).lower())
+        if role is None or not isinstance(message.get(said), str):
+            raise DataError(
+                f"A message of conversations has {who} (one of {listed(ROLES, 99)}) and {said} (a text), and not "
+                f"{message!r:.120}"
+            )
+        messages.append({"role": role, "content": message[said]})
+    return messages
+
+
+def _completion(row: Row) -> list[Message]:
+    """`prompt` and `completion`: texts, or lists of messages."""
+    messages = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(row.get(column), list):
+            messages += [{"role": str(m.get("role")), "content": _text(m, "content")} for m in _list(row, column)]
+        elif row.get(column) is not None or column == "prompt":
+            messages.append({"role": role, "content": _text(row, column)})
+    return messages
+
+
+SHAPES = (
+    Shape("alpaca", ("instruction",), ("output",), _alpaca),
+    Shape("sharegpt", ("conversations",), (), _sharegpt),
+    Shape("prompt and completion", ("prompt",), ("completion",), _completion),
+)
+
+
+def _text(row: Row, column: str) -> str:
+    if not isinstance(row.get(column), str):
+        raise DataError(f"{column} must be text, but there is {row.get(column)!r:.80}, in the row {row!r:.200}")
+    return row[column]
+
+
+def _list(row: Row, column: str) -> list[Row]:
+    messages = row.get(column)
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"{column} must be a list of messages, but there is {messages!r:.120}")
+    return messages
