@@ -131,7 +131,7 @@ def init(function: Function | None = None, *, rank_multiple: int = 1, replace: b
 @init
 def kaiming(rank: int, d_in: int) -> Tensor:
     """Uniform in +-1 / sqrt(d_in), the reference implementation's start (github.com/microsoft/LoRA)."""
-    bound = 1 / math.sqrt(d_in)
+    bound = 1 / math.sqrt(max(d_in, 1))  # a layer may read nothing
     return torch.empty(rank, d_in).uniform_(-bound, bound)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,10 +21,11 @@ class EmbeddingLoRA(Adapter, adapts=nn.Embedding):
 
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
-        if has_own_forward(type(module)) and not hasattr(module, "embed_scale"):
+        if has_own_forward(type(module)) and not gives_its_rows(module):
             raise TargetError(
-                "its class has a forward of its own, so its input need not be the indices that it looks up (learned "
-                "positions in transformers, for example): leave it out with exclude_modules"
+                "its class has a forward of its own, which gives other numbers than the rows of its input, or those "
+                "times embed_scale (learned positions in transformers, for example): leave it out with "
+                "exclude_modules, or adapt its parameter instead, with target_parameters=['<its name>.weight']"
             )
         if module.max_norm is not None:
             raise TargetError(
@@ -55,9 +58,34 @@ class EmbeddingLoRA(Adapter, adapts=nn.Embedding):
         A, B = self.factors()
         found = F.embedding(x, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
         update = F.linear(found, B)
-        # transformers' scaled embeddings (Gemma, BART) multiply what they look up; the update is scaled with it.
-        factor = getattr(self, "embed_scale", None)
-        return update if factor is None else update * factor
+        return scaled(update, self)
+
+
+def scaled(found: Tensor, module: Any) -> Tensor:
+    """What was looked up, as the class of the adapted `module` scales it: transformers' scaled embeddings (Gemma, BART)
+    multiply by embed_scale."""
+    is_scaled = hasattr(module, "embed_scale") and has_own_forward(type(module).base_class)
+    return found * module.embed_scale if is_scaled else found
+
+
+def gives_its_rows(module: Any) -> bool:
+    """Whether a forward of its own gives the rows of the input, times embed_scale if there is one: tried with a small
+    table."""
+    if module._parameters["weight"].is_meta:
+        return hasattr(module, "embed_scale")  # nothing can be tried
+    tried = copy.copy(module)
+    device = module._parameters["weight"].device
+    table = torch.randn(5, module.embedding_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    tried._parameters = {**module._parameters, "weight": nn.Parameter(table, requires_grad=False)}
+    vars(tried).update(num_embeddings=5, padding_idx=None, max_norm=None)
+    x = torch.tensor([[3, 1, 3], [0, 4, 2]], device=device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            given = type(module).forward(tried, x)
+            expected = table[x] * (module.embed_scale if hasattr(module, "embed_scale") else 1.0)
+        except Exception:  # it asks for more than indices
+            return False
+    return isinstance(given, Tensor) and given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-3)
 
 
 class EmbeddingBagLoRA(EmbeddingLoRA, adapts=nn.EmbeddingBag):

@@ -18,12 +18,13 @@ from lightning_lora.engine.storage import can_be_dense, dense
 
 def straight_through(module: nn.Module, x: Tensor, forward: Callable[[], Tensor]) -> Tensor:
     """What `forward` of `module` computes from x, with the gradients of x and of its bias, if it has them or not."""
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight = module._parameters.get("weight")
+    bias: Any = module._parameters.get("bias")
     is_trained = bias is not None and bias.requires_grad
     if not torch.is_grad_enabled() or not (x.requires_grad or is_trained):
         return forward()
     if is_trained:  # without its gradient, that of the output tells whether x has one
-        module._parameters["bias"] = bias.detach()  # type: ignore[assignment, union-attr]
+        module._parameters["bias"] = bias.detach()
     try:
         y = forward()
     finally:
@@ -31,7 +32,7 @@ def straight_through(module: nn.Module, x: Tensor, forward: Callable[[], Tensor]
             module._parameters["bias"] = bias
     if x.requires_grad and not y.requires_grad and can_be_dense(weight):
         y = _StraightThrough.apply(y, x, module, weight)
-    return y + (bias - bias.detach()).to(y.dtype) if is_trained else y  # type: ignore[union-attr]
+    return y + (bias - bias.detach()).to(y.dtype) if is_trained else y
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -39,7 +40,9 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
         ctx.module, ctx.weight = module, weight
         # In the same memory, but no view, which what comes next could not change in place (nn.ReLU(inplace=True)).
-        return y.clone() if torch.compiler.is_compiling() else y.new_empty(0).set_(y)
+        if torch.compiler.is_compiling():
+            return y.clone()
+        return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.size(), y.stride())
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, None, None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter, AdapterSpec, Pair, has_own_forward
+from lightning_lora.engine.layers.embedding import gives_its_rows, scaled
 from lightning_lora.engine.sharded import fill, is_own, whole
 from lightning_lora.errors import TargetError
 
@@ -52,8 +53,11 @@ class TokenRows(Adapter):
         """Raise TargetError where `module` does not look up its input."""
         if module.max_norm is not None:
             raise TargetError("an embedding with max_norm rewrites its weight in every forward")
-        if has_own_forward(type(module)) and not hasattr(module, "embed_scale"):
-            raise TargetError("its class has a forward of its own, so its input need not be what it looks up")
+        if has_own_forward(type(module)) and not gives_its_rows(module):
+            raise TargetError(
+                "its class has a forward of its own, which gives other numbers than the rows of its input, or those "
+                "times embed_scale"
+            )
 
     def swapped_in(self) -> None:
         rows = torch.tensor(self.lora.tokens, device=self.dense_weight().device)
@@ -84,9 +88,7 @@ class TokenRows(Adapter):
         x, base = input, self.base_forward(input, **kwargs)
         rows = self.lora_rows.to(x.dtype)
         place = torch.searchsorted(rows, x).clamp(max=len(rows) - 1)
-        found = F.embedding(place, self.tokens).to(base.dtype)
-        factor = getattr(self, "embed_scale", None)  # transformers' scaled embeddings (Gemma, BART)
-        found = found if factor is None else found * factor.to(found.dtype)
+        found = scaled(F.embedding(place, self.tokens).to(base.dtype), self).to(base.dtype)
         return torch.where((rows[place] == x)[..., None], found, base)
 
     def value_read(self, name: str) -> Tensor:
