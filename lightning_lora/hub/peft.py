@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.layers.base import BIAS, MAGNITUDE
+from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 

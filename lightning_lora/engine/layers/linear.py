@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.engine import fused
-from lightning_lora.engine.layers.base import BIAS, FACTORS, NOT_GIVEN, Adapter
+from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter
 from lightning_lora.engine.layers.by_weight import ByWeight
+from lightning_lora.engine.layers.pair import BIAS, FACTORS
 
 _PLAIN = frozenset(("weight", "bias", *FACTORS))
 

@@ -1,0 +1,142 @@
+"""What an adapted layer gives to whoever reads its weight or its bias: its own class's forward, or code around it."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine import fused
+from lightning_lora.engine.layers.pair import BIAS, AdapterSpec
+from lightning_lora.engine.reads import show
+from lightning_lora.engine.storage import dense, is_plain, is_wrapper
+from lightning_lora.errors import AdapterStateError
+
+if TYPE_CHECKING:
+    _Host = nn.Module
+else:
+    _Host = object  # the mixin goes in front of a module's own class, which brings nn.Module
+
+_INSIDE: ContextVar[dict[int, dict[Any, Tensor]] | None] = ContextVar("lora_inside", default=None)
+"""The layers whose own forward runs here, by identity, each with what it has read so far."""
+
+
+class Reads(_Host):
+    """That part of every adapted layer."""
+
+    mixin: ClassVar[Any]
+    base_class: ClassVar[type[nn.Module]]
+
+    lora: AdapterSpec
+    lora_names: tuple[str, ...]
+    """The names under which it holds the tensors of its adapter."""
+    lora_path: str
+    """Its name in the model, for messages."""
+    lora_by_weight: ClassVar[bool] = False
+    """Whether its own forward reads the adapted weight, and no update is added to what it computes."""
+    lora_is_inside: bool = False
+    """Whether its own forward runs just now, in code that is being compiled (elsewhere `_INSIDE` says so)."""
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own class computes, in which it reads its own weight (see `read_attribute`)."""
+        if torch.compiler.is_compiling():
+            self.lora_is_inside = True
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                self.lora_is_inside = False
+        # What is read is computed once in a forward: a mixture of experts reads its stack once for each expert.
+        token = _INSIDE.set({**(_INSIDE.get() or {}), id(self): {}})
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _INSIDE.reset(token)
+
+    # Reads of a weight or a bias by its name, from outside of the layer or by its own class.
+
+    def read_attribute(self, name: str) -> Any:
+        """What `self.<name>` gives: to the module's own forward the base's own, unless it is adapted by its weight; to
+        all others the adapted one (see reads.py)."""
+        own = self.own(name)
+        so_far = self.__dict__.get("lora_is_inside", False)
+        if not torch.compiler.is_compiling():
+            so_far = (_INSIDE.get() or {}).get(id(self))
+        is_inside = so_far is not None and so_far is not False
+        if is_inside and not self.lora_by_weight:
+            return own
+        if fused.is_symbolic():
+            raise AdapterStateError(
+                f"The {name} of {self.lora_path!r} was read while torch.fx traces the model. It is adapted, and a "
+                "graph of torch.fx cannot hold W + s B A: call merge(model) first, or use torch.export."
+            )
+        if own is not None and not is_plain(own) and not is_wrapper(own):
+            return own  # its numbers are no weight for one who does not know how they are stored
+        if own is not None and self._awaits(own):
+            return own  # while weights are loaded into a model that was adapted on the meta device
+        if is_inside:
+            if not isinstance(so_far, dict):
+                return self.value_read(name)
+            # What was computed without a graph is no answer for one who needs it (activation checkpointing).
+            key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            if key not in so_far:
+                so_far[key] = self.value_read(name)
+            return so_far[key]
+        if own is None and name != "bias":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if own is None:
+            return self.value_read(name)
+        is_drawn = self.lora_by_weight and self.training and self._drops(name)
+        leaves = self.shown_leaves()
+        return show(self, name, own, leaves, is_drawn=is_drawn, to_kernels=self.lora_to_kernels)
+
+    lora_to_kernels: ClassVar[bool] = False
+    """Whether its reader hands the weight to kernels that do not ask what they are given."""
+
+    def value_read(self, name: str) -> Any:
+        """The adapted weight or bias, in the base's own precision. Raises AdapterStateError where it has none."""
+        if name == "bias":
+            bias, mine = self.own("bias"), self._parameters.get(BIAS)
+            if mine is None:
+                return bias
+            update = self.lora.scale * mine
+            return update.to(self.dense_weight().dtype) if bias is None else (bias + update).to(bias.dtype)
+        self.check_shown(name)
+        return self.adapted_weight(name, dropped=self.lora_by_weight).to(self.dense_weight(name).dtype)
+
+    def check_shown(self, name: str) -> None:
+        """Raise AdapterStateError where no weight of the base's shape computes what this layer does."""
+
+    def shown_leaves(self) -> tuple[Tensor, ...]:
+        """The tensors that an adapted weight depends on, and that may be trained."""
+        return tuple(p for p in self._parameters.values() if p is not None)
+
+    def _drops(self, name: str) -> bool:
+        spec = self.lora.parameters.get(name, self.lora)
+        return bool(spec.dropout or spec.rank_dropout or spec.module_dropout)
+
+    def _awaits(self, own: Tensor) -> bool:
+        return not own.is_meta and any(getattr(self, name).is_meta for name in self.lora_names)
+
+    def dense_weight(self, parameter: str = "weight") -> Tensor:
+        """The base's own weight, in floating point."""
+        W = self.own(parameter)
+        assert W is not None
+        return dense(self, W)
+
+    def own(self, parameter: str) -> Tensor | None:
+        """The base's own weight or bias: its parameter, or a plain attribute (in replicas of nn.DataParallel, after
+        pruning), or what its class computes in its place (parametrizations)."""
+        p: Tensor | None = self._parameters.get(parameter)
+        if p is not None:
+            return p
+        p = self.__dict__.get(parameter, self._buffers.get(parameter))
+        if p is None and parameter not in self._parameters:
+            computed = getattr(type(self).base_class, parameter, None)
+            p = computed.__get__(self, type(self)) if computed is not None else None
+        return p
+
+    def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
+        """The weight with the adapter in it, in float32 or wider, whatever autocast says."""
+        raise NotImplementedError
