@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
     _Host = object  # the mixin goes in front of a module's own class, which brings nn.Module
 
-_INSIDE: ContextVar[dict[int, dict[Any, Tensor]] | None] = ContextVar("lora_inside", default=None)
+_INSIDE: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("lora_inside", default=None)
 """The layers whose own forward runs here, by identity, each with what it has read so far."""
 
 
@@ -36,23 +36,27 @@ class Reads(_Host):
     """Its name in the model, for messages."""
     lora_by_weight: ClassVar[bool] = False
     """Whether its own forward reads the adapted weight, and no update is added to what it computes."""
-    lora_is_inside: bool = False
-    """Whether its own forward runs just now, in code that is being compiled (elsewhere `_INSIDE` says so)."""
+    lora_inside: dict[str, Any] | None = None
+    """What its own forward, which runs just now, has read so far, for code that is being compiled (for all else
+    `_INSIDE` says so, thread by thread)."""
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class computes, in which it reads its own weight (see `read_attribute`)."""
+        # What is read is computed once in a forward: a mixture of experts reads its stack once for each expert.
+        so_far = {"grad": torch.is_grad_enabled()}
         if torch.compiler.is_compiling():
-            self.lora_is_inside = True
+            self.lora_inside = so_far
             try:
                 return super().forward(*args, **kwargs)
             finally:
-                self.lora_is_inside = False
-        # What is read is computed once in a forward: a mixture of experts reads its stack once for each expert.
-        token = _INSIDE.set({**(_INSIDE.get() or {}), id(self): {}})
+                self.lora_inside = None
+        token = _INSIDE.set({**(_INSIDE.get() or {}), id(self): so_far})
+        self.__dict__["lora_inside"] = so_far  # what it calls may be compiled, where context variables are not known
         try:
             return super().forward(*args, **kwargs)
         finally:
             _INSIDE.reset(token)
+            self.__dict__.pop("lora_inside", None)
 
     # Reads of a weight or a bias by its name, from outside of the layer or by its own class.
 
@@ -60,11 +64,8 @@ class Reads(_Host):
         """What `self.<name>` gives: to the module's own forward the base's own, unless it is adapted by its weight; to
         all others the adapted one (see reads.py)."""
         own = self.own(name)
-        so_far = self.__dict__.get("lora_is_inside", False)
-        if not torch.compiler.is_compiling():
-            so_far = (_INSIDE.get() or {}).get(id(self))
-        is_inside = so_far is not None and so_far is not False
-        if is_inside and not self.lora_by_weight:
+        so_far = self.lora_inside if torch.compiler.is_compiling() else (_INSIDE.get() or {}).get(id(self))
+        if so_far is not None and not self.lora_by_weight:
             return own
         if fused.is_symbolic():
             raise AdapterStateError(
@@ -75,14 +76,8 @@ class Reads(_Host):
             return own  # its numbers are no weight for one who does not know how they are stored
         if own is not None and self._awaits(own):
             return own  # while weights are loaded into a model that was adapted on the meta device
-        if is_inside:
-            if not isinstance(so_far, dict):
-                return self.value_read(name)
-            # What was computed without a graph is no answer for one who needs it (activation checkpointing).
-            key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-            if key not in so_far:
-                so_far[key] = self.value_read(name)
-            return so_far[key]
+        if so_far is not None:
+            return self._read_inside(name, so_far)
         if own is None and name != "bias":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if own is None:
@@ -90,6 +85,27 @@ class Reads(_Host):
         is_drawn = self.lora_by_weight and self.training and self._drops(name)
         leaves = self.shown_leaves()
         return show(self, name, own, leaves, is_drawn=is_drawn, to_kernels=self.lora_to_kernels)
+
+    def _read_inside(self, name: str, so_far: dict[str, Any]) -> Any:
+        """The value that the module's own forward reads: the same one each time, since it may change it in place."""
+        value, has_graph, version = so_far.get(name, (None, False, 0))
+        if value is not None and (has_graph or not torch.is_grad_enabled()):
+            return value
+        if value is not None and value._version != version:
+            raise AdapterStateError(
+                f"The forward of {self.lora_path!r} ({type(self).base_class.__name__}) changed its {name} in place "
+                "where gradients were off, and reads it where they are on: leave it out with exclude_modules."
+            )
+        # With a graph from the start, where the forward has one: a class may change it in place under no_grad.
+        with torch.set_grad_enabled(so_far["grad"] or torch.is_grad_enabled()):
+            value = self.value_read(name)
+            has_graph = torch.is_grad_enabled()
+        version = 0
+        if value is not None and not torch.compiler.is_compiling():
+            is_inference = value.is_inference()
+            has_graph, version = has_graph and not is_inference, 0 if is_inference else value._version
+        so_far[name] = value, has_graph, version
+        return value
 
     lora_to_kernels: ClassVar[bool] = False
     """Whether its reader hands the weight to kernels that do not ask what they are given."""
