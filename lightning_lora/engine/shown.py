@@ -20,7 +20,6 @@ forward, such as a mask or a clamp, which would reach the base and not the adapt
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -191,7 +190,6 @@ def _all(value: Any) -> Iterator[ShownWeight]:
 # Views.
 
 
-@functools.lru_cache(maxsize=1024)
 def _is_view(func: Any) -> bool:
     """Whether an operator of torch returns a view of its first argument."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
