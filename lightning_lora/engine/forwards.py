@@ -8,14 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCOPE: ContextVar[tuple[Any, dict[Any, tuple[Tensor, int, Any]]] | None] = ContextVar("lora_forward", default=None)
-"""The forward of an adapted model that runs here: the one around it, and the weights that were shown in it so far."""
+SCOPE: ContextVar[tuple[Any, dict[Any, tuple[Tensor, int, Any]], int] | None] = ContextVar("forward", default=None)
+"""The forward of an adapted model that runs here: the one around it, the weights that were shown in it so far, and
+which model it is, by identity."""
 
 
 def forward_begins(module: nn.Module, args: Any) -> None:
     """A forward pre-hook of an adapted model: what its forward reads several times is computed once."""
-    if not torch.compiler.is_compiling():
-        SCOPE.set((SCOPE.get(), {}))
+    if torch.compiler.is_compiling():
+        return
+    around = scope = SCOPE.get()
+    while scope is not None:
+        outer, _, of = scope
+        if of == id(module):  # left open by an interrupt (Ctrl-C), after which torch calls no hook
+            around = outer
+        scope = outer
+    SCOPE.set((around, {}, id(module)))
 
 
 def forward_ends(module: nn.Module, args: Any, output: Any) -> None:

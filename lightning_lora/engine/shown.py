@@ -136,7 +136,9 @@ class ShownWeight(nn.Parameter):
         return result
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, ShownWeight) and _is_view(func):
@@ -147,6 +149,11 @@ class ShownWeight(nn.Parameter):
             return _write(func, name, written, args, kwargs)
         with torch.no_grad():  # autograd is above
             return func(*_each(args, _shown), **_each(kwargs, _shown))
+
+
+def base_parameter(p: Any) -> Any:
+    """The base parameter that `p` stands for, where it is what a layer showed; else `p`."""
+    return p.lora_own if isinstance(p, ShownWeight) and p is p.lora_root else p
 
 
 def _own(w: ShownWeight) -> Tensor:
@@ -231,10 +238,16 @@ def made(own: Tensor, shown: Callable[[], Tensor], of: ShownWeight | None) -> Sh
     with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):  # it may be used outside of it
         # The memory is the base's, for `other.weight.data = layer.weight`, which torch does without asking us.
         it: Any = torch.Tensor._make_subclass(ShownWeight, own.detach(), False)
-    it.lora_own, it.lora_shown, it.lora_root = own, shown, it if of is None else of.lora_root
-    it.lora_is_data, it.lora_was_used = of is not None and of.lora_is_data, False
-    it.lora_is_free = of is not None and of.lora_is_free
-    it.lora_name, it.lora_is_trained = ("", False) if of is None else (of.lora_name, of.lora_is_trained)
+    it.__dict__.update(
+        lora_own=own,
+        lora_shown=shown,
+        lora_root=it if of is None else of.lora_root,
+        lora_is_data=of is not None and of.lora_is_data,
+        lora_is_free=of is not None and of.lora_is_free,
+        lora_was_used=False,
+        lora_name="" if of is None else of.lora_name,
+        lora_is_trained=of is not None and of.lora_is_trained,
+    )
     return cast("ShownWeight", it)
 
 
@@ -268,7 +281,7 @@ def _write(func: Any, name: str, written: dict[Any, Any], args: Any, kwargs: Any
             continue
         if SCOPE.get() is not None:
             raise AdapterStateError(
-                f"{w.lora_name} is changed in a forward or a training step, as masks, clipping and codebooks do. That "
+                f"{w.lora_name} is changed in a forward, as masks, clipping and codebooks do. That "
                 "reaches the base's weight and not its adapter, so the adapted weight would not be what the code "
                 "makes it: leave the layer out with exclude_modules."
             )

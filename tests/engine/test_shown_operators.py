@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.engine import LoRAConfig, inject
+from lightning_lora.engine.forwards import SCOPE
+from lightning_lora.engine.optim import fit_optimizers
 from lightning_lora.errors import AdapterStateError
 
 X = torch.randn(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -304,3 +306,37 @@ def test_a_traced_model_reads_the_factors_that_it_has_when_it_runs():
     torch.testing.assert_close(run(X), reference(model)(X))
     with pytest.raises(AdapterStateError, match=r"'a' was read while torch.fx traces.*merge\(model\)"):
         torch.fx.symbolic_trace(copy.deepcopy(model))
+
+
+def test_the_group_that_names_a_weight_is_that_of_its_adapter():
+    model = adapted()
+    b = list(model["b"].parameters())
+    optimizer = torch.optim.AdamW([{"params": [*b], "lr": 0.1}, {"params": [model["a"].weight], "lr": 0.2}])
+    for p in b:
+        p.requires_grad_()
+    model["e"].requires_grad_(False)
+    fit_optimizers([optimizer], model)
+    first, second = (list(map(id, group["params"])) for group in optimizer.param_groups)
+    assert first == list(map(id, b))
+    assert second == [id(model["a"].lora_A), id(model["a"].lora_B)]
+
+
+def test_a_forward_that_was_interrupted_leaves_nothing_behind():
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.stops = nn.Linear(8, 8), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x @ self.a.weight.t()
+            if self.stops:
+                raise KeyboardInterrupt
+            return y
+
+    model = Interrupted().double()
+    inject(model, LoRAConfig(rank=2, target_modules=["a"]))
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    model.stops = False
+    model(X)
+    assert SCOPE.get() is None
