@@ -340,3 +340,30 @@ def test_a_forward_that_was_interrupted_leaves_nothing_behind():
     model.stops = False
     model(X)
     assert SCOPE.get() is None
+
+
+@pytest.fixture
+def one_process() -> Any:
+    dist = torch.distributed
+    if not dist.is_available() or dist.is_initialized():
+        pytest.skip("there is no process group to make")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharding_an_adapted_model_leaves_its_base_as_it_is(one_process: Any):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    inject(model, LoRAConfig(rank=2, target_modules=["0", "2"]))
+    randomise(model)
+    before, y = {name: t.clone() for name, t in model.state_dict().items()}, model(X).detach()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    torch.testing.assert_close(model(X), y)
+    model.to(torch.float64)  # which looks the parameters up again
+    torch.testing.assert_close(model(X), y)
+    for name, t in model.state_dict().items():
+        assert t.full_tensor().equal(before[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,13 @@ else:
 
 _INSIDE: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("lora_inside", default=None)
 """The layers whose own forward runs here, by identity, each with what it has read so far."""
+
+
+def _is_of_distributed() -> bool:
+    """Whether torch.distributed's own code reads an attribute: three calls up, by the property of swap.py."""
+    if torch.compiler.is_compiling():
+        return False
+    return str(sys._getframe(3).f_globals.get("__name__", "")).startswith("torch.distributed.")
 
 
 class Reads(_Host):
@@ -72,6 +80,8 @@ class Reads(_Host):
                 f"The {name} of {self.lora_path!r} was read while torch.fx traces the model. It is adapted, and a "
                 "graph of torch.fx cannot hold W + s B A: call merge(model) first, or use torch.export."
             )
+        if own is not None and _is_of_distributed():
+            return own  # fully_shard takes what it reads for the parameter that it shards
         if own is not None and not is_plain(own) and not is_wrapper(own):
             return own  # its numbers are no weight for one who does not know how they are stored
         if own is not None and self._awaits(own):
