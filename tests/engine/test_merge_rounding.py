@@ -76,7 +76,7 @@ def test_a_weak_update_is_said_to_be_lost_and_a_strong_one_is_not(kind: str, dty
 def test_the_share_is_that_of_the_change_which_the_stored_weight_has(dtype: torch.dtype):
     for size in (0.02, 0.05, 0.1):
         model = adapted("linear", dtype, size * torch.finfo(dtype).eps)
-        W, change = model.layer.weight.double(), model.layer.delta_weight().detach().double()
+        W, change = model.layer._parameters["weight"].double(), model.layer.delta_weight().detach().double()
         stored = (W + change).to(dtype).double()
         share = float(((stored - W) * change).sum() / change.square().sum())
         assert share < 0.9
