@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from typing import Any
 
 import torch
@@ -77,6 +78,12 @@ def sees_every_step() -> bool:
         or bool(_modes())
         or getattr(forward_ad, "_current_level", 0) >= 0
     )
+
+
+def is_symbolic() -> bool:
+    """Whether torch.fx traces what runs here, with proxies in place of tensors."""
+    tracing = sys.modules.get("torch.fx._symbolic_trace")
+    return tracing is not None and tracing.is_fx_symbolic_tracing() and not _modes() and not _exports()
 
 
 def _can_fuse(x: Tensor, base: Tensor | None = None, *own: Tensor | None) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig, check_is_config
+from lightning_lora.engine.forwards import listen_for_forwards, unlisten_for_forwards
 from lightning_lora.engine.layers.alora import check_readers, listen, stop_listening
 from lightning_lora.engine.layers.base import is_adapter
 from lightning_lora.engine.layers.fresh import Measured, check_measured, drawing_on, fresh_tensors
@@ -36,7 +37,6 @@ from lightning_lora.engine.plan import planned, variants_of
 from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.sharded import check_unsharded
-from lightning_lora.engine.shown import listen_for_forwards, unlisten_for_forwards
 from lightning_lora.engine.storage import is_plain, shape_of
 from lightning_lora.engine.targets import Selection, select
 from lightning_lora.engine.tree import Tree, submodule

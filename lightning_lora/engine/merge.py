@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.candidates import name_in
 from lightning_lora.engine.inject import injections, release, weight_users
-from lightning_lora.engine.layers.base import BIAS, FACTORS, Adapter, adapters
+from lightning_lora.engine.layers.base import Adapter, adapters
+from lightning_lora.engine.layers.pair import BIAS, FACTORS
 from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory, repeats

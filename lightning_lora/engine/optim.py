@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.engine.layers import adapters, pairs
-from lightning_lora.engine.shown import parameter_itself
+from lightning_lora.engine.shown import base_parameter
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import ConfigError, TrainingError, listed
 
@@ -48,8 +48,10 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
     lone optimizer, with a warning. Raises TrainingError where several optimizers leave it open which one should train
     them, or where there is none.
     """
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["params"][:] = map(parameter_itself, group["params"])  # of a list such as [layer.weight]
+    for given in (
+        group["params"] for optimizer in optimizers for one in with_inner(optimizer) for group in one.param_groups
+    ):
+        given[:] = map(base_parameter, given)  # where configure_optimizers names `layer.weight`
     names = {id(p): name for name, p in reversed(Tree.of(model).parameters)}
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -17,11 +17,12 @@ from lightning_lora.engine.candidates import Target, last_part
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import DoRA, LinearLoRA, ParameterLoRA, geometry_of
 from lightning_lora.engine.layers.alora import ALoRA
-from lightning_lora.engine.layers.base import Adapter, AdapterSpec, has_own_forward
+from lightning_lora.engine.layers.base import Adapter, has_own_forward
 from lightning_lora.engine.layers.by_weight import adds_its_update, by_weight
 from lightning_lora.engine.layers.conv import ConvLoRA, Convolution
 from lightning_lora.engine.layers.fresh import Recipe, check_init, device_of, recipes, tensor_shapes
 from lightning_lora.engine.layers.linear import FastPathLinearLoRA, OutProjectionLoRA
+from lightning_lora.engine.layers.pair import AdapterSpec
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.scaling import scale_of
 from lightning_lora.engine.storage import is_plain

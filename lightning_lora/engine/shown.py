@@ -13,28 +13,21 @@ the adapted weight there, and decides by what is done with it:
     all else    computes with W + s B A; gradients reach A and B
 
 A value that was computed from the adapted weight must not become the base weight, or the adapter would count twice:
-that is an AdapterStateError (`torch.nn.utils.fuse_conv_bn_eval` does so, for example).
+that is an AdapterStateError (`torch.nn.utils.fuse_conv_bn_eval` does so, for example). So is a write to it in a
+forward, such as a mask or a clamp, which would reach the base and not the adapter.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import sys
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import FrameType
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_lora.engine import fused
+from lightning_lora.engine.forwards import SCOPE
 from lightning_lora.errors import AdapterStateError
 
 # By the names of torch's functions and methods: a method, its function in `torch` and its operator share one.
@@ -68,23 +61,12 @@ _WRITES = frozenset(
 _COPIES = frozenset(("copy_", "set_", "__setitem__", "__set__"))
 
 
-def handles_parameters(frame: FrameType) -> bool:
-    """Whether the code that reads an attribute asks for the parameter itself, whatever it will do with it: what shards,
-    moves or stores the parameters of any module, and nn.Module.get_parameter."""
-    if frame.f_code is _GET_PARAMETER:
-        return True
-    name = frame.f_globals.get("__name__", "")
-    return name.startswith(_HANDLES_PARAMETERS)
-
-
-_HANDLES_PARAMETERS = ("torch.distributed.", "accelerate.", "deepspeed.", "safetensors.")
-_GET_PARAMETER = nn.Module.get_parameter.__code__
-
-
 class ShownWeight(nn.Parameter):
     """The adapted weight of a layer, or a view of it, as the opening of this file says.
 
-    Its own memory is the base parameter's. Functions that torch dispatches compute with the adapted weight.
+    Python's functions reach it by `__torch_function__`; what C++ does with it by torch's operators (TorchScript,
+    functional transforms, extensions) by `__torch_dispatch__`. Its memory is the base parameter's, which a kernel sees
+    that takes a pointer.
     """
 
     lora_own: Tensor
@@ -93,9 +75,11 @@ class ShownWeight(nn.Parameter):
     """Gives the adapted weight, or the same view of it."""
     lora_root: ShownWeight
     """What the layer showed, where this is a view of it; else itself."""
-    lora_is_data: bool = False
+    lora_is_data: bool
     """Whether it was reached by way of `.data`, which stands for the parameter's memory where it is copied."""
-    lora_was_used: bool = False
+    lora_is_free: bool
+    """Whether it was made a parameter of its own, which shares the base's memory and owes nothing to the adapter."""
+    lora_was_used: bool
     """Whether something was computed from the adapted weight (asked of the root)."""
     lora_name: str
     lora_is_trained: bool
@@ -107,6 +91,20 @@ class ShownWeight(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.lora_own.__reduce_ex__(protocol)
 
+    # What others note on a parameter (transformers' `_is_hf_initialized`, DeepSpeed's `ds_id`) is the base parameter's.
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("lora_"):
+            raise AttributeError(name)
+        return getattr(self.lora_own, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_noted = not (name.startswith("lora_") or name == "_is_param" or hasattr(Tensor, name))
+        object.__setattr__(self.lora_own if is_noted else self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        object.__delattr__(self if hasattr(Tensor, name) else self.lora_own, name)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -114,7 +112,8 @@ class ShownWeight(nn.Parameter):
         getter = name == "__get__"
         if getter:
             name = func.__self__.__name__
-        if sys._getframe(1).f_globals.get("__name__") == "torch.nn.init":  # which works on the parameter itself
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller == "torch.nn.init":  # which works on the parameter itself
             return func(*_each(args, _own), **_each(kwargs, _own))
         first = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
         mine = isinstance(first, ShownWeight)
@@ -124,16 +123,37 @@ class ShownWeight(nn.Parameter):
             return _view(func, name, first, args, kwargs)
         if getter or (mine and (name in METADATA or (name == "type" and len(args) == 1 and not kwargs))):
             return func(*_each(args, _own), **_each(kwargs, _own))
-        is_write = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-        if is_write and mine:
-            return _write(func, name, first, args, kwargs)
-        if isinstance(kwargs.get("out"), ShownWeight):
-            out = kwargs["out"]
-            func(*_each(args, _shown), **{**_each(kwargs, _shown), "out": out.lora_own})
-            return out
+        if mine and (name == "requires_grad_" or (name == "__set__" and func.__self__.__name__ == "requires_grad")):
+            return _set_requires_grad(func, first, args, kwargs, makes_parameter=caller.startswith("torch.nn."))
+        written = _written(func, name, args, kwargs)
+        if any(True for _ in _all(written)):
+            return _write(func, name, written, args, kwargs)
         if name in _COPIES and isinstance(first, Tensor):
             return func(*_each(args, _copied_into(first)), **_each(kwargs, _copied_into(first)))
-        return func(*_each(args, _shown), **_each(kwargs, _shown))
+        result = func(*_each(args, _shown), **_each(kwargs, _shown))
+        if name == "numpy":  # its memory is no parameter's, so a write there would be lost
+            result.setflags(write=False)
+        return result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, ShownWeight) and _is_view(func):
+            return _view_of(func, first, args, kwargs)
+        name = func._schema.name.rpartition(":")[2]
+        written = _written(func, name, args, kwargs)
+        if any(True for _ in _all(written)):
+            return _write(func, name, written, args, kwargs)
+        with torch.no_grad():  # autograd is above
+            return func(*_each(args, _shown), **_each(kwargs, _shown))
+
+
+def base_parameter(p: Any) -> Any:
+    """The base parameter that `p` stands for, where it is what a layer showed; else `p`."""
+    return p.lora_own if isinstance(p, ShownWeight) and p is p.lora_root else p
 
 
 def _own(w: ShownWeight) -> Tensor:
@@ -141,6 +161,8 @@ def _own(w: ShownWeight) -> Tensor:
 
 
 def _shown(w: ShownWeight) -> Tensor:
+    if w.lora_is_free:
+        return w.lora_own
     w.lora_root.lora_was_used = True
     return w.lora_shown()
 
@@ -163,226 +185,157 @@ def _each(value: Any, of: Callable[[ShownWeight], Tensor]) -> Any:
     return value
 
 
+def _all(value: Any) -> Iterator[ShownWeight]:
+    """The shown weights in `value`."""
+    if isinstance(value, ShownWeight):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _all(item)
+
+
+# Views.
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operator of torch returns a view of its first argument."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
 def _view(func: Any, name: str, w: ShownWeight, args: Any, kwargs: Any) -> Any:
     if name == "__iter__":
         return iter(w.unbind(0))
-    own = func(*_each(args, _own), **_each(kwargs, _own))
+    if w.lora_is_free:
+        return func(*_each(args, _own), **kwargs)
+    if any(a is not w for a in _all((args, kwargs))) or not _shares(func(*_each(args, _own), **kwargs), w.lora_own):
+        return func(*_each(args, _shown), **_each(kwargs, _shown))  # a copy, such as a reshape of what is transposed
     with torch._C.DisableTorchFunctionSubclass():
-        raw = func(*args, **kwargs)  # of W's memory, with the way of gradients to A and B
+        views = func(*args, **kwargs)  # by way of `_view_of`
+    for view in _all(views) if name in ("data", "detach") else ():
+        view.lora_is_trained = False
+        view.lora_is_data = w.lora_is_data or name == "data"
+    return views
+
+
+def _shares(result: Any, own: Tensor) -> bool:
+    some = result if isinstance(result, Tensor) else next(iter(result), own)
+    return some.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+
+
+def _view_of(func: Any, w: ShownWeight, args: Any, kwargs: Any) -> Any:
+    own = func(w.lora_own, *args[1:], **kwargs)
 
     def shown() -> Any:
-        return func(*(w.lora_shown() if a is w else _each(a, _shown) for a in args), **_each(kwargs, _shown))
+        return func(w.lora_shown(), *args[1:], **kwargs)
 
-    is_data = w.lora_is_data or name == "data"
     if isinstance(own, Tensor):
-        return _made(raw, own, shown, w.lora_root, is_data)
-    return type(own)(
-        _made(raw[i], part, lambda i=i: shown()[i], w.lora_root, is_data)  # type: ignore[misc]
-        for i, part in enumerate(own)
+        return made(own, shown, w)
+    return type(own)(made(part, lambda i=i: shown()[i], w) for i, part in enumerate(own))  # type: ignore[misc]
+
+
+def made(own: Tensor, shown: Callable[[], Tensor], of: ShownWeight | None) -> ShownWeight:
+    """What stands for `own` and shows `shown()`; `of` is what it is a view of."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):  # it may be used outside of it
+        # The memory is the base's, for `other.weight.data = layer.weight`, which torch does without asking us.
+        it: Any = torch.Tensor._make_subclass(ShownWeight, own.detach(), False)
+    it.__dict__.update(
+        lora_own=own,
+        lora_shown=shown,
+        lora_root=it if of is None else of.lora_root,
+        lora_is_data=of is not None and of.lora_is_data,
+        lora_is_free=of is not None and of.lora_is_free,
+        lora_was_used=False,
+        lora_name="" if of is None else of.lora_name,
+        lora_is_trained=of is not None and of.lora_is_trained,
+    )
+    return cast("ShownWeight", it)
+
+
+# Writes.
+
+
+def _written(func: Any, name: str, args: Any, kwargs: Any) -> dict[Any, Any]:
+    """What `func` writes to, by its place or its name among its arguments."""
+    operator = func.default if hasattr(func, "overloads") and func.overloads() == ["default"] else func
+    schema = getattr(operator, "_schema", None)
+    if schema is not None:
+        of = enumerate(schema.arguments)
+        places = {k for i, a in of if a.alias_info is not None and a.alias_info.is_write for k in (i, a.name)}
+    elif name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+        places = {0, "self", "tensor", "input", "out"}
+    else:
+        places = {"out"}
+    given = {**dict(enumerate(args)), **kwargs}
+    return {place: given[place] for place in places if place in given}
+
+
+def _write(func: Any, name: str, written: dict[Any, Any], args: Any, kwargs: Any) -> Any:
+    """Write to base parameters."""
+    attribute = func.__self__.__name__ if name == "__set__" else ""
+    copies = name in _COPIES and attribute in ("", "data")
+    others = [a for i, a in enumerate(args) if i not in written], {k: v for k, v in kwargs.items() if k not in written}
+    for w in _all(written):
+        if attribute == "data" and w is not w.lora_root:
+            raise AdapterStateError(f"{w.lora_name}: assign to .data of the weight itself, not of a view of it.")
+        if w.lora_is_free or name in _KEEPS_VALUES or attribute not in ("", "data"):
+            continue
+        if SCOPE.get() is not None:
+            raise AdapterStateError(
+                f"{w.lora_name} is changed in a forward, as masks, clipping and codebooks do. That "
+                "reaches the base's weight and not its adapter, so the adapted weight would not be what the code "
+                "makes it: leave the layer out with exclude_modules."
+            )
+        mixed = not copies and any(True for _ in _all(others))
+        if mixed or (w.lora_root.lora_was_used and _has_values(others)):
+            raise AdapterStateError((hidden if name == "set_" else counted_twice)(w.lora_name))
+    source = _copied_into(next(_all(written)).lora_root.lora_own) if copies else _shown
+    changed = [_each(a, _own if i in written else source) for i, a in enumerate(args)]
+    result = func(*changed, **{k: _each(v, _own if k in written else source) for k, v in kwargs.items()})
+    given = next(_all(written))
+    return (
+        given if result is given.lora_own else written.get(0, result) if isinstance(result, (list, tuple)) else result
     )
 
 
-def _made(raw: Tensor, own: Tensor, shown: Callable[[], Tensor], root: ShownWeight | None, is_data: bool) -> Any:
-    made: Any = raw.as_subclass(ShownWeight)
-    made.lora_own, made.lora_shown, made.lora_is_data = own, shown, is_data
-    made.lora_root = made if root is None else root
-    if root is not None:
-        made.lora_name, made.lora_is_trained = root.lora_name, root.lora_is_trained and not is_data
-    return made
+_KEEPS_VALUES = frozenset(("share_memory_", "retain_grad", "rename_", "resize_as_"))
 
 
-def _write(func: Any, name: str, w: ShownWeight, args: Any, kwargs: Any) -> Any:
-    """Write to the base parameter."""
-    root, of = w.lora_root, w.lora_own
-    attribute = func.__self__.__name__ if name == "__set__" else ""
-    if attribute == "data" and w is not root:
-        raise AdapterStateError(f"{root.lora_name}: assign to .data of the weight itself, not of a view of it.")
-    replaces = name in ("copy_", "set_") or attribute == "data"
-    if replaces and root.lora_was_used and of.numel() == root.lora_own.numel():
-        raise AdapterStateError(_counted_twice(root.lora_name))
-    if name == "requires_grad_" and w is not root:  # nn.Parameter(layer.weight): a parameter that shares the memory
-        w.lora_shown = lambda: of
-    source = _copied_into(root.lora_own) if name in _COPIES else _shown
-    changed = [of if a is w else _each(a, source) for a in args]
-    result = func(*changed, **{k: of if v is w else _each(v, source) for k, v in kwargs.items()})
+def _has_values(others: Any) -> bool:
+    """Whether there are tensors in `others` that may have been computed from an adapted weight."""
+    if isinstance(others, Tensor):
+        return others.is_floating_point() and not isinstance(others, ShownWeight)
+    if isinstance(others, (tuple, list, dict)):
+        return any(map(_has_values, others.values() if isinstance(others, dict) else others))
+    return False
+
+
+def _set_requires_grad(func: Any, w: ShownWeight, args: Any, kwargs: Any, *, makes_parameter: bool) -> Any:
+    if (
+        w is not w.lora_root
+        and not makes_parameter
+        and (args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+    ):
+        raise AdapterStateError(
+            f"{w.lora_name} is adapted, and a view of it cannot be a leaf of its own: call .detach().clone() "
+            "before requires_grad_()."
+        )
+    of = w.lora_own
+    if makes_parameter:  # nn.Parameter(layer.weight)
+        w.lora_is_free = True
+    result = func(*_each(args, _own), **kwargs)
     return w if result is of else result
 
 
-def _counted_twice(name: str) -> str:
+def hidden(name: str) -> str:
     return (
-        f"{name} was read with its adapter in it, and is replaced now: what was computed from it would get the adapter "
-        "a second time. Call merge(model) first, or remove(model). If the new value is the base's alone, write it "
-        "through load_state_dict."
+        f"{name} is adapted, and what a parametrization computed from the base's alone would hide the adapter from all "
+        "who read it. Register parametrizations before inject, or call merge(model) first."
     )
 
 
-class _Show(torch.autograd.Function):
-    """The adapted weight (or, as an alias, the base's memory under its name), with the way of gradients to `leaves`.
-
-    Nothing is kept for the backward pass: it is computed again from the layer, so the result may be read in any number
-    of checkpointed regions and backward passes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, compute: Callable[[], Tensor], alias: Tensor | None, key: Any, *leaves: Tensor) -> Tensor:
-        ctx.compute, ctx.leaves, ctx.key = compute, leaves, key
-        return compute().detach() if alias is None else alias
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        if _versions(ctx.leaves) != ctx.key:
-            raise AdapterStateError(
-                "A and B of an adapter were changed in place between the forward pass that read an adapted weight and "
-                "its backward pass: call backward before the optimizer's step."
-            )
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            W = ctx.compute()
-            grads = torch.autograd.grad(W, ctx.leaves, g, create_graph=again, allow_unused=True)
-        return (None, None, None, *grads)
-
-
-def _versions(leaves: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(-1 if t.is_inference() else t._version for t in leaves)
-
-
-_SCOPE: ContextVar[tuple[Any, dict[Any, tuple[Tensor, int]]] | None] = ContextVar("lora_forward", default=None)
-"""The forward of an adapted model that runs here: the one around it, and the weights that were shown in it so far."""
-_GIVEN: WeakKeyDictionary[nn.Module, dict[str, ShownWeight]] = WeakKeyDictionary()
-"""What each layer showed last. Outside of the modules, so that copies and pickles of them hold none of it."""
-
-
-def forward_begins(module: nn.Module, args: Any) -> None:
-    """A forward pre-hook of an adapted model: what its forward reads several times is computed once."""
-    if not torch.compiler.is_compiling():
-        _SCOPE.set((_SCOPE.get(), {}))
-
-
-def forward_ends(module: nn.Module, args: Any, output: Any) -> None:
-    """The forward hook to it, which is called where the forward raised as well."""
-    if not torch.compiler.is_compiling():
-        scope = _SCOPE.get()
-        _SCOPE.set(None if scope is None else scope[0])
-
-
-def listen_for_forwards(model: nn.Module) -> None:
-    """Compute once what a forward of `model` reads several times."""
-    # Under a key that is the same each time: torch.compile's guards look at the keys.
-    model._forward_pre_hooks[_HOOK] = forward_begins
-    model._forward_hooks[_HOOK] = forward_ends
-    model._forward_hooks_always_called[_HOOK] = True
-
-
-def unlisten_for_forwards(model: nn.Module) -> None:
-    """Undo `listen_for_forwards`."""
-    for hooks in (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called):
-        hooks.pop(_HOOK, None)
-
-
-_HOOK: Any = "lightning_lora"
-
-
-@contextmanager
-def one_forward() -> Iterator[None]:
-    """The same for a function that calls the parts of an adapted model, such as a training step."""
-    token = _SCOPE.set((_SCOPE.get(), {}))
-    try:
-        yield
-    finally:
-        _SCOPE.reset(token)
-
-
-def show(
-    module: Any, name: str, own: Tensor, leaves: tuple[Tensor, ...], *, is_drawn: bool, to_kernels: bool
-) -> Tensor:
-    """What a reader of the attribute `name` of the adapted layer `module` gets in place of the base's `own`.
-
-    That is a ShownWeight; or `module.value_read(name)` itself, where torch must see every step (compiling, tracing,
-    functional transforms, tensors of other kinds), and in a forward for readers that hand it `to_kernels`. `leaves` are
-    what gradients reach; `is_drawn` says that each computation draws random numbers.
-    """
-    if (
-        fused.sees_every_step()
-        or type(own) is not nn.Parameter
-        or own.layout is not torch.strided
-        or any(type(t) not in (Tensor, nn.Parameter) for t in leaves)
-    ):
-        return module.value_read(name)
-    given = _GIVEN.setdefault(module, {})
-    shown = given.get(name)
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    trained = tuple(t for t in leaves if t.requires_grad) if grad else ()
-    state = id(module.lora), module.training, grad, inference
-    key = (id(own), own.data_ptr(), own.shape, *state, tuple(map(id, trained)), _versions(trained))
-    as_value = to_kernels and (_SCOPE.get() is not None or own.is_cuda)
-    if shown is not None and shown.lora_key == key:
-        return shown.lora_shown() if as_value else shown
-
-    twin, layer, called = _twin(module), weakref.ref(module), f"The {name} of {module.lora_path!r}"
-    compute = functools.partial(type(module).value_read, twin, name)
-    through = trained and not is_drawn and all(any(t is p for p in twin._parameters.values()) for t in trained)
-
-    def computed() -> Tensor:
-        live = layer()
-        if live is not None and live._parameters.get(name, own) is not own:
-            raise AdapterStateError(f"{called} was replaced after it was read: read it again.")
-        scope = _SCOPE.get()
-        place = (id(own), id(live), name, key)
-        if scope is not None and place in scope[1]:
-            value, version = scope[1][place]
-            if value._version == version:
-                return value
-        if through:
-            value = _Show.apply(compute, None, _versions(trained), *trained)
-        else:
-            value = compute()
-        if scope is not None and not is_drawn and not inference:
-            scope[1][place] = value, value._version
-        return value
-
-    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
-        alias: Any = torch.Tensor._make_subclass(ShownWeight, own.data, False)
-        if through:
-            alias = _Show.apply(compute, alias, _versions(trained), *trained)
-    made = _made(alias, own, computed, None, False)
-    made.lora_name = called
-    made.lora_is_trained = any(t.requires_grad for t in leaves)
-    made.lora_key = key
-    given[name] = made
-    return computed() if as_value else made
-
-
-def _twin(module: nn.Module) -> Any:
-    """`module` as it is now: it keeps these parameters when the layer gets others (torch.func.functional_call)."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__, _parameters=dict(module._parameters))
-    return twin
-
-
-def parameter_itself(p: Any) -> Any:
-    """The base's parameter where `p` is what a layer showed of it; else `p`."""
-    return p.lora_own if isinstance(p, ShownWeight) else p
-
-
-def forget(module: nn.Module) -> None:
-    """`module` gets other weights, which owe nothing to what it showed."""
-    _GIVEN.pop(module, None)
-
-
-def _registers(module: nn.Module, name: str, p: nn.Parameter | None) -> Any:
-    """torch calls this where a module is given a parameter: a shown weight is the base's parameter there."""
-    given = _GIVEN.get(module)
-    if given is not None and name in given and given[name].lora_was_used and p is not given[name].lora_own:
-        raise AdapterStateError(_counted_twice(given[name].lora_name))
-    if not isinstance(p, ShownWeight):
-        return None
-    if isinstance(module, ParametrizationList):
-        raise AdapterStateError(
-            f"{p.lora_name} is adapted, and what a parametrization computed from the base's alone would hide the "
-            "adapter from all who read it. Register parametrizations before inject, or call merge(model) first."
-        )
-    own = p.lora_own
-    return own if isinstance(own, nn.Parameter) else nn.Parameter(own, own.requires_grad)
-
-
-register_module_parameter_registration_hook(_registers)
+def counted_twice(name: str) -> str:
+    return (
+        f"{name} was read with its adapter in it, and is replaced or changed now: what was computed from it would get "
+        "the adapter a second time. Call merge(model) first, or remove(model). If the new value is the base's alone, "
+        "write it through load_state_dict."
+    )

@@ -15,7 +15,8 @@ from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.foreign import foreign_layout_of
 from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import adapters
-from lightning_lora.engine.layers.base import FACTORS, is_adapter
+from lightning_lora.engine.layers.base import is_adapter
+from lightning_lora.engine.layers.pair import FACTORS
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.overflow import largest, largest_in, too_large
 from lightning_lora.engine.present import check_some_of_ours

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.engine import LoRAConfig, adapters
 from lightning_lora.engine.bank import Bank, LayerFactors
 from lightning_lora.engine.layers import FACTORS
-from lightning_lora.engine.layers.base import BIAS, MAGNITUDE, START
+from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE, START
 from lightning_lora.engine.state import compare_bases, describe_base
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import AdapterFormatError, ConfigError, TargetError, listed

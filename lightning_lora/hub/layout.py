@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.layers.base import START
+from lightning_lora.engine.layers.pair import START
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.hub.peft import shape_in_file, tensor_key
 

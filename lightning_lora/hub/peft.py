@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from lightning_lora.engine.layers.base import BIAS, MAGNITUDE
+from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE
 from lightning_lora.engine.layers.tokens import TOKENS
 
 PREFIX = "base_model.model."

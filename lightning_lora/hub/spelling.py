@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.layers import Adapter, AdapterSpec, DoRA, Pair, ParameterLoRA, register_conv1d
-from lightning_lora.engine.layers.base import START
 from lightning_lora.engine.layers.linear import OutProjectionLoRA
+from lightning_lora.engine.layers.pair import START
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.targets import name_matches
 

@@ -32,7 +32,7 @@ from lightning_lora.engine.layers.frozen import freeze_statistics, has_running_s
 from lightning_lora.engine.optim import fit_optimizers, lora_plus
 from lightning_lora.engine.product_decay import product_decay
 from lightning_lora.engine.sharded import whole
-from lightning_lora.engine.shown import parameter_itself
+from lightning_lora.engine.shown import base_parameter
 from lightning_lora.engine.state import describe_base, load_adapter_state_dict, names_in_state_dict
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.tree import Tree, submodule
@@ -293,9 +293,8 @@ def check_only_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> N
     """Raise TrainingError for a parameter of `module` that an optimizer got after `setup_optimizers` made it right."""
     names = {id(p): name for name, p in Tree.of(module).parameters}
     saved = {id(t) for t in adapter_tensors(module).values()}
-    held = (
-        id(parameter_itself(p)) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-    )
+    given = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    held = (id(base_parameter(p)) for p in given)
     lost = [names[key] for key in held if key in names and key not in saved]
     if lost:
         raise TrainingError(

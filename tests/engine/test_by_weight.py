@@ -102,6 +102,16 @@ class Flipped(nn.ConvTranspose2d):
         return F.conv_transpose2d(x, self.weight.flip(-1), self.bias)
 
 
+class NormalisedInPlace(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(self.weight))
+        return super().forward(x)
+
+
 KINDS = [
     (Masked, LINEAR),
     (Cosine, LINEAR),
@@ -249,3 +259,41 @@ def test_a_bank_which_adds_updates_to_outputs_refuses_it_by_name(kind: Any, x: T
     with pytest.raises(TargetError, match=r"^'0'"):
         Bank(model, capacity=1, max_rank=2, target_modules=["0"])
     assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_what_a_forward_changes_in_place_is_what_it_reads_next(grad: bool, fullgraph: bool):
+    torch._dynamo.reset()
+    model = adapted(NormalisedInPlace)
+    randomise(model)
+    layer: Any = model[0]
+    A, B = layer.lora_A.detach(), layer.lora_B.detach().clone().requires_grad_()
+    W = layer._parameters["weight"].detach() + layer.lora.scale * B @ A
+    with torch.no_grad():
+        W.copy_(F.normalize(W))
+    expected = F.linear(LINEAR, W, layer.bias)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(LINEAR), expected)
+        y = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)(LINEAR)
+    torch.testing.assert_close(y, expected)
+    if grad:
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), layer.lora_B), torch.autograd.grad(expected.sum(), B))
+
+
+def test_a_forward_that_breaks_the_graph_of_torch_compile_adds_the_update_once():
+    class Breaks(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return x @ self.weight.t() + self.bias
+
+    torch._dynamo.reset()
+    model: Any = adapted(Breaks)
+    randomise(model)
+    assert not model[0].lora_by_weight
+    expected = reference(model)(LINEAR)
+    torch.testing.assert_close(model(LINEAR), expected)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(LINEAR), expected)

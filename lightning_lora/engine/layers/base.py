@@ -13,94 +13,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine import fused, shown
-from lightning_lora.engine.storage import can_be_dense, dense, is_plain, is_wrapper, shape_of
+from lightning_lora.engine import fused
+from lightning_lora.engine.layers.pair import BIAS, FACTORS, TENSORS, AdapterSpec, Pair
+from lightning_lora.engine.layers.reads import Reads
+from lightning_lora.engine.reads import forget
+from lightning_lora.engine.storage import can_be_dense
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError
 
-FACTORS = ("lora_A", "lora_B")
-"""The names under which a module holds its A and its B."""
-START = ("lora_A0", "lora_B0")
-"""Those of the frozen A and B that an initialiser began with, where B A was not zero: the update leaves them out."""
-MAGNITUDE = "lora_magnitude_vector"
-BIAS = "lora_B_bias"
-TENSORS = (*FACTORS, *START, MAGNITUDE, BIAS)
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """The numbers of one adapted layer."""
-
-    rank: int
-    alpha: float
-    scale: float
-    dropout: float = 0.0
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    keeps_precision: bool = True
-    """A and B stay in float32 when the model is cast to a narrower dtype (master weights)."""
-    parameters: Mapping[str, AdapterSpec] = field(default_factory=dict)
-    """The numbers of each of its parameters, where parameters are adapted and not what the module computes."""
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """One low-rank update: the parameter that it changes, and its factors as they are just now."""
-
-    name: str
-    """That of the module, or of the parameter where the module has several that are adapted."""
-    module: Adapter
-    parameter: str
-    spec: AdapterSpec
-    suffix: str
-    """What the names of its tensors end in."""
-
-    @property
-    def A(self) -> nn.Parameter:
-        factor: nn.Parameter = getattr(self.module, f"lora_A{self.suffix}")
-        return factor
-
-    @property
-    def B(self) -> nn.Parameter:
-        factor: nn.Parameter = getattr(self.module, f"lora_B{self.suffix}")
-        return factor
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether its update is zero as at the start: a factor is, or both are as they are in its frozen start."""
-        A0, B0 = (self.module._buffers.get(name + self.suffix) for name in START)
-        if self.A.is_meta:
-            return False  # nothing yet
-        if A0 is None or B0 is None:
-            return not bool(self.A.any()) or not bool(self.B.any())
-        return self.A.equal(A0) and self.B.equal(B0)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the parameter that it changes."""
-        weight = self.module._parameters.get(self.parameter)
-        return shape_of(weight) if weight is not None else (self.B.shape[0], self.A.shape[1])
-
-
-if TYPE_CHECKING:
-    _Host = nn.Module
-else:
-    _Host = object  # the mixin goes in front of a module's own class, which brings nn.Module
-
 NOT_GIVEN: Any = object()
 """In place of an input that was given by its name."""
-_INSIDE: ContextVar[dict[int, dict[Any, Tensor]] | None] = ContextVar("lora_inside", default=None)
-"""The layers whose own forward runs here, by identity, each with what it has read so far."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -109,22 +38,10 @@ def _name_of_input(cls: Any) -> str:
     return list(inspect.signature(cls.forward).parameters)[1]
 
 
-class Adapter(_Host):
+class Adapter(Reads):
     """What every adapted layer is, beside its own class: `isinstance(module, Adapter)` tells which ones are ours."""
 
     geometries: ClassVar[dict[type[nn.Module], type[Adapter]]] = {}
-    mixin: ClassVar[Any]
-    base_class: ClassVar[type[nn.Module]]
-
-    lora: AdapterSpec
-    lora_names: tuple[str, ...]
-    """The names under which it holds the tensors of its adapter."""
-    lora_path: str
-    """Its name in the model, for messages."""
-    lora_by_weight: ClassVar[bool] = False
-    """Whether its own forward reads the adapted weight, and no update is added to what it computes."""
-    lora_is_inside: bool = False
-    """Whether its own forward runs just now, in code that is being compiled (elsewhere `_INSIDE` says so)."""
     lora_A: nn.Parameter  # noqa: N815
     lora_B: nn.Parameter  # noqa: N815
     lora_A0: Tensor  # noqa: N815
@@ -231,21 +148,6 @@ class Adapter(_Host):
         base = self.base_forward(input, *args, **kwargs)
         return base if self.lora_by_weight else self.combine(base, self.update(input))
 
-    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's own class computes, in which it reads its own weight (see `read_attribute`)."""
-        if torch.compiler.is_compiling():
-            self.lora_is_inside = True
-            try:
-                return super().forward(*args, **kwargs)
-            finally:
-                self.lora_is_inside = False
-        # What is read is computed once in a forward: a mixture of experts reads its stack once for each expert.
-        token = _INSIDE.set({**(_INSIDE.get() or {}), id(self): {}})
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            _INSIDE.reset(token)
-
     def given_by_name(self, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The input, where it was given by the name that the module's own class has for it, and all else."""
         own_class: Any = type(self).base_class
@@ -260,73 +162,6 @@ class Adapter(_Host):
             f"{self.lora_path!r} is adapted, and TorchScript reads the code of a class, which an adapted one has not: "
             "call merge(model) first, or use torch.jit.trace or torch.compile."
         )
-
-    # Reads of a weight or a bias by its name, from outside of the layer or by its own class.
-
-    def read_attribute(self, name: str) -> Any:
-        """What `self.<name>` gives: to the module's own forward the base's own, unless it is adapted by its weight; to
-        all others the adapted one (see shown.py)."""
-        own = self.own(name)
-        reads = self.__dict__.get("lora_is_inside", False)
-        if not torch.compiler.is_compiling():
-            if shown.handles_parameters(sys._getframe(2)):
-                return own
-            reads = (_INSIDE.get() or {}).get(id(self))
-        is_inside = reads is not None and reads is not False
-        if is_inside and not self.lora_by_weight:
-            return own
-        if own is not None and not is_plain(own) and not is_wrapper(own):
-            if is_inside:
-                raise AdapterStateError(
-                    f"The {name} of {self.lora_path!r} was quantized after it was adapted, and its class reads it in a "
-                    "forward of its own: quantize first, or leave it out with exclude_modules."
-                )
-            return own  # its numbers are no weight for one who does not know how they are stored
-        if own is not None and self._awaits(own):
-            return own  # while weights are loaded into a model that was adapted on the meta device
-        if is_inside:
-            if not isinstance(reads, dict):
-                return self.value_read(name)
-            # What was computed without a graph is no answer for one who needs it (activation checkpointing).
-            key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-            if key not in reads:
-                reads[key] = self.value_read(name)
-            return reads[key]
-        if own is None and name != "bias":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if own is None:
-            return self.value_read(name)
-        is_drawn = self.lora_by_weight and self.training and self._drops(name)
-        leaves = self.shown_leaves()
-        return shown.show(self, name, own, leaves, is_drawn=is_drawn, to_kernels=self.lora_to_kernels)
-
-    lora_to_kernels: ClassVar[bool] = False
-    """Whether its reader hands the weight to kernels that do not ask what they are given."""
-
-    def value_read(self, name: str) -> Any:
-        """The adapted weight or bias, in the base's own precision. Raises AdapterStateError where it has none."""
-        if name == "bias":
-            bias, mine = self.own("bias"), self._parameters.get(BIAS)
-            if mine is None:
-                return bias
-            update = self.lora.scale * mine
-            return update.to(self.dense_weight().dtype) if bias is None else (bias + update).to(bias.dtype)
-        self.check_shown(name)
-        return self.adapted_weight(name, dropped=self.lora_by_weight).to(self.dense_weight(name).dtype)
-
-    def check_shown(self, name: str) -> None:
-        """Raise AdapterStateError where no weight of the base's shape computes what this layer does."""
-
-    def shown_leaves(self) -> tuple[Tensor, ...]:
-        """The tensors that an adapted weight depends on, and that may be trained."""
-        return tuple(p for p in self._parameters.values() if p is not None)
-
-    def _drops(self, name: str) -> bool:
-        spec = self.lora.parameters.get(name, self.lora)
-        return bool(spec.dropout or spec.rank_dropout or spec.module_dropout)
-
-    def _awaits(self, own: Tensor) -> bool:
-        return not own.is_meta and any(getattr(self, name).is_meta for name in self.lora_names)
 
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
         """The adapted output from the base's output and the unscaled update."""
@@ -370,26 +205,9 @@ class Adapter(_Host):
         with without_autocast(W):
             delta = self.delta_weight(parameter, dropped=dropped)
             fits = delta.stride() == W.stride() and delta.dtype == torch.promote_types(delta.dtype, W.dtype)
-            in_place = fits and type(delta) is Tensor and not torch.is_grad_enabled()
+            is_seen = torch.is_grad_enabled() or fused.sees_every_step()
+            in_place = fits and type(delta) is Tensor and not is_seen
             return delta.add_(W) if in_place else W + delta
-
-    def dense_weight(self, parameter: str = "weight") -> Tensor:
-        """The base's own weight, in floating point."""
-        W = self.own(parameter)
-        assert W is not None
-        return dense(self, W)
-
-    def own(self, parameter: str) -> Tensor | None:
-        """The base's own weight or bias: its parameter, or a plain attribute (in replicas of nn.DataParallel, after
-        pruning), or what its class computes in its place (parametrizations)."""
-        p: Tensor | None = self._parameters.get(parameter)
-        if p is not None:
-            return p
-        p = self.__dict__.get(parameter, self._buffers.get(parameter))
-        if p is None and parameter not in self._parameters:
-            computed = getattr(type(self).base_class, parameter, None)
-            p = computed.__get__(self, type(self)) if computed is not None else None
-        return p
 
     def merged_parameters(self) -> dict[str, Tensor]:
         """The values with which the layer's own parameters take the adapter in, each in its own precision."""
@@ -439,6 +257,7 @@ class Adapter(_Host):
             too_narrow = self.lora.keeps_precision and moved.dtype.itemsize < torch.float32.itemsize
             return t.to(moved.device, torch.float32) if too_narrow else moved
 
+        forget(self)  # what it showed keeps the memory that it leaves
         return super()._apply(move, recurse)
 
     def _load_from_state_dict(
@@ -448,7 +267,7 @@ class Adapter(_Host):
         ours = {prefix + name for name in self.lora_names}
         is_base_checkpoint = ours.isdisjoint(state_dict)
         found: list[str] = []
-        shown.forget(self)
+        forget(self)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, found, *rest)
         missing.extend(key for key in found if not (is_base_checkpoint and key in ours))
 

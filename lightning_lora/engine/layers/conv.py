@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.engine.layers.base import BIAS, NOT_GIVEN, Adapter, AdapterSpec, keeps_attributes
+from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter, keeps_attributes
+from lightning_lora.engine.layers.pair import BIAS, AdapterSpec
 from lightning_lora.errors import AdapterStateError, TargetError
 
 _EXACT = (torch.float32, torch.float64)

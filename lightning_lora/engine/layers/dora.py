@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.layers.base import MAGNITUDE, Adapter, Pair, without_autocast
+from lightning_lora.engine.layers.base import Adapter, without_autocast
+from lightning_lora.engine.layers.pair import MAGNITUDE, Pair
 from lightning_lora.engine.sharded import fill, is_own, whole
 from lightning_lora.engine.storage import can_be_dense, is_quantized
 from lightning_lora.errors import TargetError

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.engine.layers.base import Adapter, AdapterSpec, has_own_forward
+from lightning_lora.engine.layers.base import Adapter, has_own_forward
+from lightning_lora.engine.layers.pair import AdapterSpec
 from lightning_lora.errors import TargetError
 
 

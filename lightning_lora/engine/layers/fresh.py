@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
-from lightning_lora.engine.layers.base import BIAS, FACTORS, MAGNITUDE, START, Adapter, AdapterSpec
+from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.dora import output_norms
+from lightning_lora.engine.layers.pair import BIAS, FACTORS, MAGNITUDE, START, AdapterSpec
 from lightning_lora.engine.overflow import largest, too_large
 from lightning_lora.engine.sharded import whole
 from lightning_lora.engine.storage import can_be_dense, dense, dtype_of, is_plain, shape_of

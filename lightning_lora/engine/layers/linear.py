@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.engine import fused
-from lightning_lora.engine.layers.base import BIAS, FACTORS, NOT_GIVEN, Adapter, keeps_attributes
+from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter, keeps_attributes
 from lightning_lora.engine.layers.by_weight import ByWeight
+from lightning_lora.engine.layers.pair import BIAS, FACTORS
 from lightning_lora.engine.layers.straight_through import straight_through
 from lightning_lora.engine.storage import is_wrapper
 

@@ -8,16 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.layers.base import (
-    MAGNITUDE,
-    START,
-    Adapter,
-    AdapterSpec,
-    Pair,
-    kept_ranks,
-    without_autocast,
-)
+from lightning_lora.engine.layers.base import Adapter, kept_ranks, without_autocast
 from lightning_lora.engine.layers.by_weight import kept_columns
+from lightning_lora.engine.layers.pair import MAGNITUDE, START, AdapterSpec, Pair
 from lightning_lora.engine.storage import is_plain
 from lightning_lora.errors import AdapterStateError, TargetError
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.engine.layers.base import BIAS, FACTORS, Adapter, AdapterSpec, is_adapter
+from lightning_lora.engine.layers.base import Adapter, is_adapter
+from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec
+from lightning_lora.engine.layers.reads import Reads
+from lightning_lora.engine.reads import forget
 from lightning_lora.engine.sharded import check_unsharded
-from lightning_lora.engine.shown import forget
 from lightning_lora.engine.swap import REMEMBERED, remembered, swapped_class
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError, TargetError
@@ -72,7 +74,7 @@ _OWN = "own names"
 
 def _find_own_names(mixin: type) -> frozenset[str]:
     geometry: Any = mixin
-    defined = (name for cls in mixin.__mro__ if issubclass(cls, Adapter) for name in vars(cls))
+    defined = (name for cls in mixin.__mro__ if issubclass(cls, Reads) for name in vars(cls))
     ours = (n for n in defined if not hasattr(nn.Module, n) and n not in geometry.replaces and n != REMEMBERED)
     return frozenset((*FACTORS, "lora", *ours))
 

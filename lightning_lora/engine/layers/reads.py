@@ -1,0 +1,179 @@
+"""What an adapted layer gives to whoever reads its weight or its bias: its own class's forward, or code around it."""
+
+from __future__ import annotations
+
+import sys
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine import fused
+from lightning_lora.engine.layers.pair import BIAS, AdapterSpec
+from lightning_lora.engine.reads import show
+from lightning_lora.engine.storage import dense, is_plain, is_wrapper
+from lightning_lora.errors import AdapterStateError
+
+if TYPE_CHECKING:
+    _Host = nn.Module
+else:
+    _Host = object  # the mixin goes in front of a module's own class, which brings nn.Module
+
+_INSIDE: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("lora_inside", default=None)
+"""The layers whose own forward runs here, by identity, each with what it has read so far."""
+
+
+def _handles_parameters() -> bool:
+    """Whether the code that reads an attribute, three calls up by the property of swap.py, asks for the parameter
+    itself: what shards, moves or stores the parameters of any module, and nn.Module.get_parameter."""
+    if torch.compiler.is_compiling():
+        return False
+    reader = sys._getframe(3)
+    return reader.f_code is _GET_PARAMETER or reader.f_globals.get("__name__", "").startswith(_HANDLERS)
+
+
+_HANDLERS = ("torch.distributed.", "accelerate.", "deepspeed.", "safetensors.")
+_GET_PARAMETER = nn.Module.get_parameter.__code__
+
+
+class Reads(_Host):
+    """That part of every adapted layer."""
+
+    mixin: ClassVar[Any]
+    base_class: ClassVar[type[nn.Module]]
+
+    lora: AdapterSpec
+    lora_names: tuple[str, ...]
+    """The names under which it holds the tensors of its adapter."""
+    lora_path: str
+    """Its name in the model, for messages."""
+    lora_by_weight: ClassVar[bool] = False
+    """Whether its own forward reads the adapted weight, and no update is added to what it computes."""
+    lora_inside: dict[str, Any] | None = None
+    """What its own forward, which runs just now, has read so far, for code that is being compiled (for all else
+    `_INSIDE` says so, thread by thread)."""
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own class computes, in which it reads its own weight (see `read_attribute`)."""
+        # What is read is computed once in a forward: a mixture of experts reads its stack once for each expert.
+        so_far = {"grad": torch.is_grad_enabled()}
+        if torch.compiler.is_compiling():
+            self.lora_inside = so_far
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                self.lora_inside = None
+        token = _INSIDE.set({**(_INSIDE.get() or {}), id(self): so_far})
+        self.__dict__["lora_inside"] = so_far  # what it calls may be compiled, where context variables are not known
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _INSIDE.reset(token)
+            self.__dict__.pop("lora_inside", None)
+
+    # Reads of a weight or a bias by its name, from outside of the layer or by its own class.
+
+    def read_attribute(self, name: str) -> Any:
+        """What `self.<name>` gives: to the module's own forward the base's own, unless it is adapted by its weight; to
+        all others the adapted one (see reads.py)."""
+        own = self.own(name)
+        so_far = self.lora_inside if torch.compiler.is_compiling() else (_INSIDE.get() or {}).get(id(self))
+        if so_far is not None and not self.lora_by_weight:
+            return own
+        if fused.is_symbolic():
+            raise AdapterStateError(
+                f"The {name} of {self.lora_path!r} was read while torch.fx traces the model. It is adapted, and a "
+                "graph of torch.fx cannot hold W + s B A: call merge(model) first, or use torch.export."
+            )
+        if own is not None and _handles_parameters():
+            return own  # fully_shard, for one, takes what it reads for the parameter that it shards
+        if own is not None and not is_plain(own) and not is_wrapper(own):
+            if so_far is not None:
+                raise AdapterStateError(
+                    f"The {name} of {self.lora_path!r} was quantized after it was adapted, and its class reads it in a "
+                    "forward of its own: quantize first, or leave it out with exclude_modules."
+                )
+            return own  # its numbers are no weight for one who does not know how they are stored
+        if own is not None and self._awaits(own):
+            return own  # while weights are loaded into a model that was adapted on the meta device
+        if so_far is not None:
+            return self._read_inside(name, so_far)
+        if own is None and name != "bias":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if own is None:
+            return self.value_read(name)
+        is_drawn = self.lora_by_weight and self.training and self._drops(name)
+        leaves = self.shown_leaves()
+        return show(self, name, own, leaves, is_drawn=is_drawn, to_kernels=self.lora_to_kernels)
+
+    def _read_inside(self, name: str, so_far: dict[str, Any]) -> Any:
+        """The value that the module's own forward reads: the same one each time, since it may change it in place."""
+        value, has_graph, version = so_far.get(name, (None, False, 0))
+        if value is not None and (has_graph or not torch.is_grad_enabled()):
+            return value
+        if value is not None and value._version != version:
+            raise AdapterStateError(
+                f"The forward of {self.lora_path!r} ({type(self).base_class.__name__}) changed its {name} in place "
+                "where gradients were off, and reads it where they are on: leave it out with exclude_modules."
+            )
+        # With a graph from the start, where the forward has one: a class may change it in place under no_grad.
+        with torch.set_grad_enabled(so_far["grad"] or torch.is_grad_enabled()):
+            value = self.value_read(name)
+            has_graph = torch.is_grad_enabled()
+        version = 0
+        if value is not None and not torch.compiler.is_compiling():
+            is_inference = value.is_inference()
+            has_graph, version = has_graph and not is_inference, 0 if is_inference else value._version
+        so_far[name] = value, has_graph, version
+        return value
+
+    lora_to_kernels: ClassVar[bool] = False
+    """Whether its reader hands the weight to kernels that do not ask what they are given."""
+
+    def value_read(self, name: str) -> Any:
+        """The adapted weight or bias, in the base's own precision. Raises AdapterStateError where it has none."""
+        if name == "bias":
+            bias, mine = self.own("bias"), self._parameters.get(BIAS)
+            if mine is None:
+                return bias
+            update = self.lora.scale * mine
+            return update.to(self.dense_weight().dtype) if bias is None else (bias + update).to(bias.dtype)
+        self.check_shown(name)
+        return self.adapted_weight(name, dropped=self.lora_by_weight).to(self.dense_weight(name).dtype)
+
+    def check_shown(self, name: str) -> None:
+        """Raise AdapterStateError where no weight of the base's shape computes what this layer does."""
+
+    def shown_leaves(self) -> tuple[Tensor, ...]:
+        """The tensors that an adapted weight depends on, and that may be trained."""
+        return tuple(p for p in self._parameters.values() if p is not None)
+
+    def _drops(self, name: str) -> bool:
+        spec = self.lora.parameters.get(name, self.lora)
+        return bool(spec.dropout or spec.rank_dropout or spec.module_dropout)
+
+    def _awaits(self, own: Tensor) -> bool:
+        return not own.is_meta and any(getattr(self, name).is_meta for name in self.lora_names)
+
+    def dense_weight(self, parameter: str = "weight") -> Tensor:
+        """The base's own weight, in floating point."""
+        W = self.own(parameter)
+        assert W is not None
+        return dense(self, W)
+
+    def own(self, parameter: str) -> Tensor | None:
+        """The base's own weight or bias: its parameter, or a plain attribute (in replicas of nn.DataParallel, after
+        pruning), or what its class computes in its place (parametrizations)."""
+        p: Tensor | None = self._parameters.get(parameter)
+        if p is not None:
+            return p
+        p = self.__dict__.get(parameter, self._buffers.get(parameter))
+        if p is None and parameter not in self._parameters:
+            computed = getattr(type(self).base_class, parameter, None)
+            p = computed.__get__(self, type(self)) if computed is not None else None
+        return p
+
+    def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
+        """The weight with the adapter in it, in float32 or wider, whatever autocast says."""
+        raise NotImplementedError
