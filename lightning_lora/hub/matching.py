@@ -26,6 +26,7 @@ from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, names_of_tensors, tensor_named
+from lightning_lora.hub.old_experts import Recipe, restacked
 from lightning_lora.hub.old_names import renamed_config, renamed_key, todays_names
 from lightning_lora.hub.peft_config import exact_pattern, with_own_fields
 from lightning_lora.hub.reading import Header, TensorFile
@@ -55,6 +56,8 @@ class Fit:
     """Tensors that are trained but not in the file, which keep the base's values."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of all tensors in the file, by its keys."""
+    recipes: Mapping[str, Recipe]
+    """Keys that stand for several tensors in the file -> how these are put together."""
     where: str
 
     def read(self, file: TensorFile | Mapping[str, Tensor], *, compare_base: bool = True) -> dict[str, Tensor]:
@@ -65,7 +68,7 @@ class Fit:
         problems = []
         are_finite = isinstance(file, TensorFile) and file.are_finite()
         for name, (key, *same) in self.sources.items():
-            value = file[key]
+            value = self.recipes[key](file) if key in self.recipes else file[key]
             if not (are_finite or is_finite(value)):
                 problems.append(f"{key} holds values that are not finite")
             unequal = [other for other in same if not _equal(file[other], value)]
@@ -156,6 +159,7 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
     names = todays_names(root, header.shapes)
     keys = {key: renamed_key(peft.plain_key(key), names) for key in header.shapes}
     config = renamed_config(config, root, peft.adapted_names(map(peft.plain_key, header.shapes)), names)
+    config, header, keys, recipes = restacked(root, config, header, keys, where)
     relative = _with_tied(root, _for_engine(root, config), keys.values())
     selection = select(root, relative)
     if not _has_bias(root, selection, config.bias):
@@ -184,6 +188,7 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
         base=base,
         kept=sorted(optional.difference(sources)),
         shapes=header.shapes,
+        recipes=recipes,
         where=where,
     )
 

@@ -26,7 +26,7 @@ Renaming = Callable[[str], str]
 
 def todays_names(root: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """Of the modules and tensors that the tensors called `keys` are about: each old name -> what it is called in `root`
-    today. Only those that `root` does not have under their old names."""
+    today. Only those that `root` does not have under their old names; experts are not there under today's either."""
     tree = Tree.of(root)
     there = {name for name, _ in tree.every} | {name for name, _ in tree.tensors}
     keys = list(map(peft.plain_key, keys))
@@ -39,8 +39,8 @@ def todays_names(root: nn.Module, keys: Iterable[str]) -> dict[str, str]:
         return {}
     # The tables are about tensors.
     found = {name: renaming(f"{name}.weight").removesuffix(".weight") for name in modules - there}
-    found |= {name: renaming(name) for name in tensors - there}
-    return {old: new for old, new in found.items() if new != old and new in there}
+    found |= {name: new for name in tensors - there if (new := renaming(name)) in there}
+    return {old: new for old, new in found.items() if new != old}
 
 
 def renamed_key(key: str, names: dict[str, str]) -> str:
