@@ -57,74 +57,81 @@ def restacked(root: nn.Module, config: LoRAConfig, header: Header, keys: dict[st
     Raises AdapterFormatError for experts of which some have no pair, and for what has no place in a stack."""
     plain = {key: file for file, key in keys.items()}
     adapted = peft.adapted_names(plain)
-    tables: list[tuple[list[tuple[str, str]], str]] | None = None
-    stacks: dict[tuple[str, str, int], dict[int, dict[int, str]]] = {}
-    routers = []
     tree = Tree.of(root)
-    there = {name for name, _ in tree.every}
-    for name in sorted(adapted):
-        if name in there:
-            module = tree.by_name.get(name)
-            is_weight = module is not None and geometry_of(type(module)) is None and "weight" in module._parameters
-            if is_weight and not config.target_parameters:  # else the file is about parameters already
-                routers.append(name)
-            continue
-        tables = _tables(root) if tables is None else tables
-        for ends, parameter in tables:
-            for part, (head, tail) in enumerate(ends):
-                if found := re.fullmatch(rf"(.*{re.escape(head)})\.(\d+)\.{re.escape(tail)}", name):
-                    stack = stacks.setdefault((found[1], parameter, len(ends)), {})
-                    stack.setdefault(int(found[2]), {})[part] = name
+    parameters = dict(tree.parameters)
+    stacks = _stacks(root, sorted(adapted - {name for name, _ in tree.every}), parameters)
+    routers = [] if config.target_parameters else sorted(name for name in adapted if _is_weight_alone(tree, name))
     if not stacks and not routers:
         return Restacked(config, header, keys, {})
-    parameters = dict(tree.parameters)
-    own: dict[str, list[str]] = {}
-    for module, parameter, _ in stacks:
-        own.setdefault(module, []).append(parameter)
-    own = {m: [n for n in tree.by_name[m]._parameters if n in names] for m, names in own.items() if m in tree.by_name}
     keys_of = _by_module(plain, adapted)
-    shapes, floating, recipes = dict(header.shapes), dict(header.floating), {}
-    ranks, alphas = {}, {}
+    own = {at: [n for n in tree.by_name[at]._parameters if (at, n) in stacks] for at, _ in stacks}
+    shapes, floating = dict(header.shapes), dict(header.floating)
+    recipes: dict[str, Recipe] = {}
     made_of: set[str] = set()
-    standing: dict[str, str] = {}
-    for (module, parameter, count), experts in stacks.items():
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for (module, parameter), (count, experts) in stacks.items():
         target = f"{module}.{parameter}"
-        if target not in parameters:
-            continue  # and so its keys are unexpected
-        W = parameters[target]
-        parts = {
-            e: {p: _part(name, keys_of[name], plain, where) for p, name in by.items()} for e, by in experts.items()
-        }
-        rank, scale, made = _stack(config, header, target, tuple(W.shape), count, parts, where)
+        shape = tuple(parameters[target].shape)
+        parts = {e: {p: _part(n, keys_of[n], plain, where) for p, n in by.items()} for e, by in experts.items()}
+        rank, scale, made = _stack(config, header, target, shape, count, parts, where)
         ranks[target] = rank
         alphas[target] = scale * (math.sqrt(rank) if config.use_rslora else rank)
         for factor, recipe in made.items():
             key = peft.tensor_key(f"{module}.{factor}_{parameter}", {module}, (), own)
-            recipes[key], standing[key] = recipe, key
-            E, out, width = W.shape
-            shapes[key] = (E * rank, width) if factor == "lora_A" else (out, rank * E)
-            floating[key] = True
+            recipes[key], floating[key] = recipe, True
+            shapes[key] = (shape[0] * rank, shape[2]) if factor == "lora_A" else (shape[1], rank * shape[0])
         made_of.update(key for by in parts.values() for part in by.values() for key in (part.A, part.B))
-    shapes = {key: shape for key, shape in shapes.items() if key not in made_of}
-    keys = {key: name for key, name in keys.items() if key not in made_of} | standing
-    kept = sorted(name for name in adapted & there if name not in routers)
-    targets = config.target_modules
-    if not kept:
-        targets = []
-    elif targets == "all-linear" or [n for n in (*kept, *routers) if name_matches(targets, n)] != kept:
-        targets = exact_targets(kept, [n for n in there if n not in kept])
-    of_kept = {name: name for name in kept} | {f"{name}.weight": name for name in routers}
-    ranks |= {new: config.rank_of(name) for new, name in of_kept.items()}
-    alphas |= {new: config.alpha_of(name) for new, name in of_kept.items()}
-    changed = replace(
+    shapes = {key: of_key for key, of_key in shapes.items() if key not in made_of}
+    keys = {key: name for key, name in keys.items() if key not in made_of} | {key: key for key in recipes}
+    kept = sorted(name for name in adapted if name in tree.by_name and name not in routers)
+    names = {name: name for name in kept} | {f"{name}.weight": name for name in routers}
+    config = _config(config, tree, kept, routers, [*ranks, *(f"{name}.weight" for name in routers)])
+    ranks |= {new: config.rank_of(name) for new, name in names.items()}
+    alphas |= {new: config.alpha_of(name) for new, name in names.items()}
+    config = replace(
         config,
-        target_modules=targets,
-        target_parameters=sorted({*(config.target_parameters or []), *(set(ranks) - set(kept))}),
         rank_pattern=exact_pattern(ranks, config.rank),
         alpha_pattern=exact_pattern(alphas, config.alpha),
-        **({} if targets else {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}),
     )
-    return Restacked(changed, replace(header, shapes=shapes, floating=floating), keys, recipes)
+    return Restacked(config, replace(header, shapes=shapes, floating=floating), keys, recipes)
+
+
+def _stacks(
+    root: nn.Module, names: list[str], parameters: Mapping[str, Tensor]
+) -> dict[tuple[str, str], tuple[int, dict[int, dict[int, str]]]]:
+    """The parameters, each by its module and its own name, that the modules called `names` became parts of: of how many
+    parts, and which is which expert's. A name that no table knows is left out."""
+    tables = _tables(root) if names else []
+    stacks: dict[tuple[str, str], tuple[int, dict[int, dict[int, str]]]] = {}
+    for name in names:
+        for ends, parameter in tables:
+            for part, (head, tail) in enumerate(ends):
+                found = re.fullmatch(rf"(.*{re.escape(head)})\.(\d+)\.{re.escape(tail)}", name)
+                if found and f"{found[1]}.{parameter}" in parameters:
+                    _, experts = stacks.setdefault((found[1], parameter), (len(ends), {}))
+                    experts.setdefault(int(found[2]), {})[part] = name
+    return stacks
+
+
+def _is_weight_alone(tree: Tree, name: str) -> bool:
+    """Whether it is a module that was linear and is none any more, such as a router, but has the weight still."""
+    module = tree.by_name.get(name)
+    return module is not None and geometry_of(type(module)) is None and "weight" in module._parameters
+
+
+def _config(config: LoRAConfig, tree: Tree, kept: list[str], routers: list[str], parameters: list[str]) -> LoRAConfig:
+    """`config` for the modules `kept` of those that it named, and for `parameters` in place of the others."""
+    config = replace(config, target_parameters=sorted({*(config.target_parameters or []), *parameters}))
+    targets = config.target_modules
+    if not kept:
+        return replace(config, target_modules=[], exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+    if targets == "all-linear" or [n for n in (*kept, *routers) if name_matches(targets, n)] != kept:
+        meant = set(kept)
+        others = [name for name, _ in tree.every if name not in meant]
+        targets = exact_targets(kept, others)
+        return replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+    return config
 
 
 def _by_module(keys: Iterable[str], modules: Set[str]) -> dict[str, list[str]]:
@@ -200,7 +207,7 @@ def _stack(
     return rank, scale, {"lora_A": A, "lora_B": B}
 
 
-def _tables(root: nn.Module) -> list[tuple[list[tuple[str, str]], str]]:
+def _tables(root: Any) -> list[tuple[list[tuple[str, str]], str]]:
     """How the weights of experts became stacks: of each part what is before and after the number of the expert, and the
     name of the parameter."""
     if "transformers" not in sys.modules or not hasattr(root, "config"):

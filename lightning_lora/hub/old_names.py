@@ -74,7 +74,7 @@ def renamed_config(config: LoRAConfig, root: nn.Module, adapted: Iterable[str], 
     return replace(config, **changes)
 
 
-def _of_transformers(root: nn.Module) -> Renaming | None:
+def _of_transformers(root: Any) -> Renaming | None:
     """How transformers renames the tensors of an old checkpoint for `root`, if that is one of its models."""
     if "transformers" not in sys.modules or not hasattr(root, "config"):
         return None
