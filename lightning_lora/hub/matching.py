@@ -154,11 +154,13 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
 
 
 def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
-    root = _root(model, header)
+    plain = {key: peft.plain_key(key) for key in header.shapes}
+    adapts = peft.adapted_names(plain.values())
+    root = _root(model, header, adapts)
     config = with_own_fields(config, header.note.get("config"), where)
-    names = todays_names(root, header.shapes)
-    keys = {key: renamed_key(peft.plain_key(key), names) for key in header.shapes}
-    config = renamed_config(config, root, peft.adapted_names(map(peft.plain_key, header.shapes)), names)
+    names = todays_names(root, plain.values(), adapts)
+    keys = {key: renamed_key(name, names) for key, name in plain.items()} if names else plain
+    config = renamed_config(config, root, adapts, names)
     config, header, keys, recipes = restacked(root, config, header, keys, where)
     relative = _with_tied(root, _for_engine(root, config), keys.values())
     selection = select(root, relative)
@@ -198,10 +200,9 @@ def _adapted(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]]) -> Adapte
     return Adapted(shapes, {end: part.rank for end, part in parts.items()})
 
 
-def _root(model: nn.Module, header: Header) -> nn.Module:
-    """The module of `model` in which every module that the file adapts has its name; what is its root by its shape if
-    none has."""
-    wanted = peft.adapted_names(map(peft.plain_key, header.shapes))
+def _root(model: nn.Module, header: Header, wanted: set[str]) -> nn.Module:
+    """The module of `model` in which every module that the file adapts, `wanted`, has its name; what is its root by its
+    shape if none has."""
     theirs = header.note.get("base_fingerprint")
     place = place_of(
         model,

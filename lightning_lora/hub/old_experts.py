@@ -58,8 +58,9 @@ def restacked(root: nn.Module, config: LoRAConfig, header: Header, keys: dict[st
     plain = {key: file for file, key in keys.items()}
     adapted = peft.adapted_names(plain)
     tree = Tree.of(root)
-    parameters = dict(tree.parameters)
-    stacks = _stacks(root, sorted(adapted - {name for name, _ in tree.every}), parameters)
+    absent = adapted - {name for name, _ in tree.every}
+    parameters = dict(tree.parameters) if absent else {}
+    stacks = _stacks(root, sorted(absent), parameters)
     routers = [] if config.target_parameters else sorted(name for name in adapted if _is_weight_alone(tree, name))
     if not stacks and not routers:
         return Restacked(config, header, keys, {})
