@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.foreign import other_prefix
-from lightning_lora.engine.inject import tensors_trained_whole, weight_users
+from lightning_lora.engine.inject import tensors_trained_whole
 from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.plan import promised
@@ -32,6 +31,7 @@ from lightning_lora.hub.peft_config import exact_pattern, with_own_fields
 from lightning_lora.hub.reading import Header, TensorFile
 from lightning_lora.hub.roots import adapter_root, place_of
 from lightning_lora.hub.spelling import exact_targets
+from lightning_lora.hub.tied import with_tied
 
 _LOADABLE = (
     ". Where the vocabulary was resized before the training, load it with the adapter: "
@@ -162,7 +162,7 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
     keys = {key: renamed_key(name, names) for key, name in plain.items()} if names else plain
     config = renamed_config(config, root, adapts, names)
     config, header, keys, recipes = restacked(root, config, header, keys, where)
-    relative = _with_tied(root, _for_engine(root, config), keys.values())
+    relative = with_tied(root, _for_engine(root, config), keys.values())
     selection = select(root, relative)
     if not _has_bias(root, selection, config.bias):
         relative = replace(relative, bias="none")
@@ -248,32 +248,6 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
         rank_pattern={},
         alpha_pattern={},
     )
-
-
-def _with_tied(root: nn.Module, config: LoRAConfig, keys: Iterable[str]) -> LoRAConfig:
-    """`config` with the modules that the file has beside one that it names and that shares its weight.
-
-    Where PEFT keeps tied layers tied (ensure_weight_tying), it adapts or trains both, and writes one of the names."""
-    tree = Tree.of(root)
-    users = weight_users(tree.modules)
-    tied = {id(m): {n for n, _ in group} for group in users.values() if len(group) > 1 for _, m in group}
-    if not tied:
-        return config
-    adapted = peft.adapted_names(keys)
-    whole = {peft.base_name(key).rpartition(".")[0] for key in keys} - adapted
-    targets, saved = config.target_modules, config.modules_to_save or []
-
-    def beside(pattern: str | list[str], there: set[str]) -> list[str]:
-        named = [m for name, m in tree.modules if name and id(m) in tied and name_matches(pattern, name)]
-        found = {name for m in named for name in tied[id(m)]} & there
-        return sorted(name for name in found if not name_matches(pattern, name))
-
-    if targets and targets != "all-linear" and (more := beside(targets, adapted)):
-        if isinstance(targets, str):
-            targets = "|".join([f"(?:{targets})", *map(re.escape, more)])
-        else:
-            targets = [*targets, *more]
-    return replace(config, target_modules=targets, modules_to_save=[*saved, *beside(saved, whole)] or None)
 
 
 def _rows(indices: Any, modules: Mapping[str, nn.Module]) -> Any:
