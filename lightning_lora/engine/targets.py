@@ -42,10 +42,15 @@ def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Se
     Raises TargetError for an entry that matches nothing, naming the closest names there are, and for one that matches
     a module that cannot be adapted; AdapterStateError where another library has put adapters into `model`.
     """
-    register_conv1d()
-    register_bitsandbytes()
     tree = tree or Tree.of(model)
     check_none_of_others(model, tree, lambda: _named(tree, config))
+    return meant_by(config, model, tree)
+
+
+def meant_by(config: LoRAConfig, model: nn.Module, tree: Tree) -> Selection:
+    """As `select`, of a model that may be adapted already."""
+    register_conv1d()
+    register_bitsandbytes()
     saved = _saved_modules(model, config, tree)
     there = Candidates(tree, {id(m) for module in saved.values() for m in module.modules()})
 

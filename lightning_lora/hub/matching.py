@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.foreign import other_prefix
-from lightning_lora.engine.inject import tensors_trained_whole, weight_users
+from lightning_lora.engine.inject import tensors_trained_whole
 from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.plain_names import with_plain_names, without_wrappers
@@ -27,11 +26,13 @@ from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.layout import Adapted, Layout, layout_of, member, names_of_tensors, tensor_named
+from lightning_lora.hub.old_experts import Recipe, restacked
 from lightning_lora.hub.old_names import renamed_config, renamed_key, todays_names
 from lightning_lora.hub.peft_config import exact_pattern, with_own_fields
 from lightning_lora.hub.reading import Header, TensorFile
 from lightning_lora.hub.roots import adapter_root, place_of
 from lightning_lora.hub.spelling import exact_targets
+from lightning_lora.hub.tied import with_tied
 
 _LOADABLE = (
     ". Where the vocabulary was resized before the training, load it with the adapter: "
@@ -56,6 +57,8 @@ class Fit:
     """Tensors that are trained but not in the file, which keep the base's values."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of all tensors in the file, by its keys."""
+    recipes: Mapping[str, Recipe]
+    """Keys that stand for several tensors in the file -> how these are put together."""
     where: str
 
     def read(self, file: TensorFile | Mapping[str, Tensor], *, compare_base: bool = True) -> dict[str, Tensor]:
@@ -66,7 +69,7 @@ class Fit:
         problems = []
         are_finite = isinstance(file, TensorFile) and file.are_finite()
         for name, (key, *same) in self.sources.items():
-            value = file[key]
+            value = self.recipes[key](file) if key in self.recipes else file[key]
             if not (are_finite or is_finite(value)):
                 problems.append(f"{key} holds values that are not finite")
             unequal = [other for other in same if not _equal(file[other], value)]
@@ -152,13 +155,16 @@ def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> 
 
 
 def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
-    root = _root(model, header)
+    plain = {key: peft.plain_key(key) for key in header.shapes}
+    adapts = peft.adapted_names(plain.values())
+    root = _root(model, header, adapts)
     config = with_own_fields(config, header.note.get("config"), where)
     config = with_plain_names(config, Tree.of(root), of_file=True)
-    names = todays_names(root, header.shapes)
-    keys = {key: renamed_key(peft.plain_key(key), names) for key in header.shapes}
-    config = renamed_config(config, root, peft.adapted_names(map(peft.plain_key, header.shapes)), names)
-    relative = _with_tied(root, _for_engine(root, config), keys.values())
+    names = todays_names(root, plain.values(), adapts)
+    keys = {key: renamed_key(name, names) for key, name in plain.items()} if names else plain
+    config = renamed_config(config, root, adapts, names)
+    config, header, keys, recipes = restacked(root, config, header, keys, where)
+    relative = with_tied(root, _for_engine(root, config), keys.values())
     selection = select(root, relative)
     if not _has_bias(root, selection, config.bias):
         relative = replace(relative, bias="none")
@@ -186,6 +192,7 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
         base=base,
         kept=sorted(optional.difference(sources)),
         shapes=header.shapes,
+        recipes=recipes,
         where=where,
     )
 
@@ -195,10 +202,9 @@ def _adapted(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]]) -> Adapte
     return Adapted(shapes, {end: part.rank for end, part in parts.items()})
 
 
-def _root(model: nn.Module, header: Header) -> nn.Module:
-    """The module of `model` in which every module that the file adapts has its name; what is its root by its shape if
-    none has."""
-    wanted = peft.adapted_names(map(peft.plain_key, header.shapes))
+def _root(model: nn.Module, header: Header, wanted: set[str]) -> nn.Module:
+    """The module of `model` in which every module that the file adapts, `wanted`, has its name; what is its root by its
+    shape if none has."""
     theirs = header.note.get("base_fingerprint")
     for names in (wanted, set(map(without_wrappers, wanted))):
         place = place_of(
@@ -247,32 +253,6 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
         rank_pattern={},
         alpha_pattern={},
     )
-
-
-def _with_tied(root: nn.Module, config: LoRAConfig, keys: Iterable[str]) -> LoRAConfig:
-    """`config` with the modules that the file has beside one that it names and that shares its weight.
-
-    Where PEFT keeps tied layers tied (ensure_weight_tying), it adapts or trains both, and writes one of the names."""
-    tree = Tree.of(root)
-    users = weight_users(tree.modules)
-    tied = {id(m): {n for n, _ in group} for group in users.values() if len(group) > 1 for _, m in group}
-    if not tied:
-        return config
-    adapted = peft.adapted_names(keys)
-    whole = {peft.base_name(key).rpartition(".")[0] for key in keys} - adapted
-    targets, saved = config.target_modules, config.modules_to_save or []
-
-    def beside(pattern: str | list[str], there: set[str]) -> list[str]:
-        named = [m for name, m in tree.modules if name and id(m) in tied and name_matches(pattern, name)]
-        found = {name for m in named for name in tied[id(m)]} & there
-        return sorted(name for name in found if not name_matches(pattern, name))
-
-    if targets and targets != "all-linear" and (more := beside(targets, adapted)):
-        if isinstance(targets, str):
-            targets = "|".join([f"(?:{targets})", *map(re.escape, more)])
-        else:
-            targets = [*targets, *more]
-    return replace(config, target_modules=targets, modules_to_save=[*saved, *beside(saved, whole)] or None)
 
 
 def _rows(indices: Any, modules: Mapping[str, nn.Module]) -> Any:

@@ -33,11 +33,13 @@ def config_as_peft(data: Mapping[str, Any], keys: list[str], where: str) -> dict
     if kind not in ("lora", "dora"):
         raise AdapterFormatError(f"{where} is of mlx-lm, with fine_tune_type={kind!r}: that is no adapter.")
     parameters = data["lora_parameters"]
-    rank, scale = (parameters.get(name) if isinstance(parameters, Mapping) else None for name in ("rank", "scale"))
+    given: dict[str, Any] = dict(parameters) if isinstance(parameters, Mapping) else {}
+    rank: Any = given.get("rank")
+    scale: Any = given.get("scale")
     is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not is_number:
         raise AdapterFormatError(f"{where}: lora_parameters is {parameters!r}, without a rank and a scale.")
-    if "alpha" in parameters:
+    if "alpha" in given:
         raise AdapterFormatError(
             f"{where}: lora_parameters has an alpha beside its scale. Older versions of mlx-lm multiplied the update "
             "by scale * alpha / rank, later ones by scale alone, and which of them trained it is not written down. "
@@ -55,7 +57,7 @@ def config_as_peft(data: Mapping[str, Any], keys: list[str], where: str) -> dict
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": scale * rank,
-        "lora_dropout": parameters.get("dropout", 0.0),
+        "lora_dropout": given.get("dropout", 0.0),
         "target_modules": names,
         "use_dora": kind == "dora",
         "base_model_name_or_path": base if isinstance(base, str) else None,

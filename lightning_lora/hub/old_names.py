@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 from typing import Any
 
@@ -23,24 +23,24 @@ from lightning_lora.hub.spelling import exact_targets
 
 Renaming = Callable[[str], str]
 
+_ABOUT_A_PAIR = re.compile(r"\.lora_\w+(\.\w+)?$|\.token_adapter\.\w+$")
 
-def todays_names(root: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """Of the modules and tensors that the tensors called `keys` are about: each old name -> what it is called in `root`
-    today. Only those that `root` does not have under their old names."""
+
+def todays_names(root: nn.Module, keys: Iterable[str], adapted: Set[str]) -> dict[str, str]:
+    """Of the modules `adapted`, and of other tensors called `keys`: each old name -> what it is called in `root` today.
+    Only those that `root` does not have under their old names; experts are not there under today's either."""
     tree = Tree.of(root)
-    there = {name for name, _ in tree.every} | {name for name, _ in tree.tensors}
-    keys = list(map(peft.plain_key, keys))
-    modules = peft.adapted_names(keys)
-    tensors = {peft.base_name(key) for key in keys if not peft.adapted_names([key])}
-    if modules | tensors <= there:
-        return {}
-    renaming = _of_transformers(root)
+    absent = adapted - {name for name, _ in tree.every}
+    others = [name for key in keys if not _ABOUT_A_PAIR.search(key) for name in [peft.base_name(key)]]
+    tensors = set(others).difference(name for name, _ in tree.tensors) if others else set()
+    renaming = _of_transformers(root) if absent or tensors else None
     if renaming is None:
         return {}
+    there = {name for name, _ in tree.tensors}
     # The tables are about tensors.
-    found = {name: renaming(f"{name}.weight").removesuffix(".weight") for name in modules - there}
-    found |= {name: renaming(name) for name in tensors - there}
-    return {old: new for old, new in found.items() if new != old and new in there}
+    found = {name: renaming(f"{name}.weight").removesuffix(".weight") for name in absent}
+    found |= {name: new for name in tensors if (new := renaming(name)) in there}
+    return {old: new for old, new in found.items() if new != old}
 
 
 def renamed_key(key: str, names: dict[str, str]) -> str:
@@ -74,7 +74,7 @@ def renamed_config(config: LoRAConfig, root: nn.Module, adapted: Iterable[str], 
     return replace(config, **changes)
 
 
-def _of_transformers(root: nn.Module) -> Renaming | None:
+def _of_transformers(root: Any) -> Renaming | None:
     """How transformers renames the tensors of an old checkpoint for `root`, if that is one of its models."""
     if "transformers" not in sys.modules or not hasattr(root, "config"):
         return None

@@ -93,8 +93,8 @@ def plain_key(key: str) -> str:
 
 def adapted_names(keys: Iterable[str]) -> set[str]:
     """The names, in the base model, of the modules that the tensors called `keys` adapt."""
-    found = map(_ADAPTED.match, keys)
-    return {base_name(match[1] or "") for match in found if match}
+    found = {match[1] or "" for match in map(_ADAPTED.match, keys) if match}
+    return set(map(base_name, found))
 
 
 def base_name(key: str) -> str:

@@ -58,7 +58,12 @@ def place_of(
         if (modules := _named(place[1], wanted))
     }
     places = list(found.values())
-    if len(places) > 1 and is_lightning_module(tree.root):
+    if not is_lightning_module(tree.root):
+        if places and places[0][1] is tree.root:
+            return places[0]
+        if by_name is not None:
+            return by_name
+    if len(places) > 1:
         meant = [place for place in places if is_meant(place[1])]
         if len(meant) != 1:
             raise AdapterFormatError(
@@ -67,7 +72,7 @@ def place_of(
                 f"model.{places[-1][0]}. Nothing was changed."
             )
         return meant[0]
-    return places[0] if places else by_name
+    return places[0] if places else None
 
 
 def is_lightning_module(model: nn.Module) -> bool:

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.inspection import check_adapter
 from lightning_lora.hub.local import local_path
 from lightning_lora.hub.peft import adapted_names, base_name, ends_with, plain_key
 from lightning_lora.hub.peft_config import HEADS_OF_TASK
-from lightning_lora.hub.reading import CARD, CONFIG, TENSORS, check_folder, open_tensors, read_config
+from lightning_lora.hub.reading import CARD, CONFIG, TENSORS, TensorFile, check_folder, open_tensors, read_config
 from lightning_lora.hub.temporary import reason, temporary_folder
 
 PICTURE = "training.png"
@@ -111,7 +113,8 @@ def stage(
             shutil.copyfile(checkpoint, folder / CHECKPOINT)
         with open_tensors(folder) as file:
             shapes, note = file.header.shapes, file.header.note
-        check_is_adapter(shapes, config, where=str(source))
+            copies = _tied_copies(file, config)
+        check_is_adapter((key for key in shapes if key not in copies), config, where=str(source))
         text = (source / CARD).read_text(encoding="utf-8", errors="replace") if (source / CARD).is_file() else None
         return Staged(
             folder,
@@ -129,6 +132,18 @@ def stage(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _tied_copies(file: TensorFile, config: Mapping[str, Any]) -> set[str]:
+    """Where PEFT keeps tied layers tied, the tensors that it wrote under the name of the layer that its config does not
+    name: copies of one that was trained whole."""
+    if not config.get("ensure_weight_tying"):
+        return set()
+    entries = config.get("modules_to_save") or ()
+    is_whole = {key: _is_inside(base_name(plain_key(key)), entries) for key in file.header.shapes}
+    trained = [file[key] for key, whole in is_whole.items() if whole]
+    others = [key for key, whole in is_whole.items() if not whole and not _TRAINED.search(plain_key(key))]
+    return {key for key in others if any(torch.equal(file[key], t) for t in trained)}
 
 
 def _check(folder: Path, source: Path, ignore_fields: Collection[str]) -> None:

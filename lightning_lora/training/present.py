@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.engine import InjectionReport, LoRAConfig, injections
+from lightning_lora.engine import Injection, InjectionReport, LoRAConfig, injections
 from lightning_lora.engine.as_injected import check_as_injected
+from lightning_lora.engine.same_config import differences
 from lightning_lora.engine.storage import shape_of
 from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterStateError, listed
@@ -36,7 +36,7 @@ def adapters_present(module: nn.Module, config: LoRAConfig) -> tuple[str, Inject
         )
     ((root, injection),) = records
     code = f"module.{root}" if root else "module"
-    if differing := _differences(injection.config, config):
+    if differing := _differing(submodule(module, root), injection, config):
         raise AdapterStateError(
             f"{kind} has adapters already, of another config than this callback's: {listed(differing)}. To start anew, "
             f"call lightning_lora.remove({code}) first (or merge, to keep what they learnt in the base); to go on from "
@@ -49,9 +49,9 @@ def adapters_present(module: nn.Module, config: LoRAConfig) -> tuple[str, Inject
     return code, injection.report.within(root, others)
 
 
-def _differences(theirs: LoRAConfig, ours: LoRAConfig) -> list[str]:
-    both = ((f.name, getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(LoRAConfig))
-    return [f"{name} is {_shown(a)} there and {_shown(b)} here" for name, a, b in both if a != b]
+def _differing(model: nn.Module, injection: Injection, config: LoRAConfig) -> list[str]:
+    differing = differences(model, injection, config)
+    return [f"{name} is {_shown(a)} there and {_shown(b)} here" for name, (a, b) in differing.items()]
 
 
 def _shown(value: Any) -> str:

@@ -116,6 +116,28 @@ def test_an_adapter_that_fits_two_parts_alike_is_refused_with_their_names(tmp_pa
     torch.testing.assert_close(output(task, x), want, **CLOSE)
 
 
+def test_one_of_two_models_in_a_plain_module_is_not_guessed(tmp_path):
+    base, x = build("llama")
+    want = output(peft_folder(base, tmp_path, target_modules=["q_proj"]), x)
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy, self.reference = copy.deepcopy(base), copy.deepcopy(base)
+
+    pair = Pair()
+    with pytest.raises(AdapterFormatError, match=r"fits several parts of this Pair: policy, reference"):
+        load_adapter(pair, tmp_path)
+    load_adapter(pair.policy, tmp_path)
+    torch.testing.assert_close(output(pair.policy, x), want, **CLOSE)
+    task = Task(copy.deepcopy(base), {})
+    inject(task, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    shake(task)
+    named = nn.ModuleDict({"model": copy.deepcopy(base), "other": copy.deepcopy(base)})
+    load_adapter(named, save_adapter(task, tmp_path / "named"))
+    assert torch.equal(output(named["model"], x), output(task, x))
+
+
 def test_a_layer_of_the_module_itself_is_not_taken_for_the_childs_of_the_same_name(tmp_path):
     base, x = build("linears")
     source = Task(copy.deepcopy(base), {"fc": nn.Linear(8, 8)})

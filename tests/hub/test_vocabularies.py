@@ -23,6 +23,7 @@ from lightning_lora import (
     load_adapter_state_dict,
     merge,
     merged,
+    push_adapter,
     remove,
     save_adapter,
 )
@@ -217,6 +218,15 @@ def test_an_export_and_a_combination_keep_both_tied_layers(tmp_path):
         load_adapter(model, tmp_path / name)
         torch.testing.assert_close(output(model, IDS), want, **CLOSE)
         torch.testing.assert_close(loaded_by_peft(base(tied=True), tmp_path / name), want, **CLOSE)
+
+
+def test_what_was_trained_whole_in_tied_layers_is_pushed_and_a_weight_of_the_base_is_not(tmp_path):
+    by_peft(base(tied=True), tmp_path, ensure_weight_tying=True, modules_to_save=["embed_tokens"])
+    assert "lm_head.weight" in " ".join(load_file(tmp_path / "adapter_model.safetensors"))
+    push_adapter(tmp_path, "user/name", dry_run=True)
+    edit_tensors(tmp_path, lambda t: t["base_model.model.lm_head.weight"].add_(1))
+    with pytest.raises(AdapterFormatError, match=r"lm_head\.weight"):
+        push_adapter(tmp_path, "user/name", dry_run=True)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "q_proj"])

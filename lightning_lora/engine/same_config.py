@@ -1,0 +1,74 @@
+"""Whether two configs mean the same for a model, however they say it: endings in another order, an expression for a
+list, "all-linear" for the layers that it became."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.engine.config import LoRAConfig
+from lightning_lora.engine.inject import Injection
+from lightning_lora.engine.plain_names import with_plain_names
+from lightning_lora.engine.targets import Selection, meant_by
+from lightning_lora.engine.tree import Tree
+from lightning_lora.errors import TargetError
+
+# What fields say together.
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+_RANKS = ("rank", "rank_pattern")
+_ALPHAS = ("alpha", "alpha_pattern")
+_SAVED = ("modules_to_save",)
+
+
+def differences(model: nn.Module, injection: Injection, config: LoRAConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields in which `config` means something else for `model` than the config that `injection` adapted it with:
+    field -> what it is there and here."""
+    tree = Tree.of(model)
+    theirs, ours = injection.config, with_plain_names(config, tree)
+    both = {f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(LoRAConfig)}
+    differing = {name: values for name, values in both.items() if values[0] != values[1]}
+    if not differing.keys() & {*_TARGETS, *_RANKS, *_ALPHAS, *_SAVED}:
+        return differing
+    with _as_before(tree, injection):
+        try:
+            meant = [_meaning(meant_by(c, model, tree), c) for c in (theirs, ours)]
+        except TargetError:  # an entry that matches nothing means something else
+            return differing
+    for names in (_TARGETS, _RANKS, _ALPHAS, _SAVED):
+        if meant[0][names] == meant[1][names]:
+            differing = {name: values for name, values in differing.items() if name not in names}
+    return differing
+
+
+def _meaning(selection: Selection, config: LoRAConfig) -> dict[tuple[str, ...], Any]:
+    """What each group of fields comes to."""
+    known = {
+        (target.name, parameter): target.names_of(parameter)
+        for target in selection.targets
+        for parameter in target.parameters or (None,)
+    }
+    return {
+        _TARGETS: set(known),
+        _RANKS: {key: config.rank_of(*names) for key, names in known.items()},
+        _ALPHAS: {key: config.alpha_of(*names) for key, names in known.items()},
+        _SAVED: set(selection.saved),
+    }
+
+
+@contextmanager
+def _as_before(tree: Tree, injection: Injection) -> Iterator[None]:
+    """With the parameters trainable that were so before `inject`: "all-linear" asks what was frozen then."""
+    now = [(p, p.requires_grad) for _, p in tree.parameters]
+    try:
+        for name, p in tree.parameters:
+            if p.requires_grad is not (before := name in injection.was_trainable):
+                p.requires_grad_(before)
+        yield
+    finally:
+        for p, is_trained in now:
+            if p.requires_grad is not is_trained:
+                p.requires_grad_(is_trained)
