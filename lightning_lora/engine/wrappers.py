@@ -6,8 +6,8 @@ user's own child may be called "module".
 
 from __future__ import annotations
 
-import functools
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -66,7 +66,11 @@ def _inside(module: nn.Module) -> nn.Module | None:
     return None if name is None else module._modules.get(name)
 
 
-@functools.cache
 def _held_as(cls: Any) -> str | None:
-    names = (f"{parent.__module__}.{parent.__qualname__}" for parent in cls.__mro__)
-    return next((_INSIDE[name] for name in names if name in _INSIDE), None)
+    if cls not in _KNOWN:
+        names = (f"{parent.__module__}.{parent.__qualname__}" for parent in cls.__mro__)
+        _KNOWN[cls] = next((_INSIDE[name] for name in names if name in _INSIDE), None)
+    return _KNOWN[cls]
+
+
+_KNOWN: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()

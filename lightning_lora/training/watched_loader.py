@@ -6,7 +6,6 @@ state afterwards is made the same whatever the loader drew, since that depends o
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
 from collections.abc import Iterator
@@ -53,7 +52,6 @@ def is_watched(loader: CombinedLoader) -> bool:
     return hasattr(loader, "lora_start")
 
 
-@functools.cache
 def _watched_class(base_class: type[CombinedLoader]) -> type[CombinedLoader]:
     def __iter__(self: Any) -> Any:  # noqa: N807
         start: LoaderStart = self.lora_start

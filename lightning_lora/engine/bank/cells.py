@@ -8,7 +8,6 @@ in B and shift.
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from lightning_lora.engine.bank.evidence import begins_as_an_input
 from lightning_lora.engine.bank.structure import NOT_HIDDEN, Hidden
 from lightning_lora.engine.layers import geometry_of
-from lightning_lora.engine.layers.base import has_own_forward
+from lightning_lora.engine.layers.base import has_own_forward, name_of_input
 from lightning_lora.engine.layers.dora import gains, output_norms
 from lightning_lora.engine.storage import can_be_dense, dense, is_quantized
 from lightning_lora.errors import AdapterFormatError, AdapterStateError
@@ -77,7 +76,7 @@ class Cell:
         geometry: Any = geometry_of(type(module))
         self.name, self.module, self.routes, self.geometry = name, module, routes, geometry
         cls: Any = type(module)
-        self.base_class, self.input_name = cls, _first_argument(cls)
+        self.base_class, self.input_name = cls, name_of_input(cls)
         self.groups: int = getattr(module, "groups", 1)
         self.out: int = geometry.shapes(module, self.groups)[1][0]
         self._shapes_of_rank = functools.lru_cache(maxsize=64)(functools.partial(geometry.shapes, module))
@@ -244,12 +243,6 @@ class Cell:
     def _whole(self, slot: int) -> tuple[Tensor, Tensor]:
         """A (rank, n) and B (rank, out) of one adapter."""
         return self.A[slot].flatten(1), self.B[slot]
-
-
-@functools.lru_cache(maxsize=1024)
-def _first_argument(cls: Any) -> str:
-    """What a class calls the input of its forward."""
-    return list(inspect.signature(cls.forward).parameters)[1]
 
 
 def copy_scaled(to: Tensor, values: Tensor, scale: float) -> None:

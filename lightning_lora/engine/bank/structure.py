@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import re
@@ -75,7 +74,6 @@ def _is_sequence_first(module: nn.Module) -> bool:
     return any(name.removeprefix("transformers.models.") in _SEQUENCE_FIRST for name in names)
 
 
-@functools.lru_cache(maxsize=1024)
 def _packs(cls: type[nn.Module]) -> str | None:
     """The argument which says that modules of this class take rows of unequal length without padding."""
     try:

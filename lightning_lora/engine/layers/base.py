@@ -11,7 +11,6 @@ nn.Linear, quantized or otherwise derived, is found through its parents and keep
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +24,7 @@ from lightning_lora.engine.layers.pair import BIAS, FACTORS, TENSORS, AdapterSpe
 from lightning_lora.engine.layers.reads import Reads
 from lightning_lora.engine.reads import forget
 from lightning_lora.engine.storage import can_be_dense
+from lightning_lora.engine.swap import remembered
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError
 
@@ -32,10 +32,16 @@ NOT_GIVEN: Any = object()
 """In place of an input that was given by its name."""
 
 
-@functools.lru_cache(maxsize=256)
-def _name_of_input(cls: Any) -> str:
+def name_of_input(cls: Any) -> str:
     """What `cls` calls the first argument of its forward."""
-    return list(inspect.signature(cls.forward).parameters)[1]
+    known = remembered(cls)
+    if _INPUT not in known:
+        known[_INPUT] = list(inspect.signature(cls.forward).parameters)[1]
+    name: str = known[_INPUT]
+    return name
+
+
+_INPUT = "name of the input"
 
 
 class Adapter(Reads):
@@ -151,7 +157,7 @@ class Adapter(Reads):
     def given_by_name(self, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The input, where it was given by the name that the module's own class has for it, and all else."""
         own_class: Any = type(self).base_class
-        name = _name_of_input(own_class)
+        name = name_of_input(own_class)
         if name not in kwargs:
             raise TypeError(f"{type(self).__name__}.forward() misses its argument {name!r}.")
         return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
