@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine import switch
 from lightning_lora.engine.layers.base import Adapter, adapters
 from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.errors import AdapterStateError, TargetError
@@ -74,7 +75,7 @@ class Invocation:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook."""
-        if self.inside is not None:
+        if self.inside is not None or (switch.used and switch.is_off(module)):
             return
         ids, cache = (_argument(module, name, args, kwargs) for name in ("input_ids", "past_key_values"))
         if ids is None:  # a module inside may be given some

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine import fused, shown
+from lightning_lora.engine import fused, shown, switch
+from lightning_lora.engine.layers.whole import original
 from lightning_lora.engine.storage import can_be_dense, dense, is_plain, is_wrapper, shape_of
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError
@@ -98,8 +99,21 @@ else:
 
 NOT_GIVEN: Any = object()
 """In place of an input that was given by its name."""
-_INSIDE: ContextVar[dict[int, dict[Any, Tensor]] | None] = ContextVar("lora_inside", default=None)
-"""The layers whose own forward runs here, by identity, each with what it has read so far."""
+_INSIDE: ContextVar[dict[int, dict[Any, Tensor] | None] | None] = ContextVar("lora_inside", default=None)
+"""The layers whose own forward runs here, by identity, each with what it has read so far, or None if it is off."""
+
+
+def _asking(forward: Any) -> Any:
+    """`forward` of a geometry, as an adapted layer runs it: where its adapter is off, the module's own runs."""
+
+    @functools.wraps(forward)
+    def asking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if switch.used and switch.is_off(self):
+            return self.bare_forward(*args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    asking.lora_asks = True  # type: ignore[attr-defined]
+    return asking
 
 
 @functools.lru_cache(maxsize=256)
@@ -124,6 +138,8 @@ class Adapter(_Host):
     """Whether its own forward reads the adapted weight, and no update is added to what it computes."""
     lora_is_inside: bool = False
     """Whether its own forward runs just now, in code that is being compiled (elsewhere `_INSIDE` says so)."""
+    lora_is_bare: bool = False
+    """Whether it does so with its adapter off."""
     lora_A: nn.Parameter  # noqa: N815
     lora_B: nn.Parameter  # noqa: N815
     lora_A0: Tensor  # noqa: N815
@@ -133,6 +149,8 @@ class Adapter(_Host):
         super().__init_subclass__(**kwargs)
         if adapts is not None:
             Adapter.geometries[adapts] = cls
+        if "forward" in vars(cls) and not hasattr(cls.forward, "lora_asks"):
+            cls.forward = _asking(cls.forward)  # type: ignore[method-assign]
 
     # What a geometry defines. Its names must not be those of a class that it adapts: `check_swappable` refuses that.
 
@@ -227,19 +245,30 @@ class Adapter(_Host):
     def forward(self, input: Any = NOT_GIVEN, *args: Any, **kwargs: Any) -> Any:
         if input is NOT_GIVEN:
             input, kwargs = self.given_by_name(kwargs)
+        if switch.used and switch.is_off(self):
+            return self.bare_forward(input, *args, **kwargs)
         base = self.base_forward(input, *args, **kwargs)
         return base if self.lora_by_weight else self.combine(base, self.update(input))
 
+    forward.lora_asks = True  # type: ignore[attr-defined]
+
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class computes, in which it reads its own weight (see `read_attribute`)."""
+        return self._own_forward(False, args, kwargs)
+
+    def bare_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The same without its adapter, also where the class reads the adapted weight."""
+        return self._own_forward(True, args, kwargs)
+
+    def _own_forward(self, is_bare: bool, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            self.lora_is_inside = True
+            self.lora_is_inside, self.lora_is_bare = True, is_bare
             try:
                 return super().forward(*args, **kwargs)
             finally:
                 self.lora_is_inside = False
         # What is read is computed once in a forward: a mixture of experts reads its stack once for each expert.
-        token = _INSIDE.set({**(_INSIDE.get() or {}), id(self): {}})
+        token = _INSIDE.set({**(_INSIDE.get() or {}), id(self): None if is_bare else {}})
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -266,18 +295,27 @@ class Adapter(_Host):
         """What `self.<name>` gives: to the module's own forward the base's own, unless it is adapted by its weight; to
         all others the adapted one (see shown.py)."""
         own = self.own(name)
-        reads = self.__dict__.get("lora_is_inside", False)
+        reads: dict[Any, Tensor] | None = None
+        is_inside = self.__dict__.get("lora_is_inside", False)
+        is_bare = is_inside and self.lora_is_bare
         if not torch.compiler.is_compiling():
-            reads = (_INSIDE.get() or {}).get(id(self))
-        is_inside = reads is not None and reads is not False
-        if is_inside and not self.lora_by_weight:
+            inside = _INSIDE.get() or {}
+            reads = inside.get(id(self))
+            is_inside, is_bare = id(self) in inside, reads is None
+        # Inside of its own forward it was asked before.
+        if is_bare if is_inside else switch.used and switch.is_off(self):
+            own = original(self, name, own)
+            if own is None and name != "bias":
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return own
+        if (is_inside and not self.lora_by_weight) or not self._adapts(name):
             return own
         if own is not None and not is_plain(own) and not is_wrapper(own):
             return own  # its numbers are no weight for one who does not know how they are stored
         if own is not None and self._awaits(own):
             return own  # while weights are loaded into a model that was adapted on the meta device
         if is_inside:
-            if not isinstance(reads, dict):
+            if reads is None:
                 return self.value_read(name)
             # What was computed without a graph is no answer for one who needs it (activation checkpointing).
             key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -312,6 +350,9 @@ class Adapter(_Host):
     def shown_leaves(self) -> tuple[Tensor, ...]:
         """The tensors that an adapted weight depends on, and that may be trained."""
         return tuple(p for p in self._parameters.values() if p is not None)
+
+    def _adapts(self, name: str) -> bool:
+        return name in (self.lora.parameters or ("weight",)) or (name == "bias" and BIAS in self.lora_names)
 
     def _drops(self, name: str) -> bool:
         spec = self.lora.parameters.get(name, self.lora)

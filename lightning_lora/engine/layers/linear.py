@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.engine import fused
+from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.base import BIAS, FACTORS, NOT_GIVEN, Adapter
 from lightning_lora.engine.layers.by_weight import ByWeight
 
@@ -41,6 +41,9 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
         spec = self.lora
         if input is NOT_GIVEN:
             input, kwargs = self.given_by_name(kwargs)
+        if switch.used and switch.is_off(self):
+            bare: Tensor = self.bare_forward(input, *args, **kwargs)
+            return bare
         if (
             cls.lora_is_plain
             and cls.base_class.forward is cls.lora_known_forward
@@ -62,6 +65,8 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
             return fused.linear(input, self.matrix(self, W), b, A, B, self.lora.scale, dropout)
         base: Tensor = self.base_forward(input, *args, **kwargs)
         return fused.add_update(base, input, A, B, self.lora.scale, dropout)
+
+    forward.lora_asks = True  # type: ignore[attr-defined]
 
     def update(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         update = fused.update(x, *self.factors(), self.lora.dropout if self.training else 0.0)
