@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,7 @@ from lightning_lora.training.calibrate import start_waiting
 from lightning_lora.training.checkpoint import (
     METADATA,
     check_metadata,
+    check_no_adapter_folder,
     checkpoint_adapter,
     checkpoint_metadata,
     leave_out_modules,
@@ -55,7 +56,7 @@ from lightning_lora.training.checkpoint import (
 from lightning_lora.training.sharding import WholeCheckpoints
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
     from lightning_lora.training.pushing import Pushing
 
@@ -77,6 +78,8 @@ class AdapterPolicy:
     product_decay: float | None = None
     watch: BaseWatch | None = None
     """What the base was when training started."""
+    adapt_as_in: Callable[[Mapping[str, Any], LightningModule], None] | None = None
+    """Adapts the module as a checkpoint says that is about to be loaded, where a run began with a saved adapter."""
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What tells the base from others, once it was needed; frozen weights do not change. By the name of the module to
     which the names of its weights are relative."""
@@ -130,8 +133,11 @@ class AdapterStrategy(_Host):
         restore_buffers(module, checkpoint[METADATA].get("buffers", {}))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        check_no_adapter_folder(checkpoint_path)
         with local_checkpoint(checkpoint_path) as path, reading(checkpoint_path):
             checkpoint = super().load_checkpoint(path, weights_only=weights_only)
+        if self.lora.adapt_as_in is not None and self.lightning_module is not None:
+            self.lora.adapt_as_in(checkpoint, self.lightning_module)
         if self.lightning_module is not None and has_adapters(self.lightning_module):
             checkpoint_adapter(checkpoint)
         return checkpoint
