@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -32,12 +33,16 @@ from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.randomness import ExactResume
 from lightning_lora.training.strategy import (
     AdapterPolicy,
+    adapter_folder,
     attach,
     check_only_adapters,
     has_adapters,
     shards,
     unfrozen,
 )
+
+if TYPE_CHECKING:
+    from lightning_lora.hub.background import Job
 
 # They put layers of their own in the place of a model's.
 _REPLACES_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
@@ -88,11 +93,15 @@ class LoRACallback(Callback):
                 "lora_ga") is measured on, when training starts; a resumed run measures nothing.
             config_fields: The fields of a LoRAConfig, instead of `config`.
         """
+        known = LoRAConfig.__dataclass_fields__
+        if config_fields.keys() == known.keys() and (config is not None or adapter is not None):
+            # LightningCLI gives all of them, those that nobody set by their defaults.
+            defaults = LoRAConfig().to_dict()
+            config_fields = {name: value for name, value in config_fields.items() if value != defaults[name]}
         if config is not None and config_fields:
             raise ConfigError(f"Give either a LoRAConfig or its fields, not both: {listed(config_fields)}.")
         if config is not None and not isinstance(config, LoRAConfig):
             raise ConfigError(f"config is a LoRAConfig, not a {type(config).__name__}: {config!r}.")
-        known = LoRAConfig.__dataclass_fields__
         for name in config_fields:
             if name not in known:
                 near = closest(name, [*known, *_SETTINGS])
@@ -127,14 +136,36 @@ class LoRACallback(Callback):
         self._goes_on: str | None = None
         self._was_launched = False
         self._absent: Exception | None = None
+        self._savers: list[Any] = []
         if self._origin is not None:
             self._policy.adapt_as_in = self._adapt_as_in
         adapt_before_launch()
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The adapter folder beside the best checkpoint of the run, or the last that was written where none is known to
+        be the best; None where there is none."""
+        best = (getattr(saver, "best_model_path", "") for saver in self._savers)
+        folders = [adapter_folder(path) for path in best if path]
+        return next((f for f in (*folders, self._policy.folder) if f is not None and f.is_dir()), None)
+
+    @property
+    def pushed(self) -> list[Any]:
+        """The commits of this run on the Hub so far, the last one at the end, as huggingface_hub's `CommitInfo`."""
+        return [] if self._policy.push is None else self._policy.push.pushed
+
+    @property
+    def unpushed(self) -> list[Job]:
+        """What was to be pushed in this run and is not on the Hub, known once the run ended: each has its `step`, its
+        `error`, and its `source`, the adapter folder."""
+        return [] if self._policy.push is None else list(self._policy.push.unpushed)
 
     # Adapting the model.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._absent = None
+        self._savers = list(trainer.checkpoint_callbacks)
+        self._policy.folder = None
         self._policy.bases.clear()  # another module, or other base weights, may come with this run
         self._policy.watch = None
         self._goes_on = None
@@ -254,6 +285,7 @@ class LoRACallback(Callback):
 
     def before_launch(self, trainer: Trainer) -> None:
         """In the process that launches others (ddp_spawn, ddp_fork): adapt the module that they will copy."""
+        self._savers = list(trainer.checkpoint_callbacks)  # where Lightning writes which one is the best
         attach(trainer.strategy, self._policy)  # for what this process saves after the run, even one that failed
         pl_module = trainer.strategy.lightning_module
         if pl_module is None or has_adapters(pl_module):

@@ -78,6 +78,8 @@ class AdapterPolicy:
     product_decay: float | None = None
     watch: BaseWatch | None = None
     """What the base was when training started."""
+    folder: Path | None = None
+    """The adapter folder that was written last."""
     adapt_as_in: Callable[[Mapping[str, Any], LightningModule], None] | None = None
     """Adapts the module as a checkpoint says that is about to be loaded, where a run began with a saved adapter."""
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -165,6 +167,7 @@ class AdapterStrategy(_Host):
         folder = adapter_folder(path) if self.lora.save_adapter and is_local(path) else None
         # In every process: of a sharded base each has a part.
         known = None if folder is None else self._base(module, *adapter_root(module))
+        self.lora.folder = folder or self.lora.folder
         if not self.is_global_zero:
             return
         if folder is not None:
