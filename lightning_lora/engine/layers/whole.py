@@ -56,7 +56,7 @@ class TrainedWhole(_Host):
 
     def read_attribute(self, name: str) -> Any:
         """What `self.<name>` gives, for a parameter or a buffer that is trained whole."""
-        own = self._parameters.get(name)
+        own: Tensor | None = self._parameters.get(name)
         own = self._buffers.get(name) if own is None else own
         return original(self, name, own) if switch.used and switch.is_off(self) else own
 
