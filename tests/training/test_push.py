@@ -457,3 +457,23 @@ def test_a_run_that_is_killed_in_mid_push_leaves_a_history_to_go_on_from(
     push_adapter(newest, REPO, message="Step 999: by hand")
     assert titles(hub) == [*before, "Step 999: by hand"]
     assert json.loads(hub.files(REPO)["adapter_config.json"])["r"] == 2
+
+
+@pytest.mark.parametrize("revision", ["", "@main", "@it"])
+def test_a_run_starts_from_an_adapter_on_the_hub_at_its_revision(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    module = Lit()
+    trainer(LoRACallback(rank=2), max_epochs=1).fit(module)
+    commit = push_adapter(module, REPO)
+    hub.repo(REPO).tags["it"] = commit.oid if hasattr(commit, "oid") else commit
+    first = {name: t.clone() for name, t in adapter_state_dict(module).items()}
+    if revision == "@it":  # the branch has gone on since
+        trainer(LoRACallback(rank=2), max_epochs=1).fit(module)
+        push_adapter(module, REPO)
+    started = Lit(lr=0.0)
+    trainer(LoRACallback(adapter=f"{REPO}{revision}", rank=2), max_epochs=1).fit(started)
+    assert all(t.equal(first[name]) for name, t in adapter_state_dict(started).items())
+    with pytest.raises(HubNotFoundError):
+        trainer(LoRACallback(adapter=f"{REPO}@nothing"), max_epochs=1).fit(Lit())
