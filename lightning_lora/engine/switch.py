@@ -84,7 +84,8 @@ def _is_off(module: nn.Module) -> bool:
     block, task = _OFF.get(), torch._C._current_graph_task_id()
     node: Any = torch._C._current_autograd_node()
     if node is not None and task != (-1 if block is None else block.task):
-        return _was_off(id(module), node._sequence_nr())
+        return _comes_again(id(module), node._sequence_nr(), task)
+    _local.again = None
     if block is None or id(module) not in block.modules:
         return False
     # A checkpoint may be around it: one that sets hooks on what is kept, or one that made its node and turned gradients
@@ -95,6 +96,26 @@ def _is_off(module: nn.Module) -> bool:
 
 
 is_off = _is_off
+
+
+def _comes_again(module: int, number: int, task: int) -> bool:
+    """The same in a backward pass that reached the node of that number. A reentrant checkpoint runs a backward pass of
+    its own inside, over nodes that were made while it computed again: what is off around them is off in them."""
+    around: tuple[int, int] | None = getattr(_local, "again", None)
+    if _was_off(module, number):
+        if around is None or around[1] != task:  # in a checkpoint's forward its own node was made just before
+            _local.again = _next_node() - (not torch.is_grad_enabled()), task
+        return True
+    if around is not None and around[1] != task:
+        if isinstance(threading.current_thread(), threading._DummyThread):
+            raise AdapterStateError(
+                "A reentrant checkpoint lies in another one, around layers that were differentiated inside of `with "
+                "disabled(model)`: use_reentrant=False tells where the adapters act."
+            )
+        if number >= around[0]:
+            return True
+    _local.again = None
+    return False
 
 
 def _was_off(module: int, number: int) -> bool:

@@ -541,3 +541,32 @@ def test_what_others_hold_by_a_tie_is_switched_as_well():
     with torch.no_grad(), disabled(model):
         assert model(x).equal(base(x))
     assert not model(x).allclose(base(x), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("inner", [True, False], ids=["inner-reentrant", "inner-not-reentrant"])
+@pytest.mark.parametrize("begins", [True, False], ids=["begins-with-a-layer", "begins-with-a-checkpoint"])
+@reentrant_or_not
+def test_checkpoints_may_be_nested(use_reentrant: bool, inner: bool, begins: bool):
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    model, x = trained(copy.deepcopy(base), target_modules=["0", "1", "2"]), torch.randn(3, 6, requires_grad=True)
+
+    def plain(m: nn.Module, x: Tensor) -> Tensor:
+        return m[1]((m[0](x) if begins else x).tanh()).sin()
+
+    def block(m: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: m[1](x).sin(), (m[0](x) if begins else x).tanh(), use_reentrant=inner)
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: block(m, x), x, use_reentrant=use_reentrant)
+
+    of_base, of_adapted = gradients(plain(base, x), x), gradients(plain(model, x), x)
+    with disabled(model):
+        off = run(model, x)
+    on = run(model, x)
+    for _ in range(2):
+        torch.testing.assert_close(gradients(off, x), of_base)
+        torch.testing.assert_close(gradients(on, x), of_adapted)
+    torch.testing.assert_close(gradients(torch.cat([off, on]), x), of_base + of_adapted)
+    torch.testing.assert_close(gradients(torch.cat([on, off]), x), of_base + of_adapted)
