@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -151,7 +150,7 @@ class LoRACallback(Callback):
 
     @property
     def pushed(self) -> list[Any]:
-        """The commits of this run on the Hub so far, the last one at the end, as huggingface_hub's `CommitInfo`."""
+        """The commits of this run on the Hub so far, as huggingface_hub's `CommitInfo`, the last one at the end."""
         return [] if self._policy.push is None else self._policy.push.pushed
 
     @property
@@ -255,7 +254,6 @@ class LoRACallback(Callback):
             callback.setup(trainer, pl_module, "fit")
 
     def _inject(self, pl_module: LightningModule, trainer: Trainer) -> None:
-        strategy: Strategy = trainer.strategy
         if self._origin is not None:
             try:
                 self.report = self._origin.load(pl_module, trainer, check_base=self._policy.check_base)
@@ -271,14 +269,14 @@ class LoRACallback(Callback):
         assert self.config is not None
         # What takes time to compute waits until it is known that no checkpoint brings it, and for data and device.
         # And on sharded weights all processes start with what the first one draws.
-        later = INITS[self.config.init].computes or shards(strategy)
+        later = INITS[self.config.init].computes or shards(trainer.strategy)
         try:
             self.report = inject(pl_module, self.config, start=not later)
         except TargetError as error:
-            if not shards(strategy):
+            if not shards(trainer.strategy):
                 raise
             raise TargetError(
-                f"{error} Under {type(strategy).__name__} the layers must be there before "
+                f"{error} Under {type(trainer.strategy).__name__} the layers must be there before "
                 "configure_model, which shards them: build them in __init__ or setup."
             ) from None
         rank_zero_info(str(self.report))
