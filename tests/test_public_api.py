@@ -14,6 +14,7 @@ NAMES = [
     "LoRAConfig",
     "adapter_state_dict",
     "combine_adapters",
+    "disabled",
     "export_adapter",
     "inject",
     "load_adapter",

@@ -5,6 +5,7 @@ lightning-lora train lora.rank=16 optimizer.lr=5e-4        any setting, by its n
 lightning-lora train model=pretrained model.name=ID data=text data.source.path=notes.txt
 lightning-lora train -m lora.rank=4,8,16                   a sweep, with one table at its end
 lightning-lora train ckpt_path=RUN/checkpoints/last.ckpt   go on from a checkpoint
+lightning-lora train adapter=RUN/adapter                   a new run that starts from a trained adapter
 lightning-lora train task=custom task._target_=my.Task data=custom data._target_=my.Data
 """
 
@@ -55,6 +56,7 @@ class Settings:
     monitor: str
     mode: Literal["min", "max"]
     evaluate_before: bool
+    adapter: str | None
     ckpt_path: str | None
     run_dir: str
 
@@ -76,8 +78,10 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
     from lightning_lora import LoRACallback  # torch is slow to import
     from lightning_lora.cli.end import MeasuredEnd, end_of
+    from lightning_lora.cli.going_on import start_from
     from lightning_lora.cli.progress import shows_progress
     from lightning_lora.engine.storage import shape_of
+    from lightning_lora.training.checkpoint import check_no_adapter_folder
     from lightning_lora.training.checkpoint_file import fetched
 
     quieten()
@@ -85,6 +89,9 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     checkpoint = settings["ckpt_path"]
     if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
         raise ConfigError(f"ckpt_path={checkpoint}: there is no such checkpoint.")
+    check_no_adapter_folder(checkpoint)
+    if settings["adapter"] is not None:
+        start_from(settings, _overrides())
     folder = Path(settings["run_dir"])
     try:
         folder.mkdir(parents=True, exist_ok=True)

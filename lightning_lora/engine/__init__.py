@@ -1,6 +1,7 @@
 """The mathematics and the surgery: plain functions on any nn.Module, with torch alone."""
 
 from lightning_lora.engine.config import LoRAConfig
+from lightning_lora.engine.disabling import disabled
 from lightning_lora.engine.inject import Injection, inject, injection_of, injections, remove
 from lightning_lora.engine.layers import Adapter, adapters
 from lightning_lora.engine.merge import merge, merged
@@ -18,6 +19,7 @@ __all__ = [
     "adapter_tensors",
     "adapters",
     "base_fingerprint",
+    "disabled",
     "inject",
     "injection_of",
     "injections",

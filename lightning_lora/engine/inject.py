@@ -31,6 +31,7 @@ from lightning_lora.engine.layers.frozen import (
 from lightning_lora.engine.layers.quantized import is_kept, keep_in_place, let_go, may_be_kept
 from lightning_lora.engine.layers.swapping import check_removable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.layers.whole import read_as_held
 from lightning_lora.engine.memory import Memory
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import planned, variants_of
@@ -200,7 +201,7 @@ def remove(model: nn.Module) -> None:
         raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` first.")
     # Innermost first: what an inner `inject` found was already frozen by the outer one.
     records = [(m, m.__dict__[RECORD]) for _, m in tree.modules if RECORD in m.__dict__][::-1]
-    restored = [_where_to_restore(owner, injection) for owner, injection in records]
+    restored = [originals_of(owner, injection) for owner, injection in records]
     for module in adapted:
         swap_back(module)
     with torch.no_grad():
@@ -210,7 +211,7 @@ def remove(model: nn.Module) -> None:
         release(owner, injection)
 
 
-def _where_to_restore(model: nn.Module, injection: Injection) -> list[tuple[Tensor, Tensor]]:
+def originals_of(model: nn.Module, injection: Injection) -> list[tuple[Tensor, Tensor]]:
     """The tensors that are trained whole, each with its value before."""
     if not injection.originals:
         return []
@@ -232,6 +233,8 @@ def release(model: nn.Module, injection: Injection) -> None:
         stop_listening(model)
     unlisten_for_forwards(model)
     tree = Tree.of(model)
+    for _, module in tree.modules if injection.originals else ():
+        read_as_held(module)
     by_name = injection.frozen_norms or injection.kept_in_place
     modules = dict(tree.every) if by_name else {}
     for name in injection.frozen_norms:

@@ -164,14 +164,14 @@ class BackgroundPusher:
     # In the thread.
 
     def _work(self) -> None:
-        with without_progress_bars():
-            while (job := self._next()) is not None:
+        while (job := self._next()) is not None:
+            with without_progress_bars():
                 error = self._attempt(job)
-                with self._change:
-                    self._active = None
-                    if not self._closed:
-                        self._settle(job, error)
-                    self._change.notify_all()
+            with self._change:
+                self._active = None
+                if not self._closed:
+                    self._settle(job, error)
+                self._change.notify_all()
 
     def _next(self) -> Job | None:
         with self._change:

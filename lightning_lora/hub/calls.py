@@ -7,13 +7,14 @@ them: a hung server would hold a run, or a thread and an open file for each call
 from __future__ import annotations
 
 import contextlib
+import importlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -24,7 +25,6 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
-    enable_progress_bars,
     get_session,
 )
 
@@ -227,15 +227,21 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """No bars of the client's, which would be drawn through the Trainer's."""
-    if are_progress_bars_disabled():
+    """No bars of the client's, which would be drawn through the Trainer's. Afterwards they are as their user set them,
+    group by group, unless that changed meanwhile; where the environment asks for them they stay."""
+    if are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is False:
         yield
         return
+    states: dict[str, bool] = importlib.import_module("huggingface_hub.utils.tqdm").progress_bar_states
+    before = dict(states)
     disable_progress_bars()
+    ours = dict(states)
     try:
         yield
     finally:
-        enable_progress_bars()
+        if states == ours:
+            states.clear()
+            states.update(before)
 
 
 class Api(HfApi):

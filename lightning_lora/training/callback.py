@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -19,19 +21,19 @@ from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
 from lightning_lora.engine.peft_names import unknown_name
-from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.product_decay import check_strength
-from lightning_lora.engine.tree import Tree
-from lightning_lora.errors import ConfigError, TargetError, TrainingError, listed
+from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, listed
 from lightning_lora.training.base_watch import BaseWatch, check_averages
 from lightning_lora.training.buffers import watch_buffers
 from lightning_lora.training.checkpoint import accept_adapters
+from lightning_lora.training.continuing import AbsentError, AdapterToGoOnFrom, adapted_as_in
 from lightning_lora.training.launch import adapt_before_launch
 from lightning_lora.training.present import adapters_present
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.strategy import (
     AdapterPolicy,
+    adapter_folder,
     attach,
     check_only_adapters,
     has_adapters,
@@ -39,10 +41,13 @@ from lightning_lora.training.strategy import (
     unfrozen,
 )
 
+if TYPE_CHECKING:
+    from lightning_lora.hub.background import Job
+
 # They put layers of their own in the place of a model's.
 _REPLACES_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
 
-_SETTINGS = ("lora_plus_ratio", "product_decay", "push", "save_adapter", "check_base", "init_batches")
+_SETTINGS = ("adapter", "lora_plus_ratio", "product_decay", "push", "save_adapter", "check_base", "init_batches")
 
 
 class LoRACallback(Callback):
@@ -62,6 +67,7 @@ class LoRACallback(Callback):
         self,
         config: LoRAConfig | None = None,
         *,
+        adapter: str | os.PathLike[str] | None = None,
         lora_plus_ratio: float | None = None,
         product_decay: float | None = None,
         push: HubPush | None = None,
@@ -73,6 +79,9 @@ class LoRACallback(Callback):
         """
         Args:
             config: What to adapt, and how.
+            adapter: Start from this adapter, with a fresh optimizer: a folder in PEFT's format, or
+                "user/repo@revision" on the Hub. Its config is the file's; what is given besides must say the same. A
+                run that is resumed (ckpt_path) does not need it any more.
             lora_plus_ratio: The learning rate of every B as a multiple of its group's (LoRA+, arXiv:2402.12354).
             product_decay: Weight decay on the update s B A as a whole, beside the optimizer's own on A and B: each step
                 is followed by one down the gradient of 1/2 ||s B A||^2, of the learning rate times this.
@@ -84,11 +93,15 @@ class LoRACallback(Callback):
                 "lora_ga") is measured on, when training starts; a resumed run measures nothing.
             config_fields: The fields of a LoRAConfig, instead of `config`.
         """
+        known = LoRAConfig.__dataclass_fields__
+        if config_fields.keys() == known.keys() and (config is not None or adapter is not None):
+            # LightningCLI gives all of them, those that nobody set by their defaults.
+            defaults = LoRAConfig().to_dict()
+            config_fields = {name: value for name, value in config_fields.items() if value != defaults[name]}
         if config is not None and config_fields:
             raise ConfigError(f"Give either a LoRAConfig or its fields, not both: {listed(config_fields)}.")
         if config is not None:
             check_is_config(config)
-        known = LoRAConfig.__dataclass_fields__
         for name in config_fields:
             if name not in known:
                 raise ConfigError(f"LoRACallback has no setting {name!r}. {unknown_name(name, [*known, *_SETTINGS])}")
@@ -98,7 +111,9 @@ class LoRACallback(Callback):
             check_strength(product_decay)
         if isinstance(init_batches, bool) or not isinstance(init_batches, int) or init_batches < 1:
             raise ConfigError(f"init_batches is a whole number from 1 on, not {init_batches!r}.")
-        self.config = config or LoRAConfig(**config_fields)
+        self._origin = None if adapter is None else AdapterToGoOnFrom(adapter, config, config_fields)
+        self.config = config if config is not None or adapter is not None else LoRAConfig(**config_fields)
+        """None where it is that of `adapter`, until that was read."""
         self.report: InjectionReport | None = None
         """What was adapted, once it was."""
         self._policy = AdapterPolicy(
@@ -115,16 +130,43 @@ class LoRACallback(Callback):
         self._held = 0
         self._first_step = 0
         self._goes_on: str | None = None
+        self._was_launched = False
+        self._absent: Exception | None = None
+        self._savers: list[Any] = []
+        if self._origin is not None:
+            self._policy.adapt_as_in = self._adapt_as_in
         adapt_before_launch()
 
     def __repr__(self) -> str:
         adapted = "" if self.report is None else f", {self.report!r}"
         return f"LoRACallback({self.config!r}{adapted})"
 
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The adapter folder beside the best checkpoint of the run, or the last that was written where none is known to
+        be the best; None where there is none."""
+        best = (getattr(saver, "best_model_path", "") for saver in self._savers)
+        folders = [adapter_folder(path) for path in best if path]
+        return next((f for f in (*folders, self._policy.folder) if f is not None and f.is_dir()), None)
+
+    @property
+    def pushed(self) -> list[Any]:
+        """The commits of this run on the Hub so far, as huggingface_hub's `CommitInfo`, the last one at the end."""
+        return [] if self._policy.push is None else self._policy.push.pushed
+
+    @property
+    def unpushed(self) -> list[Job]:
+        """What was to be pushed in this run and is not on the Hub, known once the run ended: each has its `step`, its
+        `error`, and its `source`, the adapter folder."""
+        return [] if self._policy.push is None else list(self._policy.push.unpushed)
+
     # Adapting the model.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._resume.setup(stage)
+        self._absent = None
+        self._savers = list(trainer.checkpoint_callbacks)
+        self._policy.folder = None
         self._policy.bases.clear()  # another module, or other base weights, may come with this run
         self._policy.watch = None
         self._goes_on = None
@@ -159,9 +201,21 @@ class LoRACallback(Callback):
         if not has_adapters(pl_module):
             if isinstance(trainer.precision_plugin, _REPLACES_LAYERS):
                 trainer.precision_plugin.convert_module(pl_module)  # later, it would replace what was adapted
-            self._inject(pl_module, trainer.strategy)
+            self._inject(pl_module, trainer)
         else:
             self._go_on(trainer, pl_module)
+        if self._absent is None:
+            self._is_adapted(trainer, pl_module)
+
+    def _adapt_as_in(self, checkpoint: Mapping[str, Any], pl_module: LightningModule) -> None:
+        """A checkpoint will be loaded: what it says of its adapters holds, not the one that a run began with."""
+        if (report := adapted_as_in(checkpoint, pl_module)) is not None:
+            self._absent, self.report = None, report
+            ((_, injection),) = injections(pl_module)
+            self.config = injection.config
+            self._is_adapted(pl_module.trainer, pl_module)
+
+    def _is_adapted(self, trainer: Trainer, pl_module: LightningModule) -> None:
         accept_adapters(pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -170,11 +224,19 @@ class LoRACallback(Callback):
 
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the adapters that the module has already: those of a run before, or of inject or load_adapter."""
-        root, report = adapters_present(pl_module, with_plain_names(self.config, Tree.of(pl_module)))
+        if self.config is None or (self.report is None and self._origin is not None):
+            raise AdapterStateError(
+                f"{type(pl_module).__name__} has adapters already, and adapter= would load others. Call "
+                "lightning_lora.remove on it first; or leave adapter= out, to go on from those that it has."
+            )
+        root, report = adapters_present(pl_module, self.config)
         is_new, self.report = self.report is None, report
+        if self._was_launched:
+            self._was_launched = False
+            return  # adapted by this very callback, in the process that launched this one
         is_fresh = not shards(trainer.strategy) and all(pair.is_fresh for pair in pairs(pl_module))
         if is_fresh and not is_new:
-            return  # adapted by this very callback, in the process that launched this one
+            return
         size = f"{len(report.modules)} modules, rank {self.config.rank}"
         what = f"{type(pl_module).__name__} has adapters already ({size})"
         how = "training goes on from them. To start anew, call lightning_lora.remove"
@@ -193,23 +255,37 @@ class LoRACallback(Callback):
         if average is not None and not has_adapters(average):
             callback.setup(trainer, pl_module, "fit")
 
-    def _inject(self, pl_module: LightningModule, strategy: Strategy) -> None:
+    def _inject(self, pl_module: LightningModule, trainer: Trainer) -> None:
+        if self._origin is not None:
+            try:
+                self.report = self._origin.load(pl_module, trainer, check_base=self._policy.check_base)
+            except AbsentError as absent:
+                if shards(trainer.strategy):  # which loads a checkpoint after the weights were sharded
+                    raise absent.args[0] from None
+                self._absent = absent.args[0]
+                return
+            ((_, injection),) = injections(pl_module)
+            self.config = injection.config
+            rank_zero_info(f"Training goes on from {self._origin.adapter}.\n{self.report}")
+            return
+        assert self.config is not None
         # What takes time to compute waits until it is known that no checkpoint brings it, and for data and device.
         # And on sharded weights all processes start with what the first one draws.
-        later = INITS[self.config.init].computes or shards(strategy)
+        later = INITS[self.config.init].computes or shards(trainer.strategy)
         try:
             self.report = inject(pl_module, self.config, start=not later)
         except TargetError as error:
-            if not shards(strategy):
+            if not shards(trainer.strategy):
                 raise
             raise TargetError(
-                f"{error} Under {type(strategy).__name__} the layers must be there before "
+                f"{error} Under {type(trainer.strategy).__name__} the layers must be there before "
                 "configure_model, which shards them: build them in __init__ or setup."
             ) from None
         rank_zero_info(str(self.report))
 
     def before_launch(self, trainer: Trainer) -> None:
         """In the process that launches others (ddp_spawn, ddp_fork): adapt the module that they will copy."""
+        self._savers = list(trainer.checkpoint_callbacks)  # where Lightning writes which one is the best
         attach(trainer.strategy, self._policy)  # for what this process saves after the run, even one that failed
         pl_module = trainer.strategy.lightning_module
         if pl_module is None or has_adapters(pl_module):
@@ -217,7 +293,8 @@ class LoRACallback(Callback):
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
         try:
-            self._inject(pl_module, trainer.strategy)
+            self._inject(pl_module, trainer)
+            self._was_launched = True
         except TargetError:
             if not is_overridden("setup", pl_module):
                 raise
@@ -225,6 +302,7 @@ class LoRACallback(Callback):
 
     def after_launch(self, trainer: Trainer) -> None:
         """Back in that process: the module has its trained adapters, and the Trainer saves no more than them."""
+        self._was_launched = False
         pl_module = trainer.strategy.lightning_module
         if pl_module is None or not has_adapters(pl_module):
             rank_zero_warn(
@@ -234,7 +312,14 @@ class LoRACallback(Callback):
 
     # Said when training starts: an adapter that takes no part in it.
 
+    def _check_present(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._absent is not None:  # and no checkpoint was loaded
+            raise self._absent
+
+    on_validation_start = on_test_start = on_predict_start = _check_present
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_present(trainer, pl_module)
         if self._policy.push is not None:
             self._policy.push.start(trainer, pl_module)
         check_averages(pl_module)

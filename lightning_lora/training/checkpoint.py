@@ -24,6 +24,7 @@ from lightning_lora.engine.state import (
 )
 from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
+from lightning_lora.hub.reading import CONFIG
 from lightning_lora.training.buffers import restore_buffers
 from lightning_lora.training.checkpoint_file import read_checkpoint
 
@@ -109,6 +110,7 @@ def load_from_checkpoint(
     checkpoint or holds no adapter, BaseMismatchError where the base is not the one that they were trained on,
     AdapterFormatError where they do not fit.
     """
+    check_no_adapter_folder(checkpoint_path)
     load = functools.partial(TorchCheckpointIO().load_checkpoint, map_location=map_location)
     checkpoint = read_checkpoint(checkpoint_path, load, weights_only)
     metadata = checkpoint_adapter(checkpoint)
@@ -160,6 +162,23 @@ def check_given(cls: type[LightningModule], checkpoint: Mapping[str, Any], given
             f"{path} holds no base weights, so not what {cls.__name__} was given as {listed(map(repr, absent))}. Pass "
             f"it: load_from_checkpoint({cls.__name__}, path, {arguments})."
         )
+
+
+def check_no_adapter_folder(path: Any) -> None:
+    """Raise CheckpointError where `path`, given as a checkpoint to resume from, is an adapter folder."""
+    if path is None:
+        return
+    folder = Path(str(path))
+    if not (folder / CONFIG).is_file():
+        return
+    beside = folder.with_name(f"{folder.name.removesuffix('-adapter')}.ckpt")
+    resume = (
+        f" To resume the run that it comes from, optimizer and all: ckpt_path={beside}." if beside.is_file() else ""
+    )
+    raise CheckpointError(
+        f"ckpt_path={folder} is an adapter folder, not a checkpoint: it holds no optimizer and no place in the data. "
+        f"To start a new run from it, give it as adapter={folder} (in Python: LoRACallback(adapter=...)).{resume}"
+    )
 
 
 def accept_adapters(module: nn.Module) -> None:

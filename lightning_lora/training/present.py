@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.engine import Injection, InjectionReport, LoRAConfig, injections
 from lightning_lora.engine.as_injected import check_as_injected
+from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.same_config import differences
 from lightning_lora.engine.storage import shape_of
-from lightning_lora.engine.tree import submodule
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import AdapterStateError, listed
 
 
-def adapters_present(module: nn.Module, config: LoRAConfig) -> tuple[str, InjectionReport]:
+def adapters_present(
+    module: nn.Module, config: LoRAConfig | None, some: Mapping[str, Any] | None = None, *, adapter: str | None = None
+) -> tuple[str, InjectionReport]:
     """How to name, in code, what `inject` was called on, and its report, by names in `module`.
 
-    Raises AdapterStateError where the adapters of `module` are not those of `config`, naming what differs.
+    Raises AdapterStateError where the adapters of `module` are not those of `config`, or of `some` of its fields,
+    naming what differs; one that means the same is the same. `adapter` is where they were loaded from just now.
     """
     check_as_injected(module)
     kind = type(module).__name__
@@ -36,7 +42,15 @@ def adapters_present(module: nn.Module, config: LoRAConfig) -> tuple[str, Inject
         )
     ((root, injection),) = records
     code = f"module.{root}" if root else "module"
-    if differing := _differing(submodule(module, root), injection, config):
+    config = replace(injection.config, **some or {}) if config is None else config
+    owner = submodule(module, root)
+    differing = _differing(owner, injection, with_plain_names(config, Tree.of(owner)))
+    if differing and adapter is not None:
+        raise AdapterStateError(
+            f"The adapter {adapter} is of another config than the one that was given beside it: {listed(differing)}. "
+            "Leave these settings out, to go on as it was trained, or start a new adapter without adapter=."
+        )
+    if differing:
         raise AdapterStateError(
             f"{kind} has adapters already, of another config than this callback's: {listed(differing)}. To start anew, "
             f"call lightning_lora.remove({code}) first (or merge, to keep what they learnt in the base); to go on from "

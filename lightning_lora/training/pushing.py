@@ -52,6 +52,7 @@ class Pushing:
     def _forget(self) -> None:
         self.unpushed: list[Job] = []
         """What is not on the Hub after the run."""
+        self._pushed: list[Any] = []
         self._repository: HubRepository | None = None
         self._queue: BackgroundPusher | None = None
         self._history: list[tuple[int, dict[str, float]]] = []
@@ -60,6 +61,11 @@ class Pushing:
         self._last: tuple[int, str, str | None] | None = None
         self._first_step = 0
         self._root = Path()
+
+    @property
+    def pushed(self) -> list[Any]:
+        """The commits of this run so far."""
+        return list(self._pushed if self._queue is None else self._queue.commits)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"settings": self.settings}  # copied with its callback, to processes and by deepcopy: threads are not
@@ -220,6 +226,7 @@ class Pushing:
                 except KeyboardInterrupt:
                     log.warning("No longer waiting for the Hub.")
             self.unpushed = queue.close()
+            self._pushed = list(queue.commits)
             if queue.commits:
                 rank_zero_info(f"Pushed {len(queue.commits)} commits, the last one is {queue.commits[-1].commit_url}")
             for job in self.unpushed:

@@ -7,7 +7,7 @@ user chose. It stays after the run, so that a later `trainer.save_checkpoint` wr
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ from lightning_lora.training.checkpoint import (
     LEFT_OUT,
     METADATA,
     check_metadata,
+    check_no_adapter_folder,
     checkpoint_adapter,
     checkpoint_metadata,
 )
@@ -56,7 +57,7 @@ from lightning_lora.training.resume import ExactResume
 from lightning_lora.training.sharding import WholeCheckpoints
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
     from lightning_lora.training.pushing import Pushing
 
@@ -78,6 +79,10 @@ class AdapterPolicy:
     watch: BaseWatch | None = None
     """What the base was when training started."""
     resume: ExactResume = field(default_factory=ExactResume)
+    folder: Path | None = None
+    """The adapter folder that was written last."""
+    adapt_as_in: Callable[[Mapping[str, Any], LightningModule], None] | None = None
+    """Adapts the module as a checkpoint says that is about to be loaded, where a run began with a saved adapter."""
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What tells the base from others, once it was needed; frozen weights do not change. By the name of the module to
     which the names of its weights are relative."""
@@ -138,8 +143,11 @@ class AdapterStrategy(_Host):
         self.lora.resume.saved_at = checkpoint[METADATA].get("saved_at", {})
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        check_no_adapter_folder(checkpoint_path)
         load = super().load_checkpoint
         checkpoint: dict[str, Any] = read_checkpoint(checkpoint_path, load, weights_only, io=self.checkpoint_io)
+        if self.lora.adapt_as_in is not None and self.lightning_module is not None:
+            self.lora.adapt_as_in(checkpoint, self.lightning_module)
         if self.lightning_module is not None and has_adapters(self.lightning_module):
             checkpoint_adapter(checkpoint)
             # Saved before the first batch: the run starts, with its sanity check, which Lightning leaves out of a run
@@ -177,6 +185,7 @@ class AdapterStrategy(_Host):
         folder = adapter_folder(path) if self.lora.save_adapter and is_local(path) else None
         # In every process: of a sharded base each has a part.
         known = None if folder is None else self._base(module, *adapter_root(module))
+        self.lora.folder = folder or self.lora.folder
         if not self.is_global_zero:
             return
         if folder is not None:

@@ -20,7 +20,7 @@ from tests.cli.conftest import THEIRS
         (["-m", "lora.rnak=4,8"], "Did you mean lora.rank?"),
         (["rank=4"], "rank: there is no such setting. Did you mean lora.rank?"),
         (["lroa=default"], "Did you mean lora?"),
-        (["foo.bar=1"], "The top level has: callbacks,"),
+        (["foo.bar=1"], "The top level has: adapter, callbacks,"),
         (["+lora.rnak=4"], "lora.rnak: there is no such setting of LoRAConfig. Did you mean lora.rank?"),
         (["trainer.max_epoch=4"], "Did you mean trainer.max_epochs?"),
         (["model=embeded"], "model=embeded: there is no such option. Did you mean model=embedded?"),

@@ -208,3 +208,27 @@ def test_a_module_in_the_users_folder_is_found_by_the_installed_command(tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert "lightning-lora evaluate run=runs/train/" in done.stdout
+
+
+def test_a_run_starts_from_an_adapter_with_the_config_that_it_has(cli):
+    assert cli.train("lora.rank=2", "lora.alpha=6", "trainer.max_epochs=3") == 0
+    first, before = cli.folder, cli.results
+    assert cli.train(f"adapter={first}/adapter", "hydra.run.dir=runs/it/two") == 0
+    assert cli.results["before"]["val_loss"] == before["after"]["val_loss"]
+    assert cli.results["trainable_parameters"] == before["trainable_parameters"]
+    assert cli.train(f"adapter={first}/adapter", "lora.rank=2", "hydra.run.dir=runs/it/three") == 0
+    assert cli("evaluate", "run=runs/it/three") == 0
+    assert cli.train(f"adapter={first}/adapter", "lora.rank=8", "hydra.run.dir=runs/it/four") == 2
+    assert "rank is 2 there and 8 here" in cli.err
+    assert "alpha" not in cli.err
+
+
+def test_an_adapter_that_is_not_there_or_is_meant_otherwise_says_so(cli):
+    assert cli.train("adapter=./nothing") == 2
+    assert "there is no such folder" in cli.err
+    assert cli.train("lora.rank=2") == 0
+    adapter = f"{cli.folder}/adapter"
+    assert cli.train(f"ckpt_path={adapter}") == 2
+    assert f"it as adapter={adapter}" in cli.err
+    assert cli.train("lora=none", f"adapter={adapter}") == 2
+    assert "is for a LoRACallback" in cli.err

@@ -534,3 +534,63 @@ def test_a_layer_that_no_adapter_can_be_trained_for_is_refused_and_a_computed_we
     with pytest.raises(AdapterStateError, match="DoRA and folding cannot use"), bank.folded("a0"):
         pass
     bank.close()
+
+
+@pytest.mark.parametrize("host_capacity", [0, 1, 2])
+def test_a_store_that_is_full_serves_all_that_it_has_written(host_capacity: int) -> None:
+    class Shelf(dict[str, Tensor]):
+        room = 100
+
+        def put(self, name: str, row: Tensor) -> None:
+            if len(self) >= self.room:
+                raise BankError("no space left")
+            self[name] = row.clone()
+
+        def take(self, name: str) -> Tensor:
+            return self[name]
+
+        def drop(self, name: str) -> None:
+            del self[name]
+
+    base, factors, alone = small(9)
+    shelf, x = Shelf(), torch.randn(3, 6)
+    bank = served(base, 3, MOST, host_capacity=host_capacity, store=shelf)
+    names = list(factors)
+    for name in names[:8]:
+        bank.put(name, factors[name])
+    Shelf.room = len(shelf)
+    with pytest.raises(BankError, match="no space left"):
+        bank.put(names[8], factors[names[8]])
+    for order in (names[:8], names[7::-1], names[:8:2] + names[1:8:2]) * 2:
+        for name in order:
+            with bank.use(name):
+                assert close_to(base(x), alone[name](x)), name
+    assert len(bank._slots._store) <= host_capacity + 3  # at most what had slots waits besides
+    Shelf.room = 100  # and goes where it belongs once there is room again
+    for name in names[:8] * 2:
+        with bank.use(name):
+            assert close_to(base(x), alone[name](x)), name
+    assert len(bank._slots._store) <= max(host_capacity, 0)
+    bank.put(names[8], factors[names[8]])
+
+
+@torch.no_grad()
+def test_the_plan_counts_the_copies_that_are_kept_beside_the_slots() -> None:
+    base, factors, _ = small(4)
+    bank = served(base, 4, MOST, dtype=torch.float64)
+    for name in factors:
+        bank.put(name, factors[name])
+    assert bank.plan.copies == 0
+    assert "copies" not in str(bank.plan)
+    for name in factors:
+        with bank.use(name):
+            base(torch.randn(3, 6))
+    kept = [t for e in bank._slots.entries.values() for f in e.one._factors.values() for t in f]
+    assert bank.plan.copies == sum(t.nbytes for t in kept) > 0
+    assert "of copies" in str(bank.plan)
+    bank.remove(next(iter(factors)))
+    assert bank.plan.copies < sum(t.nbytes for t in kept)
+    before = bank.plan.copies
+    with bank.use([*list(factors)[1:3], None]):
+        base(torch.randn(3, 6))
+    assert bank.plan.copies > before  # the memory that a batch copied its adapters into, which the next one uses

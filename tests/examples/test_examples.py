@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # Folders are temporary ones, in a Hydra app the run's.
 ADAPTER = r"adapter: (?P<folder>\S+)"
 LAST_LINES = {
+    "dpo.py": r"accuracy on preferred answers: (?P<before>[\d.]+)% before, (?P<after>[\d.]+)% after; .*\n" + ADAPTER,
     "hydra_app/app.py": r"accuracy (?P<after>[\d.]+)% on held-back lines, after \d+ steps of .*\n"
     r"checkpoints and adapter: (?P<folder>\S+)",
     "minilm_docstrings.py": r"accuracy (?P<after>[\d.]+)% over 12 packages \(always the largest: (?P<before>[\d.]+)%\)"

@@ -403,3 +403,22 @@ def test_peft_loads_what_the_bank_serves(tmp_path):
     bank = AdapterBank.from_folders(model, tmp_path)
     with bank.use("a"):
         torch.testing.assert_close(output(model, x), output(by_peft(build("linears")[0], tmp_path / "a"), x), **CLOSE)
+
+
+def test_an_adapter_with_a_head_is_refused_by_its_name(tmp_path):
+    torch.manual_seed(0)
+    model, x = build("linears")
+    trained = build("linears")[0]
+    inject(trained, LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["head"]))
+    save_adapter(trained, tmp_path / "it")
+    bank = AdapterBank(model, 2, 2, target_modules=["fc"])
+    said = r"head.*A bank serves low-rank updates of its layers, not what was trained whole \(modules_to_save"
+    for source in (tmp_path / "it", trained):
+        with pytest.raises(AdapterFormatError, match=said):
+            bank.add("it", source)
+    assert len(bank) == 0
+    with bank.use(None):
+        output(model, x)
+    bank.close()
+    with pytest.raises(AdapterFormatError, match=said):
+        AdapterBank.from_folders(model, {"it": tmp_path / "it"})

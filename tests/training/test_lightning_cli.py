@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, LoRAConfig, inject, save_adapter
 from lightning_lora.engine import adapters
+from lightning_lora.errors import AdapterStateError
 
 from .lit import Lit
 
@@ -70,3 +71,30 @@ def test_a_misspelt_setting_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         run(tmp_path, CONFIG.replace("rank: 4", "rnak: 4"))
     assert "rnak" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{rank: 4, target_modules: ['0', '3']}",
+        "{class_path: lightning_lora.LoRAConfig, init_args: {rank: 4, target_modules: ['0', '3']}}",
+    ],
+)
+def test_the_config_of_the_callback_may_be_one_object(tmp_path: Path, config: str) -> None:
+    text = CONFIG[: CONFIG.index("        rank: 4")] + f"        config: {config}\n        lora_plus_ratio: 4\n"
+    cli = run(tmp_path, text, "--optimizer", "torch.optim.AdamW", "--optimizer.lr", "0.05")
+    assert list(dict(adapters(cli.model))) == ["net.0", "net.3"]
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, LoRACallback)]
+    assert callback.config is not None
+    assert callback.config.rank == 4
+
+
+def test_it_starts_from_an_adapter(tmp_path: Path) -> None:
+    module = Lit()
+    inject(module, LoRAConfig(rank=3, target_modules=["0"]))
+    save_adapter(module, tmp_path / "it")
+    start = CONFIG[: CONFIG.index("        rank: 4")] + f"        adapter: {tmp_path / 'it'}\n"
+    chosen = ["--optimizer", "torch.optim.AdamW", "--optimizer.lr", "0.05"]
+    assert list(dict(adapters(run(tmp_path, start, *chosen).model))) == ["net.0"]
+    with pytest.raises(AdapterStateError, match="rank is 3 there and 4 here"):
+        run(tmp_path, start + "        rank: 4\n", *chosen)

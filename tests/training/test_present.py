@@ -110,6 +110,8 @@ def test_an_adapter_that_was_loaded_goes_on_with_a_config_that_means_the_same(sa
     said()
     cell(loaded)
     assert len(said()) == 1
+    with pytest.raises(AdapterStateError, match=r"target_modules is .* there and \['0'\] here\. To start"):
+        cell(loaded, target_modules=["0"])
     callback = LoRACallback(injection_of(loaded).config)
     trainer(callback, max_epochs=1).fit(loaded)
     assert len(said()) == 1

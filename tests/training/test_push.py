@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from hanging import PATIENCE, no_hang
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load
 
@@ -113,6 +114,51 @@ def test_each_checkpoint_and_the_end_are_one_commit_each(hub: HubServer, tmp_pat
     assert "model-index" in card
     assert "![training curve](training.png)" in card
     assert str(tmp_path) not in card
+
+
+def test_what_was_pushed_and_what_was_not_and_the_runs_adapter_are_known_by_the_callback(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = LoRACallback(rank=2, push=HubPush(REPO, every="end"))
+    assert callback.adapter_folder is None
+    assert callback.pushed == callback.unpushed == []
+    saved = checkpoints(tmp_path)
+    trainer(callback, saved, max_epochs=2).fit(Lit())
+    assert [commit.oid for commit in callback.pushed] == [hub.commits(REPO)[0].oid]
+    assert callback.unpushed == []
+    best = Path(saved.best_model_path)
+    assert callback.adapter_folder == best.with_name(f"{best.stem}-adapter")
+    assert (callback.adapter_folder / FILES[1]).is_file()
+
+    monkeypatch.setattr(background.BackgroundPusher, "_attempt", lambda self, job: HubUnavailableError("no"))
+    again = LoRACallback(rank=2, push=HubPush(REPO, every="end", wait=0.5))
+    last = ModelCheckpoint(tmp_path / "last", monitor=None)
+    trainer(again, last, max_epochs=1).fit(Lit())
+    assert again.pushed == []
+    (job,) = again.unpushed
+    assert job.step == 5
+    assert again.adapter_folder is not None
+    assert str(again.adapter_folder) == job.source
+
+
+def test_the_clients_progress_bars_are_afterwards_as_their_user_set_them(hub: HubServer, tmp_path: Path) -> None:
+    states = importlib.import_module("huggingface_hub.utils.tqdm").progress_bar_states
+    before = dict(states)
+    disable_progress_bars("peft.mine")
+    mine = dict(states)
+    try:
+        callback = LoRACallback(rank=2, push=HubPush(REPO))
+        trainer(callback, checkpoints(tmp_path), max_epochs=1).fit(Lit())
+        assert callback.pushed
+        assert states == mine
+        with calls.without_progress_bars():
+            assert are_progress_bars_disabled()
+            enable_progress_bars("peft")  # the user, meanwhile
+            theirs = dict(states)
+        assert states == theirs
+    finally:
+        states.clear()
+        states.update(before)
 
 
 @pytest.mark.parametrize("save_adapter", [True, False])
@@ -413,3 +459,23 @@ def test_a_run_that_is_killed_in_mid_push_leaves_a_history_to_go_on_from(
     push_adapter(newest, REPO, message="Step 999: by hand")
     assert titles(hub) == [*before, "Step 999: by hand"]
     assert json.loads(hub.files(REPO)["adapter_config.json"])["r"] == 2
+
+
+@pytest.mark.parametrize("revision", ["", "@main", "@it"])
+def test_a_run_starts_from_an_adapter_on_the_hub_at_its_revision(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    module = Lit()
+    trainer(LoRACallback(rank=2), max_epochs=1).fit(module)
+    commit = push_adapter(module, REPO)
+    hub.repo(REPO).tags["it"] = commit.oid if hasattr(commit, "oid") else commit
+    first = {name: t.clone() for name, t in adapter_state_dict(module).items()}
+    if revision == "@it":  # the branch has gone on since
+        trainer(LoRACallback(rank=2), max_epochs=1).fit(module)
+        push_adapter(module, REPO)
+    started = Lit(lr=0.0)
+    trainer(LoRACallback(adapter=f"{REPO}{revision}", rank=2), max_epochs=1).fit(started)
+    assert all(t.equal(first[name]) for name, t in adapter_state_dict(started).items())
+    with pytest.raises(HubNotFoundError):
+        trainer(LoRACallback(adapter=f"{REPO}@nothing"), max_epochs=1).fit(Lit())

@@ -53,15 +53,14 @@ class Bank:
         self.model, self.capacity, self.max_rank = model, capacity, max_rank
         self._routes = Routes()
         self._cells = new_cells(model, self._routes, target_modules, exclude_modules)
-        self.plan = plan_of(self._cells, capacity, max_rank, dtype)
-        """What the slots take. Batches of several adapters copy theirs besides, into memory that is kept for others."""
+        self._plan = plan_of(self._cells, capacity, max_rank, dtype)
         # The bank lives on this weight's device and follows it.
         self._watched = watched(self._cells)
-        self._device = self.plan.device
+        self._device = self._plan.device
         free = free_bytes(self._device)
-        if free is not None and self.plan.bytes > free:
+        if free is not None and self._plan.bytes > free:
             raise BankError(
-                f"The bank does not fit: {self.plan}, of which {free / 2**30:.3g} GiB are free. Lower max_rank, or "
+                f"The bank does not fit: {self._plan}, of which {free / 2**30:.3g} GiB are free. Lower max_rank, or "
                 "capacity: other adapters wait in the memory of the processor, or on disk."
             )
         self._slots = Slots(self._allocated(self._device), capacity, HostStore(host_capacity, store))
@@ -72,6 +71,13 @@ class Bank:
         self._process = os.getpid()
         for cell in self._cells.values():
             attach(cell.module, cell)
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What the slots take, and the copies that are kept beside them just now."""
+        with self._slots.change:
+            of_entries = sum(e.one.copies for e in self._slots.entries.values() if e.one is not None)
+        return replace(self._plan, copies=of_entries + self._rooms.bytes)
 
     @classmethod
     def plan_for(
@@ -356,13 +362,13 @@ class Bank:
         self._slots.slab = self._allocated(device)
         self._slots.slab.data.copy_(before.data)
         self._device = device
-        self.plan = replace(self.plan, device=device)
+        self._plan = replace(self._plan, device=device)
         for entry in self._slots.entries.values():
             entry.one = None
 
     def _allocated(self, device: torch.device) -> Slab:
         shapes = {name: cell.shapes(self.max_rank) for name, cell in self._cells.items()}
-        slab = Slab(shapes, self.capacity + 1, self.plan.dtype, device)
+        slab = Slab(shapes, self.capacity + 1, self._plan.dtype, device)
         self._rooms = Rooms(slab)
         for name, cell in self._cells.items():
             cell.A, cell.B, cell.gain, cell.shift = slab.views[name]

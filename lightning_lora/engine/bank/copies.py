@@ -66,5 +66,11 @@ class Rooms:
                 if len(self._free) < MOST_KEPT:
                     self._free.append(copies.room)
 
+    @property
+    def bytes(self) -> int:
+        """Of what is kept for the next batches."""
+        with self._lock:
+            return sum(room.nbytes for room in self._free)
+
     def __len__(self) -> int:
         return len(self._free)

@@ -125,6 +125,12 @@ class One(Routing):
         self.slot, self.rank, self.is_affine, self.device_type = slot, rank, is_affine, device.type
         self._factors: dict[int, Factors] = {}
 
+    @property
+    def copies(self) -> int:
+        """Bytes of the factors that are kept here in another precision than that of the slots."""
+        parts = (t for factors in list(self._factors.values()) for t in factors)
+        return sum(t.nbytes for t in parts if t._base is None)  # else a view of the slab
+
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         if self.is_affine:
             base = cell.affine(base, self.slot)

@@ -31,6 +31,9 @@ class MemoryPlan:
     dtype: torch.dtype
     device: torch.device
     bytes_per_adapter: int
+    copies: int = 0
+    """Bytes of the copies that are kept beside the slots just now: of adapters whose slots have another precision than
+    the layers compute in, and what batches of several adapters copy theirs into."""
 
     @property
     def bytes(self) -> int:
@@ -38,9 +41,11 @@ class MemoryPlan:
         return (self.slots + 1) * self.bytes_per_adapter
 
     def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        copies = f", and {_in_units(self.copies)} of copies" if self.copies else ""
         return (
             f"{self.slots} slots of {_in_units(self.bytes_per_adapter)} ({self.layers} layers, rank up to "
-            f"{self.max_rank}, {str(self.dtype).removeprefix('torch.')}): {_in_units(self.bytes)} on {self.device}"
+            f"{self.max_rank}, {dtype}): {_in_units(self.bytes)}{copies} on {self.device}"
         )
 
 

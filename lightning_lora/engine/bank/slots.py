@@ -79,7 +79,7 @@ class Slots:
             entry.moving = True
             self.change.release()
             try:
-                self.move_out(leaving, slot)
+                self.move_out(leaving, slot, swaps=True)
                 self.slab.data[slot].copy_(self._store.take(name))
                 entry.slot = slot
             finally:
@@ -113,12 +113,12 @@ class Slots:
             else f"No room for {name!r}: all of the {self.capacity} slots are in use or pinned. Raise capacity."
         )
 
-    def move_out(self, leaving: Entry | None, slot: int) -> None:
-        """Copy what lies in `slot` to the store. Without the lock."""
+    def move_out(self, leaving: Entry | None, slot: int, *, swaps: bool = False) -> None:
+        """Copy what lies in `slot` to the store; it `swaps` places with one that comes out. Without the lock."""
         if leaving is None:
             return
         try:
-            self._store.put(leaving.name, self.slab.data[slot])
+            self._store.put(leaving.name, self.slab.data[slot], swaps=swaps)
         except BaseException:
             leaving.slot = slot  # it stays, and the slot is not the asker's
             raise

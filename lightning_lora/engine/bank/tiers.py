@@ -40,18 +40,32 @@ class HostStore:
     def has_room(self) -> bool:
         return self._beyond is not None or self._most is None or len(self._rows) < self._most
 
-    def put(self, name: str, row: Tensor) -> None:
+    def put(self, name: str, row: Tensor, *, swaps: bool = False) -> None:
+        """Keep the row. Where it `swaps` places with one that comes out of here, a store beyond that is full is no
+        error: the row waits in memory then, beyond what was to be kept there. That is bounded, since no adapter is new,
+        and it is tried again with each one that comes."""
         with self._lock:
             if name in self._written:
                 return
-            while self._beyond is not None and self._most and len(self._rows) >= self._most:
-                oldest = next(iter(self._rows))
-                self._write(oldest, self._rows[oldest])
-                del self._rows[oldest]
-            if self._beyond is not None and self._most == 0:
-                self._write(name, row.cpu())
-            else:
-                self._rows[name] = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda).copy_(row)
+            try:
+                if self._made_room(name, row):
+                    return
+            except Exception:
+                if not swaps:
+                    raise
+            self._rows[name] = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda).copy_(row)
+
+    def _made_room(self, name: str, row: Tensor) -> bool:
+        """Write beyond what memory is not for; whether that was the row itself."""
+        if self._beyond is None or self._most is None:
+            return False
+        if self._most == 0:
+            self._write(name, row.cpu())
+        while self._rows and len(self._rows) >= self._most:
+            oldest = next(iter(self._rows))
+            self._write(oldest, self._rows[oldest])
+            del self._rows[oldest]
+        return self._most == 0
 
     def _write(self, name: str, row: Tensor) -> None:
         assert self._beyond is not None

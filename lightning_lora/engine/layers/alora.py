@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine import switch
 from lightning_lora.engine.layers.base import Adapter, adapters
 from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.errors import AdapterStateError, TargetError
@@ -104,6 +105,8 @@ class Invocation:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook."""
         ids, cache = (_argument(module, name, args, kwargs) for name in ("input_ids", "past_key_values"))
+        if switch.used and switch.is_off(module):
+            ids = None  # nothing acts, and nothing is remembered of it
         around = list(self.running())
         entry = Running(module, backward_pass(), ids=ids)
         try:

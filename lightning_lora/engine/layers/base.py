@@ -11,6 +11,7 @@ nn.Linear, quantized or otherwise derived, is found through its parents and keep
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine import fused
+from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, TENSORS, AdapterSpec, Pair
 from lightning_lora.engine.layers.reads import Reads
 from lightning_lora.engine.reads import forget
@@ -30,6 +31,19 @@ from lightning_lora.errors import AdapterStateError
 
 NOT_GIVEN: Any = object()
 """In place of an input that was given by its name."""
+
+
+def _asking(forward: Any) -> Any:
+    """`forward` of a geometry, as an adapted layer runs it: where its adapter is off, the module's own runs."""
+
+    @functools.wraps(forward)
+    def asking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if switch.used and switch.is_off(self):
+            return self.bare_forward(*args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    asking.lora_asks = True  # type: ignore[attr-defined]
+    return asking
 
 
 def name_of_input(cls: Any) -> str:
@@ -57,6 +71,8 @@ class Adapter(Reads):
         super().__init_subclass__(**kwargs)
         if adapts is not None:
             Adapter.geometries[adapts] = cls
+        if "forward" in vars(cls) and not hasattr(cls.forward, "lora_asks"):
+            cls.forward = _asking(cls.forward)  # type: ignore[method-assign]
 
     # What a geometry defines. Its names must not be those of a class that it adapts: `check_swappable` refuses that.
 
@@ -151,8 +167,12 @@ class Adapter(Reads):
     def forward(self, input: Any = NOT_GIVEN, *args: Any, **kwargs: Any) -> Any:
         if input is NOT_GIVEN:
             input, kwargs = self.given_by_name(kwargs)
+        if switch.used and switch.is_off(self):
+            return self.bare_forward(input, *args, **kwargs)
         base = self.base_forward(input, *args, **kwargs)
         return base if self.lora_by_weight else self.combine(base, self.update(input))
+
+    forward.lora_asks = True  # type: ignore[attr-defined]
 
     def given_by_name(self, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The input, where it was given by the name that the module's own class has for it, and all else."""

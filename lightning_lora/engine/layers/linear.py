@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.engine import fused
+from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter, keeps_attributes
 from lightning_lora.engine.layers.by_weight import ByWeight
 from lightning_lora.engine.layers.pair import BIAS, FACTORS
@@ -44,6 +44,9 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
         spec = self.lora
         if input is NOT_GIVEN:
             input, kwargs = self.given_by_name(kwargs)
+        if switch.used and switch.is_off(self):
+            bare: Tensor = self.bare_forward(input, *args, **kwargs)
+            return bare
         if (
             cls.lora_is_plain
             and cls.base_class.forward is cls.lora_known_forward
@@ -70,10 +73,11 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
         base: Tensor = self.base_forward(input, *args, **kwargs)
         return fused.add_update(base, input, A, B, self.lora.scale, dropout)
 
-    def base_forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_wrapped(self):
-            return super().base_forward(x, *args, **kwargs)
-        return straight_through(self, x, functools.partial(super().base_forward, x, *args, **kwargs))
+    forward.lora_asks = True  # type: ignore[attr-defined]
+
+    def own_forward(self, is_bare: bool, args: Any, kwargs: Any) -> Any:
+        run = functools.partial(super().own_forward, is_bare, args, kwargs)
+        return straight_through(self, args[0], run) if _is_wrapped(self) else run()
 
     def update(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         update = fused.update(x, *self.factors(), self.lora.dropout if self.training else 0.0)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine import fused
+from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.pair import BIAS, AdapterSpec
+from lightning_lora.engine.layers.whole import original
 from lightning_lora.engine.reads import show
 from lightning_lora.engine.storage import dense, is_plain, is_wrapper
 from lightning_lora.errors import AdapterStateError
@@ -56,8 +57,16 @@ class Reads(_Host):
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class computes, in which it reads its own weight (see `read_attribute`)."""
+        return self.own_forward(False, args, kwargs)
+
+    def bare_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The same without its adapter, also where the class reads the adapted weight."""
+        return self.own_forward(True, args, kwargs)
+
+    def own_forward(self, is_bare: bool, args: Any, kwargs: Any) -> Any:
+        """What these two compute."""
         # What is read is computed once in a forward: a mixture of experts reads its stack once for each expert.
-        so_far = {"grad": torch.is_grad_enabled()}
+        so_far = {"grad": torch.is_grad_enabled(), "bare": is_bare}
         if torch.compiler.is_compiling():
             self.lora_inside = so_far
             try:
@@ -79,7 +88,13 @@ class Reads(_Host):
         all others the adapted one (see reads.py)."""
         own = self.own(name)
         so_far = self.lora_inside if torch.compiler.is_compiling() else (_INSIDE.get() or {}).get(id(self))
-        if so_far is not None and not self.lora_by_weight:
+        # Inside of its own forward it was asked before.
+        if so_far["bare"] if so_far is not None else switch.used and switch.is_off(self):
+            own = original(self, name, own)
+            if own is None and name != "bias":
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return own
+        if (so_far is not None and not self.lora_by_weight) or not self._adapts(name):
             return own
         if fused.is_symbolic():
             raise AdapterStateError(
@@ -148,6 +163,9 @@ class Reads(_Host):
     def shown_leaves(self) -> tuple[Tensor, ...]:
         """The tensors that an adapted weight depends on, and that may be trained."""
         return tuple(p for p in self._parameters.values() if p is not None)
+
+    def _adapts(self, name: str) -> bool:
+        return name in (self.lora.parameters or ("weight",)) or (name == "bias" and BIAS in self.lora_names)
 
     def _drops(self, name: str) -> bool:
         spec = self.lora.parameters.get(name, self.lora)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.engine import switch
 from lightning_lora.engine.layers.base import Adapter, is_adapter
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec
 from lightning_lora.engine.layers.reads import Reads
@@ -128,6 +129,11 @@ def check_removable(model: nn.Module, tree: Tree | None = None) -> None:
         "not sharded.",
         tree,
     )
+    if switch.is_open(frozenset(id(module) for _, module in tree.modules)):
+        raise AdapterStateError(
+            f"The adapters of {type(model).__name__} are switched off just now: leave `with disabled(model)` first, in "
+            "every thread and task."
+        )
     changed = {cls for cls in tree.classes if is_adapter(cls) and "base_class" not in cls.__dict__}
     for name, module in tree.of_classes(is_adapter):
         if type(module) in changed:

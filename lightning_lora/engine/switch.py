@@ -1,0 +1,196 @@
+"""Which layers act without their adapter, here and now: what `disabled` switches, and each adapted layer asks.
+
+The switch belongs to a thread or a task (a ContextVar). A backward pass that computes a forward again (activation
+checkpointing) may run after the `with` block, or inside of another one, and on a GPU in a thread of its own. What it
+computes again is what the forward was: each node of the graph has a number, which its thread counts up, so the numbers
+that were given out inside of a block tell which nodes were made there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lora.errors import AdapterStateError
+
+used = False
+"""Whether any block is open, in whatever thread, or what one of them computed may come again. Where not, nothing is
+asked, and torch.compile's guards see to it that compiled code knows of no switch."""
+
+_next_node: Any = torch._C._autograd._get_sequence_nr
+_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+@dataclass(eq=False)
+class _Block:
+    """An open `with disabled(model)`."""
+
+    modules: frozenset[int]
+    """All modules of the model, by identity."""
+    task: int
+    """The backward pass in which it was opened; -1 outside of any."""
+    thread: int
+    first: int
+    """The number of the first node that may be made inside."""
+    may_come_again: bool = False
+    """Whether a layer ran where a checkpoint may be around it."""
+
+
+@dataclass
+class _Past:
+    """The blocks of one model that are closed, and made nodes: by thread, where the numbers begin and end."""
+
+    modules: frozenset[int]
+    numbers: dict[int, tuple[array[int], array[int]]] = field(default_factory=dict)
+
+    def threads(self, number: int) -> Iterator[int]:
+        """The threads in which the node of that number was made inside of a block."""
+        for thread, (begins, ends) in self.numbers.items():
+            place = bisect_right(begins, number) - 1
+            if place >= 0 and number < ends[place]:
+                yield thread
+
+
+_OFF: ContextVar[_Block | None] = ContextVar("lora_off", default=None)
+_open: list[_Block] = []
+_past: dict[int, _Past] = {}
+"""By the identity of the model, while it lives."""
+_lock = threading.RLock()  # a model may be collected, and forgotten here, at any time
+_local = threading.local()
+_threads = itertools.count()
+
+
+def _this_thread() -> int:
+    """A number of this thread's own. Python gives that of one which has ended to another."""
+    number: int | None = getattr(_local, "number", None)
+    if number is None:
+        number = _local.number = next(_threads)
+    return number
+
+
+def _is_off(module: nn.Module) -> bool:
+    """Whether `module` acts without its adapter. Ask only where `used` is true."""
+    block, task = _OFF.get(), torch._C._current_graph_task_id()
+    node: Any = torch._C._current_autograd_node()
+    if node is not None and task != (-1 if block is None else block.task):
+        return _comes_again(id(module), node._sequence_nr(), task)
+    _local.again = None
+    if block is None or id(module) not in block.modules:
+        return False
+    # A checkpoint may be around it: one that sets hooks on what is kept, or one that made its node and turned gradients
+    # off. Where there were no gradients from the start, nothing comes again.
+    is_inside = _hooks(True) is not None if torch.is_grad_enabled() else _next_node() > block.first
+    block.may_come_again |= is_inside
+    return True
+
+
+is_off = _is_off
+
+
+def _comes_again(module: int, number: int, task: int) -> bool:
+    """The same in a backward pass that reached the node of that number. A reentrant checkpoint runs a backward pass of
+    its own inside, over nodes that were made while it computed again: what is off around them is off in them."""
+    around: tuple[int, int] | None = getattr(_local, "again", None)
+    if _was_off(module, number):
+        if around is None or around[1] != task:  # in a checkpoint's forward its own node was made just before
+            _local.again = _next_node() - (not torch.is_grad_enabled()), task
+        return True
+    if around is not None and around[1] != task:
+        if isinstance(threading.current_thread(), threading._DummyThread):
+            raise AdapterStateError(
+                "A reentrant checkpoint lies in another one, around layers that were differentiated inside of `with "
+                "disabled(model)`: use_reentrant=False tells where the adapters act."
+            )
+        if number >= around[0]:
+            return True
+    _local.again = None
+    return False
+
+
+def _was_off(module: int, number: int) -> bool:
+    """Whether the node of that number was made while the module was off."""
+    with _lock:
+        past = [p for p in _past.values() if module in p.modules]
+        made = {thread for p in past for thread in p.threads(number)}
+        blocks = [b for b in _open if module in b.modules and b.may_come_again]
+        # An open block of another thread: which numbers it has given out so far is not known here.
+        made |= {b.thread for b in blocks if b.first <= number}
+        others = {thread for p in past for thread in p.numbers} | {b.thread for b in blocks}
+    here = _this_thread()
+    if not made or here in made:
+        return bool(made)
+    # On a GPU, a thread of torch's own, which has made none of the nodes.
+    if isinstance(threading.current_thread(), threading._DummyThread) and len(others) == 1:
+        return True
+    raise AdapterStateError(
+        "Activations are computed again in a backward pass, while another thread differentiates what it computed "
+        "inside `with disabled(model)`: it cannot be told whether the adapters acted here. Run the passes that are "
+        "differentiated in one thread, or compute the others without gradients (torch.no_grad)."
+    )
+
+
+@contextmanager
+def off(model: nn.Module, modules: frozenset[int]) -> Iterator[None]:
+    """Inside, the `modules` of `model` act without their adapters, in this thread or task."""
+    task, outer = torch._C._current_graph_task_id(), _OFF.get()
+    inherited = outer.modules if outer is not None and outer.task == task else frozenset()
+    block = _Block(modules | inherited, task, _this_thread(), _next_node())
+    _opens(block)
+    token = _OFF.set(block)
+    try:
+        yield
+    finally:
+        _OFF.reset(token)
+        _closes(block, model, modules)
+
+
+def is_open(modules: frozenset[int]) -> bool:
+    """Whether some thread or task is inside of a block of any of these modules."""
+    with _lock:
+        return any(not block.modules.isdisjoint(modules) for block in _open)
+
+
+def _opens(block: _Block) -> None:
+    global used, is_off
+    with _lock:
+        if is_off is _is_off:  # code that is compiled leaves its graph to ask, or is refused (fullgraph=True)
+            is_off = torch.compiler.disable(_is_off)
+        _open.append(block)
+        used = True
+
+
+def _closes(block: _Block, model: nn.Module, modules: frozenset[int]) -> None:
+    global used
+    with _lock:
+        _open.remove(block)
+        if block.may_come_again and block.thread == _this_thread() and (last := _next_node()) > block.first:
+            if id(model) not in _past:
+                _past[id(model)] = _Past(modules)
+                weakref.finalize(model, _forget, id(model)).atexit = False
+            past = _past[id(model)]
+            past.modules |= modules  # some may be new
+            begins, ends = past.numbers.setdefault(block.thread, (array("Q"), array("Q")))
+            if not ends or block.first > ends[-1]:
+                begins.append(block.first)
+                ends.append(last)
+            else:  # it follows at once on the last one, or holds it
+                begins[-1], ends[-1] = min(begins[-1], block.first), last
+        used = bool(_open) or bool(_past)
+
+
+def _forget(model: int) -> None:
+    global used
+    with _lock:
+        del _past[model]
+        used = bool(_open) or bool(_past)
