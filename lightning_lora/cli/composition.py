@@ -125,14 +125,16 @@ def search_space(config: DictConfig) -> dict[str, Any]:
     """What `hydra.sweeper.params` of the composed `config` searches, each key with the plus that Hydra wants where no
     file lists it: those of the command line have it from `with_pluses`."""
     space = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    groups = config.hydra.runtime.choices
+    given = [override.partition("=")[0] for override in config.hydra.overrides.task]
     return {
-        key if key in groups or key[0] in "+~" or "/" in key or _is_listed(config, key) else f"++{key}": value
-        for key, value in ((str(key), space[key]) for key in space)
+        f"++{key}" if f"++{key}" in given or not _is_listed(config, key) else key: space[key] for key in map(str, space)
     }
 
 
 def _is_listed(config: DictConfig, key: str) -> bool:
+    """Whether Hydra takes an override of `key` as it is: it has a plus, or it is a group or in the configuration."""
+    if key[0] in "+~" or "/" in key or key in config.hydra.runtime.choices:
+        return True
     *parents, name = key.split(".")
     node = OmegaConf.select(config, ".".join(parents)) if parents else config
     return isinstance(node, DictConfig) and name in node
