@@ -24,6 +24,7 @@ from lightning_lora.cli.explain import explain, explain_composition
 from lightning_lora.cli.finished_run import with_finished_run
 from lightning_lora.cli.help import FLAGS, help_of
 from lightning_lora.cli.noise import quieten_imports
+from lightning_lora.cli.pairing import check_pairing
 from lightning_lora.cli.schema import checked
 from lightning_lora.cli.sweep import SweepTable, record_failure
 from lightning_lora.errors import ConfigError
@@ -56,7 +57,7 @@ def launch(command: str, arguments: list[str]) -> int:
         nonlocal status, failure
         with _process(_job_argv(program, command, arguments), full_error=before):
             try:
-                return module.run(checked(config, module.Settings))
+                return module.run(_settings(config, module.Settings))
             except Exception as error:
                 if HydraConfig.get().mode is RunMode.MULTIRUN:
                     status = 2
@@ -77,7 +78,7 @@ def launch(command: str, arguments: list[str]) -> int:
         if _will_run(overrides):
             # Ahead of Hydra, which first makes the folder of a run, even of one that cannot be.
             with rehearsal(config_name, overrides) as config:
-                checked(config, module.Settings)
+                _settings(config, module.Settings)
         with _process([f"lightning-lora {command}", *overrides], full_error="1"):
             hydra_main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=config_name)(job)()
     except ConfigCompositionException as error:
@@ -86,6 +87,12 @@ def launch(command: str, arguments: list[str]) -> int:
         raise failure
     # What a job of another process (of joblib, of submitit) changed here, it changed there.
     return status or int(SweepTable.failed > 0)
+
+
+def _settings(config: DictConfig, known: type) -> dict[str, Any]:
+    settings = checked(config, known)
+    check_pairing(settings)
+    return settings
 
 
 def flags_first(arguments: list[str]) -> list[str]:
