@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_lora import LoRACallback
 from lightning_lora.engine import adapters
+from lightning_lora.engine.layers import pairs
 
 from .lit import Lit
 
@@ -70,3 +71,11 @@ def test_a_misspelt_setting_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         run(tmp_path, CONFIG.replace("rank: 4", "rnak: 4"))
     assert "rnak" in capsys.readouterr().err
+
+
+def test_the_callback_may_be_given_its_config_as_an_object(tmp_path: Path) -> None:
+    config = CONFIG.replace("        rank: 4\n", "        config: {rank: 4, target_modules: ['0', '3']}\n")
+    config = config.replace('        target_modules: ["0", "3"]\n', "")
+    cli = run(tmp_path, config, "--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.05")
+    assert {pair.spec.rank for pair in pairs(cli.model)} == {4}
+    assert len(list(adapters(cli.model))) == 2
