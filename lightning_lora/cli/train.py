@@ -76,7 +76,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     from lightning_lora.cli.progress import shows_progress
     from lightning_lora.engine.storage import shape_of  # torch is slow to import
 
-    quieten()
+    quieten(is_adapted=settings["lora"] is not None)
     use_available_cores()
     checkpoint = settings["ckpt_path"]
     if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():

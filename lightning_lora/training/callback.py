@@ -102,7 +102,8 @@ class LoRACallback(Callback):
             "rank": rank, "alpha": alpha, "dropout": dropout, "exclude_modules": exclude_modules, "bias": bias,
             "modules_to_save": modules_to_save, "use_rslora": use_rslora, "use_dora": use_dora, "init": init,
         }  # fmt: skip
-        given = {name: value for name, value in spelled.items() if value is not None} | config_fields
+        given: dict[str, Any] = {name: value for name, value in spelled.items() if value is not None}
+        given.update(config_fields)
         if target_modules != "all-linear":  # None is a value there, beside target_parameters
             given["target_modules"] = target_modules
         if config is not None and given:
