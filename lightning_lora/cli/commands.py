@@ -6,7 +6,7 @@ import ast
 from importlib.util import find_spec
 from pathlib import Path
 
-COMMANDS = ("train", "evaluate", "predict", "demo", "push", "pull", "export", "combine")
+COMMANDS = ("train", "evaluate", "predict", "demo", "merge", "push", "pull", "export", "combine")
 
 USAGE = """\
 usage: lightning-lora COMMAND [group=option ...] [key=value ...]

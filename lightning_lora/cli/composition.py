@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_module
 from hydra._internal.utils import get_args_parser
@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -61,13 +61,13 @@ def composed(config_name: str, arguments: list[str], but: str | None = None) -> 
     ConfigCompositionException.
     """
     args = get_args_parser().parse_args(arguments)
-    overrides = OverridesParser.create().parse_overrides(args.overrides)
-    if args.multirun:
-        overrides = [_first_of_sweep(override) for override in overrides]
     left_out = {but}
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
+        overrides = OverridesParser.create(loader).parse_overrides(args.overrides)
+        if args.multirun:
+            overrides = [_first_of_sweep(override) for override in overrides]
         _check_options(overrides, loader)
         while True:
             kept = [o.input_line or "" for o in overrides if o.key_or_group not in left_out]
@@ -75,6 +75,11 @@ def composed(config_name: str, arguments: list[str], but: str | None = None) -> 
                 kept.append(f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]")
             try:
                 config = compose(args.config_name or config_name, kept, return_hydra_config=True)
+                if args.multirun and (searched := search_space(config)):
+                    given = {o.key_or_group for o in overrides}
+                    space = OverridesParser.create(loader).parse_overrides([f"{k}={v}" for k, v in searched.items()])
+                    first = [_first_of_sweep(o).input_line or "" for o in space if o.key_or_group not in given]
+                    config = compose(args.config_name or config_name, [*first, *kept], return_hydra_config=True)
                 groups = [group for group in _groups(loader) if group in config.hydra.runtime.choices]
                 return Composed(config, {group: loader.get_group_options(group) for group in groups})
             except ConfigCompositionException as error:
@@ -85,7 +90,7 @@ def composed(config_name: str, arguments: list[str], but: str | None = None) -> 
 
 
 def with_pluses(config_name: str, arguments: list[str]) -> list[str]:
-    """`arguments` with the plus that Hydra wants before a setting that no file lists, where its target takes it.
+    """`arguments` with the pluses that Hydra wants before a setting that no file lists, where its target takes it.
 
     The signatures are the schema, so files list only what a reader should see. Raises ConfigCompositionException for
     a setting or an option that does not exist.
@@ -102,7 +107,8 @@ def with_pluses(config_name: str, arguments: list[str]) -> list[str]:
             node = OmegaConf.select(composed(config_name, arguments, but=key).config, ".".join(parents))
             if not parents or not isinstance(node, DictConfig) or name not in parameter_names(node):
                 raise
-            arguments = [f"+{a}" if a.startswith(f"{key}=") else a for a in arguments]
+            # Two, since a job of a sweep may have the setting from its option of a group.
+            arguments = [f"++{a}" if a.startswith(f"{key}=") else a for a in arguments]
 
 
 def keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -115,11 +121,34 @@ def keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from keys(node, f"{prefix}{name}.")
 
 
+def search_space(config: DictConfig) -> dict[str, Any]:
+    """What `hydra.sweeper.params` of the composed `config` searches, each key with the plus that Hydra wants where no
+    file lists it: those of the command line have it from `with_pluses`."""
+    space = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    given = [override.partition("=")[0] for override in config.hydra.overrides.task]
+    return {
+        f"++{key}" if f"++{key}" in given or not _is_listed(config, key) else key: space[key] for key in map(str, space)
+    }
+
+
+def _is_listed(config: DictConfig, key: str) -> bool:
+    """Whether Hydra takes an override of `key` as it is: it has a plus, or it is a group or in the configuration."""
+    if key[0] in "+~" or "/" in key or key in config.hydra.runtime.choices:
+        return True
+    *parents, name = key.split(".")
+    node = OmegaConf.select(config, ".".join(parents)) if parents else config
+    return isinstance(node, DictConfig) and name in node
+
+
 def _first_of_sweep(override: Override) -> Override:
     if not override.is_sweep_override():
         return override
     sign, _, _ = (override.input_line or "").partition(override.key_or_group)
-    first = next(iter(override.sweep_string_iterator()))
+    value = override.value()
+    if isinstance(value, IntervalSweep):  # of Optuna and its like; it has no first value but its start
+        first = str(value.start)
+    else:
+        first = next(iter(override.sweep_string_iterator()))
     return OverridesParser.create().parse_override(f"{sign}{override.key_or_group}={first}")
 
 

@@ -24,9 +24,16 @@ from lightning_lora.cli.explain import explain, explain_composition
 from lightning_lora.cli.finished_run import with_finished_run
 from lightning_lora.cli.help import FLAGS, help_of
 from lightning_lora.cli.noise import quieten_imports
+from lightning_lora.cli.pairing import check_pairing
 from lightning_lora.cli.schema import checked
-from lightning_lora.cli.sweep import record_failure
+from lightning_lora.cli.sweep import SweepTable, record_failure
 from lightning_lora.errors import ConfigError
+
+WITH_VALUE = (
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c"),
+    *("--experimental-rerun", "--info", "-i"),
+)
+"""Hydra's flags that a value follows."""
 
 
 def launch(command: str, arguments: list[str]) -> int:
@@ -40,10 +47,9 @@ def launch(command: str, arguments: list[str]) -> int:
     module = import_module(f"lightning_lora.cli.{command}")
     if hasattr(module, "overrides"):  # of a command with flags of its own
         arguments = module.overrides(arguments)
-    # argparse, which Hydra reads with, takes no flag between two overrides.
-    arguments = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
+    arguments = flags_first(arguments)
     program = str(Path(sys.argv[0]).absolute())
-    status = 0
+    SweepTable.failed = status = 0
     failure: Exception | None = None
     before = os.environ.get("HYDRA_FULL_ERROR")
 
@@ -51,7 +57,7 @@ def launch(command: str, arguments: list[str]) -> int:
         nonlocal status, failure
         with _process(_job_argv(program, command, arguments), full_error=before):
             try:
-                return module.run(checked(config, module.Settings))
+                return module.run(_settings(config, module.Settings))
             except Exception as error:
                 if HydraConfig.get().mode is RunMode.MULTIRUN:
                     status = 2
@@ -72,14 +78,35 @@ def launch(command: str, arguments: list[str]) -> int:
         if _will_run(overrides):
             # Ahead of Hydra, which first makes the folder of a run, even of one that cannot be.
             with rehearsal(config_name, overrides) as config:
-                checked(config, module.Settings)
+                _settings(config, module.Settings)
         with _process([f"lightning-lora {command}", *overrides], full_error="1"):
             hydra_main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=config_name)(job)()
     except ConfigCompositionException as error:
         raise ConfigError(explain_composition(error, config_name, overrides)) from error
     if failure is not None:
         raise failure
-    return status
+    # What a job of another process (of joblib, of submitit) changed here, it changed there.
+    return status or int(SweepTable.failed > 0)
+
+
+def _settings(config: DictConfig, known: type) -> dict[str, Any]:
+    settings = checked(config, known)
+    check_pairing(settings)
+    return settings
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """`arguments` with Hydra's flags ahead: argparse, which Hydra reads with, takes none between two overrides."""
+    flags, overrides = [], []
+    left = iter(arguments)
+    for argument in left:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+        else:
+            flags.append(argument)
+            if argument in WITH_VALUE and (value := next(left, None)) is not None:
+                flags.append(value)
+    return [*flags, *overrides]
 
 
 def _will_run(arguments: list[str]) -> bool:

@@ -23,6 +23,8 @@ LOADED = ("torchao", "torch.utils._pytree")
 """Loggers that complain while their modules are imported, of libraries for other processors and of each other."""
 REPEATED = ("huggingface_hub", "datasets")
 """Loggers that write to the screen themselves and pass the same line on to the root logger, which writes it again."""
+NOT_WITH_LORA = r".*resuming from a checkpoint that ended before the epoch ended"
+"""Not so with LoRACallback, which resumes exactly."""
 PACKAGE = str(Path(lightning_lora.__file__).parent)
 
 
@@ -40,12 +42,12 @@ def quieten_imports() -> None:
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
-def quieten() -> None:
+def quieten(is_adapted: bool = True) -> None:
     """Turn off those warnings, and Lightning's hints and lists of devices; its warnings proper stay, and so does what
     this package says."""
     from lightning.pytorch.utilities import rank_zero
 
-    for message in POINTLESS:
+    for message in (*POINTLESS, *([NOT_WITH_LORA] if is_adapted else [])):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
+
+from lightning_lora.errors import ConfigError
 
 DATA_OF = {
     "CausalLM": ("TextData", "InstructionData"),
@@ -24,15 +25,14 @@ OPTIONS = {
 OURS = "lightning_lora."
 
 
-def mismatch(settings: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the task and the data of `settings` together: one sentence, or nothing."""
+def check_pairing(settings: dict[str, Any]) -> None:
+    """Raises ConfigError where the task of `settings` does not take the batches of their data."""
     task, data = (_class_of(settings.get(name)) for name in ("task", "data"))
     takers = [name for name, taken in DATA_OF.items() if data in taken]
     if task in DATA_OF and takers and task not in takers:
         taken = " or ".join(OPTIONS[name] for name in DATA_OF[task])
-        yield (
-            f"task, data: {task} does not go with {data}. Choose {OPTIONS[takers[0]]} for these data, or {taken} for "
-            "this task."
+        raise ConfigError(
+            f"{task} does not go with {data}. Choose {OPTIONS[takers[0]]} for these data, or {taken} for this task."
         )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_lora.cli.pairing import mismatch
 from lightning_lora.cli.signature import HYDRA_KEYS, ours_for, parameters, takes_any_name, target, type_problem
 from lightning_lora.errors import ConfigError, closest, listed
 
@@ -37,7 +36,7 @@ def checked(config: DictConfig, settings: type) -> dict[str, Any]:
     problems = [f"{key}: a value is missing. {hints.get(key) or f'Give it with {key}=...'}" for key in missing]
     if not problems:
         raw: Any = OmegaConf.to_container(config, resolve=False)
-        problems = [*_check_call("", settings, values, raw), *_check_nodes("", values, raw), *mismatch(values)]
+        problems = [*_check_call("", settings, values, raw), *_check_nodes("", values, raw)]
     if problems:
         raise ConfigError("\n  ".join(["the settings do not fit:", *dict.fromkeys(problems)]))
     return values

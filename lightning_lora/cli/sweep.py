@@ -6,13 +6,14 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, flag_override
 
+from lightning_lora.cli.composition import search_space
 from lightning_lora.cli.results import RESULTS, shown, write_json
 from lightning_lora.cli.table import table
 
@@ -23,6 +24,16 @@ class SweepTable(Callback):
     It reads the jobs' results.json and nothing else, so it does not matter which launcher ran them, or where.
     """
 
+    failed: ClassVar[int] = 0
+    """Jobs of the last sweep that failed."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepTable.failed = 0
+        # The sweeper is built from this very object.
+        if space := search_space(config):
+            with flag_override(config, ["struct", "readonly"], False):
+                config.hydra.sweeper.params = space
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode.name == "MULTIRUN":
             write_table(Path(config.hydra.sweep.dir))
@@ -31,6 +42,7 @@ class SweepTable(Callback):
         folder = Path(config.hydra.sweep.dir)
         if rows := write_table(folder):
             # The file has the errors in full.
+            SweepTable.failed = sum(bool(row.get("error")) for row in rows)
             rows = [{name: _shortened(value) for name, value in row.items()} for row in rows]
             print(f"\n{table(rows)}\n\nTable: {shown(folder / 'results.csv')}")
 

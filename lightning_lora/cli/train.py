@@ -84,7 +84,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     from lightning_lora.training.checkpoint import check_no_adapter_folder
     from lightning_lora.training.checkpoint_file import fetched
 
-    quieten()
+    quieten(is_adapted=settings["lora"] is not None)
     use_available_cores()
     checkpoint = settings["ckpt_path"]
     if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
@@ -195,9 +195,10 @@ def _train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:
 
 
 def _check_processes(trainer: Trainer) -> None:
-    """Raises ConfigError for a sweep within one process whose jobs start further processes by script.
+    """Raises ConfigError for a sweep whose jobs start further processes by script.
 
-    These and torch's process group live on after the first job, and the second cannot have its own.
+    Within one process these and torch's process group live on after the first job, and the second cannot have its own;
+    in a process of a launcher (joblib, submitit), Lightning would start that launcher's worker again.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -206,8 +207,8 @@ def _check_processes(trainer: Trainer) -> None:
     sweeps = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
     if sweeps and trainer.world_size > 1 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         raise ConfigError(
-            f"A sweep cannot run jobs of {trainer.world_size} processes one after another. Use one device for each, "
-            "trainer.strategy=ddp_spawn, or a Hydra launcher that gives each job a process of its own."
+            f"A job of a sweep cannot start its {trainer.world_size} processes by the script that runs the sweep, "
+            "under whichever launcher. Use trainer.strategy=ddp_spawn, or trainer.devices=1."
         )
 
 

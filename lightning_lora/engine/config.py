@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.peft_names import in_our_names, unknown_name
@@ -200,6 +200,23 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values; `LoRAConfig(**config.to_dict())` is equal to `config`."""
         return {f.name: _copied(getattr(self, f.name)) for f in fields(self)}
+
+
+class FurtherFields(TypedDict, total=False):
+    """The fields of a LoRAConfig that LoRACallback does not spell in its signature, for type checkers and editors."""
+
+    target_parameters: list[str] | None
+    layers_to_transform: int | list[int] | None
+    layers_pattern: str | list[str] | None
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
+    lora_bias: bool
+    freeze_a: bool
+    rank_dropout: float
+    module_dropout: float
+    alora_invocation_tokens: list[int] | None
+    adapter_dtype: AdapterDtype
 
 
 def check_is_config(config: object) -> LoRAConfig:

@@ -179,6 +179,18 @@ def _warn_of_growth(mergeable: Mapping[str, Adapter]) -> None:
         )
 
 
+def shares_kept(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """What `merge` would leave of each update once the merged weight is rounded to the base's precision: the weight's
+    name -> that share, and the Frobenius norm of the update. Raises as `merge`; nothing is changed."""
+    with torch.no_grad():
+        return {
+            changed: (_share_kept(before, wanted), float((wanted.double() - before.double()).norm()))
+            for name, module in _mergeable(model).items()
+            for changed, own, before, wanted in _changes(name, module)
+            if is_plain(own)
+        }
+
+
 _SURVIVES = 0.9
 """Where less than this share of an update is left in a merged weight, it is said."""
 

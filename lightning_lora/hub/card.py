@@ -24,6 +24,8 @@ _MARKED = re.compile(r"<!-- lightning_lora writes .*?-->.*?<!-- lightning_lora: 
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+_BASE_TAG = re.compile(r"base_model:(?:(?:adapter|finetune|merge|quantized):)?(.*)", re.DOTALL)
+
 # PEFT's name of a task -> the Hub's, and the class of transformers that has its head.
 _TASKS = {
     "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
@@ -131,16 +133,22 @@ def _merge_front_matter(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> d
         if key in ours or key in theirs:
             merged[key] = ours.get(key, theirs.get(key))
     base = ours.get("base_model", theirs.get("base_model"))
-    if isinstance(base, str) and base_id(base) is None:
-        base = None
+    named = [name for name in _list(base) if base_id(name) is not None]
+    base = (named if isinstance(base, list) else named[0]) if named else None
     merged.pop("base_model", None)
     if base is not None:
         merged = {"library_name": merged.get("library_name", "peft"), "base_model": base, **merged}
     for key in ("tags", "datasets"):
         both = [*_list(ours.get(key)), *_list(theirs.get(key))]
         if both:
-            merged[key] = list(dict.fromkeys(both))
+            merged[key] = [entry for entry in dict.fromkeys(both) if not _names_local_base(entry)]
     return merged
+
+
+def _names_local_base(tag: Any) -> bool:
+    """Whether a tag such as PEFT's "base_model:adapter:/home/me/base" tells a path of the machine that trained."""
+    found = _BASE_TAG.fullmatch(tag) if isinstance(tag, str) else None
+    return found is not None and base_id(found[1]) is None
 
 
 # What we know better than the card that is there.

@@ -14,9 +14,10 @@ from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePr
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import Unpack
 
 from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injections
-from lightning_lora.engine.config import check_is_config
+from lightning_lora.engine.config import Bias, FurtherFields, check_is_config
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
@@ -68,13 +69,23 @@ class LoRACallback(Callback):
         config: LoRAConfig | None = None,
         *,
         adapter: str | os.PathLike[str] | None = None,
+        rank: int | None = None,
+        alpha: float | None = None,
+        dropout: float | None = None,
+        target_modules: str | list[str] | None = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        modules_to_save: list[str] | None = None,
+        bias: Bias | None = None,
+        use_rslora: bool | None = None,
+        use_dora: bool | None = None,
+        init: str | None = None,
         lora_plus_ratio: float | None = None,
         product_decay: float | None = None,
         push: HubPush | None = None,
         save_adapter: bool = True,
         check_base: bool = True,
         init_batches: int = 16,
-        **config_fields: Any,
+        **config_fields: Unpack[FurtherFields],
     ) -> None:
         """
         Args:
@@ -82,6 +93,8 @@ class LoRACallback(Callback):
             adapter: Start from this adapter, with a fresh optimizer: a folder in PEFT's format, or
                 "user/repo@revision" on the Hub. Its config is the file's; what is given besides must say the same. A
                 run that is resumed (ckpt_path) does not need it any more.
+            rank, alpha, dropout, target_modules, exclude_modules, modules_to_save, bias, use_rslora, use_dora, init:
+                The fields of a LoRAConfig that are set most, instead of `config`; None leaves one as it is there.
             lora_plus_ratio: The learning rate of every B as a multiple of its group's (LoRA+, arXiv:2402.12354).
             product_decay: Weight decay on the update s B A as a whole, beside the optimizer's own on A and B: each step
                 is followed by one down the gradient of 1/2 ||s B A||^2, of the learning rate times this.
@@ -91,15 +104,24 @@ class LoRACallback(Callback):
             check_base: Refuse a checkpoint that was trained on another base.
             init_batches: How many batches of the training data an `init` that starts from data ("eva", "corda",
                 "lora_ga") is measured on, when training starts; a resumed run measures nothing.
-            config_fields: The fields of a LoRAConfig, instead of `config`.
+            config_fields: The other fields of a LoRAConfig, instead of `config`.
         """
         known = LoRAConfig.__dataclass_fields__
-        if config_fields.keys() == known.keys() and (config is not None or adapter is not None):
+        spelled = {
+            "rank": rank, "alpha": alpha, "dropout": dropout, "exclude_modules": exclude_modules, "bias": bias,
+            "modules_to_save": modules_to_save, "use_rslora": use_rslora, "use_dora": use_dora, "init": init,
+        }  # fmt: skip
+        further = known.keys() - spelled.keys() - {"target_modules"}
+        if config_fields.keys() >= further and (config is not None or adapter is not None):
             # LightningCLI gives all of them, those that nobody set by their defaults.
             defaults = LoRAConfig().to_dict()
-            config_fields = {name: value for name, value in config_fields.items() if value != defaults[name]}
-        if config is not None and config_fields:
-            raise ConfigError(f"Give either a LoRAConfig or its fields, not both: {listed(config_fields)}.")
+            config_fields = {n: v for n, v in config_fields.items() if n not in defaults or v != defaults[n]}  # type: ignore[assignment]
+        given: dict[str, Any] = {name: value for name, value in spelled.items() if value is not None}
+        given.update(config_fields)
+        if target_modules != "all-linear":  # None is a value there, beside target_parameters
+            given["target_modules"] = target_modules
+        if config is not None and given:
+            raise ConfigError(f"Give either a LoRAConfig or its fields, not both: {listed(given)}.")
         if config is not None:
             check_is_config(config)
         for name in config_fields:
@@ -111,8 +133,8 @@ class LoRACallback(Callback):
             check_strength(product_decay)
         if isinstance(init_batches, bool) or not isinstance(init_batches, int) or init_batches < 1:
             raise ConfigError(f"init_batches is a whole number from 1 on, not {init_batches!r}.")
-        self._origin = None if adapter is None else AdapterToGoOnFrom(adapter, config, config_fields)
-        self.config = config if config is not None or adapter is not None else LoRAConfig(**config_fields)
+        self._origin = None if adapter is None else AdapterToGoOnFrom(adapter, config, given)
+        self.config = config if config is not None or adapter is not None else LoRAConfig(**given)
         """None where it is that of `adapter`, until that was read."""
         self.report: InjectionReport | None = None
         """What was adapted, once it was."""

@@ -16,6 +16,8 @@ def test_predictions_of_a_run_are_one_line_of_json_for_each_input(cli):
     lines = (cli.folder / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 32
     assert isinstance(json.loads(lines[0])["prediction"], float)
+    assert cli.out.strip().splitlines()[:3] == lines[:3], "the first rows are shown"
+    assert "(32 lines)" in cli.out
 
 
 def test_the_adapter_is_what_makes_the_difference_to_the_bare_base(cli):

@@ -30,6 +30,14 @@ def test_a_finished_run_is_pushed_with_its_metrics_and_its_picture(cli, hub: Hub
     assert "license: mit" in card
 
 
+def test_a_repository_that_is_public_already_is_said(cli, hub: HubServer) -> None:
+    assert cli.train() == 0
+    hub.create_repo("user/a", private=False)
+    assert cli("push", f"adapter={cli.folder / 'adapter'}", "repo_id=user/a") == 0
+    assert cli.out.startswith("user/a was public before: everybody can read what is pushed there.\n")
+    assert "HTTP Request" not in cli.out + cli.err
+
+
 def test_a_dry_run_shows_what_would_be_pushed_and_asks_nobody(cli, hub: HubServer) -> None:
     assert cli.train() == 0
     assert cli("push", f"adapter={cli.folder / 'adapter'}", "repo_id=user/a", "dry_run=true") == 0

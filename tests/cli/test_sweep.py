@@ -2,8 +2,21 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
-from lightning_lora.cli.sweep import write_table
+import pytest
+from omegaconf import OmegaConf
+
+from lightning_lora.cli.composition import composed
+from lightning_lora.cli.sweep import SweepTable, write_table
+
+
+def space(**params: object) -> list[str]:
+    """A file with this search space; the arguments that choose it."""
+    Path("mine/experiment").mkdir(parents=True)
+    text = OmegaConf.to_yaml({"hydra": {"sweeper": {"params": params}}})
+    Path("mine/experiment/space.yaml").write_text(f"# @package _global_\n{text}")
+    return ["-m", "--config-dir", "mine", "experiment=space"]
 
 
 def test_a_sweep_writes_one_table_with_the_best_job_first(cli):
@@ -32,3 +45,68 @@ def test_the_largest_metric_is_the_best_where_that_is_the_mode(tmp_path):
         }  # fmt: skip
         (tmp_path / str(job) / "results.json").write_text(json.dumps(results))
     assert [row["folder"] for row in write_table(tmp_path)] == ["1", "0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("params", "rows"),
+    [
+        ({"lora.use_dora": "true,false"}, [{"lora.use_dora": "True"}, {"lora.use_dora": "False"}]),
+        ({"lora.use_dora": "choice(true,false)", "optimizer.lr": 0.01}, [{"lora.use_dora": "True"}] * 2),
+        ({"task.width": "8,12", "lora": "dora,default"}, [{"task.width": "12"}, {"lora": "dora"}]),
+        ({"++lora.use_dora": "true,false"}, [{"lora.use_dora": "True"}]),
+        ({"trainer.limit_train_batches": "range(1,3)"}, [{"trainer.limit_train_batches": "2"}]),
+    ],
+)
+def test_a_search_space_in_a_file_may_name_settings_that_no_file_lists(cli, params, rows):
+    assert cli.train(*space(**params)) == 0, cli.err
+    table = list(csv.DictReader((cli.folder / "results.csv").read_text().splitlines()))
+    assert len(table) == (4 if len(params) == 2 and "lora" in params else 2)
+    for key, value in (pair for row in rows for pair in row.items()):
+        assert value.lower() in [row[key].lower() for row in table]
+
+
+def test_the_command_line_is_stronger_than_the_search_space(cli):
+    assert cli.train(*space(**{"lora.use_dora": "true,false"}), "lora.use_dora=false", "task.width=8,9") == 0
+    table = list(csv.DictReader((cli.folder / "results.csv").read_text().splitlines()))
+    assert [row["task.width"] for row in table] in (["8", "9"], ["9", "8"])
+    assert "lora.use_dora" not in table[0]
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"lora.use_doraa": "true,false"}, "no such setting of LoRAConfig. Did you mean lora.use_dora?"),
+        ({"lora.rank": "a,b"}, 'lora.rank: "a" is not of the type int'),
+        ({"sedd": "1,2"}, "sedd: there is no such setting. Did you mean seed?"),
+    ],
+)
+def test_a_search_space_is_checked_before_the_first_job(cli, params, said):
+    assert cli.train(*space(**params)) == 2
+    assert said in cli.err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("values", ["interval(1e-4,1e-2)", "tag(log,interval(1e-4,1e-2))"])
+def test_an_interval_of_a_sweeper_such_as_optunas_is_rehearsed_at_its_start(values):
+    assert composed("train", ["-m", f"optimizer.lr={values}"]).config.optimizer.lr == 1e-4
+
+
+def test_flags_may_stand_between_overrides(cli):
+    arguments = space(**{"task.width": "8,9"})
+    assert cli.train(arguments[-1], "trainer.max_epochs=1", *arguments[:-1]) == 0
+    assert cli.out.count("task.width  ") == 1
+
+
+def test_jobs_that_failed_in_other_processes_are_counted_by_what_they_left(tmp_path, capsys):
+    for job, error in enumerate([None, "it failed", None]):
+        (tmp_path / str(job)).mkdir()
+        results = {"overrides": [f"lora.rank={job}"], "monitor": "val_loss", "mode": "min", "after": {"val_loss": 1.0}}
+        failed = {"overrides": [f"lora.rank={job}"], "error": error}
+        (tmp_path / str(job) / "results.json").write_text(json.dumps(failed if error else results))
+    SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    assert SweepTable.failed == 1
+
+
+def test_a_job_of_several_processes_is_told_what_works_under_every_launcher(cli):
+    assert cli.train("-m", "task.width=4,5", "trainer.devices=2", "trainer.strategy=ddp") == 2
+    assert "Use trainer.strategy=ddp_spawn, or trainer.devices=1." in cli.out

@@ -139,3 +139,20 @@ def test_the_curve_is_a_picture_once_there_are_two_points() -> None:
     picture = curve_picture([(1, {"val_loss": 1.0, "val_acc": 0.1}), (2, {"val_loss": 0.5, "val_acc": float("inf")})])
     assert picture is not None
     assert picture.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", ["/home/me/base", "./base", "../models/base", "~/base", r"C:\\models\\base", "tests"])
+@pytest.mark.parametrize("kind", ["adapter:", "finetune:", ""])
+def test_no_path_of_the_machine_that_trained_is_told_by_what_peft_wrote(path: str, kind: str) -> None:
+    theirs = f"---\nbase_model: {path}\ntags:\n- base_model:{kind}{path}\n- lora\n- mine\n---\n\nMy text.\n"
+    merged = merge_cards(card(base_model=None), theirs)
+    assert path not in merged
+    assert ModelCard(merged).data.tags == ["lora", "lightning-lora", "mine"]
+    assert "My text." in merged
+
+
+def test_the_tag_of_a_base_on_the_hub_stays() -> None:
+    theirs = "---\nbase_model: [user/base, /home/me/base]\ntags: ['base_model:adapter:user/base']\n---\n"
+    data = ModelCard(merge_cards(card(base_model=None), theirs)).data
+    assert data.base_model == ["user/base"]
+    assert data.tags == ["lora", "lightning-lora", "base_model:adapter:user/base"]

@@ -443,3 +443,12 @@ def test_where_xet_does_not_work_it_goes_over_lfs(hub: HubServer, folder: Path, 
     push_adapter(folder, REPO, message="once", deadline=2)
     assert hub.requested("/lfs/", "PUT")
     assert titles(hub) == ["once"]
+
+
+@pytest.mark.parametrize("was_private", [True, False])
+def test_pushing_to_a_repository_that_is_public_already_is_said(
+    hub: HubServer, folder: Path, caplog: pytest.LogCaptureFixture, was_private: bool
+) -> None:
+    hub.create_repo(REPO, private=was_private)
+    push_adapter(folder, REPO)
+    assert ("was public before: everybody can read what is pushed there" in caplog.text) == (not was_private)

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, save_adapter
 from lightning_lora.engine import adapters
+from lightning_lora.engine.layers import pairs
 from lightning_lora.errors import AdapterStateError
 
 from .lit import Lit
@@ -98,3 +99,11 @@ def test_it_starts_from_an_adapter(tmp_path: Path) -> None:
     assert list(dict(adapters(run(tmp_path, start, *chosen).model))) == ["net.0"]
     with pytest.raises(AdapterStateError, match="rank is 3 there and 4 here"):
         run(tmp_path, start + "        rank: 4\n", *chosen)
+
+
+def test_the_callback_may_be_given_its_config_as_an_object(tmp_path: Path) -> None:
+    config = CONFIG.replace("        rank: 4\n", "        config: {rank: 4, target_modules: ['0', '3']}\n")
+    config = config.replace('        target_modules: ["0", "3"]\n', "")
+    cli = run(tmp_path, config, "--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.05")
+    assert {pair.spec.rank for pair in pairs(cli.model)} == {4}
+    assert len(list(adapters(cli.model))) == 2

@@ -1,0 +1,63 @@
+"""Bake an adapter into its base, and save the model as transformers saves one: nothing is left to install or to load.
+
+lightning-lora merge adapter=runs/train/2026-01-31_12-00-00/adapter model=user/base output=FOLDER
+lightning-lora merge adapter=user/name output=FOLDER                    into the base that the adapter names
+lightning-lora merge adapter=FOLDER model=./base model.dtype=float32 output=FOLDER
+
+It says how much of the update survives the base's precision; model.dtype=float32 keeps all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.cli.build import build
+from lightning_lora.cli.composition import CONFIG_MODULE
+from lightning_lora.cli.results import shown
+from lightning_lora.cli.schema import Node
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The top-level keys of the configuration."""
+
+    adapter: str
+    output: str
+    model: Node
+    revision: str | None
+    check_base: bool
+
+
+def overrides(arguments: list[str]) -> list[str]:
+    """`arguments` with `model=NAME`, where NAME is no option of the group, as the setting that it means."""
+    result = []
+    for argument in arguments:
+        key, _, name = argument.partition("=")
+        if key != "model" or name in ("", "null") or _is_option(name, arguments):
+            result.append(argument)
+        else:
+            quoted = name if name[:1] in "'\"" else f"'{name}'"
+            result += ["model=pretrained", f"model.name={quoted}"]
+    return result
+
+
+def _is_option(name: str, arguments: list[str]) -> bool:
+    folder = next((a for flag, a in pairwise(arguments) if flag in ("--config-dir", "-cd")), None)
+    own = folder is not None and (Path(folder) / "model" / f"{name}.yaml").is_file()
+    return own or files(CONFIG_MODULE).joinpath("model", f"{name}.yaml").is_file()
+
+
+def run(settings: dict[str, Any]) -> None:
+    """Merge as `settings` say, and print what was written, where, and how much of the update is in it."""
+    from lightning_lora.cli.merged_model import merge_adapter
+
+    source = None if settings["model"] is None else build(settings, "model")
+    output = Path(settings["output"]).expanduser()
+    report = merge_adapter(
+        settings["adapter"], source, output, revision=settings["revision"], check_base=settings["check_base"]
+    )
+    print(f"{report}\nfolder: {shown(output)}")

@@ -1,0 +1,188 @@
+"""A base with an adapter baked in, as a folder that transformers loads without this package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lightning_lora.engine import merge
+from lightning_lora.engine.merge import shares_kept
+from lightning_lora.errors import CheckpointError, ConfigError, listed
+from lightning_lora.hub import load_adapter
+from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.hub.reading import check_folder, open_tensors, read_config
+from lightning_lora.training.models import ModelSource
+
+HEADS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""PEFT's tasks whose model may have another head than the base was saved with -> the class that has it."""
+OTHERS = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did; `str()` is a few lines."""
+
+    model: str
+    """Its class."""
+    dtype: torch.dtype
+    kept: Mapping[str, tuple[float, float]]
+    """Weight -> the share of its update that survives the precision, and the update's Frobenius norm."""
+    is_tied: bool | None
+    """Whether the output head still is the input embedding; None where the base did not tie them."""
+    notes: tuple[str, ...]
+    files: Mapping[str, int]
+    """Name -> size in bytes."""
+
+    @property
+    def share(self) -> float:
+        """The share of all updates together that survives, weighted by their squares."""
+        whole = sum(norm**2 for _, norm in self.kept.values())
+        return sum(share * norm**2 for share, norm in self.kept.values()) / whole if whole else 1.0
+
+    def __str__(self) -> str:
+        count, dtype = len(self.kept), str(self.dtype).removeprefix("torch.")
+        lines = [f"merged into {count} weight{'' if count == 1 else 's'} of {self.model}, stored in {dtype}"]
+        if self.kept:
+            least = min(self.kept, key=lambda name: self.kept[name][0])
+            of_least = f" (the least: {100 * self.kept[least][0]:.4g} % in {least})" if self.share < 1 else ""
+            lines.append(f"{100 * self.share:.4g} % of the update survives the precision{of_least}")
+        if self.is_tied is not None:
+            said = "still share one weight" if self.is_tied else "no longer share one weight, since one was adapted"
+            lines.append(f"head and embedding {said}: tie_word_embeddings={str(self.is_tied).lower()}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, *(f"{size:>15,}  {name}" for name, size in self.files.items())])
+
+
+def merge_adapter(
+    adapter: str | os.PathLike[str],
+    source: ModelSource | None,
+    output: Path,
+    *,
+    revision: str | None = None,
+    check_base: bool = True,
+) -> MergeReport:
+    """Merge the adapter (a folder or an id on the Hub) into the model of `source` (None: the base that the adapter
+    names), and save model and tokenizer to `output`, which is written whole or not at all.
+
+    Raises ConfigError where the base is not known or `output` holds files, and as ModelSource, `load_adapter` and
+    `merge` do; nothing is written then.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"output={output} is there already. Choose a folder that is not, or that is empty.")
+    folder = adapter_folder(os.path.expanduser(adapter), revision)
+    check_folder(folder)
+    config = read_config(folder)
+    source = source or _named_base(config, folder)
+    model = _loaded(source, config, folder)
+    was_tied = _is_tied(model)  # an adapted layer shows another weight
+    load_adapter(model, folder, check_base=check_base)
+    kept = shares_kept(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        merge(model)
+    tied = _is_tied(model)
+    if was_tied and not tied:
+        for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            part.tie_word_embeddings = False
+    # What is untied and how much is rounded away, the report says by itself.
+    spoken_of = ("Merging unties", "Merging rounds")
+    notes = tuple(str(w.message) for w in said if not str(w.message).startswith(spoken_of))
+    files = _write(model, source, output)
+    return MergeReport(type(model).__name__, model.dtype, kept, tied if was_tied else None, notes, files)
+
+
+def _named_base(config: Any, folder: Path) -> ModelSource:
+    name = config.get("base_model_name_or_path") if isinstance(config, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"The adapter in {folder} names no base. Give model=, a folder or an id on the Hub.")
+    is_there = Path(name).is_dir()
+    return ModelSource(name=name, revision=None if is_there else config.get("revision"))
+
+
+def _loaded(source: ModelSource, config: Mapping[str, Any], folder: Path) -> Any:
+    """The base, with the head that the adapter was trained with.
+
+    Raises ConfigError where the base lacks weights that the adapter does not bring: they would be random.
+    """
+    task = config.get("task_type") or ""
+    options: dict[str, Any] = {"output_loading_info": True}
+    if task in HEADS:
+        name = HEADS[task]
+        labels = _labels(config, folder)
+        options |= {} if labels is None else {"num_labels": labels}
+    else:
+        own = transformers.AutoConfig.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+        name = next(iter(own.architectures or []), "")
+        name = name if hasattr(transformers, name) else OTHERS.get(task, "AutoModel")
+    loaded: Any = source.load(name, **options)
+    model, info = loaded
+    brought = tuple(config.get("modules_to_save") or ())
+    random = [key for key in info["missing_keys"] if not any(f".{part}." in f".{key}" for part in brought)]
+    if random:
+        raise ConfigError(
+            f"{source.name} as a {type(model).__name__} lacks {listed(random)}, and the adapter in {folder} does not "
+            "bring them: the merged model would have random weights there. Give the model= that it was trained on."
+        )
+    return model
+
+
+def _labels(config: Mapping[str, Any], folder: Path) -> int | None:
+    """How many outputs the saved head has; None where the file holds none."""
+    with open_tensors(folder) as file:
+        shapes = file.header.shapes
+    for name in config.get("modules_to_save") or ():
+        for ending in (f".{name}.weight", f".{name}.out_proj.weight"):
+            found = [shape for key, shape in shapes.items() if key.endswith(ending)]
+            if found:
+                return int(found[0][0])
+    return None
+
+
+def _is_tied(model: Any) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return isinstance(head, nn.Module) and isinstance(embedding, nn.Module) and head.weight is embedding.weight
+
+
+def _write(model: Any, source: ModelSource, output: Path) -> dict[str, int]:
+    output = Path(os.path.realpath(output))
+    staged = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(staged)
+        _save_processor(source, staged)
+        if output.is_dir():
+            output.rmdir()
+        os.rename(staged, output)
+    except OSError as error:
+        raise CheckpointError(f"The model could not be written to {output}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
+
+
+def _save_processor(source: ModelSource, folder: Path) -> None:
+    """The tokenizer or processor of the base, as it is; a base may have none."""
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError):
+        return
+    processor.save_pretrained(folder)

@@ -1,0 +1,147 @@
+"""lightning-lora merge: a folder that transformers loads without this package, and that computes the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lightning_lora import LoRAConfig, inject, save_adapter
+from lightning_lora.engine import adapter_tensors
+from tests.tiny_transformers import bert, gpt2, llama, t5
+
+TOKENS = torch.arange(10).reshape(2, 5)
+
+
+def trained(model: nn.Module, folder: str, size: float = 0.3, **config: object) -> torch.Tensor:
+    """Save the base and an adapter that is not zero below `folder`; returns the adapted logits."""
+    model.eval().save_pretrained(f"{folder}/base")
+    model.name_or_path = f"{folder}/base"
+    inject(model, LoRAConfig(rank=2, **config))
+    with torch.no_grad():
+        for tensor in adapter_tensors(model).values():
+            tensor.add_(size * torch.randn_like(tensor))
+    save_adapter(model, f"{folder}/adapter")
+    return logits(model)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    more = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=TOKENS, **more).logits.float()
+
+
+def reloaded(folder: str = "out") -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model, info = getattr(transformers, config.architectures[0]).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model.eval()
+
+
+def assert_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+    # Some ten layers of a few dozen terms each, rounded at other places: a few hundred ulps of the largest logit.
+    assert (got - wanted).abs().max() <= 500 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (llama, {}),
+        (lambda: llama(tied=True), {}),
+        (lambda: llama(tied=True), {"target_modules": ["lm_head", "q_proj"]}),
+        (lambda: llama(tied=True), {"target_modules": ["embed_tokens"]}),
+        (llama, {"use_dora": True}),
+        (gpt2, {}),
+        (t5, {}),
+        (bert, {"modules_to_save": ["classifier"]}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*tie")
+def test_the_merged_model_computes_what_the_adapted_one_did(cli, make, config):
+    wanted = trained(make(), ".", **config)
+    assert cli("merge", "adapter=adapter", "model=./base", "output=out") == 0, cli.err
+    assert_close(logits(reloaded()), wanted)
+    assert "100 % of the update survives" in cli.out
+    assert "folder: out" in cli.out
+    assert f"{Path('out/model.safetensors').stat().st_size:,}  model.safetensors" in cli.out
+
+
+@pytest.mark.parametrize(
+    ("targets", "stays"),
+    [(["q_proj"], True), (["lm_head"], False), (["embed_tokens"], False), (["q_proj", "lm_head"], False)],
+)
+@pytest.mark.filterwarnings("ignore:.*tie")
+def test_whether_head_and_embedding_are_tied_is_what_the_config_says(cli, targets, stays):
+    trained(llama(tied=True), ".", target_modules=targets)
+    assert cli("merge", "adapter=adapter", "model=./base", "output=out") == 0
+    model = reloaded()
+    assert model.config.tie_word_embeddings is stays
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is stays
+    assert f"tie_word_embeddings={str(stays).lower()}" in cli.out
+
+
+def test_the_share_that_survives_the_bases_precision_is_said(cli):
+    trained(llama().bfloat16(), ".", size=2e-5)
+    assert cli("merge", "adapter=adapter", "model=./base", "output=out") == 0
+    line = next(line for line in cli.out.splitlines() if "survives" in line)
+    assert float(line.split()[0]) < 90
+    assert "(the least: " in line
+    assert reloaded().dtype == torch.bfloat16
+    assert cli("merge", "adapter=adapter", "model=./base", "model.dtype=float32", "output=wide") == 0
+    assert "100 % of the update survives" in cli.out
+    assert reloaded("wide").dtype == torch.float32
+
+
+def test_an_adapter_of_a_run_merges_into_the_base_that_ships_and_keeps_its_tokenizer(cli):
+    from lightning_lora.training.models import ModelSource
+
+    model = ModelSource().load("AutoModelForCausalLM")
+    inject(model, LoRAConfig(rank=2))
+    with torch.no_grad():
+        for tensor in adapter_tensors(model).values():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    save_adapter(model, "adapter")
+    assert cli("merge", "adapter=adapter", "model=embedded", "output=out") == 0, cli.err
+    assert_close(logits(reloaded()), logits(model))
+    assert transformers.AutoTokenizer.from_pretrained("out").encode("a") == ModelSource().tokenizer().encode("a")
+
+
+@pytest.mark.parametrize("form", [["model=pretrained", "model.name=./base"], ["model=./base"], ["model=base"]])
+def test_the_base_is_named_as_elsewhere_or_by_itself(cli, form):
+    trained(llama(), ".")
+    assert cli("merge", "adapter=adapter", *form, "output=out") == 0, cli.err
+
+
+def test_what_cannot_be_merged_is_said_and_nothing_is_written(cli):
+    trained(llama(), ".")
+    Path("taken").mkdir()
+    Path("taken/file").write_text("mine")
+    other = llama()
+    other.save_pretrained("other")
+    for arguments, said in (
+        (["model=./base", "output=taken"], "output=taken is there already"),
+        (["output=out"], "names no base. Give model="),
+        (["model=./nowhere", "output=out"], "There is no folder"),
+        (["model=./other", "output=out"], "base"),
+    ):
+        assert cli("merge", "adapter=adapter", *arguments) == 2
+        assert said in cli.err
+        assert "Traceback" not in cli.err
+    assert cli("merge", "adapter=base", "model=./base", "output=out") == 2
+    assert "lacks adapter_config.json" in cli.err
+    assert sorted(path.name for path in Path().iterdir()) == ["adapter", "base", "other", "taken"]
+    assert [path.name for path in Path("taken").iterdir()] == ["file"]
+
+
+def test_a_head_that_neither_base_nor_adapter_has_is_an_error(cli):
+    trained(bert(), ".", target_modules=["query"])
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
+    transformers.BertModel.from_pretrained("base").save_pretrained("headless")
+    assert cli("merge", "adapter=adapter", "model=./headless", "output=out", "check_base=false") == 2
+    assert "would have random weights there" in cli.err
