@@ -1,11 +1,13 @@
-"""The weight of a layer for those who read it while adapters are in use: it holds none of them.
+"""The weight of a layer for modules that read it in their forward while adapters are in use: it holds none of them.
 
 Which adapter, if any, belongs to what a reader computes cannot be known. So a reader gets the shape, the precision and
-the place of the weight, which many models ask for in every forward, and an error for all else.
+the place of the weight, which many models ask for in every forward, and an error for all else. Code outside of a
+forward gets the base's weight: a bank never changes it.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -34,6 +36,19 @@ class GuardedWeight(nn.Parameter):
             "a bank are in use: it is the base's and holds none of them. Call the layer, or leave it out of the bank "
             "with exclude_modules; one adapter alone can be used by load_adapter, or by bank.folded."
         )
+
+
+def in_a_forward() -> bool:
+    """Whether the code that reads an attribute runs in the forward of a module."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_CALL = nn.Module._call_impl.__code__
 
 
 def guarded(own: nn.Parameter, name: str) -> GuardedWeight:

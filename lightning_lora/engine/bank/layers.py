@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.engine.bank.cells import CELLS, Cell
-from lightning_lora.engine.bank.guard import guarded
+from lightning_lora.engine.bank.guard import guarded, in_a_forward
 from lightning_lora.engine.bank.kinds import cell_kind
 from lightning_lora.engine.bank.routing import Routes
 from lightning_lora.engine.bank.structure import hidden, sequence_first
@@ -61,7 +61,7 @@ class Banked(_Host):
 
 
 class GuardedBanked(Banked):
-    """One whose weight is guarded from who reads it while adapters are in use, but for its own forward."""
+    """One whose weight is guarded from other modules that read it in their forward while adapters are in use."""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -71,7 +71,7 @@ class GuardedBanked(Banked):
         if torch.compiler.is_compiling() or type(own) is not nn.Parameter:
             return own
         cell = self.bank_cell
-        if threading.get_ident() in cell.computing or not cell.routes.updates():
+        if threading.get_ident() in cell.computing or not cell.routes.updates() or not in_a_forward():
             return own
         return guarded(own, cell.name)
 
