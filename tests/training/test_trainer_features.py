@@ -198,14 +198,15 @@ def test_manual_optimization_trains() -> None:
     assert moved(module)
 
 
+# Lightning says it once in a process.
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 def test_a_first_batch_that_is_skipped_is_no_sign_of_unused_adapters() -> None:
     class Skips(Lit):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
             return None if batch_idx == 0 else super().training_step(batch, batch_idx)
 
     module = Skips()
-    with pytest.warns(UserWarning, match="`training_step` returned `None`"):
-        trainer(LoRACallback(rank=2), max_epochs=1).fit(module)
+    trainer(LoRACallback(rank=2), max_epochs=1).fit(module)
     assert moved(module)
 
 
