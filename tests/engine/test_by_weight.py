@@ -203,6 +203,30 @@ def test_a_class_that_adds_nothing_to_the_product_keeps_the_fast_way():
     assert model[0].lora_by_weight
 
 
+@pytest.mark.parametrize("width", [8, 64, 1024])
+def test_one_number_that_is_masked_is_enough(width: int):
+    class MasksOne(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones_like(self.weight)
+            mask[3, width // 2] = 0
+            return F.linear(x, self.weight * mask, self.bias)
+
+    model: Any = nn.Sequential(MasksOne(width, width))
+    inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+    assert model[0].lora_by_weight
+
+
+@pytest.mark.parametrize("width", [8, 1024, 8192])
+def test_rounding_alone_is_no_reason(width: int):
+    class Written(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T + self.bias
+
+    model: Any = nn.Sequential(Written(width, 64))
+    inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+    assert not model[0].lora_by_weight
+
+
 def test_a_forward_that_does_not_use_the_weight_is_refused():
     class Fused(nn.Linear):
         def __init__(self) -> None:
