@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
+from lightning_lora.checked import flag, number, one_of, probability, whole
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.peft_names import in_our_names, unknown_name
 from lightning_lora.engine.scaling import scale_of
-from lightning_lora.errors import ConfigError, listed
+from lightning_lora.errors import ConfigError
 
 Bias = Literal["none", "all", "lora_only"]
 AdapterDtype = Literal["float32", "base"]
@@ -128,23 +128,20 @@ class LoRAConfig:
         set_(self, "layers_pattern", _names("layers_pattern", self.layers_pattern, optional=True, always_regex=True))
         set_(self, "modules_to_save", _list_of_names("modules_to_save", self.modules_to_save))
         set_(self, "layers_to_transform", _layers(self.layers_to_transform))
-        _check_rank("rank", self.rank)
+        whole("rank", self.rank)
         set_(self, "alpha", _alpha("alpha", self.alpha))
         for name in ("dropout", "rank_dropout", "module_dropout"):
-            set_(self, name, _number(name, getattr(self, name)))
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"{name} is a probability in [0, 1), not {getattr(self, name)!r}.")
+            set_(self, name, probability(name, getattr(self, name)))
         set_(self, "rank_pattern", _pattern("rank_pattern", self.rank_pattern))
         for key, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{key!r}]", rank)
+            whole(f"rank_pattern[{key!r}]", rank)
         alphas = _pattern("alpha_pattern", self.alpha_pattern)
         set_(self, "alpha_pattern", {k: _alpha(f"alpha_pattern[{k!r}]", v) for k, v in alphas.items()})
-        _check_choice("bias", self.bias, get_args(Bias))
-        _check_choice("init", self.init, INITS)
-        _check_choice("adapter_dtype", self.adapter_dtype, get_args(AdapterDtype))
+        one_of("bias", self.bias, get_args(Bias))
+        one_of("init", self.init, INITS)
+        one_of("adapter_dtype", self.adapter_dtype, get_args(AdapterDtype))
         for name in ("lora_bias", "use_rslora", "use_dora", "freeze_a"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is True or False, not {getattr(self, name)!r}.")
+            flag(name, getattr(self, name))
         set_(self, "alora_invocation_tokens", _invocation(self.alora_invocation_tokens))
         self._check_combinations()
         if self.layers_to_transform is not None and not self.target_modules:
@@ -255,31 +252,8 @@ def _copied(value: Any) -> Any:
     return type(value)(value) if isinstance(value, (list, dict)) else value
 
 
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in tuple(choices):
-        raise ConfigError(f"{name} is one of {listed(map(repr, choices))}, not {value!r}.")
-
-
-def _check_rank(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is a whole number from 1 on, not {value!r}.")
-
-
-def _number(name: str, value: object) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
-    except OverflowError:  # an integer that no float can hold
-        number = math.inf
-    if not math.isfinite(number):
-        raise ConfigError(f"{name} is a finite number, not {value!r}.")
-    return number
-
-
 def _alpha(name: str, value: object) -> float:
-    number = _number(name, value)
-    if number <= 0:
-        raise ConfigError(f"{name} is a number above 0, not {value!r}: the update is multiplied by alpha / rank.")
-    return number
+    return number(name, value, above=0, why="the update is multiplied by alpha / rank")
 
 
 def _names(name: str, value: Any, *, optional: bool = False, always_regex: bool = False) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lora.checked import number
 from lightning_lora.engine.layers import adapters, pairs
 from lightning_lora.engine.shown import base_parameter
 from lightning_lora.engine.tree import Tree
-from lightning_lora.errors import ConfigError, TrainingError, listed
+from lightning_lora.errors import TrainingError, listed
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,7 @@ def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
 
 def check_ratio(ratio: object) -> None:
     """Raise ConfigError unless `ratio` can be LoRA+'s."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio <= 0:
-        raise ConfigError(f"lora_plus_ratio is a finite number above 0, not {ratio!r}.")
+    number("lora_plus_ratio", ratio, above=0)
 
 
 def with_inner(optimizer: Optimizer) -> list[Optimizer]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_lora.checked import number
 from lightning_lora.engine.layers import Pair, ParameterLoRA, pairs
 from lightning_lora.engine.layers.conv_transpose import ConvTransposeLoRA
 from lightning_lora.engine.optim import check_hooks, replace_hooks, with_inner
-from lightning_lora.errors import ConfigError, TrainingError
+from lightning_lora.errors import TrainingError
 
 
 def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> None:
@@ -52,13 +52,7 @@ def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> No
 
 def check_strength(strength: object) -> None:
     """Raise ConfigError unless `strength` can be that of the decay."""
-    if (
-        isinstance(strength, bool)
-        or not isinstance(strength, (int, float))
-        or not math.isfinite(strength)
-        or strength <= 0
-    ):
-        raise ConfigError(f"product_decay is a finite number above 0, not {strength!r}.")
+    number("product_decay", strength, above=0)
 
 
 def half_square(pair: Pair) -> Tensor:

@@ -17,11 +17,12 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from lightning_lora.checked import number, one_of, share, whole
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine, product_change
 from lightning_lora.engine.overflow import largest
 from lightning_lora.engine.targets import name_matches
-from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
+from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.card import RunFacts, base_id, model_card
 from lightning_lora.hub.combine_report import CombinedModule, CombineReport, shown_error
@@ -130,32 +131,26 @@ def _checked_weights(sources: Any, weights: Any) -> list[float]:
     if isinstance(weights, (int, float, str)) or len(weights) != len(sources):
         raise ConfigError(f"weights has a number for each of the {len(sources)} adapters; {weights!r} has not.")
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ConfigError(f"weights holds {weight!r}, which is not a finite number.")
+        number("each of weights", weight)
     if not any(weights):
         raise ConfigError(f"weights is {list(weights)!r}: nothing would be left.")
     return [float(weight) for weight in weights]
 
 
 def _check_method(method: Any, rank: Any, density: Any, seed: Any) -> None:
-    if method not in METHODS:
-        near = closest(str(method), METHODS, count=1)
-        hint = _ELSEWHERE.get(str(method)) or (f"Did you mean {near[0]!r}?" if near else "")
-        raise ConfigError(f"method is one of {listed(map(repr, METHODS))}, not {method!r}. {hint}".rstrip())
+    one_of("method", method, METHODS, hint=_ELSEWHERE.get(str(method), ""))
     if rank is not None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ConfigError(f"rank is a whole number of at least 1, not {rank!r}.")
+        whole("rank", rank)
         if method == "sum":
             raise ConfigError(f"'sum' is exact and has the sum of the ranks: for rank={rank}, use method='svd'.")
     if method not in DENSE and density is not None:
         raise ConfigError(f"density is a setting of {listed(map(repr, DENSE))}; {method!r} keeps everything.")
     if method in DENSE and density is None:
         raise ConfigError(f"{method!r} needs a density, the share of each update that is kept: TIES took 0.2.")
-    is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
-    if density is not None and not (is_number and 0 < density <= 1):
-        raise ConfigError(f"density is a share above 0 and at most 1, not {density!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ConfigError(f"seed is a whole number from 0 on, not {seed!r}.")
+    if density is not None:
+        share("density", density)
+    if whole("seed", seed, least=0) >= 2**63:
+        raise ConfigError(f"seed is a whole number below 2^63, not {seed!r}.")
 
 
 def _check_target(target: Path, folders: list[Path]) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.checked import number, one_of, whole
 from lightning_lora.engine.targets import name_matches
-from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
+from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
@@ -86,25 +87,18 @@ def export_adapter(
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            near = closest(dtype, DTYPES, count=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"dtype is one of {listed(map(repr, DTYPES))}, not {dtype!r}.{hint}")
-        return DTYPES[dtype]
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ConfigError(f"dtype is one of {listed(map(repr, DTYPES))}, not {dtype!r}.")
-    return dtype
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    return DTYPES[one_of("dtype", dtype, DTYPES)]
 
 
 def _check_numbers(rank: int | None, max_rank: int | None, tolerance: float) -> None:
     for name, value in (("rank", rank), ("max_rank", max_rank)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name} is a whole number of at least 1, not {value!r}.")
+        if value is not None:
+            whole(name, value)
     if rank is not None and max_rank is not None and rank > max_rank:
         raise ConfigError(f"rank={rank} is more than max_rank={max_rank}.")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
-        raise ConfigError(f"tolerance is a relative error of at least 0, such as 0.01, not {tolerance!r}.")
+    number("tolerance", tolerance, least=0, why="it is a relative error, such as 0.01")
 
 
 def _for_peft(

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from lightning_lora.checked import number
 from lightning_lora.errors import (
     AdapterFormatError,
     ConfigError,
@@ -172,8 +173,7 @@ def _check_arguments(repo_id: str, revision: str, subfolder: str, timeout: float
         raise ConfigError(f"revision is a branch, a tag or a commit, not {revision!r}.")
     if subfolder and not _is_path(subfolder):
         raise ConfigError(f"subfolder is a folder in the repository, such as 'checkpoint-100', not {subfolder!r}.")
-    if not timeout > 0:
-        raise ConfigError(f"timeout is a number of seconds above 0, not {timeout!r}.")
+    number("timeout", timeout, above=0, unit="seconds")
 
 
 def _is_path(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
@@ -14,6 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
+from lightning_lora.checked import flag, number
 from lightning_lora.errors import ConfigError, HubError
 from lightning_lora.hub.calls import DEADLINE, Api, retried, within
 
@@ -50,12 +50,9 @@ class Destination:
             raise ConfigError(f"repo_id {self.repo_id!r} cannot be the name of a repository: {error}") from error
         if self.create_pr and self.branch not in (None, "main"):
             raise ConfigError(f"A pull request is opened against main: leave out branch={self.branch!r}.")
-        number = isinstance(self.deadline, (int, float)) and not isinstance(self.deadline, bool)
-        if not number or not 0 < self.deadline < math.inf:
-            raise ConfigError(f"deadline is {self.deadline!r}; give a positive number of seconds.")
+        number("deadline", self.deadline, above=0, unit="seconds")
         for name in ("private", "create_pr"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false.")
+            flag(name, getattr(self, name))
         for name in ("branch", "token", "endpoint"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):

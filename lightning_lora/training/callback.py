@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import Unpack
 
+from lightning_lora.checked import whole
 from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injections
 from lightning_lora.engine.config import Bias, FurtherFields, check_is_config
 from lightning_lora.engine.inits import INITS
@@ -131,8 +132,7 @@ class LoRACallback(Callback):
             check_ratio(lora_plus_ratio)
         if product_decay is not None:
             check_strength(product_decay)
-        if isinstance(init_batches, bool) or not isinstance(init_batches, int) or init_batches < 1:
-            raise ConfigError(f"init_batches is a whole number from 1 on, not {init_batches!r}.")
+        whole("init_batches", init_batches)
         self._origin = None if adapter is None else AdapterToGoOnFrom(adapter, config, given)
         self.config = config if config is not None or adapter is not None else LoRAConfig(**given)
         """None where it is that of `adapter`, until that was read."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
+from lightning_lora.checked import flag, number, one_of
 from lightning_lora.errors import ConfigError
 from lightning_lora.hub.repository import Destination
 
@@ -33,13 +33,9 @@ class HubPush(Destination):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every not in ("checkpoint", "best", "end"):
-            raise ConfigError(f"every is {self.every!r}; give 'checkpoint', 'best' or 'end'.")
-        number = isinstance(self.wait, (int, float)) and not isinstance(self.wait, bool)
-        if not number or not 0 <= self.wait < math.inf:
-            raise ConfigError(f"wait is {self.wait!r}; give a number of seconds, 0 or more.")
+        one_of("every", self.every, ("checkpoint", "best", "end"))
+        number("wait", self.wait, least=0, unit="seconds")
         for name in ("tag_checkpoints", "push_checkpoints"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false.")
+            flag(name, getattr(self, name))
         if isinstance(self.datasets, str):
             raise ConfigError(f"datasets is {self.datasets!r}; give a list of ids.")

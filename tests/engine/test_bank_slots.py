@@ -424,7 +424,7 @@ def test_a_model_that_cannot_be_served_is_refused_before_anything_is_changed():
     bank = Bank(base)
     with pytest.raises(AdapterStateError, match="A bank serves first"):
         Bank(base)
-    with bank.use(None), pytest.raises(ConfigError, match="capacity is 0"):
+    with bank.use(None), pytest.raises(ConfigError, match="capacity is a whole number from 1 on, not 0"):
         Bank(Small(), 0)
     with pytest.raises(BankError, match="does not fit"):
         Bank(Small(), 10**12)

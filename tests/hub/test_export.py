@@ -419,7 +419,7 @@ def test_a_damaged_adapter_is_refused(case, folder, tmp_path):
     [
         ({"r": 3}, "does not fit"),
         ({"r": 5}, "does not fit"),
-        ({"lora_alpha": 0}, "alpha is a number above 0"),  # llama.cpp would take it for a scale of 1
+        ({"lora_alpha": 0}, "alpha is a finite number above 0"),  # llama.cpp would take it for a scale of 1
         ({"lora_bias": True}, "lora_bias"),
         ({"trainable_token_indices": [1]}, "trainable_token"),
         ({"init_lora_weights": "pissa"}, "pissa"),

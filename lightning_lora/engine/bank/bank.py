@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_lora.checked import whole
 from lightning_lora.engine.bank.cells import LayerFactors
 from lightning_lora.engine.bank.copies import Rooms
 from lightning_lora.engine.bank.folding import Folded
 from lightning_lora.engine.bank.inside import Inside
 from lightning_lora.engine.bank.layers import attach, check_detachable, check_one_device, detach, new_cells
 from lightning_lora.engine.bank.layout import Index, Layout, Said, said
-from lightning_lora.engine.bank.planning import check_counts, plan_of, watched
+from lightning_lora.engine.bank.planning import plan_of, watched
 from lightning_lora.engine.bank.routing import One, Routes, Routing
 from lightning_lora.engine.bank.rows import Rows
 from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes
@@ -49,7 +50,7 @@ class Bank:
         store: Store | None = None,
     ) -> None:
         if host_capacity is not None:
-            check_counts(0, host_capacity=host_capacity)
+            whole("host_capacity", host_capacity, least=0)
         self.model, self.capacity, self.max_rank = model, capacity, max_rank
         self._routes = Routes()
         self._cells = new_cells(model, self._routes, target_modules, exclude_modules)

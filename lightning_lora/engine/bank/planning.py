@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from lightning_lora.checked import whole
 from lightning_lora.engine.bank.cells import Cell
 from lightning_lora.engine.bank.slab import MemoryPlan, width_of
 from lightning_lora.engine.storage import is_plain
-from lightning_lora.errors import BankError, ConfigError
+from lightning_lora.errors import BankError
 
 
 def watched(cells: Mapping[str, Cell]) -> tuple[dict[str, Any], str]:
@@ -25,16 +26,10 @@ def watched(cells: Mapping[str, Cell]) -> tuple[dict[str, Any], str]:
 
 def plan_of(cells: Mapping[str, Cell], capacity: int, max_rank: int, dtype: torch.dtype | None) -> MemoryPlan:
     """What the slots of a bank with these cells take; in the precision of the base where `dtype` is None."""
-    check_counts(1, capacity=capacity, max_rank=max_rank)
+    whole("capacity", capacity)
+    whole("max_rank", max_rank)
     parameters, name = watched(cells)
     weight = parameters[name]
     dtype = dtype or (weight.dtype if is_plain(weight) else torch.float32)
     width = width_of({name: cell.shapes(max_rank) for name, cell in cells.items()})
     return MemoryPlan(capacity, len(cells), max_rank, dtype, weight.device, width * dtype.itemsize)
-
-
-def check_counts(least: int, **counts: Any) -> None:
-    """Raise ConfigError for one that is no whole number, or less than `least`."""
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            raise ConfigError(f"{name} is {count!r}; give a whole number, {least} or more.")
