@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from lightning_lora.engine.low_rank import Spectrum, product_norm, spectrum, spectrum_of_product
+
 
 @dataclass(frozen=True)
 class Term:
@@ -70,7 +72,7 @@ def combine(
     rank = rank or max(term.A.shape[-2] for term in terms)
     if method == "svd":
         return compressed(terms, rank)
-    return truncated(DENSE[method](terms, density, generator), rank)
+    return _cut(spectrum(DENSE[method](terms, density, generator)), rank)
 
 
 # On the factors, in float64: they are thin.
@@ -84,39 +86,12 @@ def concatenated(terms: Sequence[Term]) -> Combined:
 
 
 def compressed(terms: Sequence[Term], rank: int) -> Combined:
-    """The best approximation of the sum of rank `rank`: with B = Q_B R_B and A^T = Q_A R_A, the singular values of B A
-    are those of R_B R_A^T, a matrix as small as the ranks of the terms together."""
+    """The best approximation of the sum of rank `rank`."""
     whole = concatenated(terms)
-    Q_B, R_B = torch.linalg.qr(whole.B)
-    Q_A, R_A = torch.linalg.qr(whole.A.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return _cut(Q_B @ U, S, Vh @ Q_A.mT, rank)
-
-
-def product_norm(B: Tensor, A: Tensor) -> float:
-    """||B A||_F of thin factors. Not from Gram matrices, which would lose half of the digits where products cancel."""
-    R_B = torch.linalg.qr(B, mode="r").R
-    R_A = torch.linalg.qr(A.mT, mode="r").R
-    return float((R_B @ R_A.mT).norm())
-
-
-def product_change(B: Tensor, A: Tensor, new_B: Tensor, new_A: Tensor) -> float:
-    """||B A - B' A'||_F for factors of the same shapes, as that of (B - B') A + B' (A - A'): no difference of products,
-    so factors that are equal give 0."""
-    return product_norm(torch.cat([B - new_B, new_B], dim=-1), torch.cat([A, A - new_A], dim=-2))
+    return _cut(spectrum_of_product(whole.B, whole.A), rank)
 
 
 # On dW itself, one module at a time, in float32 or wider.
-
-
-def truncated(matrix: Tensor, rank: int) -> Combined:
-    """The best approximation of `matrix` (..., out, in) of rank `rank`.
-
-    By a full SVD (4096 x 4096: about 15 s on one core): a randomised one is faster, and off by a share that nobody
-    would know, where the spectrum is as flat as trimming and dropping make it.
-    """
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return _cut(U, S, Vh, rank)
 
 
 def ties(terms: Sequence[Term], density: float, generator: Generator | None = None) -> Tensor:
@@ -166,8 +141,6 @@ def disjoint_mean(matrices: Tensor) -> Tensor:  # (terms, ...) -> (...)
     return torch.where(agrees, matrices, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
 
 
-def _cut(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Combined:
-    root = S[..., :rank].sqrt()  # shared evenly, so that neither factor loses more when it is rounded
-    norm = float(S.norm())
-    error = float(S[..., rank:].norm()) / norm if norm else 0.0
-    return Combined(root[..., :, None] * Vh[..., :rank, :], U[..., :, :rank] * root[..., None, :], norm, error)
+def _cut(whole: Spectrum, rank: int) -> Combined:
+    cut = whole.cut(rank)
+    return Combined(cut.A, cut.B, whole.norm, cut.error)

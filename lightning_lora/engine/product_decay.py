@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_lora.checked import number
-from lightning_lora.engine.layers import Pair, ParameterLoRA, pairs
-from lightning_lora.engine.layers.conv_transpose import ConvTransposeLoRA
+from lightning_lora.engine.layers import Pair, pairs
 from lightning_lora.engine.optim import check_hooks, replace_hooks, with_inner
 from lightning_lora.errors import TrainingError
 
@@ -58,21 +57,5 @@ def check_strength(strength: object) -> None:
 def half_square(pair: Pair) -> Tensor:
     """1/2 ||s B A||_F^2, as the sum over (B^T B) * (A A^T), products of the size of the rank: nothing of the weight's
     size is made, here or in its gradients s^2 (B^T B) A and s^2 B (A A^T)."""
-    A, B = _matrices(pair)
+    A, B = pair.module.matrices(pair.parameter)
     return pair.spec.scale**2 / 2 * ((B.mT @ B) * (A @ A.mT)).sum()
-
-
-def _matrices(pair: Pair) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank), or stacks of them, whose products make up the update."""
-    module: Any = pair.module
-    A, B = module.factors(pair.parameter, dropped=False)
-    if isinstance(module, ParameterLoRA):
-        return A, B
-    A, B = A.flatten(1), B if isinstance(module, ConvTransposeLoRA) else B.flatten(1)
-    groups = getattr(module, "groups", 1)
-    if groups > 1:  # each group of outputs has ranks of its own
-        A, B = A.unflatten(0, (groups, -1)), B.unflatten(0, (groups, -1))
-    if isinstance(module, ConvTransposeLoRA):  # its B has the kernel
-        B = B.movedim(1 if groups == 1 else 2, -1)
-        B = B.flatten(0 if groups == 1 else 1, -2)
-    return A, B

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from lightning_lora.checked import number, one_of, share, whole
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine, product_change
+from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine
+from lightning_lora.engine.low_rank import product_change
 from lightning_lora.engine.overflow import largest
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
@@ -233,7 +234,7 @@ def _written(
         A, B = c.A.to(dtype), (c.B.double() / scale).to(dtype)
         if not (c.norm <= largest(dtype) and bool(torch.isfinite(A).all() and torch.isfinite(B).all())):
             overflowing.append(module)
-        rounded = product_change(c.B.double(), c.A.double(), scale * B.double(), A.double())
+        rounded = product_change(c.B, c.A, scale * B.double(), A)
         more = rank // groups - A.shape[-2]
         A, B = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
         pairs[module] = Pair(

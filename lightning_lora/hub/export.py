@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.checked import number, one_of, whole
+from lightning_lora.engine.low_rank import Spectrum
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub import peft
@@ -22,7 +23,6 @@ from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.consumers import Consumer, consumer_called
 from lightning_lora.hub.export_report import ExportReport
 from lightning_lora.hub.local import local_path
-from lightning_lora.hub.low_rank import Spectrum
 from lightning_lora.hub.lowering import Lowered, dora_spectra, lowered, with_every_layer, written_rank
 from lightning_lora.hub.obstacles import head_of, other_base, refuse, refuse_loss, unclear, unsupported
 from lightning_lora.hub.parts import Parts, header_of, magnitude_key, parts_of

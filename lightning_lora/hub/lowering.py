@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_lora.engine.layers.dora import dora_update
+from lightning_lora.engine.low_rank import Spectrum, product_change, product_norm, spectrum
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub.base_weights import WeightOf
 from lightning_lora.hub.consumers import Consumer
-from lightning_lora.hub.low_rank import Spectrum, dora_update, norm_of_product, relative_change, spectrum
 from lightning_lora.hub.parts import Pair
 
 
@@ -145,12 +146,11 @@ def lowered(
             overflowing.append(name)
         scale = alpha / ranks[name]
         if cut is None:
-            error = relative_change(scales[name] * B.double(), A, scale * new_B.double(), new_A)
-            size = abs(scales[name]) * norm_of_product(B, A)
+            error = _change(scales[name] * B.double(), A, scale * new_B.double(), new_A)
+            size = abs(scales[name]) * product_norm(B, A)
         else:
-            # What is left out is at right angles to what is kept, and to nothing in its rounding: added up, an upper
-            # bound.
-            error = cut.error + relative_change(B, A, scale * new_B.double(), new_A)
+            # Truncation and rounding errors need not be orthogonal: their sum is an upper bound.
+            error = cut.error + _change(B, A, scale * new_B.double(), new_A)
             size = spectra[name].norm
         modules[name] = Lowered(
             A=new_A.contiguous(),
@@ -170,6 +170,11 @@ def lowered(
             f"{str(dtype or 'the precision of the file').removeprefix('torch.')}: write it with dtype='float32'"
         )
     return modules, alpha
+
+
+def _change(B: Tensor, A: Tensor, new_B: Tensor, new_A: Tensor) -> float:
+    """||B A - B' A'||_F relative to ||B A||_F; as it is where B A is 0."""
+    return product_change(B, A, new_B, new_A) / (product_norm(B, A) or 1.0)
 
 
 def _alpha(scales: Mapping[str, float], ranks: Mapping[str, int]) -> float:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 import torch
 
+from lightning_lora.engine.low_rank import Spectrum
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.base_weights import WeightOf
 from lightning_lora.hub.consumers import Consumer
-from lightning_lora.hub.low_rank import Spectrum
 from lightning_lora.hub.parts import Parts
 from lightning_lora.hub.reading import CONFIG
 

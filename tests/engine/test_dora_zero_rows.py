@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig, adapter_state_dict, inject, load_adapter_state_dict, merged, remove
 from lightning_lora.engine.bank import Bank, LayerFactors
-from lightning_lora.hub.low_rank import dora_update
+from lightning_lora.engine.layers.dora import dora_update
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "linear": lambda: (nn.Linear(6, 5), torch.randn(3, 6)),

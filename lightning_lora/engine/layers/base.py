@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import fused, switch
-from lightning_lora.engine.layers.pair import BIAS, FACTORS, TENSORS, AdapterSpec, Pair
+from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec, Pair
 from lightning_lora.engine.layers.reads import Reads
 from lightning_lora.engine.reads import forget
 from lightning_lora.engine.storage import can_be_dense
@@ -211,6 +211,12 @@ class Adapter(Reads):
             A = A * kept_ranks(self.lora, A) if self.lora.rank_dropout or self.lora.module_dropout else A
         return A, B
 
+    def matrices(self, parameter: str = "weight") -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) as matrices, or stacks of them (a convolution has one for each group), whose
+        products hold all that the update does, without the scale."""
+        A, B = self.factors(parameter, dropped=False)
+        return A.flatten(1), B.flatten(1)
+
     def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """A, B and B's bias, if it has one, as they enter the update in this forward, in `dtype`."""
         A, B = self.factors()
@@ -258,11 +264,6 @@ class Adapter(Reads):
     def lora_pairs(self, name: str) -> tuple[Pair, ...]:
         """Its low-rank updates; `name` is the module's."""
         return (Pair(name, self, "weight", self.lora, ""),)
-
-    def lora_trained(self, pair: Pair) -> list[Tensor]:
-        """The tensors of one of its updates that are trained."""
-        own = (name for name in self.lora_names if name.removesuffix(pair.suffix) in TENSORS)
-        return [t for name in own if (t := getattr(self, name)).requires_grad]
 
     def extra_repr(self) -> str:
         mine = f"rank={self.lora.rank}, scale={self.lora.scale:g}"

@@ -118,6 +118,10 @@ class ConvLoRA(Convolution):
         h = self.lora_convolve(x, A, None, base.stride, padding, base.dilation)
         return self.lora_convolve(h, B, bias, groups=base.groups)
 
+    def matrices(self, parameter: str = "weight") -> tuple[Tensor, Tensor]:
+        A, B = super().matrices(parameter)
+        return (A, B) if self.groups == 1 else (A.unflatten(0, (self.groups, -1)), B.unflatten(0, (self.groups, -1)))
+
     def delta_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         A, B = self.factors(parameter, dropped=dropped)
         if A.shape[0] == B.shape[1]:  # without groups

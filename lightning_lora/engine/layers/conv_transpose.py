@@ -60,6 +60,10 @@ class ConvTransposeLoRA(Convolution):
         B = self.from_output(self, B.flatten(1))  # as a transposed convolution stores its weight: rank first
         return self.lora_convolve(h, B, bias, base.stride, base.padding, padding, base.groups, base.dilation)
 
+    def matrices(self, parameter: str = "weight") -> tuple[Tensor, Tensor]:  # (g, r, in / g), (g, out / g * kernel, r)
+        A, B = (t.unflatten(0, (self.groups, -1)) for t in self.factors(parameter, dropped=False))
+        return A.flatten(2), B.movedim(2, -1).flatten(1, -2)
+
     def delta_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         A, B = self.factors(parameter, dropped=dropped)
         base: Any = self

@@ -87,6 +87,17 @@ def gains(m: Tensor, norm: Tensor) -> Tensor:
     return torch.where(is_zero, 1.0, m.to(norm.dtype) / torch.where(is_zero, 1.0, norm))
 
 
+def dora_update(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor) -> Tensor:
+    """What DoRA changes in a weight: m (W + s B A) / ||W + s B A|| - W, in float64.
+
+    W (out, in), A (r, in), B (out, r), magnitude (out,). Of full rank in general: the rows of W are rescaled, but for
+    those that are zero once adapted, which have no direction.
+    """
+    W = W.double()
+    adapted = W + scale * B.double() @ A.double()
+    return gains(magnitude.double(), adapted.norm(dim=1))[:, None] * adapted - W
+
+
 def output_norms(geometry: Any, module: Any, W: Tensor, *, is_by_output: bool = False) -> Tensor:
     """||W|| over the weights of each output of `module`, in float32 or wider."""
     with without_autocast(W):

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lightning_lora.engine.low_rank import singular_values
 from lightning_lora.engine.storage import shape_of
 
 if TYPE_CHECKING:
@@ -59,6 +61,16 @@ class Pair:
     def B(self) -> nn.Parameter:
         factor: nn.Parameter = getattr(self.module, f"lora_B{self.suffix}")
         return factor
+
+    def singular_values(self) -> Tensor:
+        """Those of the update scale * B A, the largest first, in float64, without a gradient.
+
+        `rank` of them and more: where an initialiser left a frozen start, or the module has groups or experts, which
+        are blocks of one matrix. DoRA's magnitudes do not enter.
+        """
+        with torch.no_grad():
+            A, B = self.module.matrices(self.parameter)
+            return abs(self.spec.scale) * singular_values(B, A)
 
     @property
     def is_fresh(self) -> bool:

@@ -103,6 +103,9 @@ class ParameterLoRA(Adapter):
             A = A * kept_columns(A[..., :1, :], spec.dropout) if spec.dropout else A
         return A, B
 
+    def matrices(self, parameter: str = "weight") -> tuple[Tensor, Tensor]:
+        return self.factors(parameter, dropped=False)
+
     def delta_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         A, B = self.factors(parameter, dropped=dropped)
         dtype = torch.promote_types(A.dtype, torch.float32)
