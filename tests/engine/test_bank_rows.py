@@ -105,7 +105,7 @@ def test_guidance_is_served_where_the_user_says_tiled():
             assert close_to(text(x), picked(of_text, names))  # as many rows as there are
             assert close_to(unet(torch.cat([x, x])), picked(two, names * 2))
         assert close_to(unet(x), picked(one, names))  # a step without guidance
-        with pytest.raises(AdapterStateError, match=r"'unet' got the 3 rows 3 times over .* 2 times"):
+        with pytest.raises(AdapterStateError, match=r"'unet' got the 3 rows 3 times, .* 2 times"):
             unet(torch.cat([x, x, x]))
     with bank.use(names, layout="tiled"):
         assert close_to(unet(torch.cat([x, x, x])), picked(three, names * 3))

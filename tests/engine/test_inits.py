@@ -306,8 +306,8 @@ def test_loftq_starts_as_the_best_approximation_of_what_quantization_took():
     ("name", "how"),
     [
         ("eva", r"the inputs of each layer.*calibrate\(model, config, step, batches\)"),
-        ("lora_ga", r"the gradient of each weight.*calibrate\("),
-        ("loftq", r"what quantization took.*residuals\("),
+        ("lora_ga", r"the gradients of each weight.*calibrate\("),
+        ("loftq", r"the quantization errors of each weight.*residuals\("),
     ],
 )
 def test_an_initialiser_that_needs_data_says_so_and_how_to_give_it(name: str, how: str):
@@ -338,7 +338,7 @@ def test_a_grouped_convolution_has_no_matrix_to_start_from(name: str):
 
 @pytest.mark.parametrize("name", ["eva", "corda", "lora_ga"])
 def test_an_embedding_has_no_inputs_to_measure(name: str):
-    with pytest.raises(TargetError, match="into an embedding go indices"):
+    with pytest.raises(TargetError, match="an embedding looks up indices"):
         started(model("embedding"), name)
 
 

@@ -52,7 +52,7 @@ def test_what_pefts_config_has_and_ours_has_not_is_said():
 @pytest.mark.parametrize("config", [{"rank": 4}, "all-linear", 8, SimpleNamespace(rank=4)])
 def test_what_is_no_config_is_refused_before_anything_is_changed(config):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    with pytest.raises(ConfigError, match="config is a LoRAConfig, not a"):
+    with pytest.raises(ConfigError, match="config must be a LoRAConfig, not a"):
         inject(model, config)
     assert all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in model)
 

@@ -79,7 +79,7 @@ def test_the_update_is_scaled_as_the_class_scales_its_rows_and_not_as_an_attribu
 def test_one_that_gives_other_numbers_is_refused_and_adapted_by_its_parameter(kind: Any, config: str):
     torch.manual_seed(0)
     model = nn.Sequential(kind(), nn.Linear(4, 4, dtype=torch.float64))
-    with pytest.raises(TargetError, match="which gives other numbers than the rows of its input"):
+    with pytest.raises(TargetError, match="which does not return the rows of its input"):
         inject(model, LoRAConfig(rank=2, **CONFIGS[config]))
     inject(model, LoRAConfig(rank=2, target_modules=[], target_parameters=["0.weight"]))
     randomise(model)

@@ -1,6 +1,6 @@
-"""Activated LoRA: the adapter acts from a sequence of tokens on, and what came before is the base's own.
+"""Activated LoRA: the adapter acts from its invocation tokens on; the base alone computes the positions before them.
 
-So the keys and values that the base computed for a prompt serve the adapter as they are (Greenewald et al. 2025,
+So the adapter can use the keys and values that the base has cached for a prompt (Greenewald et al. 2025,
 arXiv:2504.12397).
 """
 
@@ -22,7 +22,7 @@ from lightning_lora.errors import AdapterStateError, TargetError
 
 
 class ALoRA(Adapter):
-    """In front of a linear layer: the update is added where the adapter was invoked, and nowhere else."""
+    """A variant of linear layers: the update is added only at positions from the invocation tokens on."""
 
     lora_invocation: Invocation
 
@@ -54,49 +54,50 @@ class ALoRA(Adapter):
 
 @dataclass(frozen=True, eq=False)
 class Running:
-    """A module that was given tokens, from when it is called until it returns."""
+    """A running call of a module that takes input_ids."""
 
     module: nn.Module
     backward: int
-    """The backward pass that it is called in, to compute again what was not kept; -1 outside of any."""
+    """The id of the backward pass in which it is called (activation checkpointing); -1 outside of any."""
     is_outermost: bool = True
+    """False if the call lies in another one with the same tokens."""
     ids: Tensor | None = None
     invoked: Tensor | None = None
-    """(rows, positions)"""
+    """(rows, positions): where the adapter acts."""
     seen: Tensor | None = None
-    """The last tokens, in which an invocation may have begun."""
+    """The last tokens of each row: an invocation may begin in them and end in the next call."""
 
 
 class Own(threading.local):
-    """What each thread has for itself. A forward runs in one thread and awaits nothing, so that this keeps asyncio's
-    tasks apart too; torch.compile, which traces the hooks, knows it, and not a ContextVar."""
+    """The state of one thread. A forward runs in one thread and never awaits, so asyncio tasks are kept apart as well.
+    It is no ContextVar, since torch.compile traces the hooks and cannot read one."""
 
     running: tuple[Running, ...] = ()
-    """Innermost first, of forwards inside of others too."""
+    """All running calls, the innermost first, also those of a forward around the present one."""
     last: Tensor | None = None
-    """What the last forward that ended invoked: for a head that is called by itself on what the model returned."""
+    """`invoked` of the last forward that ended, for a head that is called by itself on the model's output."""
 
 
 class Invocation:
-    """Which positions of the tokens in the running forward come from the last occurrence of `tokens` on, row by row.
+    """Finds, in each row of the running forward, the positions from the last occurrence of `tokens` on.
 
-    It hears the tokens by hooks on the modules of the model that are given `input_ids`. A row that is invoked stays so
-    as long as its cache goes on: the cache itself remembers it, so that several can be used in turn, and copied. What
-    is generated token by token after a prompt does not invoke; a longer continuation, such as the next turn of a chat,
-    can, also with a sequence that began before it.
+    Hooks on the modules that take `input_ids` show it the tokens. A row that is invoked stays invoked while its cache
+    is continued. The cache holds that state, so several caches can be used in turn, and copied. A call with one new
+    token never invokes the adapter; a longer one (the next turn of a chat) can, even if the sequence began in the call
+    before it.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tuple(tokens)
         self.own = Own()
         self.backwards: dict[int, list[Tensor]] = {}
-        """For each backward pass that is under way, in any thread: what was invoked in each forward that it reached."""
+        """Id of a running backward pass, of any thread -> `invoked` of each forward that the pass has reached."""
 
     def __reduce__(self) -> Any:
         return Invocation, (self.tokens,)
 
     def running(self) -> Iterator[Running]:
-        """The modules of the forward that runs here, innermost first."""
+        """The calls of the forward that runs in this thread, the innermost first."""
         for entry in self.own.running:
             yield entry
             if entry.is_outermost:
@@ -106,11 +107,11 @@ class Invocation:
         """A forward pre-hook."""
         ids, cache = (_argument(module, name, args, kwargs) for name in ("input_ids", "past_key_values"))
         if switch.used and switch.is_off(module):
-            ids = None  # nothing acts, and nothing is remembered of it
+            ids = None  # adapters are off: this call neither invokes anything nor is remembered
         around = list(self.running())
         entry = Running(module, backward_pass(), ids=ids)
         try:
-            # One that runs already is called by a forward of its own, inside of the other.
+            # A module that is running already, called once more, begins a new forward inside the running one.
             if around and all(e.module is not module for e in around) and _are_same(ids, around[0].ids):
                 entry = replace(around[0], module=module, is_outermost=False)
             elif ids is not None:
@@ -125,8 +126,8 @@ class Invocation:
         was, seen = getattr(cache, _MEMORY, nothing) if goes_on else nothing
         if was.shape[0] != ids.shape[0]:
             raise AdapterStateError(
-                f"The cache knows of {was.shape[0]} rows which of them were invoked, and this forward has "
-                f"{ids.shape[0]}: rows of a cache cannot be chosen or repeated after the prompt."
+                f"The cache remembers which of its {was.shape[0]} rows were invoked, and this forward has "
+                f"{ids.shape[0]} rows: rows of a cache cannot be chosen or repeated after the prompt."
             )
         if goes_on and ids.shape[1] == 1:
             invoked = was[:, None]
@@ -135,7 +136,7 @@ class Invocation:
         return invoked, torch.cat([seen, ids], dim=1)[:, max(0, seen.shape[1] + ids.shape[1] - len(self.tokens) + 1) :]
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """A forward hook, called where the forward raised as well."""
+        """A forward hook, called also if the forward raised."""
         if not self.own.running or self.own.running[0].module is not module:
             return
         entry, *others = self.own.running
@@ -153,8 +154,8 @@ class Invocation:
             self._watch(output, entry.invoked)
 
     def _watch(self, output: Any, invoked: Tensor) -> None:
-        """Learn of it when a backward pass reaches `output`: checkpointed layers are then computed again, in whatever
-        thread autograd has for them."""
+        """Note when a backward pass reaches `output`: it then computes checkpointed layers again, in any thread of
+        autograd's, and they need `invoked`."""
 
         def begins(_: Tensor) -> None:
             task = torch._C._current_graph_task_id()
@@ -174,7 +175,7 @@ class Invocation:
                 self._watch(inner, invoked)
 
     def from_last_occurrence(self, ids: Tensor) -> Tensor:
-        """(rows, positions): whether a position comes from the last occurrence of the tokens on, itself included."""
+        """(rows, positions): true from the first token of the row's last occurrence of `tokens` on."""
         length, count = ids.shape[1], len(self.tokens)
         if length < count:
             return torch.zeros_like(ids, dtype=torch.bool)
@@ -185,45 +186,46 @@ class Invocation:
         return (last >= 0) & (position >= last)
 
     def at(self, output: Tensor) -> Tensor:
-        """The positions of a layer's `output` (..., width), in its shape without the width."""
+        """Where the adapter acts on a layer's `output` (..., width): booleans of its shape without the width."""
         running, task = next(self.running(), None), backward_pass()
         if running is not None and running.backward == task:
             invoked = running.invoked
         elif task == -1:
             invoked = self.own.last
-        else:  # computed again, under gradient checkpointing
+        else:  # gradient checkpointing computes the layer again
             forwards = self.backwards.get(task, [])
             if len(forwards) > 1:
                 raise AdapterStateError(
                     "Under gradient checkpointing an adapter with alora_invocation_tokens needs a backward pass for "
-                    "each forward: in one of several, it cannot be told for which a layer is computed again."
+                    "each forward: this one is for several, and it is not known for which of them a layer is computed "
+                    "again."
                 )
             invoked = forwards[0] if forwards else None
         if invoked is None:
             raise AdapterStateError(
                 "An adapter with alora_invocation_tokens looks for them in input_ids, and the model was given none: "
-                "call the model with input_ids, not with inputs_embeds, nor a part of it by itself; under gradient "
-                "checkpointing, compute the loss from what the model returns."
+                "call the whole model, with input_ids and not with inputs_embeds; under gradient checkpointing, "
+                "compute the loss from what the model returns."
             )
         shape = output.shape[:-1]
         if shape == invoked.shape:
             return invoked
-        if len(shape) == 1 and shape[0] == invoked.numel():  # rows and positions in one, as for experts
+        if len(shape) == 1 and shape[0] == invoked.numel():  # rows and positions in one dimension, as for experts
             return invoked.reshape(-1)
-        if len(shape) == 2 and shape[0] == invoked.shape[0] and shape[1] < invoked.shape[1]:  # the last ones, of a head
+        if len(shape) == 2 and shape[0] == invoked.shape[0] and shape[1] < invoked.shape[1]:  # a head at the last ones
             return invoked[:, -shape[1] :]
         raise AdapterStateError(
-            f"A layer with alora_invocation_tokens computes outputs of shape {tuple(output.shape)}, which are not "
-            f"those of {tuple(invoked.shape)} tokens: leave it out with exclude_modules."
+            f"A layer with alora_invocation_tokens gives an output of shape {tuple(output.shape)}, which does not fit "
+            f"the {tuple(invoked.shape)} tokens: leave it out with exclude_modules."
         )
 
 
 _MEMORY = "lora_invocation"
-"""The attribute under which a cache remembers which of its rows are invoked, and the last tokens."""
+"""The attribute of a cache that holds which of its rows are invoked, and their last tokens."""
 
 
 def readers(model: nn.Module) -> list[nn.Module]:
-    """The modules of `model` that are given `input_ids` and hold others."""
+    """The modules of `model` that take `input_ids` and have submodules."""
     return [
         module
         for module in model.modules()
@@ -232,11 +234,11 @@ def readers(model: nn.Module) -> list[nn.Module]:
 
 
 def check_readers(model: nn.Module) -> None:
-    """Raise TargetError where nothing in `model` is given tokens."""
+    """Raise TargetError if no module of `model` takes tokens."""
     if not readers(model):
         raise TargetError(
-            f"alora_invocation_tokens are looked for in input_ids, and no module of {type(model).__name__} takes any "
-            "in its forward: it is for causal language models as transformers has them."
+            f"alora_invocation_tokens are looked for in input_ids, and the forward of no module of "
+            f"{type(model).__name__} takes input_ids: use them with causal language models of transformers."
         )
 
 
@@ -267,12 +269,13 @@ def stop_listening(model: nn.Module) -> None:
 
 
 def backward_pass() -> int:
-    """The one that this is called from, -1 outside of any; what torch.compile traces is taken to be outside."""
+    """The id of the backward pass that runs here; -1 outside of any, and always where torch.compile traces."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def _are_same(ids: Tensor | None, others: Tensor | None) -> bool:
-    """Whether a module inside was given `others`, those of the one around it, itself or by their embeddings."""
+    """True if an inner module works on `others`, the tokens of the module around it: it was given equal `ids`, or none
+    (their embeddings)."""
     if ids is None or ids is others:
         return True
     return others is not None and ids.shape == others.shape and torch.equal(ids, others.to(ids.device))

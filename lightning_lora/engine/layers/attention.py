@@ -10,8 +10,8 @@ from lightning_lora.engine.layers.parameters import ParameterLoRA
 
 
 class MultiheadAttentionLoRA(ParameterLoRA, adapts=nn.MultiheadAttention):
-    """The packed in_proj_weight (3 embed, embed), as one update in which q, k and v share A; or, where kdim or vdim
-    make them differ, q_proj_weight, k_proj_weight and v_proj_weight; and out_proj. PEFT does so with the packed one."""
+    """Adapts the packed in_proj_weight (3 embed, embed) by one pair, so that q, k and v share A (as in PEFT); or, where
+    kdim or vdim differ, each of q_proj_weight, k_proj_weight and v_proj_weight; and out_proj."""
 
     companions = ("out_proj",)
     lora_to_kernels = True

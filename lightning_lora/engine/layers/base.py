@@ -30,11 +30,11 @@ from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError
 
 NOT_GIVEN: Any = object()
-"""In place of an input that was given by its name."""
+"""The default of `input` in a forward: the caller gave the input as a keyword, by the base class's name for it."""
 
 
 def _asking(forward: Any) -> Any:
-    """`forward` of a geometry, as an adapted layer runs it: where its adapter is off, the module's own runs."""
+    """Wrap a geometry's `forward`: where adapters are off (`disabled`), the base class's forward runs instead."""
 
     @functools.wraps(forward)
     def asking(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def _asking(forward: Any) -> Any:
 
 
 def name_of_input(cls: Any) -> str:
-    """What `cls` calls the first argument of its forward."""
+    """The name of the first argument of `cls.forward`, after self."""
     known = remembered(cls)
     if _INPUT not in known:
         known[_INPUT] = list(inspect.signature(cls.forward).parameters)[1]
@@ -59,7 +59,7 @@ _INPUT = "name of the input"
 
 
 class Adapter(Reads):
-    """What every adapted layer is, beside its own class: `isinstance(module, Adapter)` tells which ones are ours."""
+    """The base class of all geometries: `isinstance(module, Adapter)` is true for adapted layers and nothing else."""
 
     geometries: ClassVar[dict[type[nn.Module], type[Adapter]]] = {}
     lora_A: nn.Parameter  # noqa: N815
@@ -74,23 +74,23 @@ class Adapter(Reads):
         if "forward" in vars(cls) and not hasattr(cls.forward, "lora_asks"):
             cls.forward = _asking(cls.forward)  # type: ignore[method-assign]
 
-    # What a geometry defines. Its names must not be those of a class that it adapts: `check_swappable` refuses that.
+    # A geometry overrides these. `check_swappable` refuses a module that has an attribute of one of these names.
 
     draws_b: ClassVar[bool] = False
-    """Whether it is A that starts at zero, and B that is drawn."""
+    """True if A starts at zero and B is drawn (embeddings); otherwise B starts at zero and A is drawn."""
     replaces: ClassVar[tuple[str, ...]] = ()
-    """Attributes of the module's own that it takes the place of."""
+    """Names of the base class that this geometry overrides on purpose."""
     companions: ClassVar[tuple[str, ...]] = ()
-    """Names of children that are adapted whenever such a module is a target."""
+    """Names of child modules that are adapted along with the module when it is a target."""
 
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
-        """Raise TargetError if `module` cannot be adapted with `spec`; called before anything is changed, and once for
-        all modules that differ in the values of their tensors alone."""
+        """Raise TargetError if `module` cannot be adapted with `spec`. It is called before anything is changed, once
+        for all modules that differ only in the values of their tensors."""
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
-        """The same for what the LoRAConfig `config` asks for beside the geometry."""
+        """Raise TargetError if `module` cannot have the DoRA, the bias of B or the init that `config` asks for."""
 
     @staticmethod
     def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -99,27 +99,27 @@ class Adapter(Reads):
 
     @classmethod
     def shapes_of(cls, module: Any, parameter: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The same for one of its parameters."""
+        """The shapes of A and B for one parameter of `module`."""
         return cls.shapes(module, rank)
 
     @staticmethod
     def parameters_of(module: Any) -> tuple[str, ...]:
-        """The parameters that stand for `module` as a target, where it is they that are adapted."""
+        """Names of the parameters to adapt where `module` is a target; empty if its output is adapted instead."""
         return ()
 
     @staticmethod
     def suffix_of(parameter: str) -> str:
-        """What the names of the tensors end in that adapt `parameter`."""
+        """The suffix in the names of the tensors that adapt `parameter`: "_weight_ih" in "lora_A_weight_ih"."""
         return ""
 
     @staticmethod
     def dimensions_after_channels(module: Any) -> int:
-        """How many dimensions of an output come after its channels."""
+        """The number of an output's dimensions after the channels."""
         return 0
 
     @staticmethod
     def matrix(module: Any, W: Tensor) -> Tensor:
-        """A weight of `module` as the matrix (out, in) that B A changes; a view where that is possible."""
+        """Reshape a weight W of `module` to the matrix (out, in) to which B A is added; a view where possible."""
         return W
 
     @staticmethod
@@ -129,7 +129,7 @@ class Adapter(Reads):
 
     @classmethod
     def by_output(cls, module: Any, W: Tensor) -> Tensor:
-        """A weight of `module` with its last dimension along the weights of one output."""
+        """Reshape a weight W of `module` so that its last dimension runs over the weights of one output (for DoRA)."""
         return cls.matrix(module, W)
 
     @classmethod
@@ -150,19 +150,21 @@ class Adapter(Reads):
                 "computed from other parameters. Use the adapter unmerged, or load the base in full precision."
             )
         if self._parameters.get(BIAS) is not None and self._parameters.get("bias") is None:
-            raise AdapterStateError("it has no bias that could take in that of B (lora_bias). Use it unmerged.")
+            raise AdapterStateError(
+                "it has no bias to which the bias of B (lora_bias) could be added. Use the adapter unmerged."
+            )
 
     def shares_with(self, other: nn.Module) -> bool:
-        """Whether `other`, which shares its weight, is adapted with it: then they share what is merged, too."""
+        """True if `other`, which holds the same weight, has the same adapter: merging need not untie the two then."""
         return False
 
     def swapped_in(self) -> None:
-        """Called when the module has got its adapter, and its class."""
+        """Called after `swap` has given the module its class and its adapter."""
 
     def swapped_out(self) -> None:
-        """Called before it loses them."""
+        """Called before `swap_back` takes them away."""
 
-    # What all of them share.
+    # All geometries share these.
 
     def forward(self, input: Any = NOT_GIVEN, *args: Any, **kwargs: Any) -> Any:
         if input is NOT_GIVEN:
@@ -175,7 +177,7 @@ class Adapter(Reads):
     forward.lora_asks = True  # type: ignore[attr-defined]
 
     def given_by_name(self, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The input, where it was given by the name that the module's own class has for it, and all else."""
+        """Split keyword arguments into the input, found by the base class's name for it, and the others."""
         own_class: Any = type(self).base_class
         name = name_of_input(own_class)
         if name not in kwargs:
@@ -183,10 +185,10 @@ class Adapter(Reads):
         return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
 
     def __prepare_scriptable__(self) -> Any:
-        """torch.jit.script asks for it."""
+        """torch.jit.script calls this; an adapted layer cannot be scripted."""
         raise AdapterStateError(
-            f"{self.lora_path!r} is adapted, and TorchScript reads the code of a class, which an adapted one has not: "
-            "call merge(model) first, or use torch.jit.trace or torch.compile."
+            f"{self.lora_path!r} is adapted, and TorchScript compiles the source code of a class, which the class of "
+            "an adapted layer does not have: call merge(model) first, or use torch.jit.trace or torch.compile."
         )
 
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
@@ -199,9 +201,10 @@ class Adapter(Reads):
         return fused.dropout(x, self.lora.dropout) if self.lora.dropout and self.training else x
 
     def factors(self, parameter: str = "weight", *, dropped: bool = True) -> tuple[Tensor, Tensor]:
-        """A and B as they enter the update: with what is `dropped` in this forward, if it trains, and with the frozen
-        start, if there is one, as further ranks: s (B A - B0 A0) = s [B - B0, B0] [A; A - A0], which is zero bit for
-        bit at the start, and exact also where B A and B0 A0 are all but equal."""
+        """A and B as the update uses them. With `dropped`, and in training, A has this forward's dropout of ranks.
+
+        A frozen start A0, B0 is appended as further ranks: s (B A - B0 A0) = s [B - B0, B0] [A; A - A0]. That is zero
+        bit for bit at the start, and stays exact where B A and B0 A0 almost cancel."""
         A: Tensor = self.lora_A
         B: Tensor = self.lora_B
         if "lora_A0" in self._buffers:
@@ -212,13 +215,13 @@ class Adapter(Reads):
         return A, B
 
     def matrices(self, parameter: str = "weight") -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank) as matrices, or stacks of them (a convolution has one for each group), whose
-        products hold all that the update does, without the scale."""
+        """A (rank, in) and B (out, rank) as matrices, or as stacks of matrices (one for each group of a convolution).
+        Their products B A are the whole update, without scale and dropout."""
         A, B = self.factors(parameter, dropped=False)
         return A.flatten(1), B.flatten(1)
 
     def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A, B and B's bias, if it has one, as they enter the update in this forward, in `dtype`."""
+        """A, B and B's bias (or None) in `dtype`, with this forward's dropout of ranks."""
         A, B = self.factors()
         return A.to(dtype), B.to(dtype), getattr(self, BIAS).to(dtype) if BIAS in self.lora_names else None
 
@@ -227,12 +230,12 @@ class Adapter(Reads):
         A, B = self.factors(parameter, dropped=dropped)
         dtype = torch.promote_types(A.dtype, torch.float32)
         product = B.flatten(1).to(dtype) @ A.flatten(1).to(dtype)
-        # In place, since fresh memory costs more than the product; but a DTensor may have to be laid out anew.
+        # In place, since fresh memory costs more than the product; not for a DTensor, which may need redistributing.
         scaled = product.mul_(self.lora.scale) if type(product) is Tensor else self.lora.scale * product
         return self.from_matrix(self, scaled)
 
     def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
-        """The weight with the adapter in it, in float32 or wider, whatever autocast says."""
+        """W + scale * B A (rescaled by DoRA), in float32 or wider, also under autocast."""
         W = self.dense_weight(parameter)
         with without_autocast(W):
             delta = self.delta_weight(parameter, dropped=dropped)
@@ -242,7 +245,7 @@ class Adapter(Reads):
             return delta.add_(W) if in_place else W + delta
 
     def merged_parameters(self) -> dict[str, Tensor]:
-        """The values with which the layer's own parameters take the adapter in, each in its own precision."""
+        """The layer's own parameters after merging: name -> value, in the parameter's dtype."""
         merged = {"weight": self.adapted_weight().to(self.dense_weight().dtype)}
         mine, bias = self._parameters.get(BIAS), self._parameters.get("bias")
         if mine is not None and bias is not None:
@@ -250,19 +253,19 @@ class Adapter(Reads):
         return merged
 
     def merged_attributes(self) -> dict[str, Any]:
-        """The layer's attributes that change with them."""
+        """Other attributes that merging changes, such as `groups`: name -> value."""
         return {}
 
     def merged_shape(self) -> tuple[int, ...] | None:
-        """The shape of its merged weight, where that is another one."""
+        """The shape of the merged weight, if merging changes it."""
         return None
 
     @staticmethod
     def parameters_replaced(module: Any) -> None:
-        """Called where merging has put another parameter into `module`, for a class that keeps them elsewhere too."""
+        """Called after merging has replaced parameters of `module`, for a class that keeps them in a second place."""
 
     def lora_pairs(self, name: str) -> tuple[Pair, ...]:
-        """Its low-rank updates; `name` is the module's."""
+        """The pairs (A, B) of this layer, which the model calls `name`."""
         return (Pair(name, self, "weight", self.lora, ""),)
 
     def extra_repr(self) -> str:
@@ -278,13 +281,13 @@ class Adapter(Reads):
             moved = fn(t)
             if id(t) not in ours:
                 return moved
-            if t.is_meta and not moved.is_meta:  # to_empty: not what lay in memory, but zeros, for `start_adapters`
+            if t.is_meta and not moved.is_meta:  # to_empty leaves arbitrary numbers; `start_adapters` expects zeros
                 return moved.zero_()
             # `module.to(torch.bfloat16)`, which Lightning's bf16-true does after injection, must not round A and B.
             too_narrow = self.lora.keeps_precision and moved.dtype.itemsize < torch.float32.itemsize
             return t.to(moved.device, torch.float32) if too_narrow else moved
 
-        forget(self)  # what it showed keeps the memory that it leaves
+        forget(self)  # a weight that was read before holds the memory from before the move
         return super()._apply(move, recurse)
 
     def _load_from_state_dict(
@@ -300,17 +303,17 @@ class Adapter(Reads):
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """Computing with `t` in its own precision. There is no autocast on the meta device to turn off."""
+    """A context without autocast on t's device. The meta device has no autocast to turn off."""
     return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
 
 
 def kept_ranks(spec: AdapterSpec, A: Tensor, dim: int = 0) -> Tensor:
-    """A factor for each row of A (of each matrix of a stack, where its rows are dimension `dim`): 0 where it is dropped
-    in this forward, and such that the mean is 1."""
+    """Draw this forward's dropout of ranks: a factor for each row of A, 0 if the row is dropped, else above 1 so that
+    the mean is 1. `dim` is the dimension of A that counts its rows (1 for a stack of matrices)."""
     whole, each = spec.module_dropout, spec.rank_dropout
     keep = torch.rand(spec.rank, device=A.device, dtype=torch.float32) >= each
     keep = keep & (torch.rand(1, device=A.device, dtype=torch.float32) >= whole)
-    keep = keep.repeat(A.shape[dim] // spec.rank)  # a frozen start goes with the ranks that began as it
+    keep = keep.repeat(A.shape[dim] // spec.rank)  # a rank of the frozen start is dropped with the trained rank
     return (keep.to(A.dtype) / ((1 - each) * (1 - whole))).view(-1, *(1,) * (A.dim() - dim - 1))
 
 
@@ -323,15 +326,16 @@ def geometry_of(cls: type[nn.Module]) -> type[Adapter] | None:
 
 
 def has_own_forward(cls: type[nn.Module]) -> bool:
-    """Whether `cls` computes in another way than the class that its geometry is registered for, by itself: not what a
-    swap has put in front of it."""
+    """True if `cls` overrides the forward of the class that its geometry is registered for. Of a swapped class, the
+    base class is asked."""
     cls = cls.__dict__.get("base_class", cls)
     known = next(parent for parent in cls.__mro__ if parent in Adapter.geometries)
     return cls.forward is not known.forward
 
 
 def keeps_attributes(cls: Any) -> bool:
-    """Whether no class that came after the swap hides a weight, as a parametrization's does, and FSDP2's does not."""
+    """False if a class that was put in front after the swap hides weight, bias, A or B: a parametrization's class does,
+    FSDP2's does not."""
     swapped = next((parent for parent in cls.__mro__ if "base_class" in parent.__dict__), cls)
     if swapped is cls:
         return True
@@ -345,11 +349,19 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
 
 
 def is_adapter(cls: type[nn.Module]) -> bool:
-    """Whether modules of that class are adapted layers."""
+    """True if modules of that class are adapted layers."""
     return issubclass(cls, Adapter)
 
 
 def pairs(model: nn.Module) -> Iterator[Pair]:
-    """The low-rank updates of `model`: one for each adapted layer, or for each parameter of it that is adapted."""
+    """The pairs (A, B) of `model`: one for each adapted layer, or one for each adapted parameter of a layer.
+
+    >>> import torch
+    >>> from lightning_lora import LoRAConfig, inject
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    >>> _ = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+    >>> [(pair.name, tuple(pair.A.shape), tuple(pair.B.shape)) for pair in pairs(model)]
+    [('0', (2, 4), (3, 2))]
+    """
     for name, module in adapters(model):
         yield from module.lora_pairs(name)

@@ -1,8 +1,7 @@
-"""Layers that are adapted by their weight: their own forward reads W + s B A in place of W, whatever it does with it.
+"""Layers that are adapted by their weight: the base class's forward reads W + s B A in place of W.
 
-That is right for every forward, and takes the memory and the time for one more weight. So it is for those alone of
-which it is not known that W + s B A gives the output of W plus an update: a Linear that masks or normalises its weight,
-for example.
+That is right for every forward, and costs the memory and the time of one more weight. So it is used only where an
+update added to the output might be something else: for a Linear that masks or normalises its weight, for example.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from lightning_lora.errors import TargetError
 
 
 class ByWeight(Adapter):
-    """In front of a geometry. Dropout is on the columns of A, one draw for all that a forward reads, since the input of
-    A is not known here; the mean is that of dropout on the input."""
+    """A variant of a geometry. Dropout zeroes columns of A, drawn once per forward, since the layer's input is not
+    known here; the mean is that of dropout on the input."""
 
     lora_by_weight = True
 
@@ -42,16 +41,16 @@ def by_weight(geometry: Any) -> Any:
 
 
 def kept_columns(row: Tensor, p: float) -> Tensor:
-    """A factor for each column of A, in the shape of a `row` of it: 0 where it is dropped in this forward, and such
-    that the mean is 1."""
+    """Draw this forward's dropout of A's columns: a factor for each, in the shape of `row`, a row of A. It is 0 if the
+    column is dropped, else above 1 so that the mean is 1."""
     return F.dropout(torch.ones_like(row), p)
 
 
 def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
-    """Whether the class's forward, for a weight changed by D, gives its output plus x D: tried in a copy of `module`.
+    """True if adding D to the weight adds the product of x and D to the output: tried in a copy of `module`.
 
-    False where it cannot be tried. Raises TargetError where the weight makes no difference to the output. `multiply`
-    is x D in the layout of the class, `width` the size of x.
+    False if it cannot be tried. Raises TargetError if the weight makes no difference to the output. `multiply(x, D)`
+    is the product for weights laid out as in this class; x is (..., width).
     """
     forward: Any = type(module).forward
     device = module._parameters["weight"].device  # type: ignore[union-attr]
@@ -83,9 +82,9 @@ def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
 
                 try:
                     base = output(torch.zeros_like(W))
-                    # As large as W, where masks and norms show; and small, where a weight that is rounded shows. What
-                    # float32 rounds away of the outputs, sqrt(k) eps |W| |x| about, is 1e-6 of what the larger D
-                    # changes, and 1e-4 of what the smaller one does; one number of W that is masked is more.
+                    # A D as large as W shows masks and norms, a small one shows that the weight is rounded. Rounding in
+                    # float32, of about sqrt(k) eps |W| |x|, is 1e-6 of the change that the large D makes and 1e-4 of
+                    # the change by the small one; a single masked number of W makes a larger difference.
                     for size, share in ((1.0, 2e-4), (2.0**-6, 2e-3)):
                         D = size * direction
                         expected, changed = multiply(x, D), output(D) - base
@@ -100,7 +99,7 @@ def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
                             return False
                 except TargetError:
                     raise
-                except Exception:  # it asks for another input
+                except Exception:  # it does not take an input of this shape
                     break
             else:
                 return True

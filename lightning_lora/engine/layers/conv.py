@@ -1,4 +1,4 @@
-"""nn.Conv1d, nn.Conv2d, nn.Conv3d: A is a convolution of the base's geometry to rank channels, B a pointwise one."""
+"""nn.Conv1d, nn.Conv2d, nn.Conv3d: A is a convolution like the base, to `rank` channels; B is a pointwise one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXACT = (torch.float32, torch.float64)
 
 
 class Convolution(Adapter):
-    """What all convolutions share, transposed or not."""
+    """The part that all convolutions share, transposed or not."""
 
     lora_kind = "convolution"
 
@@ -25,7 +25,7 @@ class Convolution(Adapter):
     def check(cls, module: Any, spec: AdapterSpec) -> None:
         if spec.rank % module.groups:
             raise TargetError(
-                f"a convolution with groups={module.groups} needs a rank that is a multiple of it, not {spec.rank}: "
+                f"a convolution with groups={module.groups} needs a rank that is a multiple of that, not {spec.rank}: "
                 "set it with rank_pattern, or leave the layer out with exclude_modules"
             )
 
@@ -35,7 +35,7 @@ class Convolution(Adapter):
 
     @classmethod
     def computes_otherwise(cls, module: Any) -> bool:
-        """Whether the class of `module` may do more than convolve with its weight and add its bias."""
+        """True if the class of `module` may do more than convolve with its weight and add its bias."""
         own = type(module)
         known = next(parent for parent in own.__mro__ if parent in Adapter.geometries)
         return any(getattr(own, name, None) is not getattr(known, name, None) for name in ("forward", "_conv_forward"))
@@ -45,8 +45,8 @@ class ConvLoRA(Convolution):
     """A is (rank, in, *kernel), B is (out, rank / groups, 1, ...).
 
     The layout is PEFT's: A sees all input channels, B is grouped as the base is. Stride, padding, padding mode and
-    dilation belong to A. With groups > 1, A mixes channels that the base keeps apart: merged, it is a convolution
-    without groups, whose weight is groups times as large.
+    dilation belong to A. With groups > 1, A mixes channels that the base keeps apart: so merging makes a convolution
+    without groups, whose weight is `groups` times as large.
     """
 
     lora_convolve: Any
@@ -56,8 +56,8 @@ class ConvLoRA(Convolution):
     def check_variant(cls, module: Any, config: Any) -> None:
         if config.use_dora and module.groups != 1:
             raise TargetError(
-                f"DoRA has no meaning for a convolution with groups={module.groups}, whose adapter reads channels that "
-                "the weight whose size it would keep does not: leave it out with exclude_modules"
+                f"DoRA has no meaning for a convolution with groups={module.groups}: its adapter reads channels that "
+                "its weight does not, so W + s B A has no norm of W to keep. Leave it out with exclude_modules"
             )
 
     @staticmethod
@@ -75,11 +75,11 @@ class ConvLoRA(Convolution):
         return base._conv_forward(input, self.adapted_weight(dropped=True).to(input.dtype), self.own("bias"))
 
     def _is_faster_in_one(self, x: Tensor) -> bool:
-        """Whether to convolve x once with W + s B A, in place of once with W, and with A, and with B.
+        """True if one convolution of x, with W + s B A, is faster than three, with W, A and B.
 
-        Its gradient is one convolution, those of the other way three, to and from the few channels of the rank, which
-        are slow: on a CPU rank 8 costs as much as rank 16. What is kept is no more than before where the weight is
-        smaller than x. Not in half precision, in which an update smaller than the weight's rounding would be lost.
+        The backward pass has one convolution in place of three as well. Convolutions to and from the few channels of
+        the rank are slow: on a CPU rank 8 costs as much as rank 16. If the weight is smaller than x, no more memory is
+        kept. False in half precision, where an update smaller than the weight's rounding would be lost.
         """
         cls: Any = type(self)
         base: Any = self
@@ -89,30 +89,30 @@ class ConvLoRA(Convolution):
             or not keeps_attributes(cls)
             or BIAS in self.lora_names
             or base.groups != 1
-            or (self.lora.dropout and self.training)  # A reads another x than W does
+            or (self.lora.dropout and self.training)  # dropout changes the input of A, not that of W
             or W is None
             or W.dtype not in _EXACT
             or x.dtype != W.dtype
-            or torch.compiler.is_compiling()  # to which a size that decides would be a limit
+            or torch.compiler.is_compiling()  # a branch on sizes would compile again for other sizes
             or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
         ):
             return False
         channels, kernel = W.shape[0], W[0, 0].numel()
-        positions = x.numel() // max(1, base.in_channels * math.prod(base.stride))  # of an output, about
+        positions = x.numel() // max(1, base.in_channels * math.prod(base.stride))  # about those of the output
         return channels <= max(64, 2 * self.lora.rank) and positions >= max(4, kernel) * channels
 
     def check_shown(self, name: str) -> None:
         if self.groups != 1:
             raise AdapterStateError(
                 f"The weight of {self.lora_path!r} was read. It is a convolution with groups={self.groups}, whose "
-                "adapter reads channels that its weight does not, so no weight of that shape shows it: call the layer "
-                "and do not read its weight, or leave it out with exclude_modules."
+                "adapter reads channels that its weight does not, so no weight of that shape can hold the adapter: "
+                "call the layer and do not read its weight, or leave it out with exclude_modules."
             )
 
     def update(self, x: Tensor) -> Tensor:  # (N, in, *size) -> (N, out, *size')
         base: Any = self
         x, padding = self.lora_dropout(x), base.padding
-        if base.padding_mode != "zeros":  # as the base does: pad first, then convolve without padding
+        if base.padding_mode != "zeros":  # pad first, then convolve without padding, as the base does
             x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
         A, B, bias = self.factors_in(x.dtype)
         h = self.lora_convolve(x, A, None, base.stride, padding, base.dilation)
@@ -134,7 +134,7 @@ class ConvLoRA(Convolution):
         W = super().dense_weight(parameter)
         if self.groups == 1:
             return W
-        blocks = W.unflatten(0, (self.groups, -1))  # what a group of outputs reads; the other channels weigh nothing
+        blocks = W.unflatten(0, (self.groups, -1))  # the weights of each group; those of other channels are zero
         whole = W.new_zeros(self.groups, blocks.shape[1], self.groups, *W.shape[1:])
         each = torch.arange(self.groups, device=W.device)
         whole[each, :, each] = blocks

@@ -35,7 +35,7 @@ class Conv1DLoRA(LinearLoRA):
 
 
 def register_conv1d() -> type[nn.Module] | None:
-    """Register Conv1D if transformers' module of it was imported: a model can only hold one if it was."""
+    """Register Conv1D if transformers' module that defines it was imported: else no model can contain a Conv1D."""
     module = sys.modules.get("transformers.pytorch_utils")
     if module is None:
         return None

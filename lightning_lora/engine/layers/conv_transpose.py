@@ -1,4 +1,4 @@
-"""nn.ConvTranspose1d, 2d, 3d: A is pointwise, to rank channels, B a transposed convolution of the base's geometry."""
+"""nn.ConvTranspose1d, 2d, 3d: A is a pointwise convolution to `rank` channels, B a transposed one like the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoRA: the size and the direction of a weight are trained apart, for every geometry."""
+"""DoRA: trains the magnitude and the direction of a weight separately, for every geometry."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_lora.errors import TargetError
 
 
 class DoRA(Adapter):
-    """In front of a geometry: W' = m (W + s B A) / ||W + s B A|| (Liu et al. 2024, arXiv:2402.09353, equation 5).
+    """A variant of a geometry: W' = m (W + s B A) / ||W + s B A|| (Liu et al. 2024, arXiv:2402.09353, equation 5).
 
-    The norm is that of the weights of one output, so m, `lora_magnitude_vector`, has a number for each, and starts as
-    the norm of W. No gradient passes through the norm (section 4.3). With g = m / ||W + s B A|| an output is
+    The norm is taken over the weights of each output, so m (`lora_magnitude_vector`) has one number for each output; it
+    starts as the norm of W. No gradient passes through the norm (section 4.3). With g = m / ||W + s B A|| an output is
     g (W x + s B A x) + b: as in plain LoRA, dropout is on the input of A alone.
 
-    Weights of an output that are all zero have no direction: g is 1 there, as in plain LoRA. The output is that of the
-    base, B gets its gradient, and from its first step on there is a direction, whose size m learns from 0.
+    An output whose weights are all zero has no direction: there g is 1, as in plain LoRA. Its value is the base's, and
+    B gets its gradient. After B's first step the weights have a direction, and m learns their norm from 0.
     """
 
     lora_magnitude_vector: nn.Parameter
@@ -33,13 +33,13 @@ class DoRA(Adapter):
         weight = module._parameters.get("weight")
         if weight is not None and not can_be_dense(weight):
             raise TargetError(
-                f"use_dora needs the numbers that its weight stands for, and {weight.dtype} does not say: train it "
-                "without DoRA, or leave it out with exclude_modules"
+                f"use_dora needs its weight as plain numbers, and a weight of {weight.dtype} that is stored like this "
+                "cannot be dequantized: train it without DoRA, or leave it out with exclude_modules"
             )
 
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
         g = self.gain().to(base.dtype).view(-1, *(1,) * self.dimensions_after_channels(self))
-        bias = self.own("bias")  # a parametrized one too: it is no part of what is scaled
+        bias = self.own("bias")  # also if it is parametrized: g scales the output without the bias
         linear = base if bias is None else base - bias.to(base.dtype).view(g.shape)
         # Not g * linear + bias: a fresh adapter, whose g is 1, must not change a bit.
         return super().combine(base + (g - 1) * linear, g * update.to(base.dtype))
@@ -54,7 +54,7 @@ class DoRA(Adapter):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = [is_quantized(p) for p in self._parameters.values() if p is not None]
         super()._apply(fn, recurse)
-        if before != [is_quantized(p) for p in self._parameters.values() if p is not None]:  # by bitsandbytes, just now
+        if before != [is_quantized(p) for p in self._parameters.values() if p is not None]:  # bitsandbytes quantized it
             self._measure(self._fresh_pairs())
         return self
 
@@ -63,7 +63,7 @@ class DoRA(Adapter):
 
     @torch.no_grad()
     def _measure(self, pairs: list[Pair]) -> None:
-        """m starts as the norm of W, of that W which is there now."""
+        """Set m to the norm of the present W."""
         for pair in pairs:
             m = getattr(self, MAGNITUDE + pair.suffix)
             fill(m, output_norms(self, self, whole(self.dense_weight(pair.parameter))))
@@ -88,10 +88,10 @@ def gains(m: Tensor, norm: Tensor) -> Tensor:
 
 
 def dora_update(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor) -> Tensor:
-    """What DoRA changes in a weight: m (W + s B A) / ||W + s B A|| - W, in float64.
+    """The change that DoRA makes to a weight: m (W + s B A) / ||W + s B A|| - W, in float64.
 
-    W (out, in), A (r, in), B (out, r), magnitude (out,). Of full rank in general: the rows of W are rescaled, but for
-    those that are zero once adapted, which have no direction.
+    W is (out, in), A (r, in), B (out, r), magnitude (out,). The change has full rank in general, since all rows of W
+    are rescaled except those that are zero once adapted.
     """
     W = W.double()
     adapted = W + scale * B.double() @ A.double()
@@ -99,7 +99,8 @@ def dora_update(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor
 
 
 def output_norms(geometry: Any, module: Any, W: Tensor, *, is_by_output: bool = False) -> Tensor:
-    """||W|| over the weights of each output of `module`, in float32 or wider."""
+    """||W|| over the weights of each output of `module`, in float32 or wider. W has the shape of the module's weight,
+    or that of `geometry.by_output` if `is_by_output`."""
     with without_autocast(W):
         M = W if is_by_output else geometry.by_output(module, W)
         return torch.linalg.vector_norm(M.to(torch.promote_types(M.dtype, torch.float32)), dim=-1)

@@ -1,4 +1,4 @@
-"""nn.Embedding: A is looked up where the base looks up its rows, B takes what was found to the embedding's width."""
+"""nn.Embedding: the same indices are looked up in A, and B maps what is found to the embedding's width."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class EmbeddingLoRA(Adapter, adapts=nn.Embedding):
     def check(cls, module: Any, spec: AdapterSpec) -> None:
         if has_own_forward(type(module)) and not gives_its_rows(module):
             raise TargetError(
-                "its class has a forward of its own, which gives other numbers than the rows of its input, or those "
-                "times embed_scale (learned positions in transformers, for example): leave it out with "
-                "exclude_modules, or adapt its parameter instead, with target_parameters=['<its name>.weight']"
+                "its class has a forward of its own, which does not return the rows of its input, or those times "
+                "embed_scale (learned positions in transformers, for example): leave it out with exclude_modules, or "
+                "adapt its parameter instead, with target_parameters=['<its name>.weight']"
             )
         if module.max_norm is not None:
             raise TargetError(
@@ -43,7 +43,7 @@ class EmbeddingLoRA(Adapter, adapts=nn.Embedding):
     def shapes(module: nn.Embedding, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, module.num_embeddings), (module.embedding_dim, rank)
 
-    # As the reference code and PEFT: here A takes the place of the factor that starts at zero.
+    # As in the reference code and PEFT, A starts at zero here, and B is drawn.
     draws_b = True
 
     @staticmethod
@@ -63,17 +63,17 @@ class EmbeddingLoRA(Adapter, adapts=nn.Embedding):
 
 
 def scaled(found: Tensor, module: Any) -> Tensor:
-    """What was looked up, as the class of the adapted `module` scales it: transformers' scaled embeddings (Gemma, BART)
-    multiply by embed_scale."""
+    """`found`, the rows that were looked up, times embed_scale where the class of the adapted `module` does so:
+    transformers' scaled embeddings (Gemma, BART)."""
     is_scaled = hasattr(module, "embed_scale") and has_own_forward(type(module).base_class)
     return found * module.embed_scale if is_scaled else found
 
 
 def gives_its_rows(module: Any) -> bool:
-    """Whether a forward of its own gives the rows of the input, times embed_scale if there is one: tried with a small
-    table."""
+    """True if the class's own forward returns the rows of the input, times embed_scale if there is one: tried with a
+    small table."""
     if module._parameters["weight"].is_meta:
-        return hasattr(module, "embed_scale")  # nothing can be tried
+        return hasattr(module, "embed_scale")  # on the meta device nothing can be tried
     tried = copy.copy(module)
     device = module._parameters["weight"].device
     table = torch.randn(5, module.embedding_dim, generator=torch.Generator().manual_seed(0)).to(device)
@@ -84,20 +84,20 @@ def gives_its_rows(module: Any) -> bool:
         try:
             given = type(module).forward(tried, x)
             expected = table[x] * (module.embed_scale if hasattr(module, "embed_scale") else 1.0)
-        except Exception:  # it asks for more than indices
+        except Exception:  # it takes more than indices
             return False
     return isinstance(given, Tensor) and given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-3)
 
 
 class EmbeddingBagLoRA(EmbeddingLoRA, adapts=nn.EmbeddingBag):
-    """A's rows are summed or averaged as the base's are, and B takes the bag to the embedding's width."""
+    """A's rows are summed or averaged as the base's are, and B maps the bag to the embedding's width."""
 
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
         if module.mode == "max":
             raise TargetError(
-                "the maximum over a bag of adapted rows is no sum of a base's and an adapter's: use mode 'sum' or "
-                "'mean', or adapt its parameter instead, with target_parameters=['<its name>.weight']"
+                "with mode 'max' an update cannot be added to its output: use mode 'sum' or 'mean', or adapt its "
+                "parameter instead, with target_parameters=['<its name>.weight']"
             )
         if has_own_forward(type(module)):
             raise TargetError(

@@ -1,4 +1,4 @@
-"""The tensors of a layer that is about to be adapted: drawn, or computed from its weight, by its initialiser."""
+"""Makes A and B for a layer that is about to be adapted: the initialiser draws them or computes them from W."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from lightning_lora.engine.storage import can_be_dense, dense, dtype_of, is_plai
 from lightning_lora.errors import ConfigError, DataError, TargetError, listed
 
 Measured = Mapping[str, Mapping[str, Tensor]]
-"""What initialisers ask for that is measured: layer -> letter -> matrix (see `inits`)."""
+"""Measurements that some initialisers need: layer name -> letter (C, G or E; see inits.py) -> matrix."""
 
 
 class Recipe:
-    """How the adapter of one parameter comes into being: all that layers of one kind have in common."""
+    """How to make the adapter of one parameter: shapes, dtype and initialiser.
+
+    One recipe serves all layers of one `Kind` (plan.py): layers that differ only in name and in tensor values."""
 
     def __init__(
         self, module: nn.Module, geometry: type[Adapter], parameter: str, spec: AdapterSpec, config: LoRAConfig
@@ -45,7 +47,7 @@ class Recipe:
         self.draw: Callable[[], Any] | None = None
         if is_A_drawn and not self.init.computes and self.shape_A[0] == spec.rank:
             self.draw = functools.partial(self.init.function, **{name: numbers[name] for name in self.init.wants})
-        # A dtype that is the default is not named: saying so takes torch a tenth of the time that making it does.
+        # float32 is the default here and is not passed: to pass it makes torch.zeros a tenth slower.
         named = {} if self.dtype is torch.float32 else {"dtype": self.dtype}
         self.zeros_A = functools.partial(torch.zeros, self.shape_A, **named)
         self.zeros_B = functools.partial(torch.zeros, self.shape_B, **named)
@@ -56,8 +58,8 @@ class Recipe:
         return math.prod(self.shape_A[1:])
 
     def tensors(self, module: nn.Module, measured: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
-        """Those of `module`, of that kind; errors call it `name`. Without `measured`, all is zero: nothing is drawn or
-        computed."""
+        """Make the adapter tensors of `module`, by name; errors call the module `name`. If `measured` is None, nothing
+        is drawn or computed: A and B are zero."""
         dtype = self.dtype
         if measured is None:
             A, B = self.zeros_A(), self.zeros_B()
@@ -80,20 +82,20 @@ class Recipe:
             tensors[bias] = nn.Parameter(torch.zeros(self.shape_B[0], dtype=self.dtype))
         if config.use_dora:
             W = whole(dense(module, _read(module, self.parameter)).detach())
-            # Not in 16 bits: divided by the norm, a rounded one would not be 1.
+            # Not in 16 bits: a rounded magnitude, divided by the norm, would not be 1.
             wide = torch.promote_types(self.dtype, torch.float32)
             tensors[magnitude] = nn.Parameter(output_norms(self.geometry, module, W).to(wide))
         return tensors
 
     def _check_start(self, A: Tensor, B: Tensor, name: str) -> None:
-        """Raise where what was computed is not finite, or overflows in the layer's precision, or in that of A and B."""
+        """Raise if A or B is not finite, or if scale * B A overflows in the dtype of the layer or of the factors."""
         narrow = min((self.computes_in, self.dtype), key=largest)
         found = too_large(A, B if B.numel() else B.new_zeros(1, 1), self.spec.scale, narrow)
         if found is not None:
             error, whence = (DataError, "what was measured") if self.init.measures else (TargetError, "its weight")
             raise error(
-                f"init={self.config.init!r} gives {name!r} {found}: look at {whence}, or choose init='kaiming', which "
-                "starts from nothing."
+                f"init={self.config.init!r} gives {name!r} {found}: check {whence}, or choose init='kaiming', which "
+                "draws A and needs no data or weight."
             )
 
     def _start(self, module: nn.Module, measured: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -105,18 +107,18 @@ class Recipe:
             weight = module._parameters[self.parameter]
             assert weight is not None
             known["W"] = self.geometry.matrix(module, whole(dense(module, weight).detach())).to(torch.float32)
-        # One matrix, or a stack of them, of which each starts by itself.
+        # One matrix, or a stack of matrices (experts), each started by itself.
         count = A[0] // spec.rank
         stack = [known.get("W")] if count == 1 else known.get("W", [None] * count)
         starts = [_started(init, {**known, "W": W}) for W in stack]
         each_A = starts[0][0] if count == 1 else torch.cat([A for A, _ in starts])
         if init.gives == "Tensor":
-            return each_A, torch.zeros(B)  # in the shape of the geometry, which may have groups or a kernel
+            return each_A, torch.zeros(B)  # B as the geometry shapes it, which may have groups or a kernel
         return each_A, torch.stack([B for _, B in starts], dim=-1)
 
 
 def recipes(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig) -> list[Recipe]:
-    """One for what `module` computes, or for each of its parameters that are adapted."""
+    """The recipes of `module`: one for its output, or one for each parameter that is adapted."""
     return [Recipe(module, geometry, name, own, config) for name, own in (spec.parameters or {"weight": spec}).items()]
 
 
@@ -128,12 +130,13 @@ def fresh_tensors(
     *,
     start: bool = True,
 ) -> dict[str, Tensor]:
-    """The parameters and buffers that `swap` gives to `module`: an update of zero, but for an initialiser of `Whole`.
+    """Make the parameters and buffers that `swap` gives to `module`. The update starts at zero, unless the initialiser
+    returns `Whole` (inits.py).
 
-    Called inside of `drawing_on`, for the device of the layer. `measured` is what the initialiser asks for of this
-    layer that is measured (see `inits`). Without `start` nothing is drawn or computed: A and B are zero, to be loaded
-    or started later. `name` is what errors call the layer: raises DataError where what was measured, or TargetError
-    where the weight, makes a start that is not finite or overflows.
+    Call it inside `drawing_on`, for the layer's device. `measured` holds this layer's measurements by letter (see
+    inits.py). With `start=False` nothing is drawn or computed: A and B are zero, to be loaded or started later. Raises
+    DataError (from measurements) or TargetError (from the weight), which call the layer `name`, where the start is not
+    finite or overflows.
     """
     given = (measured or {}) if start else None
     if len(recipes) == 1:
@@ -144,7 +147,7 @@ def fresh_tensors(
 def tensor_shapes(
     module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of what `fresh_tensors` makes where the update starts at zero by itself, without making it."""
+    """The shapes of the tensors that `fresh_tensors` makes, by name, without a frozen start; makes no tensor."""
     shapes: dict[str, tuple[int, ...]] = {}
     for parameter, part in (spec.parameters or {"weight": spec}).items():
         suffix = geometry.suffix_of(parameter)
@@ -159,8 +162,8 @@ def tensor_shapes(
 
 
 def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured) -> None:
-    """Raise ConfigError unless `measured` has what the initialiser asks for, of each layer in `names`, and DataError
-    where that is not finite."""
+    """Raise ConfigError if `measured` lacks a matrix that the initialiser needs for a layer in `names`, DataError if
+    such a matrix is not finite."""
     wants = INITS[config.init].measures
     if not wants:
         return
@@ -169,46 +172,46 @@ def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured)
     if lacking:
         what, how = _MEASURED_BY[min(wants)]
         raise ConfigError(
-            f"init={config.init!r} starts from {what}, which measured does not have for {listed(lacking)}. "
-            f"LoRACallback measures it by itself; elsewhere, call inject(model, config, measured={how})."
+            f"init={config.init!r} starts from {what}, and `measured` has none for {listed(lacking)}. "
+            f"LoRACallback measures them by itself; elsewhere, call inject(model, config, measured={how})."
         )
     broken = [name for name in names if not all(bool(measured[name][letter].isfinite().all()) for letter in wants)]
     if broken:
-        raise DataError(f"What was measured at {listed(broken)} is not finite: the data, or the loss, is not.")
+        raise DataError(f"What was measured at {listed(broken)} is not finite: check the data and the loss.")
 
 
 _MEASURED_BY = {
     "C": ("the inputs of each layer on some data", "calibrate(model, config, step, batches)"),
-    "E": ("what quantization took from each weight", "residuals(model, config, weight_of)"),
-    "G": ("the gradient of each weight on some data", "calibrate(model, config, step, batches)"),
+    "E": ("the quantization errors of each weight", "residuals(model, config, weight_of)"),
+    "G": ("the gradients of each weight on some data", "calibrate(model, config, step, batches)"),
 }
 
 
 def check_init(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig) -> None:
-    """Raise TargetError where the initialiser or the scale has no meaning for `module`; called before anything is
-    changed."""
+    """Raise TargetError if the initialiser or the scale cannot be used for `module`; called before any change."""
     init = INITS[config.init]
     if not abs(spec.scale) <= largest(torch.float32):
-        raise TargetError(f"its scale is {spec.scale:.3g}, by which its update would overflow: lower alpha")
+        raise TargetError(f"its scale is {spec.scale:.3g}, with which its update would overflow: lower alpha")
     if getattr(module, "groups", 1) != 1 and (init.computes or init.gives != "Tensor"):
         raise TargetError(
             f"init={config.init!r} starts from the matrix of a layer, and a convolution with groups={module.groups} "
-            "has none that its A and B could change: leave it out with exclude_modules, or choose init='kaiming'"
+            "has no single matrix to which B A is added: leave it out with exclude_modules, or choose init='kaiming'"
         )
     if geometry.draws_b and init.measures & {"C", "G"}:
         raise TargetError(
-            f"init={config.init!r} is measured on what goes into a layer, and into an embedding go indices: leave it "
-            "out with exclude_modules"
+            f"init={config.init!r} measures layers that multiply their input, and an embedding looks up indices: leave "
+            "it out with exclude_modules"
         )
     if "W" in init.wants and not all(can_be_dense(module._parameters.get(p)) for p in spec.parameters or ("weight",)):
         raise TargetError(
             f"init={config.init!r} starts from the layer's weight, which is stored in a way that is not known here: "
-            "choose one that draws, such as init='kaiming'"
+            "choose an init that draws, such as init='kaiming'"
         )
 
 
 def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """A (rank, d_in) and B (d_out, rank) of one matrix."""
+    """Run the initialiser for one matrix: A (rank, d_in) and B (d_out, rank). Ranks that it does not give are filled
+    up with Kaiming's A and zeros in B. Where it gives A alone, B may have no columns."""
     rank, d_in, d_out = known["rank"], known["d_in"], known["d_out"]
     found = init.function(**{name: known[name] for name in init.wants})
     if not isinstance(found, Factors):
@@ -221,12 +224,12 @@ def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def device_of(module: nn.Module, spec: AdapterSpec) -> torch.device:
-    """Where the adapter of `module` comes into being: beside its weight."""
+    """The device on which to make the adapter of `module`: that of its weight."""
     return _read(module, next(iter(spec.parameters), "weight")).device
 
 
 def _read(module: nn.Module, parameter: str) -> Tensor:
-    """The parameter, or what a parametrization computes in its place."""
+    """The parameter, or the value that a parametrization computes for it."""
     p = module._parameters.get(parameter)
     weight = p if p is not None else getattr(module, parameter)
     assert isinstance(weight, Tensor)
@@ -235,11 +238,12 @@ def _read(module: nn.Module, parameter: str) -> Tensor:
 
 @contextmanager
 def drawing_on(device: torch.device) -> Iterator[None]:
-    """Lightning adapts models inside contexts that change the default device and precision, and in inference mode, in
-    which nothing can be made that is trained; initialisers draw here."""
+    """The context in which initialisers run: float32 by default, on `device`, no gradients, no inference mode.
+
+    Lightning may call `inject` where other defaults hold, or in inference mode, whose tensors cannot be trained."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
-    # A context that changes nothing would still slow every call in it down.
+    # Entering a device that is the default already would slow down every call inside.
     there = nullcontext() if torch.get_default_device() == device else device
     try:
         with torch.inference_mode(False), torch.no_grad(), there:

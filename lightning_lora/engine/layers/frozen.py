@@ -21,7 +21,7 @@ class FrozenNorm(_Host):
     base_class: type[nn.Module]
 
     wanted_mode: bool
-    """What `train()` was last told: the mode that the norm takes when it is released."""
+    """The mode that `train()` last asked for; the norm takes it when it is released."""
 
     def train(self, mode: bool = True) -> Any:
         self.__dict__["wanted_mode"] = mode
@@ -29,12 +29,12 @@ class FrozenNorm(_Host):
 
 
 def may_have_running_statistics(cls: type[nn.Module]) -> bool:
-    """Whether a module of that class can have some that are not frozen yet."""
+    """True if a module of that class can have running statistics that are not frozen yet."""
     return issubclass(cls, _NormBase) and not issubclass(cls, FrozenNorm)
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """Whether a forward in training mode would change buffers of `module`; not so where they are frozen already."""
+    """True if a forward in training mode would change buffers of `module`; False if they are frozen already."""
     return may_have_running_statistics(type(module)) and bool(module.track_running_stats)
 
 

@@ -1,4 +1,4 @@
-"""nn.Linear and everything derived from it; and the Linear whose weight its parent reads without calling it."""
+"""nn.Linear and everything derived from it; and Linears whose parent reads their weight without calling them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
     """A is (rank, in), B is (out, rank)."""
 
     lora_known_forward: ClassVar[Any] = nn.Linear.forward
-    """It multiplies by the weight, adds the bias, and does nothing else."""
+    """A forward that multiplies by the weight, adds the bias, and does nothing else."""
     lora_is_plain: ClassVar[bool]
-    """Whether it computes by nothing but its weight, bias and factors, where nn.Module keeps them."""
+    """True if weight, bias, A and B, taken from nn.Module's own dicts, determine the output."""
 
     @staticmethod
     def shapes(module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -54,13 +54,13 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
             and own.keys() >= _PLAIN
             and type(own["weight"]) is nn.Parameter
             and not (spec.rank_dropout or spec.module_dropout or args or kwargs)
-        ):  # as below, without nn.Module's lookups, which take a small layer as long as a product
+        ):  # the same as below, without nn.Module's lookups: for a small layer they take as long as a product
             A, B = own["lora_A"], own["lora_B"]
             p = spec.dropout if self.training else 0.0
             return fused.linear(input, own["weight"], own["bias"], A, B, spec.scale, p)
         if cls.combine is not Adapter.combine or BIAS in self.lora_names:
             return super().forward(input, *args, **kwargs)
-        if _is_wrapped(self):  # whose own product may need help with its gradient
+        if _is_wrapped(self):  # its product may pass no gradient (see `own_forward`)
             p, y = self.lora.dropout if self.training else 0.0, self.base_forward(input, *args, **kwargs)
             return fused.add_update(y, input, *self.factors(), self.lora.scale, p)
         A, B = self.factors()
@@ -85,7 +85,7 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
 
     @staticmethod
     def multiply(x: Tensor, W: Tensor) -> Tensor:
-        """x times a weight, laid out as this class does."""
+        """The product of x and a weight that is laid out as in this class."""
         return F.linear(x, W)
 
 
@@ -95,12 +95,13 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 
 class FastPathLinearLoRA(LinearLoRA):
-    """A Linear that its parent calls, but for a fast path in which it hands the weight to one kernel."""
+    """A Linear that its parent calls, except on a fast path, where the parent hands the weight to a kernel."""
 
     lora_to_kernels = True
 
 
 class OutProjectionLoRA(ByWeight, LinearLoRA, adapts=NonDynamicallyQuantizableLinear):
-    """nn.MultiheadAttention's out_proj, which is read and never called, and others like it (see bypass.py)."""
+    """nn.MultiheadAttention's out_proj, and other Linears whose parent reads the weight and may never call the layer
+    (see bypass.py)."""
 
     lora_to_kernels = True

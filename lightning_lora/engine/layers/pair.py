@@ -1,4 +1,4 @@
-"""One low-rank update of an adapted layer: its numbers, its factors, and the names under which a module holds them."""
+"""A pair (A, B), which adapts one weight: its rank and scale, its tensors, and their names in the module."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 FACTORS = ("lora_A", "lora_B")
 """The names under which a module holds its A and its B."""
 START = ("lora_A0", "lora_B0")
-"""Those of the frozen A and B that an initialiser began with, where B A was not zero: the update leaves them out."""
+"""The names of the frozen start A0 and B0. A module has it where the initialiser gives B A other than zero: the update
+is then s (B A - B0 A0) x, which starts at zero."""
 MAGNITUDE = "lora_magnitude_vector"
+"""The name of DoRA's m, one number for each output."""
 BIAS = "lora_B_bias"
+"""The name of the bias of B (lora_bias), one number for each output."""
 TENSORS = (*FACTORS, *START, MAGNITUDE, BIAS)
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The numbers of one adapted layer."""
+    """The rank, the scale and the dropouts of one adapted layer."""
 
     rank: int
     alpha: float
@@ -37,20 +40,20 @@ class AdapterSpec:
     keeps_precision: bool = True
     """A and B stay in float32 when the model is cast to a narrower dtype (master weights)."""
     parameters: Mapping[str, AdapterSpec] = field(default_factory=dict)
-    """The numbers of each of its parameters, where parameters are adapted and not what the module computes."""
+    """Parameter name -> its own spec, where single parameters of the module are adapted and not its output."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One low-rank update: the parameter that it changes, and its factors as they are just now."""
+    """The factors A and B of one parameter. `A` and `B` are looked up in the module each time they are asked for."""
 
     name: str
-    """That of the module, or of the parameter where the module has several that are adapted."""
+    """The name of the module; of the parameter where single parameters are adapted (`target_parameters`, an LSTM)."""
     module: Adapter
     parameter: str
     spec: AdapterSpec
     suffix: str
-    """What the names of its tensors end in."""
+    """The names of the pair's tensors in the module end in it: `lora_A<suffix>`, `lora_B<suffix>`."""
 
     @property
     def A(self) -> nn.Parameter:
@@ -63,10 +66,10 @@ class Pair:
         return factor
 
     def singular_values(self) -> Tensor:
-        """Those of the update scale * B A, the largest first, in float64, without a gradient.
+        """The singular values of the update's matrix scale * B A, the largest first, in float64, without a gradient.
 
-        `rank` of them and more: where an initialiser left a frozen start, or the module has groups or experts, which
-        are blocks of one matrix. DoRA's magnitudes do not enter.
+        Their number is the rank; it is larger with a frozen start, and with groups or experts, which count as blocks of
+        one matrix. DoRA's magnitudes are left out.
         """
         with torch.no_grad():
             A, B = self.module.matrices(self.parameter)
@@ -74,16 +77,16 @@ class Pair:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether its update is zero as at the start: a factor is, or both are as they are in its frozen start."""
+        """True if the update is still zero, so untrained: A or B is zero, or both equal their frozen start."""
         A0, B0 = (self.module._buffers.get(name + self.suffix) for name in START)
         if self.A.is_meta:
-            return False  # nothing yet
+            return False  # it has no values yet
         if A0 is None or B0 is None:
             return not bool(self.A.any()) or not bool(self.B.any())
         return self.A.equal(A0) and self.B.equal(B0)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter that it changes."""
+        """The shape of the adapted parameter."""
         weight = self.module._parameters.get(self.parameter)
         return shape_of(weight) if weight is not None else (self.B.shape[0], self.A.shape[1])

@@ -1,4 +1,4 @@
-"""Parameters of any module, adapted where they are read: the module sees P + s B A, whatever it computes with it."""
+"""Adapts parameters of any module where they are read: the module's forward sees P + s B A in place of P."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from lightning_lora.errors import AdapterStateError, TargetError
 
 
 class ParameterLoRA(Adapter):
-    """A parameter (out, in) has an A (rank, in) and a B (out, rank). One that is a stack of n matrices, such as the
-    experts of a mixture, (n, out, in), has an A (n rank, in), read as (n, rank, in), and a B (out, rank n), read as
-    (out, rank, n): the layout of PEFT's target_parameters. Where the module says `is_transposed`, a stack is
-    (n, in, out).
+    """A parameter (out, in) has an A (rank, in) and a B (out, rank). A stack of n matrices (n, out, in), such as the
+    experts of a mixture, has an A (n rank, in), read as (n, rank, in), and a B (out, rank n), read as (out, rank, n):
+    the layout of PEFT's target_parameters. If the module has `is_transposed = True`, its stacks are (n, in, out).
 
-    The input of A is not known here, so dropout is on the columns of A: an input's feature is dropped for the whole
-    forward, in all tokens. The mean is that of dropout on the input.
+    The inputs that a parameter is multiplied by are not known here, so dropout zeroes columns of A: a feature is
+    dropped for the whole forward, in all tokens. The mean is that of dropout on the input.
     """
 
     @classmethod
@@ -32,9 +31,11 @@ class ParameterLoRA(Adapter):
             if P is None:
                 raise TargetError(f"its {name} is computed from other parameters (weight norm, for example)")
             if P.dim() < 2:
-                raise TargetError(f"its {name} has no low rank: train it whole, with bias= or modules_to_save")
+                raise TargetError(
+                    f"its {name} is no matrix, so it has no low rank: train it whole, with bias= or modules_to_save"
+                )
             if P.dim() > 3:
-                raise TargetError(f"its {name} is neither a matrix nor a stack of them: name its module instead")
+                raise TargetError(f"its {name} is neither a matrix nor a stack of matrices: name its module instead")
             if not is_plain(P):
                 raise TargetError(f"its {name} holds quantized weights ({P.dtype}): no update can be added to them")
 
@@ -44,8 +45,8 @@ class ParameterLoRA(Adapter):
             raise TargetError("lora_bias has no meaning for a parameter, which has no output of its own")
         if "C" in INITS[config.init].wants:
             raise TargetError(
-                f"init={config.init!r} measures the inputs of a layer, and those of a parameter are not known: choose "
-                "another, or leave it out"
+                f"init={config.init!r} measures the inputs of a layer, and the inputs of a parameter are not known: "
+                "choose another init, or leave the parameter out"
             )
 
     @staticmethod
@@ -72,7 +73,7 @@ class ParameterLoRA(Adapter):
         return self.base_forward(*args, **kwargs)
 
     def value_read(self, name: str) -> Tensor:
-        """The parameter called `name`, adapted."""
+        """The adapted parameter P + s B A (rescaled by DoRA), in P's dtype."""
         P = self.dense_weight(name)
         if MAGNITUDE + self.suffix_of(name) in self.lora_names:
             return self.adapted_weight(name, dropped=True).to(P.dtype)
@@ -82,15 +83,15 @@ class ParameterLoRA(Adapter):
             with without_autocast(P):
                 return torch.addmm(P, B, A)
         left, right = (A.mT, B.mT) if _is_transposed(self) else (B, A)
-        with without_autocast(P):  # nothing else of the size of the stack is made
+        with without_autocast(P):  # baddbmm makes no second tensor of the stack's size
             return torch.baddbmm(P, left, right)
 
     def factors(self, parameter: str = "weight", *, dropped: bool = True) -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank), or stacks of them, (n, rank, in) and (n, out, rank)."""
+        """A (rank, in) and B (out, rank), or for a stack A (n, rank, in) and B (n, out, rank)."""
         suffix, P = self.suffix_of(parameter), self.dense_weight(parameter)
         A, B = getattr(self, "lora_A" + suffix), getattr(self, "lora_B" + suffix)
         pairs = [(A, B)]
-        if "lora_A0" + suffix in self._buffers:  # as in any adapter: s [B - B0, B0] [A; A - A0]
+        if "lora_A0" + suffix in self._buffers:  # a frozen start: s [B - B0, B0] [A; A - A0]
             A0, B0 = (getattr(self, name + suffix).to(t.dtype) for name, t in zip(START, (A, B)))
             pairs = [(A, B - B0), (A - A0, B0)]
         if P.dim() == 3:
@@ -137,7 +138,7 @@ def _is_transposed(module: Any) -> bool:
 
 
 class BilinearLoRA(ParameterLoRA, adapts=nn.Bilinear):
-    """Its weight (out, in1, in2) is a stack: each output has a matrix of its own, and an update of low rank of it."""
+    """Its weight (out, in1, in2) is a stack of matrices, one for each output; each of them has a low-rank update."""
 
     @staticmethod
     def parameters_of(module: Any) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 Where a CPU has AVX512-BF16, such a layer rearranges its weight in its first forward in eval mode: it rounds the scales
 to bfloat16, which cannot be undone, and passes no gradient on from then on. In an adapted model that must not happen: a
-validation would change the base, and adapters below the layer would no longer train. What was rearranged before, the
-model's output depends on: it stays as it is.
+validation would change the base, and adapters below the layer would no longer train. A weight that was rearranged
+before the injection stays so, since the model's output depends on it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ else:
 
 
 class Steady4bit(_Host):
-    """Mixin in front of Linear4bit: its weight stays as it is, and a gradient passes it."""
+    """Mixin in front of Linear4bit: its weight is not rearranged, and a gradient passes through it."""
 
     base_class: type[nn.Module]
 
@@ -42,18 +42,18 @@ class Steady4bit(_Host):
         forward = super().forward
 
         def without_gradients() -> Tensor:
-            with torch.no_grad():  # since it writes in place
+            with torch.no_grad():  # the kernel writes in place
                 y: Tensor = forward(x, *args, **kwargs)
                 return y
 
         is_changed = is_rearranged(weight)
         output = straight_through(self, x, without_gradients) if is_changed else forward(x, *args, **kwargs)
         if bias is not None and values is not None and bias.dtype != values.dtype:
-            bias.data = values  # rounded for good otherwise, to the dtype in which the layer computes
+            bias.data = values  # the layer has rounded it to the dtype in which it computes
         return output
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # bitsandbytes puts the weight back for it, in place, with its scales in the wrong order.
+        # To save it, bitsandbytes undoes the rearrangement in place, and gets the scales in the wrong order.
         own: Any = _own(self, "weight")
         if is_rearranged(own):
             self._parameters["weight"] = _put_back(copy.copy(own))
@@ -64,13 +64,13 @@ class Steady4bit(_Host):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         weight: Any = _own(self, "weight")
-        if is_rearranged(weight) and fn(torch.empty(0)).device.type != "cpu":  # it is an order for CPUs alone
+        if is_rearranged(weight) and fn(torch.empty(0)).device.type != "cpu":  # only CPUs read the rearranged order
             _put_back(weight)
         return super()._apply(fn, recurse)
 
 
 class PassesGradient(_Host):
-    """Mixin in front of a Linear whose weight, one of torchao's, may pass no gradient to the input."""
+    """Mixin in front of a Linear with a weight of torchao's, which may pass no gradient to the input by itself."""
 
     base_class: type[nn.Module]
 
@@ -79,13 +79,13 @@ class PassesGradient(_Host):
 
 
 class Linear4bitLoRA(LinearLoRA, Steady4bit):  # type: ignore[misc]
-    """The mixin comes after the adapter: it is what the adapter takes for the base's own forward."""
+    """Steady4bit comes after the adapter, so that the adapter calls its forward as the base's."""
 
     replaces = ("support_avx512bf16_for_cpu",)
 
 
 def register_bitsandbytes() -> None:
-    """Register Linear4bit if bitsandbytes was imported: a model can only hold one if it was."""
+    """Register Linear4bit if bitsandbytes was imported: else no model can contain a Linear4bit."""
     module = sys.modules.get("bitsandbytes.nn")
     if module is not None:
         Adapter.geometries.setdefault(module.Linear4bit, Linear4bitLoRA)
@@ -95,12 +95,12 @@ _KEPT = (Steady4bit, PassesGradient)
 
 
 def may_be_kept(cls: type[nn.Module]) -> bool:
-    """Whether a module of that class can be one for `keep_in_place`."""
+    """True if `keep_in_place` may be for modules of that class."""
     return issubclass(cls, nn.Linear) and not issubclass(cls, _KEPT)
 
 
 def is_kept(module: nn.Module) -> bool:
-    """Whether `module`, a Linear without an adapter, would rearrange its weight, or pass no gradient through it."""
+    """True if `module`, a Linear without an adapter, would rearrange its weight or pass no gradient through it."""
     bitsandbytes: Any = sys.modules.get("bitsandbytes.nn")
     weight = module._parameters.get("weight")
     if bitsandbytes is not None and isinstance(module, bitsandbytes.Linear4bit):
@@ -116,14 +116,14 @@ def keep_in_place(module: Any) -> None:
 
 
 def let_go(module: Any) -> None:
-    """Undo `keep_in_place`; nothing is done to a module that took the place of the one that was kept."""
+    """Undo `keep_in_place`. A module that has replaced the kept one is left as it is."""
     cls: Any = type(module)
     if issubclass(cls, _KEPT) and "base_class" in vars(cls):
         module.__class__ = cls.base_class
 
 
 def _own(module: nn.Module, name: str) -> Tensor | None:
-    """The layer's own parameter; a replica that nn.DataParallel makes has it as a plain attribute."""
+    """The layer's parameter; in a replica that nn.DataParallel makes it is a plain attribute."""
     p = module._parameters.get(name)
     return module.__dict__.get(name) if p is None else p
 

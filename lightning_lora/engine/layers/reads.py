@@ -1,4 +1,5 @@
-"""What an adapted layer gives to whoever reads its weight or its bias: its own class's forward, or code around it."""
+"""Answers reads of an adapted layer's weight and bias: the base class's forward gets the base weight, other code
+gets the adapted weight."""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ else:
     _Host = object  # the mixin goes in front of a module's own class, which brings nn.Module
 
 _INSIDE: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("lora_inside", default=None)
-"""The layers whose own forward runs here, by identity, each with what it has read so far."""
+"""id(layer) -> what the base class's forward of that layer has read so far, while it runs in this thread or task."""
 
 
 def _handles_parameters() -> bool:
-    """Whether the code that reads an attribute, three calls up by the property of swap.py, asks for the parameter
-    itself: what shards, moves or stores the parameters of any module, and nn.Module.get_parameter."""
+    """True if the reading code, three frames up (past the property of swap.py), needs the parameter itself: libraries
+    that shard, move or store parameters, and nn.Module.get_parameter."""
     if torch.compiler.is_compiling():
         return False
     reader = sys._getframe(3)
@@ -39,33 +40,32 @@ _GET_PARAMETER = nn.Module.get_parameter.__code__
 
 
 class Reads(_Host):
-    """That part of every adapted layer."""
+    """The part of every adapted layer that answers reads of its weight and bias."""
 
     mixin: ClassVar[Any]
     base_class: ClassVar[type[nn.Module]]
 
     lora: AdapterSpec
     lora_names: tuple[str, ...]
-    """The names under which it holds the tensors of its adapter."""
+    """The names of the layer's adapter tensors."""
     lora_path: str
-    """Its name in the model, for messages."""
+    """The layer's name in the model, for messages."""
     lora_by_weight: ClassVar[bool] = False
-    """Whether its own forward reads the adapted weight, and no update is added to what it computes."""
+    """True if the base class's forward reads the adapted weight; else it reads W, and the update is added after."""
     lora_inside: dict[str, Any] | None = None
-    """What its own forward, which runs just now, has read so far, for code that is being compiled (for all else
-    `_INSIDE` says so, thread by thread)."""
+    """The layer's entry of `_INSIDE`, for code that torch.compile traces: it cannot read a ContextVar."""
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's own class computes, in which it reads its own weight (see `read_attribute`)."""
+        """Run the base class's forward. It reads the base weight, or the adapted one if `lora_by_weight`."""
         return self.own_forward(False, args, kwargs)
 
     def bare_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The same without its adapter, also where the class reads the adapted weight."""
+        """Run the base class's forward without the adapter: it reads the base weight in any case."""
         return self.own_forward(True, args, kwargs)
 
     def own_forward(self, is_bare: bool, args: Any, kwargs: Any) -> Any:
-        """What these two compute."""
-        # What is read is computed once in a forward: a mixture of experts reads its stack once for each expert.
+        """Run the base class's forward, for the two methods above."""
+        # An adapted weight is computed once per forward: a mixture of experts reads its stack once for each expert.
         so_far = {"grad": torch.is_grad_enabled(), "bare": is_bare}
         if torch.compiler.is_compiling():
             self.lora_inside = so_far
@@ -74,21 +74,21 @@ class Reads(_Host):
             finally:
                 self.lora_inside = None
         token = _INSIDE.set({**(_INSIDE.get() or {}), id(self): so_far})
-        self.__dict__["lora_inside"] = so_far  # what it calls may be compiled, where context variables are not known
+        self.__dict__["lora_inside"] = so_far  # for compiled code inside, which cannot read the ContextVar
         try:
             return super().forward(*args, **kwargs)
         finally:
             _INSIDE.reset(token)
             self.__dict__.pop("lora_inside", None)
 
-    # Reads of a weight or a bias by its name, from outside of the layer or by its own class.
+    # Reads of a weight or a bias by its name, from outside the layer or by the base class's forward.
 
     def read_attribute(self, name: str) -> Any:
-        """What `self.<name>` gives: to the module's own forward the base's own, unless it is adapted by its weight; to
-        all others the adapted one (see reads.py)."""
+        """The value of `self.<name>`. The base class's forward gets the base's tensor (the adapted one if
+        `lora_by_weight`); all other code gets the adapted one (see engine/reads.py)."""
         own = self.own(name)
         so_far = self.lora_inside if torch.compiler.is_compiling() else (_INSIDE.get() or {}).get(id(self))
-        # Inside of its own forward it was asked before.
+        # Inside the base class's forward, `own_forward` has noted whether the adapter is off.
         if so_far["bare"] if so_far is not None else switch.used and switch.is_off(self):
             own = original(self, name, own)
             if own is None and name != "bias":
@@ -102,16 +102,16 @@ class Reads(_Host):
                 "graph of torch.fx cannot hold W + s B A: call merge(model) first, or use torch.export."
             )
         if own is not None and _handles_parameters():
-            return own  # fully_shard, for one, takes what it reads for the parameter that it shards
+            return own  # fully_shard, for one, shards the very parameter that it reads here
         if own is not None and not is_plain(own) and not is_wrapper(own):
             if so_far is not None:
                 raise AdapterStateError(
-                    f"The {name} of {self.lora_path!r} was quantized after it was adapted, and its class reads it in a "
-                    "forward of its own: quantize first, or leave it out with exclude_modules."
+                    f"The {name} of {self.lora_path!r} was quantized after it was adapted, and the forward of its "
+                    "class reads it: quantize before inject, or leave it out with exclude_modules."
                 )
-            return own  # its numbers are no weight for one who does not know how they are stored
+            return own  # whoever reads packed numbers knows how they are stored, and needs them as they are
         if own is not None and self._awaits(own):
-            return own  # while weights are loaded into a model that was adapted on the meta device
+            return own  # A and B are still on the meta device: the model's weights are just being loaded
         if so_far is not None:
             return self._read_inside(name, so_far)
         if own is None and name != "bias":
@@ -123,7 +123,8 @@ class Reads(_Host):
         return show(self, name, own, leaves, is_drawn=is_drawn, to_kernels=self.lora_to_kernels)
 
     def _read_inside(self, name: str, so_far: dict[str, Any]) -> Any:
-        """The value that the module's own forward reads: the same one each time, since it may change it in place."""
+        """The adapted value for the base class's forward: in one forward every read gives the same tensor, since the
+        forward may change it in place."""
         value, has_graph, version = so_far.get(name, (None, False, 0))
         if value is not None and (has_graph or not torch.is_grad_enabled()):
             return value
@@ -132,7 +133,8 @@ class Reads(_Host):
                 f"The forward of {self.lora_path!r} ({type(self).base_class.__name__}) changed its {name} in place "
                 "where gradients were off, and reads it where they are on: leave it out with exclude_modules."
             )
-        # With a graph from the start, where the forward has one: a class may change it in place under no_grad.
+        # Computed with gradients if the forward has them, even where this read is under no_grad: a class may change the
+        # value in place under no_grad and then use it with gradients.
         with torch.set_grad_enabled(so_far["grad"] or torch.is_grad_enabled()):
             value = self.value_read(name)
             has_graph = torch.is_grad_enabled()
@@ -144,10 +146,10 @@ class Reads(_Host):
         return value
 
     lora_to_kernels: ClassVar[bool] = False
-    """Whether its reader hands the weight to kernels that do not ask what they are given."""
+    """True if a parent hands the weight to kernels that read its memory: they need a plain tensor."""
 
     def value_read(self, name: str) -> Any:
-        """The adapted weight or bias, in the base's own precision. Raises AdapterStateError where it has none."""
+        """The adapted weight or bias, in the base's dtype. Raises AdapterStateError as `check_shown` does."""
         if name == "bias":
             bias, mine = self.own("bias"), self._parameters.get(BIAS)
             if mine is None:
@@ -158,10 +160,10 @@ class Reads(_Host):
         return self.adapted_weight(name, dropped=self.lora_by_weight).to(self.dense_weight(name).dtype)
 
     def check_shown(self, name: str) -> None:
-        """Raise AdapterStateError where no weight of the base's shape computes what this layer does."""
+        """Raise AdapterStateError if no weight of the base's shape would compute what this layer computes."""
 
     def shown_leaves(self) -> tuple[Tensor, ...]:
-        """The tensors that an adapted weight depends on, and that may be trained."""
+        """The parameters from which the adapted weight is computed; gradients reach those that train."""
         return tuple(p for p in self._parameters.values() if p is not None)
 
     def _adapts(self, name: str) -> bool:
@@ -175,14 +177,14 @@ class Reads(_Host):
         return not own.is_meta and any(getattr(self, name).is_meta for name in self.lora_names)
 
     def dense_weight(self, parameter: str = "weight") -> Tensor:
-        """The base's own weight, in floating point."""
+        """The base weight in floating point, dequantized if it is quantized."""
         W = self.own(parameter)
         assert W is not None
         return dense(self, W)
 
     def own(self, parameter: str) -> Tensor | None:
-        """The base's own weight or bias: its parameter, or a plain attribute (in replicas of nn.DataParallel, after
-        pruning), or what its class computes in its place (parametrizations)."""
+        """The base's weight or bias: a parameter, a plain attribute (in replicas of nn.DataParallel, after pruning), or
+        a value that its class computes (parametrizations). None if there is none."""
         p: Tensor | None = self._parameters.get(parameter)
         if p is not None:
             return p
@@ -193,5 +195,5 @@ class Reads(_Host):
         return p
 
     def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
-        """The weight with the adapter in it, in float32 or wider, whatever autocast says."""
+        """The adapted weight, in float32 or wider, also under autocast."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""nn.LSTM, nn.GRU, nn.RNN and their cells: every weight of theirs is adapted where it is read."""
+"""nn.LSTM, nn.GRU, nn.RNN and their cells: each of their weights is adapted where it is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_lora.engine.layers.whole import FlatWeights, lay_flat
 
 
 class CellLoRA(ParameterLoRA, adapts=RNNCellBase):
-    """A cell: its weight_ih and weight_hh. The gates lie one under the other in a weight, and share its A."""
+    """Adapts weight_ih and weight_hh of a cell. A weight holds the matrices of all gates, so these share one A."""
 
     @staticmethod
     def parameters_of(module: Any) -> tuple[str, ...]:
@@ -20,7 +20,7 @@ class CellLoRA(ParameterLoRA, adapts=RNNCellBase):
 
 
 class RecurrentLoRA(FlatWeights, CellLoRA, adapts=nn.RNNBase):
-    """All layers and directions, and the projections (proj_size). Their kernels take the list `_flat_weights`."""
+    """Adapts the weights of all layers and directions, and the projections (proj_size)."""
 
     @staticmethod
     def parameters_of(module: Any) -> tuple[str, ...]:

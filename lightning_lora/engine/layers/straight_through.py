@@ -1,8 +1,8 @@
-"""Layers that pass no gradient to their input, though they compute with it: 4-bit weights that bitsandbytes has
-rearranged for a CPU, and torchao's weights that round the input as well (Int8DynamicActivation..., for example).
+"""A gradient for layers whose kernels pass none to their input: 4-bit weights that bitsandbytes has rearranged for a
+CPU, and torchao's weights that round the input as well (Int8DynamicActivation..., for example).
 
-Adapters below such a layer would train by what reaches them around it, without a word. They get the gradient of the
-layer as if nothing was rounded: G W, with the numbers that the weight stands for (straight-through).
+Without it, adapters below such a layer would silently train on a part of their gradient. The input gets the gradient
+of a layer that rounds nothing: G W, with the dequantized W (straight-through).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lightning_lora.engine.storage import can_be_dense, dense
 
 
 def straight_through(module: nn.Module, x: Tensor, forward: Callable[[], Tensor]) -> Tensor:
-    """What `forward` of `module` computes from x, with the gradients of x and of its bias, if it has them or not."""
+    """Run `forward`, that of `module` on x, and supply the gradients of x and of the bias that it does not pass."""
     weight = module._parameters.get("weight")
     bias: Any = module._parameters.get("bias")
     is_trained = bias is not None and bias.requires_grad
     if not torch.is_grad_enabled() or not (x.requires_grad or is_trained):
         return forward()
-    if is_trained:  # without its gradient, that of the output tells whether x has one
+    if is_trained:  # detached, so that y.requires_grad tells whether x gets a gradient
         module._parameters["bias"] = bias.detach()
     try:
         y = forward()
@@ -39,7 +39,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
         ctx.module, ctx.weight = module, weight
-        # In the same memory, but no view, which what comes next could not change in place (nn.ReLU(inplace=True)).
+        # y in the same memory, but not as a view: autograd refuses to change a view in place (nn.ReLU(inplace=True)).
         if torch.compiler.is_compiling():
             return y.clone()
         return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.size(), y.stride())

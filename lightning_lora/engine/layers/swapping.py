@@ -1,4 +1,4 @@
-"""A module becomes an adapted layer and its own again, in place: checked first, its class swapped after."""
+"""Turns a module into an adapted layer and back, in place, by a swap of its class; all checks come first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TAKE_OFF = "take them off with accelerate.hooks.remove_hook_from_module(model, 
 
 
 def _is_wrapped(module: nn.Module) -> bool:
-    """Whether something put another forward on the instance; accelerate, undone, leaves the class's own there."""
+    """True if the instance has a forward other than its class's (accelerate, once undone, leaves the class's own)."""
     forward = module.__dict__.get("forward")
     if forward is None:
         return False
@@ -31,11 +31,11 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 
 def check_swappable(module: nn.Module, name: str, mixin: type = Adapter) -> None:
-    """Raise TargetError if swapping the class of `module` would not reach its forward, or would clash with it."""
+    """Raise TargetError if a class swap would not change the forward of `module`, or would hide its attributes."""
     if _is_wrapped(module):
         raise TargetError(
-            f"{name!r} has a forward of its own on the instance, as accelerate's hooks put there, which an adapter "
-            f"would never see. Adapt the model first and add hooks after, or {_TAKE_OFF}."
+            f"{name!r} has a forward of its own on the instance, as accelerate's hooks put there, and it would bypass "
+            f"the adapter. Adapt the model first and add hooks after, or {_TAKE_OFF}."
         )
     taken = _taken(module, _own_names(mixin))
     if taken is not None:
@@ -43,9 +43,10 @@ def check_swappable(module: nn.Module, name: str, mixin: type = Adapter) -> None
 
 
 def _taken(module: nn.Module, names: frozenset[str]) -> str | None:
-    """One of `names` that is an attribute of `module`; thousands are asked, so a class is looked at once."""
+    """One of `names` that `module` has as an attribute, or None. A class is searched once: models have thousands of
+    modules and few classes."""
     cls: Any = type(module)
-    if cls.__getattr__ is not nn.Module.__getattr__:  # it may answer for another object
+    if cls.__getattr__ is not nn.Module.__getattr__:  # it may answer for any name
         return next((name for name in names if hasattr(module, name)), None)
     for own in (module.__dict__, module._parameters, module._buffers, module._modules):
         if not names.isdisjoint(own):
@@ -62,7 +63,7 @@ def _taken_by_class(cls: type, names: frozenset[str]) -> str | None:
 
 
 def _own_names(mixin: type) -> frozenset[str]:
-    """What the mixin brings and nn.Module has not: a class with such a name would find ours in place of its own."""
+    """The names that the mixin adds to nn.Module. A class that uses one of them would get ours in place of its own."""
     known = remembered(mixin)
     if _OWN not in known:
         known[_OWN] = _find_own_names(mixin)
@@ -83,25 +84,27 @@ def _find_own_names(mixin: type) -> frozenset[str]:
 def swap(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tensor], path: str = "") -> None:
     """Make `module`, called `path` in its model, an adapted layer, in place.
 
-    `mixin` is a geometry, or a tuple of variants and it; `tensors` are its parameters and buffers by name."""
+    `mixin` is a geometry, or a tuple of variants and a geometry; `tensors` are the adapter's parameters and buffers by
+    name."""
     base_class: Any = type(module)
     own = module.__dict__
-    # What readers see with the adapter in it. A layer type of a user's own need not have a weight.
+    # A read of these attributes gives the adapted value. A user's own layer type may have no weight.
     reads = tuple(spec.parameters) or (
         ("weight",) if "weight" in own["_parameters"] or hasattr(module, "weight") else ()
     )
     reads = (*reads, "bias") if BIAS in tensors else reads
-    own.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
-    for name, tensor in tensors.items():  # not register_parameter, which checks again what `check_swappable` did
+    own.pop("forward", None)  # the base class's forward, bound (see check_swappable): it would hide the new class's
+    for name, tensor in tensors.items():  # not register_parameter, which would repeat checks of `check_swappable`
         own["_parameters" if isinstance(tensor, nn.Parameter) else "_buffers"][name] = tensor
     own["lora"], own["lora_names"], own["lora_path"] = spec, tuple(tensors), path
-    # Past nn.Module's own __setattr__, which looks for parameters and costs more than all the rest.
+    # Not nn.Module's __setattr__, which looks for parameters and takes longer than the rest of `swap`.
     object.__setattr__(module, "__class__", swapped_class("LoRA", mixin, base_class, reads))
     module.swapped_in()
 
 
 def swap_back(module: Adapter) -> Callable[[], None]:
-    """Undo `swap`: the class that the module had, no factors, its weight untouched. Returns what swaps it again."""
+    """Undo `swap`: the module gets its class back and loses its adapter; its weight is not touched. Returns a function
+    that swaps it again."""
     cls: Any = type(module)
     own = module.__dict__
     spec, names, path = own["lora"], own["lora_names"], own["lora_path"]
@@ -120,8 +123,7 @@ def swap_back(module: Adapter) -> Callable[[], None]:
 
 
 def check_removable(model: nn.Module, tree: Tree | None = None) -> None:
-    """Raise AdapterStateError if `swap_back` would fail on a layer of `model`; `tree` is what it consists of, if
-    known."""
+    """Raise AdapterStateError if `swap_back` would fail on a layer of `model`; `tree` is Tree.of(model), if known."""
     tree = tree or Tree.of(model)
     check_unsharded(
         model,
@@ -137,7 +139,7 @@ def check_removable(model: nn.Module, tree: Tree | None = None) -> None:
     changed = {cls for cls in tree.classes if is_adapter(cls) and "base_class" not in cls.__dict__}
     for name, module in tree.of_classes(is_adapter):
         if type(module) in changed:
-            # Parametrizations swap classes as well; taking ours out from under theirs would take theirs too.
+            # A parametrization swaps the class as well: putting the base class back would remove it too.
             raise AdapterStateError(
                 f"{name!r} changed its class to {type(module).__name__} after it was adapted (a parametrization, for "
                 "example). Undo that first, then remove or merge the adapter."

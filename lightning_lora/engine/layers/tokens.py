@@ -1,4 +1,4 @@
-"""Single rows of a vocabulary are trained, such as those of new tokens; all else of the table stays frozen."""
+"""Trains single rows of an embedding, such as those of new tokens; the rest of the table stays frozen."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ TOKENS = "lora_tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSpec(AdapterSpec):
-    """Which rows are trained."""
+    """The spec of a module that has trained rows."""
 
     tokens: tuple[int, ...]
-    """Rows of the weight, in the order in which the adapter holds them."""
+    """Indices of the trained rows, in the order in which the adapter holds them."""
     owner: nn.Module | None = None
-    """The embedding whose rows these are, where the module shares that one's weight."""
+    """The embedding that holds the trained rows, if the module shares its weight; None for that embedding itself."""
 
 
 class TokenRows(Adapter):
-    """An embedding whose rows `tokens` are those of `lora_tokens` (PEFT's trainable_token_indices).
+    """An embedding that takes its rows `tokens` from `lora_tokens`, which train (PEFT's trainable_token_indices).
 
-    The rows replace the base's, they are not added to them: so it does not matter what a resized embedding was filled
-    with. Only they are looked up; the table is never copied.
+    They replace the base's rows and are not added to them, so the values in the new rows of a resized embedding do not
+    matter. The table is never copied.
     """
 
     lora: TokenSpec
@@ -51,13 +51,13 @@ class TokenRows(Adapter):
 
     @classmethod
     def check_forward(cls, module: Any) -> None:
-        """Raise TargetError where `module` does not look up its input."""
+        """Raise TargetError if the forward of `module` is more than a lookup."""
         if module.max_norm is not None:
             raise TargetError("an embedding with max_norm rewrites its weight in every forward")
         if has_own_forward(type(module)) and not gives_its_rows(module):
             raise TargetError(
-                "its class has a forward of its own, which gives other numbers than the rows of its input, or those "
-                "times embed_scale"
+                "its class has a forward of its own, which does not return the rows of its input, or those times "
+                "embed_scale"
             )
 
     def swapped_in(self) -> None:
@@ -121,17 +121,17 @@ class TokenRows(Adapter):
         )
         of_base = own is not None and is_fresh and is_own(state_dict.get(prefix + "lora_tokens"), own)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if of_base:  # start as the rows of what was loaded
+        if of_base:  # untrained rows, and a state dict of the base alone: start again from the loaded table
             fill(self._parameters["lora_tokens"], whole(self.dense_weight())[at])
 
 
 class TokenLogits(TokenRows):
-    """A head that shares the embedding's weight: the logits of those tokens are of their trained rows."""
+    """A head that shares the embedding's weight: it computes the logits of those tokens from the trained rows."""
 
     @classmethod
     def check_forward(cls, module: Any) -> None:
         if has_own_forward(type(module)):
-            raise TargetError("its class has a forward of its own, so its output need not be one for each row")
+            raise TargetError("its class has a forward of its own, so it may not return one number for each row")
 
     def forward(self, input: Any = NOT_GIVEN, **kwargs: Any) -> Tensor:  # (..., width) -> (..., vocabulary)
         if input is NOT_GIVEN:

@@ -1,7 +1,7 @@
-"""What is trained whole (modules_to_save, biases), read as it was before training where adapters are switched off.
+"""Inside `with disabled(model)`, tensors that are trained whole (modules_to_save, biases) read as before training.
 
-A module that holds such a parameter or buffer gets a class that reads it by the switch, when a model is first switched
-off. What is written to its buffers meanwhile, such as a norm's statistics, is not kept.
+When a model is first switched off, each module that holds such a tensor gets a class that asks the switch on every
+read. Writes to its buffers inside the block, such as a norm's statistics, are not kept.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ else:
     _Host = object
 
 _ORIGINALS = "lora_originals"
-"""The attribute under which a module has the originals of what it holds, by name."""
+"""The attribute of a module with the values before training of its tensors, by name."""
 
 
 @dataclass(eq=False)
 class _Original:
+    """The value of a tensor before training."""
+
     value: Tensor
     there: Tensor | None = None
-    """The same where the model is by now, in its precision."""
+    """A copy of it on the model's present device, in the model's present dtype."""
 
     def like(self, own: Tensor) -> Tensor:
         if not isinstance(own, nn.Parameter):
@@ -43,7 +45,7 @@ class _Original:
 
 
 def original(module: nn.Module, name: str, own: Tensor | None) -> Tensor | None:
-    """`own`, the tensor that `module` holds under that name, as it was before it was trained whole, if it is."""
+    """The value before training of `own`, the tensor `name` of `module`; `own` itself if it is not trained whole."""
     held = module.__dict__.get(_ORIGINALS, {}).get(name)
     return own if held is None or own is None else held.like(own)
 
@@ -55,14 +57,15 @@ class TrainedWhole(_Host):
     reads: tuple[str, ...]
 
     def read_attribute(self, name: str) -> Any:
-        """What `self.<name>` gives, for a parameter or a buffer that is trained whole."""
+        """The value of `self.<name>`, a parameter or a buffer that is trained whole."""
         own: Tensor | None = self._parameters.get(name)
         own = self._buffers.get(name) if own is None else own
         return original(self, name, own) if switch.used and switch.is_off(self) else own
 
 
 class FlatWeights(_Host):
-    """Mixin for recurrent layers, whose kernels take the list `_flat_weights`: what reading each weight gives."""
+    """Mixin for recurrent layers, whose kernels take the list `_flat_weights`: here it is made by reading each weight
+    by its name, so it holds adapted values."""
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -71,30 +74,31 @@ class FlatWeights(_Host):
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor | None]) -> None:
-        # torch writes here what it read from us; what the class finds without us are the base's own.
+        # torch writes back the adapted values that it read. Keep the base's parameters instead, for the base class.
         lay_flat(self)
 
     def _update_flat_weights(self) -> None:
-        """What is read is never out of date."""
+        """No-op: weights are computed anew on every read."""
 
     def flatten_parameters(self) -> None:
-        """What is read changes, so there is nothing to lay out in advance."""
+        """No-op: the values change from read to read, so they cannot be laid out in memory in advance."""
 
 
 def lay_flat(module: Any) -> None:
-    """Let the class of a recurrent layer itself find the parameters that it holds now."""
+    """Set the base class's list of weights to the parameters that the recurrent layer `module` holds now."""
     vars(module)["_flat_weights"] = [module._parameters.get(name) for name in module._flat_weights_names]
 
 
 def read_by_switch(module: Any, originals: Mapping[str, Tensor]) -> None:
-    """Let what `module` holds under these names be its original where the module is off; again, it does nothing."""
+    """Make the tensors of `module` named in `originals` read as those values where the module is off. A second call
+    changes nothing."""
     held: dict[str, _Original] = module.__dict__.setdefault(_ORIGINALS, {})
     for name, value in originals.items():
         if name not in held or held[name].value is not value:
             held[name] = _Original(value)
     cls: Any = type(module)
     reads = tuple(dict.fromkeys((*getattr(cls, "reads", ()), *originals)))
-    if hasattr(cls, "read_attribute"):  # an adapted layer, or one that was here before
+    if hasattr(cls, "read_attribute"):  # its class answers reads already: an adapted layer, or a second call
         if reads != cls.reads:
             prefix = cls.__name__.removesuffix(cls.base_class.__name__)
             module.__class__ = swapped_class(prefix, cls.mixin, cls.base_class, reads)
