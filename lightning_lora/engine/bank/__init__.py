@@ -1,4 +1,4 @@
-"""Many adapters on one running base."""
+"""Serves many adapters on one running base: `Bank` holds them in slots, and a routing says which row uses which."""
 
 from lightning_lora.engine.bank.bank import Bank
 from lightning_lora.engine.bank.cells import LayerFactors

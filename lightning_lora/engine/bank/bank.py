@@ -1,4 +1,4 @@
-"""Many adapters on one running base: a slot for each, and for each batch, or each row of it, the one that it uses."""
+"""Serves many adapters on one running base: each adapter has a slot, each row of a batch uses one adapter or none."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from lightning_lora.errors import AdapterFormatError, AdapterStateError, BankErr
 
 
 class Bank:
-    """Serves many adapters on `model`, which stays where it is: its targeted layers are swapped in place.
+    """Serves many adapters on `model`, whose targeted layers it swaps in place.
 
-    Adapters enter by `put`, as tensors; the hub's AdapterBank reads them from files. All methods may be called from any
-    thread.
+    `put` adds an adapter that is given as tensors; the hub's AdapterBank reads adapters from files. All methods may be
+    called from any thread.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Bank:
         free = free_bytes(self._device)
         if free is not None and self._plan.bytes > free:
             raise BankError(
-                f"The bank does not fit: {self._plan}, of which {free / 2**30:.3g} GiB are free. Lower max_rank, or "
-                "capacity: other adapters wait in the memory of the processor, or on disk."
+                f"The bank does not fit: {self._plan}, where {free / 2**30:.3g} GiB are free. Lower max_rank, or "
+                "capacity: adapters without a slot wait in the processor's memory, or on disk."
             )
         self._slots = Slots(self._allocated(self._device), capacity, HostStore(host_capacity, store))
         self._insides: list[Inside] = []
@@ -75,7 +75,7 @@ class Bank:
 
     @property
     def plan(self) -> MemoryPlan:
-        """What the slots take, and the copies that are kept beside them just now."""
+        """The memory that the slots take, and the copies that are kept beside them at the moment."""
         with self._slots.change:
             of_entries = sum(e.one.copies for e in self._slots.entries.values() if e.one is not None)
         return replace(self._plan, copies=of_entries + self._rooms.bytes)
@@ -91,18 +91,18 @@ class Bank:
         exclude_modules: str | list[str] | None = None,
         dtype: torch.dtype | None = None,
     ) -> MemoryPlan:
-        """What the slots of such a bank would take; nothing is taken, and `model` is not changed."""
+        """The memory that the slots of such a bank would take. Nothing is allocated, and `model` is not changed."""
         return plan_of(new_cells(model, Routes(), target_modules, exclude_modules), capacity, max_rank, dtype)
 
     @property
     def names(self) -> list[str]:
-        """Of all adapters, the longest unused first."""
+        """The names of all adapters, the longest unused first."""
         with self._slots.change:
             return list(self._slots.entries)
 
     @property
     def resident(self) -> list[str]:
-        """Of those that have a slot."""
+        """The names of the adapters that have a slot, the longest unused first."""
         with self._slots.change:
             return [name for name, entry in self._slots.entries.items() if entry.slot is not None]
 
@@ -118,14 +118,15 @@ class Bank:
     def __reduce__(self) -> Any:
         raise AdapterStateError("A bank cannot be copied or pickled, since its slots belong to this process.")
 
-    # What is in it.
+    # Adapters come and go.
 
     def put(self, name: str, factors: Mapping[str, LayerFactors], *, replace: bool = False) -> None:
-        """Add the adapter `name`; layers of the bank that `factors` leaves out stay as the base has them.
+        """Add the adapter `name`, given as layer -> its factors; layers that `factors` leaves out get no update.
 
-        A batch that runs meanwhile keeps what it entered with. Raises AdapterFormatError for layers that the bank does
-        not serve, and for tensors of another shape or not finite, BankError where there is no room, or the name is
-        taken and not `replace`; nothing is changed then.
+        With `replace=True` it takes the place of an adapter of that name; a batch that is using the old one goes on
+        with it. Raises AdapterFormatError for layers that the bank does not serve, and for tensors of another shape or
+        not finite; BankError if there is no room, or if the name is taken and `replace` is False. The bank is then as
+        it was.
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(f"The name of an adapter is a text, not {name!r}.")
@@ -142,7 +143,10 @@ class Bank:
             with self._slots.change:
                 old = self._slots.settled(name) if name in self else None
                 if old is not None and (not replace or self._folded == name):
-                    raise BankError(f"{name!r} was added by another thread at the same time, or is folded just now.")
+                    raise BankError(
+                        f"{name!r} was added by another thread at the same time, or is folded into the base: remove "
+                        "it, or leave `with bank.folded(...)`, and add it again."
+                    )
                 if old is not None:
                     self._slots.remove(old)
                 self._slots.add(Entry(name, rank, is_affine, pinned=old is not None and old.pinned), slot)
@@ -160,12 +164,12 @@ class Bank:
             raise AdapterFormatError(f"The adapter {name!r} holds {problem}. Nothing was added.")
 
     def check_new(self, name: str) -> None:
-        """Raise BankError where the name is taken."""
+        """Raise BankError if the name is taken."""
         if name in self:
             raise BankError(f"The bank has an adapter {name!r} already: remove it, or pass replace=True.")
 
     def remove(self, name: str) -> None:
-        """Take the adapter out. A batch that runs with it ends as it began."""
+        """Remove the adapter. A batch that is using it goes on with it."""
         with self._slots.change:
             entry = self._slots.settled(name)
             if self._folded == name:
@@ -173,12 +177,12 @@ class Bank:
             self._slots.remove(entry)
 
     def pin(self, name: str, pinned: bool = True) -> None:
-        """Keep the adapter in its slot, whatever else comes; `pinned=False` undoes it."""
+        """Keep the adapter in its slot when others need room; `pinned=False` undoes it."""
         with self._slots.change:
             self._slots.resident(name).pinned = pinned
 
     def prefetch(self, *names: str) -> Future[None]:
-        """Bring adapters into slots in the background, before they are used. The result may be waited for."""
+        """Bring adapters into slots in the background, before they are used; the future ends when they are there."""
         with self._slots.change:
             for name in names:
                 self._slots.entry(name)
@@ -192,17 +196,19 @@ class Bank:
             with self._slots.change:
                 self._slots.resident(name)
 
-    # What is used.
+    # Adapters are used.
 
     def use(self, names: Names, *, layout: Layout | None = None, rows: Index | None = None) -> Use:
-        """`with bank.use("legal"):` every row uses that adapter; `with bank.use(["legal", "code", None]):` row by row,
-        None being the bare base; `use(None)` is the bare base.
+        """Choose the adapters for the calls of the model inside a `with` block.
 
-        It holds for this thread, or asyncio task, alone: enter it in the thread that calls the model.
+        `with bank.use("legal"):` uses one adapter for every row of a batch. `with bank.use(["legal", "code", None]):`
+        uses one for each row, where None means the bare base. `use(None)` is the bare base for all rows.
 
-        Row by row, the first dimension of what a layer is called with is that of the rows. Any other one is an error
-        that names the layer, but for the beams and returned sequences of transformers' `generate`, unless you say
-        how the rows lie in it:
+        The choice holds for this thread, or asyncio task, alone: enter the block in the thread that calls the model.
+
+        With one adapter for each row, the first dimension of a layer's input must count the rows. An input of another
+        size is an error that names the layer, except for the beams and returned sequences of transformers' `generate`.
+        For other inputs, say how the rows lie in the first dimension:
 
             with bank.use(["legal", "code"], layout="tiled"):  # a b a b, as classifier-free guidance has them
                 unet(torch.cat([x, x]), ...)
@@ -211,41 +217,42 @@ class Bank:
             with bank.use(["legal", "code"], rows=[0, 0, 0, 1]):  # layers with 4 positions; others have 2 rows
                 model(patches, texts)
 
-        `rows_inside` says it for a part of the model. What no shape shows stays yours to see to: that the first
-        dimension, where it has the size of the rows, is that of the rows. It is not where two images of one text stand
-        beside two texts (`rows_inside` for the module that takes the images), and where code of your own puts the
-        sequence first, or picks tokens without a name that says so, and there are as many as rows: use one adapter for
-        a batch there. What is known is refused: torch's and transformers' modules that take the sequence first, experts
-        and what lies beside a router, towers that pack, and learned tables of positions.
+        `rows_inside` says it for a part of the model.
 
-        Raises BankError for a name that is not there, and where more adapters are in use than there are slots,
-        ConfigError for rows that cannot be.
+        One thing no shape shows, and you have to see to it: a first dimension that has the size of the rows must be
+        that of the rows. Two cases break this. If two images of one text stand beside two texts, call `rows_inside` for
+        the module that takes the images. If your own code puts the sequence first, or selects as many tokens as there
+        are rows, use one adapter for the batch. Known cases raise an error: torch's and transformers' modules that take
+        the sequence first, experts and layers beside a router, towers that pack images, and learned position tables.
+
+        Raises BankError for an unknown name, and if more adapters are in use than there are slots; ConfigError for a
+        `layout` or `rows` that is not valid.
         """
         if not (names is None or isinstance(names, str)):
             names = list(names)
         return Use(self, names, said(len(names) if isinstance(names, list) else 1, layout, rows))
 
     def rows_inside(self, module: nn.Module, rows: Callable[..., Index]) -> Inside:
-        """In each call of `module`, a part of the model, `rows` says to which row each position belongs.
+        """Let the function `rows` say, in each call of `module`, to which row each position belongs.
 
-        It is called with what the module is called with, and returns a number for each position in the first dimension
-        of the layers inside: the place of its row among the names that are in use. For towers whose images, unequally
-        many a row, lie one after the other:
+        `module` is a part of the model. `rows` is called with the arguments of the module. It returns a number for each
+        position in the first dimension of the layers inside: the index of its row in the list given to `use`. This is
+        for towers that take the images of all rows one after the other, where rows differ in their number of images:
 
             inside = bank.rows_inside(model.vision, lambda patches, row_of_patch: row_of_patch)
             with bank.use(["legal", "code"]):
                 model(...)
             inside.remove()  # or when the bank is closed
 
-        A part of the part that sees another number of positions (patches that are merged) takes a `rows_inside` of its
-        own. Not asked where one adapter is used for all rows; before the model is compiled. Raises TargetError for a
-        module of another model.
+        A module inside `module` that sees another number of positions (merged patches) needs a `rows_inside` of its
+        own. Call it before the model is compiled. `rows` is not called while one adapter is used for all rows. Raises
+        TargetError for a module of another model.
         """
         name = next((name for name, other in self.model.named_modules() if other is module), None)
         if name is None or not callable(rows):
             raise TargetError(
                 f"bank.rows_inside takes a module of the model that the bank serves, and a function; it was given a "
-                f"{type(module).__name__} and {rows!r:.80}."
+                f"{type(module).__name__} and {rows!r:.80}. Pass a submodule of the bank's model."
             )
         inside = Inside(module, name, rows, self._routes)
         self._insides.append(inside)
@@ -283,7 +290,7 @@ class Bank:
         try:
             for name in distinct:
                 entry = self._slots.resident(name)
-                entry.users += 1  # from here on it stays in its slot
+                entry.users += 1  # an entry with users stays in its slot
                 entries.append(entry)
         except BaseException:
             self._slots.leave(entries)
@@ -301,13 +308,13 @@ class Bank:
 
     @contextmanager
     def folded(self, name: str) -> Iterator[None]:
-        """Inside, the base's own weights hold the adapter, so that it costs nothing; outside, they are as they were,
-        bit for bit.
+        """Put the adapter into the base's weights inside a `with` block, where it costs no time; after the block they
+        are as they were, bit for bit.
 
-        The weights are those of all threads: another one, or a task that was begun before, calls the model inside of
-        `with bank.use(name)`, which costs nothing either, and gets an AdapterStateError where it does not. Takes memory
-        for a second copy of the adapted weights. Raises BankError while anything is in use, the bare base too, or the
-        model runs in another thread; AdapterStateError for a layer whose weight cannot hold an adapter.
+        All threads share the weights. Another thread, or a task that was begun before, has to call the model inside
+        `with bank.use(name)`, which costs no time either; otherwise it gets an AdapterStateError. The block takes
+        memory for a second copy of the adapted weights. Raises BankError while any adapter or the bare base is in use,
+        or the model runs in another thread; AdapterStateError for a layer whose weight cannot hold an adapter.
         """
         with self._slots.change:
             self._check_open()
@@ -329,7 +336,7 @@ class Bank:
                 self._slots.leave([entry])
 
     def close(self) -> None:
-        """Take the bank off the model, which is then as it was. Raises BankError while an adapter is in use."""
+        """Take the bank off the model, which is then as before. Raises BankError while an adapter is in use."""
         with self._slots.change:
             if not self._is_open:
                 return
@@ -356,9 +363,12 @@ class Bank:
             self._follow(device)
 
     def _follow(self, device: torch.device) -> None:
-        """The model was moved: so is the slab."""
+        """Move the slab to `device`, to which the model was moved."""
         if self._slots.busy():
-            raise BankError(f"The model was moved to {device} while adapters were in use.")
+            raise BankError(
+                f"The model was moved to {device} while adapters were in use: leave `with bank.use(...)` before you "
+                "move it."
+            )
         before = self._slots.slab
         self._slots.slab = self._allocated(device)
         self._slots.slab.data.copy_(before.data)
@@ -376,7 +386,7 @@ class Bank:
         return slab
 
     def _checked(self, name: str, factors: Mapping[str, LayerFactors]) -> int:
-        """The largest rank of an adapter that fits. Raises AdapterFormatError for one that does not."""
+        """The largest rank in `factors`. Raises AdapterFormatError if they do not fit the bank."""
         problems = [] if factors else ["it adapts nothing"]
         unknown = [layer for layer in factors if layer not in self._cells]
         if unknown:

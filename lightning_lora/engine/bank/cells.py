@@ -1,8 +1,8 @@
-"""What one layer does with the factors of many adapters: an update for all rows alike, and one for each row its own.
+"""A cell is one layer's part of a bank: it holds the layer's factors for all slots, and adds updates to its output.
 
-A cell holds views of the slab: A (slots, rank, in), B (slots, rank, out), which lies transposed so that both products
-read it in a stretch, and gain and shift (slots, out), which are zero but for DoRA and for a bias of B. The scale is
-in B and shift.
+It holds views of the slab: A (slots, rank, in), and B (slots, rank, out), which is transposed so that both products
+read contiguous memory. gain and shift (slots, out) are zero except for DoRA and a bias of B. B and shift include the
+scale.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lightning_lora.engine.bank.rows import Rows
 
 CELLS: weakref.WeakValueDictionary[int, Cell] = weakref.WeakValueDictionary()
-"""By key: a compiled graph holds a number, not an object."""
+"""key -> cell: a compiled graph can hold the number, and not the object."""
 _KEYS = itertools.count()
 
 Factors = tuple[Tensor, ...]
@@ -45,29 +45,30 @@ class LayerFactors:
     B: Tensor
     scale: float
     magnitude: Tensor | None = None
-    """DoRA's, one number for each output."""
+    """DoRA's m, one number for each output."""
     bias: Tensor | None = None
-    """B's, one number for each output."""
+    """The bias of B, one number for each output."""
 
     @property
     def is_affine(self) -> bool:
-        """Whether it changes outputs by a gain or a shift, too."""
+        """True if it also changes outputs by a gain (DoRA) or a shift (a bias of B)."""
         return self.magnitude is not None or self.bias is not None
 
 
 class Cell:
-    """The place of one layer in a bank."""
+    """One layer's part of a bank."""
 
     kinds: ClassVar[dict[type, type[Cell]]] = {}
+    """Geometry -> the class of cells that serves its layers."""
     channels_last: ClassVar[int] = 0
-    """Dimensions of an output that come after its channels."""
+    """The number of an output's dimensions after the channels."""
 
     A: Tensor
     B: Tensor
     gain: Tensor
     shift: Tensor
     hidden: Hidden = NOT_HIDDEN
-    """Where the first dimension of its input is known not to be that of the rows."""
+    """Why the first dimension of its input is known not to count the rows, if it is."""
 
     def __init_subclass__(cls, serves: type) -> None:
         Cell.kinds[serves] = cls
@@ -80,7 +81,7 @@ class Cell:
         self.groups: int = getattr(module, "groups", 1)
         self.out: int = geometry.shapes(module, self.groups)[1][0]
         self._shapes_of_rank = functools.lru_cache(maxsize=64)(functools.partial(geometry.shapes, module))
-        # A forward of its own may return what it keeps, or what autograd needs.
+        # A class's own forward may return a tensor that it keeps, or that autograd needs.
         self._may_write = not has_own_forward(type(module))
         self.computing: set[int] = set()
         """The threads in which the layer's own forward runs."""
@@ -92,10 +93,10 @@ class Cell:
             "A model that an AdapterBank serves cannot be copied or pickled: call bank.close() first."
         )
 
-    # What a kind of layer defines. Factors come in the dtype of `base`.
+    # A class of cells overrides these. Factors come in the dtype of `base`.
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """Of A, B, gain and shift of one adapter, as they lie in the slab."""
+        """The shapes of A, B, gain and shift of one adapter in the slab."""
         raise NotImplementedError
 
     def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
@@ -103,21 +104,21 @@ class Cell:
         raise NotImplementedError
 
     def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        """`base`, the layer's output for x, with the update of one adapter for all rows."""
+        """Add the update of one adapter, for all rows, to `base`, the layer's output for x."""
         raise NotImplementedError
 
     def add_rows(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        """The same where the rows have adapters of their own."""
+        """Add to `base`, the layer's output for x, the update of each row's own adapter."""
         raise NotImplementedError
 
     def is_batched(self, x: Tensor) -> bool:
-        """Whether x, the layer's input, has a first dimension that may be that of the rows."""
+        """True if x, the layer's input, has a first dimension that may count the rows."""
         return x.dim() > 1
 
     def has_rows_first(self, x: Tensor, count: int) -> bool:
-        """Whether the shape of x says by itself that it has `count` rows as its first dimension.
+        """True if the shape of x alone shows that its first dimension counts the `count` rows.
 
-        A second dimension of that size may be the rows', too. One position of one row is that row's.
+        False if another dimension has the same size and might count them. A single row needs no proof.
         """
         shape = x.shape
         if len(shape) < 2 or shape[0] != count:
@@ -125,11 +126,11 @@ class Cell:
         return count == 1 or (self.hidden is NOT_HIDDEN and count not in shape[1:-1])
 
     def hides(self, x: Tensor, is_indexed: bool) -> str | None:
-        """Why the rows cannot be found in x, whose positions may be `is_indexed` by the user."""
+        """Why the rows cannot be found in x, or None. `is_indexed`: the user has given the row of each position."""
         return self.hidden.always or (None if is_indexed or x.dim() > 2 else self.hidden.where_flat)
 
     def doubt(self, x: Tensor) -> str | None:
-        """Why the first dimension of x may be another than that of the rows, though it has its size."""
+        """Why the first dimension of x may not count the rows, though it has their number; or None."""
         if x.shape[0] not in x.shape[1:-1]:
             return None
         if self.routes.sequence_first is not None:
@@ -143,17 +144,17 @@ class Cell:
         return None
 
     def one(self, slot: int, rank: int) -> Factors:
-        """A and B of one adapter, as `add_one` takes them."""
+        """A and B of one adapter, in the shapes that `add_one` takes."""
         return self.A[slot, :rank], self.B[slot, :rank]
 
     def many(self, index: Tensor, rank: int, copies: Copies) -> Factors:
-        """A and B of several adapters, copied from the slab, as `add_rows` takes them."""
+        """A and B of several adapters, copied from the slab, in the shapes that `add_rows` takes."""
         return copies.of(self.A[:, :rank], index), copies.of(self.B[:, :rank], index)
 
-    # What all share.
+    # All cells share these.
 
     def problems(self, values: LayerFactors, max_rank: int) -> Iterator[str]:
-        """Why `values` do not fit, in words."""
+        """The reasons why `values` do not fit the layer, in words."""
         rank = values.A.shape[0] if values.A.dim() else 0
         if not rank or rank % self.groups:
             yield f"{self.name} has an A of shape {tuple(values.A.shape)}"
@@ -171,13 +172,13 @@ class Cell:
                 yield f"{self.name} has {vector.numel()} {what} for {self.out} outputs"
 
     def write(self, slot: int, values: LayerFactors) -> None:
-        """Write an adapter's part, in which `problems` finds none, into `slot`, which holds zeros."""
+        """Write `values`, checked by `problems`, into `slot`, which holds zeros."""
         if values.bias is not None:
             copy_scaled(self.shift[slot], values.bias.flatten(), values.scale)
         if values.magnitude is None:
             self.store(slot, values.A, values.B, values.scale)
             return
-        # DoRA (arXiv:2402.09353, equation 5) is g (W + s B A) with g = m / ||W + s B A||: here gain and g s B.
+        # DoRA (arXiv:2402.09353, equation 5) is g (W + s B A), g = m / ||W + s B A||. Stored: gain = g - 1, and g s B.
         A, B = (t.to(self.A.device, torch.float32) for t in (values.A, values.B))
         W = self._dense_weight(AdapterFormatError)
         change = self.geometry.from_matrix(self.module, values.scale * (B.flatten(1) @ A.flatten(1)))
@@ -187,17 +188,17 @@ class Cell:
         self.gain[slot].copy_(g - 1)
 
     def folded(self, slot: int) -> dict[str, nn.Parameter]:
-        """The layer's parameters with the adapter in them. Raises AdapterStateError where they cannot hold it."""
+        """The layer's parameters with the adapter added. Raises AdapterStateError if they cannot hold it."""
         if has_own_forward(self.base_class):
             raise AdapterStateError(
                 f"{self.name!r} cannot be folded: a {self.base_class.__name__} has a forward of its own, which may use "
-                "its weight in another way. Use the adapter as it is."
+                "its weight in another way. Use the adapter unfolded, with bank.use."
             )
         own = self.module._parameters.get("weight")
         if own is not None and is_quantized(own):
             raise AdapterStateError(
                 f"{self.name!r} cannot be folded: its weight is quantized, and would be rounded again. Use the adapter "
-                "as it is."
+                "unfolded, with bank.use."
             )
         W, (A, B) = self._dense_weight(AdapterStateError), self._whole(slot)
         geometry, module = self.geometry, self.module
@@ -209,14 +210,14 @@ class Cell:
             bias = module._parameters.get("bias")
             if bias is None:
                 raise AdapterStateError(
-                    f"{self.name!r} cannot be folded: it has no bias that could take in that of B. Use the adapter as "
-                    "it is."
+                    f"{self.name!r} cannot be folded: it has no bias to which the bias of B could be added. Use the "
+                    "adapter unfolded, with bank.use."
                 )
             folded["bias"] = (bias + self.shift[slot].float()).to(bias.dtype)
         return {name: nn.Parameter(value, requires_grad=False) for name, value in folded.items()}
 
     def affine(self, base: Tensor, at: int | Tensor) -> Tensor:
-        """base + gain * (base - bias) + shift; `at` is the slot of all rows, or (rows,) with those of each."""
+        """base + gain * (base - bias) + shift. `at` is one slot for all rows, or a tensor (rows,) of slots."""
         ones = (1,) * self.channels_last
         bias = self.module._parameters.get("bias")
         linear = base if bias is None else base - bias.to(base.dtype).view(-1, *ones)
@@ -228,16 +229,19 @@ class Cell:
         return base + (gain.view(shape) * linear + shift.view(shape)).view(base.shape)
 
     def _is_free(self, base: Tensor) -> bool:
-        """Whether the update may be added into `base` where it lies."""
+        """True if the update may be added to `base` in place."""
         return self._may_write and base.is_contiguous() and not base.requires_grad
 
     def _dense_weight(self, error: type[Exception]) -> Tensor:
-        """The layer's weight, where an adapter can be taken into it."""
+        """The layer's weight in floating point. Raises `error` if the weight cannot hold an adapter."""
         weight = self.module._parameters.get("weight")
         if weight is None or not can_be_dense(weight):
-            raise error(f"{self.name!r} has a weight of a kind that DoRA and folding cannot use.")
+            raise error(f"{self.name!r} has a weight that cannot be dequantized: DoRA and folding need its numbers.")
         if getattr(self.module, "groups", 1) != 1:
-            raise error(f"{self.name!r} is a grouped convolution, of which no weight holds the adapter.")
+            raise error(
+                f"{self.name!r} is a convolution with groups: no weight of its shape can hold an adapter, so DoRA and "
+                "folding are not possible."
+            )
         return dense(self.module, weight).detach()
 
     def _whole(self, slot: int) -> tuple[Tensor, Tensor]:
@@ -246,7 +250,7 @@ class Cell:
 
 
 def copy_scaled(to: Tensor, values: Tensor, scale: float) -> None:
-    """scale * values, in the wider of the two precisions, rounded once."""
+    """Write scale * values into `to`, multiplied in the wider of the two dtypes and rounded once."""
     if scale == 1:
         to.copy_(values)
     elif values.device == to.device:

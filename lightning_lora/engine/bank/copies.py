@@ -1,8 +1,7 @@
-"""What a batch copies out of the slab, where each of its rows has an adapter of its own.
+"""Copies of factors out of the slab, for a batch in which each row has an adapter of its own.
 
-A product over many small matrices reads them in a stretch, at half the time that it takes them where they lie in the
-slab. On the CPU fresh pages cost several times what is copied into them, so the memory of one batch is kept for the
-next.
+A product over many small matrices takes half the time if they lie side by side and not apart, as in the slab. On a CPU
+a fresh page of memory costs several times as much as the copy into it, so one batch's memory is kept for the next.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from lightning_lora.engine.bank.slab import Slab
 
 MOST_KEPT = 4
-"""Memory that is kept: one piece for each thread that serves, up to this many."""
+"""The most pieces of memory that are kept; each thread that serves uses one."""
 
 
 class Copies:
@@ -27,18 +26,18 @@ class Copies:
         self._used = 0
 
     def of(self, stacked: Tensor, index: Tensor) -> Tensor:
-        """(slots, *shape) -> (len(index), *shape), in a stretch."""
+        """(slots, *shape) -> (len(index), *shape), contiguous: the slots named in `index`."""
         shape = (len(index), *stacked.shape[1:])
         start, self._used = self._used, self._used + math.prod(shape)
         if self.room is None or self._used > len(self.room):
             return stacked.index_select(0, index)
-        # By `data`: to autograd the parts are tensors of their own, of which no other one is written when this one is.
+        # `.data` makes the parts separate tensors for autograd: a write to one is no write to the others.
         copy = self.room[start : self._used].view(shape).data
         return torch.index_select(stacked, 0, index, out=copy)
 
 
 class Rooms:
-    """The memory for copies out of `slab`."""
+    """Hands out memory for copies out of `slab`, and takes it back."""
 
     def __init__(self, slab: Slab) -> None:
         self._slab = slab
@@ -46,9 +45,9 @@ class Rooms:
         self._lock = threading.Lock()
 
     def copies(self, count: int) -> Copies:
-        """For `count` adapters; `give_back` what is returned when nobody reads the copies any more."""
+        """Memory for the copies of `count` adapters. Pass it to `give_back` when nothing reads the copies any more."""
         data = self._slab.data
-        if data.is_cuda:  # whose allocator keeps memory by itself
+        if data.is_cuda:  # CUDA's allocator keeps memory by itself
             return Copies(None)
         size = count * self._slab.width
         with self._lock:
@@ -57,7 +56,7 @@ class Rooms:
                 return Copies(self._free.pop(fitting))
             if self._free:
                 self._free.pop(0)  # too small: a larger one takes its place
-        # Pages that nobody writes take no memory.
+        # A page takes no memory until it is written.
         return Copies(torch.empty(size, dtype=data.dtype))
 
     def give_back(self, copies: Copies) -> None:
@@ -68,7 +67,7 @@ class Rooms:
 
     @property
     def bytes(self) -> int:
-        """Of what is kept for the next batches."""
+        """The bytes that are kept for the next batches."""
         with self._lock:
             return sum(room.nbytes for room in self._free)
 

@@ -1,6 +1,6 @@
-"""What the running calls tell about the rows of a batch, where the shape of a layer's input does not.
+"""Looks into the running calls to find out how the rows lie in a layer's input, where its shape does not show it.
 
-Asked of the call stack, and only there: a layer whose input has the rows as its first dimension never asks.
+It reads Python's call stack, which is slow: a layer whose input plainly has the rows first never asks.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 from torch import Tensor, nn
 
 _CALL: CodeType = nn.Module.__call__.__code__
-"""Runs for every call of a module, and has the module and the arguments as its locals."""
+"""The code that runs for every call of a module; its local variables are the module and the arguments."""
 
 
 def beams(layer: nn.Module) -> tuple[int, int] | None:
-    """How many prompts transformers' `generate` was given, and to how many rows it has repeated them by now, the beams
-    (or returned sequences) of a prompt side by side; None where `layer` does not run in it."""
+    """The number of prompts that transformers' `generate` was given, and the number of rows to which it has repeated
+    them, with the beams (or returned sequences) of a prompt side by side. None if `layer` does not run in `generate`.
+    """
     code = _generate(sys.modules.get("transformers.generation.utils"))
     frame: FrameType | None = sys._getframe(1) if code is not None else None
     while frame is not None and frame.f_code is not code:
@@ -39,10 +40,10 @@ def beams(layer: nn.Module) -> tuple[int, int] | None:
 
 
 def begins_as_an_input(x: Tensor, layer: nn.Module, served: Set[int]) -> bool | None:
-    """Whether the first dimension of `x` is that of a tensor which the model was called with, and which `x` is a view
-    of; None where `x` is a view of none of them.
+    """True if `x` is a view, with the same first dimension, of a tensor that the model was called with. False if it is
+    a view with another first dimension; None if it is no view of such a tensor.
 
-    "The model" is the outermost module in call that holds all the layers of the ids `served`.
+    "The model" is the outermost running module that contains all the layers whose ids are `served`.
     """
     found = None
     for given in _inputs(layer, served):
@@ -54,7 +55,7 @@ def begins_as_an_input(x: Tensor, layer: nn.Module, served: Set[int]) -> bool | 
 
 
 def runs_elsewhere(served: Set[int]) -> bool:
-    """Whether another thread is calling a module that holds one of the layers of the ids `served`."""
+    """True if another thread is calling a module that contains one of the layers whose ids are `served`."""
     here = threading.get_ident()
     return any(
         not served.isdisjoint(_members(call.f_locals["self"]))
@@ -98,7 +99,7 @@ _MEMBERS: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKey
 
 
 def _members(module: nn.Module) -> frozenset[int]:
-    """The ids of the modules that `module` consists of."""
+    """The ids of `module` and of all modules inside it."""
     members = _MEMBERS.get(module)
     if members is None:
         members = _MEMBERS[module] = frozenset(map(id, module.modules()))
@@ -107,6 +108,6 @@ def _members(module: nn.Module) -> frozenset[int]:
 
 @functools.lru_cache(maxsize=2)
 def _generate(utils: Any) -> CodeType | None:
-    """The code of `GenerationMixin.generate`; None where transformers is not in use."""
+    """The code of `GenerationMixin.generate`; None if transformers' generation was not imported."""
     mixin = getattr(utils, "GenerationMixin", None)
     return None if mixin is None else inspect.unwrap(mixin.generate).__code__

@@ -1,9 +1,9 @@
-"""An adapter in the base's own weights, for a while: nobody computes with weights that change under the computation.
+"""Puts an adapter into the base's own weights for a while, and lets no other thread compute with changing weights.
 
-The weights belong to all threads. So `routes.folded` is set before they are changed and unset after they are changed
-back, and a layer looks at it before and after it has read them: who is in no `bank.use` of that adapter gets an error.
-Who enters one waits while they are changed, for the lock of the bank; who is in one when they are changed back gets an
-error, too.
+All threads share the weights. So `routes.folded` is set before they are changed and reset after they are changed back,
+and a layer checks it before and after it has read them: a thread that has not entered `bank.use` of that adapter gets
+an error. A thread that enters it while they are being changed waits for the bank's lock. A thread that is still inside
+when they are changed back gets an error, too.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from lightning_lora.errors import AdapterStateError, BankError
 
 
 class Folded(Routing):
-    """The adapter `name` is in the base's own weights, from `begin` to `end`, which are called with the bank's lock."""
+    """The routing for an adapter `name` that is in the base's weights, from `begin` to `end`. Both are called with the
+    bank's lock held."""
 
     def __init__(self, name: str, routes: Routes) -> None:
         self.name, self._routes, self.is_open = name, routes, False
         self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def begin(self, cells: Sequence[Cell], slot: int) -> None:
-        """Take the adapter in `slot` into the weights, and use it here. What this raises changes nothing."""
-        self._routes.folded = self  # from here on, a forward that uses nothing is refused at its first layer
+        """Put the adapter in `slot` into the weights, and use it in this thread. If it raises, nothing is changed."""
+        self._routes.folded = self  # from now on, a forward outside bank.use raises at its first layer
         try:
             if runs_elsewhere(self._routes.served):
                 raise BankError(
                     f"The model runs in another thread, which would go on with {self.name!r} in its weights: fold an "
-                    "adapter when it serves alone."
+                    "adapter when no other thread uses the model."
                 )
             with torch.no_grad():
                 folded = [cell.folded(slot) for cell in cells]
@@ -48,7 +49,7 @@ class Folded(Routing):
         self._token = self._routes.enter(self, self)
 
     def end(self) -> None:
-        """Give the weights back as they were."""
+        """Put the weights back as they were."""
         self.is_open = False
         for parameters, before in self._before:
             parameters.update(before)
@@ -58,7 +59,7 @@ class Folded(Routing):
     def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         if not self.is_open:
             raise AdapterStateError(
-                f"{self.name!r} was folded into the base when this entered bank.use, and is no more: leave "
-                "`with bank.folded(...)` after those that use it, or enter bank.use again."
+                f"{self.name!r} was folded into the base when this thread entered bank.use, and is not folded any "
+                "more: leave `with bank.folded(...)` after all threads that use it, or enter bank.use again."
             )
         return base

@@ -1,8 +1,8 @@
-"""The weight of a layer for modules that read it in their forward while adapters are in use: it holds none of them.
+"""Guards a layer's weight from other modules that read it in their forward while adapters of a bank are in use.
 
-Which adapter, if any, belongs to what a reader computes cannot be known. So a reader gets the shape, the precision and
-the place of the weight, which many models ask for in every forward, and an error for all else. Code outside of a
-forward gets the base's weight: a bank never changes it.
+The weight holds no adapter, and it cannot be known which adapter the reader's result would need. So such a reader gets
+the weight's shape, dtype and device, which many models ask for in every forward, and an error for anything else. Code
+outside a forward gets the base's weight, which a bank never changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _VALUES = frozenset(("data", "T", "mT", "H", "mH", "real", "imag"))
 
 
 class GuardedWeight(nn.Parameter):
-    """The weight of the layer `bank_layer`; what would compute with it, or change it, is refused."""
+    """The weight of the layer `bank_layer`. An operation that computes with it or changes it raises an error."""
 
     bank_layer: str
 
@@ -33,13 +33,13 @@ class GuardedWeight(nn.Parameter):
         layers = {v.bank_layer for v in (*args, *(kwargs or {}).values()) if isinstance(v, GuardedWeight)}
         raise AdapterStateError(
             f"The weight of {' and '.join(sorted(map(repr, layers))) or 'a layer'} was read ({name}) while adapters of "
-            "a bank are in use: it is the base's and holds none of them. Call the layer, or leave it out of the bank "
-            "with exclude_modules; one adapter alone can be used by load_adapter, or by bank.folded."
+            "a bank are in use: it is the base's weight and holds none of them. Call the layer, or leave it out of the "
+            "bank with exclude_modules; one adapter alone can be used with load_adapter, or with bank.folded."
         )
 
 
 def in_a_forward() -> bool:
-    """Whether the code that reads an attribute runs in the forward of a module."""
+    """True if the code that reads an attribute (two frames up) runs in the forward of a module."""
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code is _CALL:
@@ -52,7 +52,7 @@ _CALL = nn.Module._call_impl.__code__
 
 
 def guarded(own: nn.Parameter, name: str) -> GuardedWeight:
-    """`own`, the weight of the layer `name`, for readers from outside of it."""
+    """A guarded stand-in for `own`, the weight of the layer `name`."""
     with torch._C.DisableTorchFunctionSubclass():
         weight: Any = torch.Tensor._make_subclass(GuardedWeight, own.data, own.requires_grad)
     weight.bank_layer = name

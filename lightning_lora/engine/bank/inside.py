@@ -1,4 +1,4 @@
-"""A part of a model whose layers hold the rows of a batch in another way than the rest of it: a tower of images."""
+"""Gives a part of a model its own layout of rows: an image tower, for example, may see several images for each row."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lightning_lora.engine.bank.rows import Rows, Within
 
 
 class Inside:
-    """What `bank.rows_inside` returns: the rows in one module are laid as the user says, until `remove`."""
+    """The handle that `bank.rows_inside` returns: the rows lie in one module as the user says, until `remove`."""
 
     def __init__(self, module: nn.Module, name: str, rows: Callable[..., Index], routes: Routes) -> None:
         self._name, self._rows, self._routes = name, rows, routes
         self._handles = (
             module.register_forward_pre_hook(self._begin, with_kwargs=True),
-            # Also where the module raises: what is called after it has its rows as before.
+            # Also if the module raises, so that modules called after it have the outer routing again.
             module.register_forward_hook(self._end, always_call=True),
         )
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routing = self._routes.current()
-        if isinstance(routing, Rows | Within):  # with one adapter for all rows, nobody asks where they lie
+        if isinstance(routing, Rows | Within):  # with one adapter for all rows the layout does not matter
             within = Within(routing, checked_index(self._rows(*args, **kwargs), routing.count), self._name)
             within.scope, within.token = self, self._routes.replace(within)
 
@@ -35,6 +35,6 @@ class Inside:
             self._routes.leave(routing.token)
 
     def remove(self) -> None:
-        """The rows lie in the module as in the rest of the model again."""
+        """Take the hooks off: the rows lie in the module as in the rest of the model again."""
         for handle in self._handles:
             handle.remove()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_lora.engine.bank.rows import Rows
 
 MANY_ROWS = 16
-"""From so many on, and always in a narrow dtype, A x^T takes up to a third less time than x A^T."""
+"""With at least so many rows of x, and always in 16 bits, A x^T takes up to a third less time than x A^T."""
 
 
 class LinearCell(Cell, serves=LinearLoRA):
@@ -42,14 +42,14 @@ class LinearCell(Cell, serves=LinearLoRA):
         return self.A[slot : slot + 1, :rank].mT, self.B[slot : slot + 1, :rank]
 
     def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        # As a batch of one matrix, which is how one row comes: a view would take a third of a product's time.
+        # As a batch of one matrix, the shape of a single row: to view it otherwise takes a third of a product's time.
         A, B = factors
         shape = x.shape
         is_one = len(shape) == 3 and shape[0] == 1
         if not is_one:
             x = x.reshape(1, -1, shape[-1])
         if x.shape[1] >= MANY_ROWS or base.dtype.itemsize < 4:
-            t = torch.bmm(A.mT, x.mT).mT  # has the longer side where kernels are faster
+            t = torch.bmm(A.mT, x.mT).mT  # the long side is last, where kernels are faster
         else:
             t = torch.bmm(x, A)
         if self._is_free(base):
@@ -58,7 +58,7 @@ class LinearCell(Cell, serves=LinearLoRA):
         return base + torch.bmm(t, B).view(base.shape)
 
     def add_rows(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        # Beams, and tokens of a row, lie together: they are one row of the routing with more positions.
+        # The beams and tokens of a row lie together: to the routing they are one row with more positions.
         x = x.reshape(rows.count, -1, x.shape[-1])
         groups = rows.groups(positions=x.shape[1])
         A, B = rows.factors(self, base.dtype, groups)
@@ -68,7 +68,7 @@ class LinearCell(Cell, serves=LinearLoRA):
             return base.add_(update) if self._is_free(base) else base + update
         if 1 < x.shape[1] < FEW_POSITIONS:
             t = torch.bmm(x, A.mT)
-        else:  # reads A as it lies: for one position, a matrix times a vector
+        else:  # A is read as it is stored: for one position this is a matrix times a vector
             t = torch.bmm(A, x.mT).mT
         if self._is_free(base):
             base.view(rows.count, -1, self.out).baddbmm_(t, B)
@@ -77,7 +77,7 @@ class LinearCell(Cell, serves=LinearLoRA):
 
 
 class EmbeddingCell(Cell, serves=EmbeddingLoRA):
-    """nn.Embedding. A lies as the base's table does: (vocabulary, rank)."""
+    """nn.Embedding. A is stored transposed, as the base's table is: (vocabulary, rank)."""
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
         size: int = self.geometry.shapes(self.module, rank)[0][1]
@@ -93,13 +93,13 @@ class EmbeddingCell(Cell, serves=EmbeddingLoRA):
         return count == 1 or (self.hidden is NOT_HIDDEN and len(shape) > 1 and count not in shape[1:])
 
     def doubt(self, x: Tensor) -> str | None:
-        # Positions of a learned table come as (positions,), or relative ones as (positions, positions).
+        # A learned table of positions gets (positions,), one of relative positions gets (positions, positions).
         is_clear = x.dim() > 1 and x.shape[0] not in x.shape[1:]
         if is_clear or begins_as_an_input(x, self.module, self.routes.served):
             return None
         return (
-            "the positions of a learned table come in that shape, too, and the model was not called with this tensor "
-            "itself. If its entries are those of the rows, say so by bank.rows_inside for this layer."
+            "a learned table of positions gets inputs of that shape, too, and the model was not called with this "
+            "tensor itself. If it holds one entry for each row, say so with bank.rows_inside for this layer."
         )
 
     def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
@@ -110,7 +110,7 @@ class EmbeddingCell(Cell, serves=EmbeddingLoRA):
         return self.A[slot, :, :rank], self.B[slot, :rank]
 
     def many(self, index: Tensor, rank: int, copies: Copies) -> Factors:
-        return (copies.of(self.B[:, :rank], index),)  # of A only the rows that are looked up are read
+        return (copies.of(self.B[:, :rank], index),)  # add_rows reads only those rows of A that it looks up
 
     def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
         A, B = factors
@@ -131,7 +131,7 @@ class EmbeddingCell(Cell, serves=EmbeddingLoRA):
 
 
 class ConvCell(Cell, serves=ConvLoRA):
-    """nn.Conv1d, nn.Conv2d, nn.Conv3d. B, which is grouped as the base is, lies as a full matrix."""
+    """nn.Conv1d, nn.Conv2d, nn.Conv3d. B is stored as a full matrix, with zeros between the base's groups."""
 
     module: Any
 
@@ -170,7 +170,7 @@ class ConvCell(Cell, serves=ConvLoRA):
 
     def add_rows(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
         A, B = rows.factors(self, base.dtype)
-        # The rows side by side, as groups of channels of one image: each group is convolved with its own A.
+        # The rows become groups of channels of one image, so that each is convolved with its own A.
         side = x.reshape(rows.count, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
         h = self._convolved(side, A.flatten(0, 1), groups=rows.count)
         h = h.unflatten(1, (rows.count, -1)).transpose(0, 1)  # (rows, each, rank, *size)
@@ -185,10 +185,12 @@ class ConvCell(Cell, serves=ConvLoRA):
 
 
 def cell_kind(module: nn.Module, name: str) -> type[Cell]:
-    """Which cell serves `module`. Raises TargetError where none does."""
+    """The class of cells that serves `module`. Raises TargetError if there is none."""
     geometry: Any = geometry_of(type(module))
     served = next((parent for parent in geometry.__mro__ if parent in Cell.kinds), None)
-    # A geometry that computes its update in another way than the one that it derives from is another one.
+    # A subclass that overrides `update` computes something else than the cell does.
     if served is None or geometry.update is not served.update:
-        raise TargetError(f"{name!r}: a {type(module).__name__} cannot be served by a bank.")
+        raise TargetError(
+            f"{name!r}: a {type(module).__name__} cannot be served by a bank. Leave it out with exclude_modules."
+        )
     return Cell.kinds[served]

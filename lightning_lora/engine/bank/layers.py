@@ -1,6 +1,6 @@
-"""A layer that a bank serves keeps its identity, its weight and its state-dict keys: its class is swapped.
+"""Swaps the class of a layer that a bank serves, so the layer keeps its identity, its weight and its state-dict keys.
 
-What it holds besides is its cell, which is no parameter and no buffer: checkpoints of the base stay the base's.
+The layer also holds its cell, which is no parameter and no buffer: so checkpoints of the base do not contain it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ else:
 
 
 class Banked(_Host):
-    """Beside its own class: its output with the updates that are in use where it is called."""
+    """Mixin in front of a layer's own class: adds the updates that are in use here to the layer's output."""
 
     bank_cell: Cell
 
@@ -61,7 +61,7 @@ class Banked(_Host):
 
 
 class GuardedBanked(Banked):
-    """One whose weight is guarded from other modules that read it in their forward while adapters are in use."""
+    """`Banked`, with a weight that other modules cannot read in their forward while adapters are in use."""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -76,7 +76,7 @@ class GuardedBanked(Banked):
         return guarded(own, cell.name)
 
 
-# An operation of its own, which the compiler does not look into: which rows use what is asked when the graph runs.
+# A custom operation, which torch.compile does not look into: the routing is asked for when the graph runs.
 @torch.library.custom_op("lightning_lora::banked", mutates_args=("base",))
 def _banked(base: Tensor, x: Tensor, key: int) -> None:
     cell = CELLS[key]
@@ -91,7 +91,7 @@ def _(base: Tensor, x: Tensor, key: int) -> None:
 
 
 def check_bankable(target: Target) -> None:
-    """Raise TargetError where the layer would not be reached by what it is called with."""
+    """Raise TargetError if a bank cannot serve the layer."""
     child = target.name.rpartition(".")[2]
     check_swappable(target.module, target.name)
     if isinstance(target.module, NonDynamicallyQuantizableLinear) or only_reads(target.parent, child):
@@ -102,12 +102,12 @@ def check_bankable(target: Target) -> None:
     if reads_weight(target.parent, child) and torch.backends.mha.get_fastpath_enabled():
         raise TargetError(
             f"{target.name!r}: the fast path of {type(target.parent).__name__} reads its weight and does not call it. "
-            "Turn that off first: torch.backends.mha.set_fastpath_enabled(False)."
+            "Turn the fast path off first: torch.backends.mha.set_fastpath_enabled(False)."
         )
     cell_kind(target.module, target.name)
     geometry: Any = geometry_of(type(target.module))
     groups = getattr(target.module, "groups", 1)
-    try:  # what no adapter can be trained for, none can be served on
+    try:  # a layer for which no adapter can be trained cannot be served either
         check_called(target.parent, child, target.module)
         if way_of(target, geometry).lora_by_weight:
             raise TargetError(
@@ -120,7 +120,7 @@ def check_bankable(target: Target) -> None:
 
 
 def check_one_device(layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raise BankError where the layers do not lie on one device, on which all adapters are then."""
+    """Raise BankError if the layers lie on several devices: a bank keeps all adapters on one."""
     devices: dict[torch.device, str] = {}
     for name, layer in layers:
         for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
@@ -136,15 +136,16 @@ def check_one_device(layers: Iterable[tuple[str, nn.Module]]) -> None:
 
 def attach(module: Any, cell: Cell) -> None:
     """Let `cell` serve `module`, in place."""
-    module.__dict__.pop("forward", None)  # the class's own, by check_swappable, bound: it would hide the next class's
+    # The old class's forward, bound (see check_swappable), would hide the new class's.
+    module.__dict__.pop("forward", None)
     module.__dict__["bank_cell"] = cell
     base_class: Any = type(module)
-    can_guard = type(module._parameters.get("weight")) is nn.Parameter  # no computed and no quantized one
+    can_guard = type(module._parameters.get("weight")) is nn.Parameter  # not a computed or a quantized weight
     module.__class__ = swapped_class("Banked", GuardedBanked if can_guard else Banked, base_class)
 
 
 def check_detachable(module: Any) -> None:
-    """Raise AdapterStateError where `detach` would take off more than the bank."""
+    """Raise AdapterStateError if `detach` would undo more than `attach` did."""
     if "base_class" not in type(module).__dict__:
         raise AdapterStateError(
             f"{module.bank_cell.name!r} changed its class to {type(module).__name__} since the bank was made (by a "
@@ -162,7 +163,8 @@ def detach(module: Any) -> None:
 def new_cells(
     model: nn.Module, routes: Routes, target_modules: str | list[str], exclude_modules: str | list[str] | None
 ) -> dict[str, Cell]:
-    """A cell for each layer that a bank is to serve. Raises before anything is changed."""
+    """Make a cell for each layer that a bank is to serve. The model is not changed. Raises TargetError, BankError or
+    AdapterStateError if one of them cannot be served."""
     tree = Tree.of(model)
     check_none_of_ours(model, tree)
     modules = dict(tree.modules)

@@ -1,4 +1,4 @@
-"""What the user says about where the rows of a batch lie in the first dimension of a layer's input."""
+"""Checks what the user says about how the rows of a batch lie in the first dimension of a layer's input."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ Index: TypeAlias = Sequence[int] | Tensor
 
 
 class Said(NamedTuple):
-    """How the rows lie where they are not one each, in order."""
+    """The layout that the user has given; both fields are None if each position is a row, in order."""
 
     layout: Layout | None = None
     positions: tuple[int, ...] | None = None
-    """For each position the row that it belongs to."""
+    """The row of each position."""
 
 
 AS_THEY_ARE = Said()
 
 
 def said(count: int, layout: Layout | None, rows: Index | None) -> Said:
-    """The arguments of `bank.use`, checked, for `count` names. Raises ConfigError."""
+    """Check `layout` and `rows`, given to `bank.use` with `count` names. Raises ConfigError."""
     if layout is not None and layout not in get_args(Layout):
         raise ConfigError(
-            f"layout={layout!r}: rows that come several times lie 'repeated' (a a b b) or 'tiled' (a b a b)."
+            f"layout={layout!r}: layout is 'repeated' (rows lie as a a b b) or 'tiled' (rows lie as a b a b)."
         )
     if rows is None:
         return Said(layout) if layout else AS_THEY_ARE
     if layout is not None:
-        raise ConfigError("Give layout= or rows=, not both: rows says already where each row lies.")
+        raise ConfigError("Give layout= or rows=, not both: rows= already says to which row each position belongs.")
     index = checked_index(rows, count)
     if len(index) == count and index != tuple(range(count)):
         raise ConfigError(
-            f"rows={list(index)} has as many positions as there are names, so a layer with {count} of them may mean "
-            "the rows in order or this index. Put the names in that order, or use bank.rows_inside for the module in "
-            "which positions lie so."
+            f"rows={list(index)} has as many positions as there are names, so for a layer with {count} positions it is "
+            "not known whether they are the rows in order or follow rows=. Put the names in that order, or use "
+            "bank.rows_inside for the module whose positions follow rows=."
         )
     return Said(positions=index)
 
 
 def checked_index(rows: Index, count: int) -> tuple[int, ...]:
-    """For each position its row, a number below `count`. Raises ConfigError."""
+    """Check `rows`, which gives for each position its row, a number below `count`. Raises ConfigError."""
     is_index = not isinstance(rows, Tensor) or (rows.dim() == 1 and not rows.dtype.is_floating_point)
     values = rows.tolist() if isinstance(rows, Tensor) else list(rows) if isinstance(rows, Sequence) else None
     if not is_index or not values or any(type(value) is not int for value in values):
         seen = f"a {rows.dtype} tensor of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"{rows!r:.80}"
-        raise ConfigError(f"rows= takes a whole number for each position, that of its row, and was given {seen}.")
+        raise ConfigError(f"rows= takes a whole number for each position, the number of its row; it was given {seen}.")
     wrong = next((place for place, row in enumerate(values) if not 0 <= row < count), None)
     if wrong is not None:
         raise ConfigError(

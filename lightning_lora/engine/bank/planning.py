@@ -1,4 +1,4 @@
-"""What a bank will take, and where, before it takes anything."""
+"""Computes the memory that a bank will take, and its device, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from lightning_lora.errors import BankError
 
 
 def watched(cells: Mapping[str, Cell]) -> tuple[dict[str, Any], str]:
-    """A parameter of a layer, by the dict that holds it: the first one, which may be what a weight is computed of."""
+    """The first parameter of the bank's layers, as the dict that holds it and its name in there. The bank follows it:
+    its device, and by default its dtype, are the bank's."""
     for cell in cells.values():
         for part in cell.module.modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None:
                     return part._parameters, name
-    raise BankError("None of the layers has a parameter, whose device and precision would be those of the bank.")
+    raise BankError(
+        "None of the layers has a parameter, from which the bank would take its device and dtype. Name other layers in "
+        "target_modules."
+    )
 
 
 def plan_of(cells: Mapping[str, Cell], capacity: int, max_rank: int, dtype: torch.dtype | None) -> MemoryPlan:
-    """What the slots of a bank with these cells take; in the precision of the base where `dtype` is None."""
+    """The memory that the slots of a bank with these cells take. If `dtype` is None it is the base's."""
     whole("capacity", capacity)
     whole("max_rank", max_rank)
     parameters, name = watched(cells)

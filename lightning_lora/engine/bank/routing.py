@@ -1,4 +1,4 @@
-"""Which rows of a batch use which adapter, resolved once and read by every layer.
+"""A routing says which row of a batch uses which adapter. `bank.use` makes it once, and every layer reads it.
 
 A routing belongs to the thread, or to the asyncio task, that entered `bank.use`: others do not see it. Layers ask for
 it when they run, also from inside a compiled graph, so a graph does not depend on it.
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 InUse: TypeAlias = "tuple[tuple[Routes, Routing, Entered], ...]"
 _IN_USE: ContextVar[InUse] = ContextVar("lightning_lora_bank", default=())
-"""The routing of each bank: there is hardly ever more than one."""
+"""The routing in use here, for each bank that has one; there is rarely more than one bank."""
 
 FEW_POSITIONS = 4
-"""Up to so many positions of a row, reading each adapter once is worth gathering the rows that share it."""
+"""Rows are grouped by adapter for at most so many positions (tokens) a row, as in decoding. With more positions the
+gather costs more than it saves."""
 
 
 class Entered(Protocol):
-    """What has entered a routing, and will leave it."""
+    """The `with` block that owns a routing: it enters the routing and leaves it."""
 
     is_open: bool
 
@@ -38,13 +39,13 @@ class Routes:
     served: frozenset[int] = frozenset()
     """The ids of its layers."""
     folded: Folded | None = None
-    """What is used while an adapter is in the weights of the base: set before they are changed, and unset after they
-    are changed back. A layer asks before it reads them, and after."""
+    """The routing of an adapter that is folded into the base's weights. It is set before the weights are changed, and
+    reset after they are changed back. A layer checks it before it reads them, and after."""
     sequence_first: str | None = None
     """A module of the model that takes the sequence before the rows, where there is one."""
 
     def current(self) -> Routing | None:
-        """The one in use where this is called."""
+        """The routing in use in this thread or task."""
         for routes, routing, use in _IN_USE.get():
             if routes is self:
                 if not use.is_open:
@@ -56,8 +57,7 @@ class Routes:
         return None
 
     def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        """`base`, the output of the cell's layer for x, with the updates in use where this is called. May write into
-        `base`."""
+        """Add the updates in use here to `base`, the output of the cell's layer for x. May write into `base`."""
         routing = self.current()
         if routing is not None:
             return routing.apply(cell, base, x)
@@ -65,28 +65,28 @@ class Routes:
         return base
 
     def check_weights(self) -> None:
-        """Raise AdapterStateError where the weights hold an adapter and nothing is in use here."""
+        """Raise AdapterStateError if an adapter is folded into the weights and no adapter is in use here."""
         folded = self.folded
         if folded is not None and self.current() is None:
             raise AdapterStateError(
                 f"{folded.name!r} was folded into the base by another thread or task, and nothing is in use here: "
-                f"enter `with bank.use({folded.name!r}):` here too, which costs nothing meanwhile."
+                f"enter `with bank.use({folded.name!r}):` here too, which takes no time while it is folded."
             )
 
     def updates(self) -> bool:
-        """Whether layers that are called here add updates to what their weights give."""
+        """True if layers that are called here add updates to their outputs."""
         in_use = _IN_USE.get()
         return bool(in_use) and any(routes is self and routing is not self.folded for routes, routing, _ in in_use)
 
     def enter(self, routing: Routing | None, use: Entered) -> Token[InUse]:
-        """Use `routing` here from now on, as long as `use` is open; give what this returns to `leave`."""
+        """Use `routing` in this thread or task while `use` is open. Pass the returned token to `leave`."""
         others = _IN_USE.get()
         if others:
             others = tuple(entry for entry in others if entry[0] is not self)
         return _IN_USE.set(others if routing is None else ((self, routing, use), *others))
 
     def replace(self, routing: Routing) -> Token[InUse]:
-        """Use `routing` in place of the one in use here, as long as that one might be."""
+        """Use `routing` in place of the one in use here, while the block that owns that one is open."""
         (use,) = (use for routes, _, use in _IN_USE.get() if routes is self)
         return self.enter(routing, use)
 
@@ -96,20 +96,21 @@ class Routes:
 
 
 class Routing:
-    """What the rows of a batch use."""
+    """Says which adapters the rows of a batch use, and adds their updates."""
 
     device_type: str
-    """That of the bank, hence of all that its layers compute. Asking a tensor for it takes a tenth of a product."""
+    """The device type of the bank and of its layers. It is kept here, since asking a tensor takes a tenth of the time
+    of a small product."""
 
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        """`base`, the output of the cell's layer for x, with the updates. May write into `base`."""
+        """Add the updates to `base`, the output of the cell's layer for x. May write into `base`."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Nobody will use it any more."""
+        """Called when the `with` block ends: gives memory back."""
 
     def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        """The same, in the precision of `base`, whatever autocast says."""
+        """`add`, in the precision of `base`, also under autocast."""
         if x.dtype != base.dtype and x.is_floating_point():
             x = x.to(base.dtype)
         if torch.is_autocast_enabled(self.device_type):
@@ -127,16 +128,16 @@ class One(Routing):
 
     @property
     def copies(self) -> int:
-        """Bytes of the factors that are kept here in another precision than that of the slots."""
+        """Bytes of the factors that are kept here in another dtype than that of the slots."""
         parts = (t for factors in list(self._factors.values()) for t in factors)
-        return sum(t.nbytes for t in parts if t._base is None)  # else a view of the slab
+        return sum(t.nbytes for t in parts if t._base is None)  # a tensor with a _base is a view of the slab
 
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         if self.is_affine:
             base = cell.affine(base, self.slot)
         factors = self._factors.get(cell.key)
         if factors is None or factors[0].dtype != base.dtype:
-            with torch.inference_mode(False):  # kept for others, who may need gradients
+            with torch.inference_mode(False):  # a later forward that needs gradients may use the same factors
                 factors = tuple(t.to(base.dtype) for t in cell.one(self.slot, self.rank))
             self._factors[cell.key] = factors
         return cell.add_one(base, x, factors)

@@ -1,7 +1,7 @@
-"""A batch in which each row has an adapter of its own: which rows a layer's input holds, and their updates.
+"""The routing of a batch in which each row has an adapter of its own.
 
-A layer whose first dimension is the number of rows has one of them at each place. Any other layout is known (the beams
-of `generate`), said by the user, or an error: a guess would give one user's rows another one's adapter.
+If the first dimension of a layer's input has the size of the rows, it holds one row at each place. Any other layout is
+known (the beams of `generate`), given by the user, or an error: a guess could use one user's adapter for another user.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class Rows(Routing):
-    """Row i uses the adapter `ones[i]`; None is the bare base, whose place in the slab, `zeros`, holds zeros.
+    """Row i uses the adapter `ones[i]`, or the bare base if that is None: its slot is then `zeros`, which holds zeros.
 
-    What it gathers from the slab it keeps, for all steps of a generation.
+    Factors that are copied from the slab are kept for all steps of a generation.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Rows(Routing):
         self._split: Split | None = None
 
     def groups(self, positions: int) -> Groups | None:
-        """How to bring rows with the same adapter together, where that pays."""
+        """The grouping of rows that have the same adapter, if it saves time for so many positions; else None."""
         return self._groups if positions <= FEW_POSITIONS else None
 
     def factors(self, cell: Cell, dtype: torch.dtype, groups: Groups | None = None) -> Factors:
@@ -55,7 +55,7 @@ class Rows(Routing):
         if found is None:
             self._check_named_by_prompt(cell)
             index = self.index if groups is None else groups.index
-            # What is kept for further forwards may meet gradients there.
+            # A later forward that needs gradients may use the same factors.
             with torch.inference_mode(False), torch.no_grad():
                 copies = self._copies.get(groups is not None)
                 if copies is None:
@@ -65,12 +65,13 @@ class Rows(Routing):
         return found
 
     def _check_named_by_prompt(self, cell: Cell) -> None:
-        """Once for each layer, since it takes as long as a product."""
+        """Raise AdapterStateError if `generate` runs with beams and an adapter was named for each beam. Checked once
+        for each layer, since it takes as long as a small product."""
         prompts, beam_rows = beams(cell.module) or (self.count, self.count)
         if prompts < self.count == beam_rows:
             raise AdapterStateError(
-                f"bank.use was given {self.count} rows, and generate was given {prompts} prompts, which it continues "
-                f"by {beam_rows // prompts} beams each: name one adapter for each prompt."
+                f"bank.use was given {self.count} rows, and generate was given {prompts} prompts, each of which it "
+                f"continues with {beam_rows // prompts} beams: name one adapter for each prompt."
             )
 
     def close(self) -> None:
@@ -87,17 +88,17 @@ class Rows(Routing):
         return self._add_as_laid(cell, base, x)
 
     def add_in_order(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        """The updates, where x holds the rows in order and the positions of each together."""
+        """Add the updates where x holds the rows in order, with the positions of each row together."""
         if self._is_affine:
             base = cell.affine(base, self.index)
-        if x.requires_grad:  # the backward pass will read the factors, when this is long over
+        if x.requires_grad:  # the backward pass, after this block, will read the copied factors
             self._may_give_back = False
         return cell.add_rows(base, x, self)
 
     def _add_as_laid(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        """The same for an input whose shape does not say that it holds one row at each place."""
+        """Add the updates where the shape of x does not show that it holds one row at each place."""
         if not x.numel():
-            return base  # no row is in it
+            return base  # x is empty
         layout, index = self._said
         is_indexed = index is not None and x.shape[:1] == (len(index),)
         check_has_rows(cell, x, self.count, is_indexed)
@@ -122,27 +123,27 @@ class Rows(Routing):
         raise AdapterStateError(f"{seen}{tuple(x.shape)}, whose first dimension is not known to hold them. {_WAYS}")
 
     def _of_times(self, times: int, cell: Cell) -> Rows:
-        """The rows `times` times over, one after the other: a b a b."""
+        """The routing of all rows, repeated `times` times: a b a b."""
         if self._tiled is None:
             self._tiled = Rows(list(self.ones) * times, self._zeros, self.device, self._rooms)
         if self._tiled.count != times * self.count:
             raise AdapterStateError(
-                f"{cell.name!r} got the {self.count} rows {times} times over where other layers got them "
-                f"{self._tiled.count // self.count} times: layout='tiled' does not say how they lie in both. Enter "
-                "bank.use for each number of times, or give rows=, or bank.rows_inside for a part of the model."
+                f"{cell.name!r} got the {self.count} rows {times} times, and other layers got them "
+                f"{self._tiled.count // self.count} times: layout='tiled' cannot mean both. Enter bank.use for each "
+                "number of times, or give rows=, or bank.rows_inside for a part of the model."
             )
         return self._tiled
 
 
 _WAYS = (
-    "Name one adapter for each row of the batch, or one, as a text, for all of it. Rows that come several times: "
-    "layout='repeated' (a a b b) or 'tiled' (a b a b, as torch.cat([x, x])). Positions of several rows in one "
-    "dimension: rows=[the row of each], or bank.rows_inside for a part of the model."
+    "Name one adapter for each row of the batch, or one, as a text, for the whole batch. If each row comes several "
+    "times, give layout='repeated' (a a b b) or 'tiled' (a b a b, as torch.cat([x, x])). If one dimension holds the "
+    "positions of several rows, give rows=[the row of each position], or bank.rows_inside for a part of the model."
 )
 
 
 def check_has_rows(cell: Cell, x: Tensor, count: int, is_indexed: bool) -> None:
-    """Raise AdapterStateError where the first dimension of x is known to be another one than that of the rows."""
+    """Raise AdapterStateError if the first dimension of x is known not to count the rows."""
     if not cell.is_batched(x):
         raise AdapterStateError(
             f"bank.use was given {count} rows, and {cell.name!r} got an input of shape {tuple(x.shape)}, which has no "
@@ -156,15 +157,16 @@ def check_has_rows(cell: Cell, x: Tensor, count: int, is_indexed: bool) -> None:
 
 
 class Within(Routing):
-    """The rows of `outside` in the module `where`, in which position i belongs to the row `index[i]`."""
+    """The routing inside the module `where` (see `rows_inside`): position i belongs to the row `index[i]` of `outside`,
+    the routing around it."""
 
     ones: Sequence[One | None]
     count: int
     device: torch.device
     scope: Any
-    """Whose it is,"""
+    """The `Inside` that made this routing."""
     token: Token[Any]
-    """and what gives back the routing outside."""
+    """`Routes.leave` takes it and puts the outer routing back."""
 
     def __init__(self, outside: Rows | Within, index: tuple[int, ...], where: str) -> None:
         self.ones, self.count, self.device = outside.ones, outside.count, outside.device
@@ -178,14 +180,14 @@ class Within(Routing):
         if x.shape[0] != self._size:
             raise AdapterStateError(
                 f"{cell.name!r} got an input of shape {tuple(x.shape)}, and bank.rows_inside({self._where!r}) gave the "
-                f"rows of {self._size} positions. Where a part of it is called with others, give bank.rows_inside for "
-                "that part too."
+                f"rows of {self._size} positions. If a module inside has another number of positions, call "
+                "bank.rows_inside for that module too."
             )
         return self._split.add(cell, base, x)
 
 
 class Split:
-    """The positions of a layer's first dimension, brought together by the adapter that they use."""
+    """Sorts the positions of a layer's first dimension by adapter, adds each adapter's update, and sorts them back."""
 
     def __init__(self, ones: Sequence[One | None], device: torch.device) -> None:
         places: dict[One | None, list[int]] = {}
@@ -196,14 +198,14 @@ class Split:
         self._order, self._back = order, order.argsort()
 
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        """`base`, the output of the cell's layer for x, with the updates."""
+        """Add the updates to `base`, the output of the cell's layer for x."""
         bases, xs = (t.index_select(0, self._order).split(self._sizes) for t in (base, x))
         parts = [b if one is None else one.add(cell, b, part) for one, b, part in zip(self._ones, bases, xs)]
         return torch.cat(parts).index_select(0, self._back)
 
 
 class Groups:
-    """Rows of the same adapter brought together, each group padded to the length of the longest."""
+    """Groups rows by adapter; each group is padded to the size of the largest."""
 
     def __init__(self, index: Tensor, order: Tensor, back: Tensor) -> None:
         self.index = index
@@ -212,7 +214,8 @@ class Groups:
 
     @staticmethod
     def of(slots: list[int], device: torch.device) -> Groups | None:
-        """None where each row has an adapter of its own, or padding would take more than it saves."""
+        """The groups of rows that have these slots. None if each row has an adapter of its own, or if padding would
+        cost more than grouping saves."""
         members: dict[int, list[int]] = {}
         for row, slot in enumerate(slots):
             members.setdefault(slot, []).append(row)
@@ -233,5 +236,5 @@ class Groups:
         return x.index_select(0, self._order).view(len(self.index), -1, x.shape[-1])
 
     def scattered(self, update: Tensor) -> Tensor:
-        """The way back: (groups, longest * positions, n) -> (rows, positions, n)"""
+        """Undo `gathered`: (groups, longest * positions, n) -> (rows, positions, n)"""
         return update.view(len(self._order), -1, update.shape[-1]).index_select(0, self._back)

@@ -1,8 +1,8 @@
-"""One flat slab holds every adapter of a bank: a row for each, in which every layer has its place.
+"""One tensor, the slab, holds all adapters of a bank: one row for each slot, with a place for every layer.
 
-A layer's stacked factors are strided views of the slab. So what is loaded, evicted or cleared is one contiguous row,
-whatever the number of layers, and a forward reads its factors where they lie. In a row, parts of one shape lie side by
-side, as a block: an adapter is written into it block by block.
+A layer's stacked factors are strided views of the slab. So to load, move out or clear an adapter is to copy one
+contiguous row, however many layers there are, and a forward reads the factors in place. In a row, parts of one shape
+lie side by side as a block, so that an adapter is written block by block.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
-"""Layer -> the shapes of A, B, gain and shift of one adapter, as they lie in the slab."""
+"""Layer name -> the shapes of A, B, gain and shift of one adapter in the slab."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a bank takes; `str` says it."""
+    """The memory that a bank takes; `str()` says it in words."""
 
     slots: int
     layers: int
@@ -32,12 +32,12 @@ class MemoryPlan:
     device: torch.device
     bytes_per_adapter: int
     copies: int = 0
-    """Bytes of the copies that are kept beside the slots just now: of adapters whose slots have another precision than
-    the layers compute in, and what batches of several adapters copy theirs into."""
+    """Bytes that are kept beside the slots at the moment: factors converted to the dtype in which layers compute, and
+    the memory into which batches with several adapters copy their factors."""
 
     @property
     def bytes(self) -> int:
-        """On the device: a row for each slot, and one that stays zero for rows of the bare base."""
+        """Bytes of the slab: a row for each slot, and one that stays zero, for the bare base."""
         return (self.slots + 1) * self.bytes_per_adapter
 
     def __str__(self) -> str:
@@ -50,21 +50,21 @@ class MemoryPlan:
 
 
 class Block(NamedTuple):
-    """Parts of one kind and shape."""
+    """The layers that have the same shape of one part (A, B, gain or shift), side by side in each row of the slab."""
 
     part: int
-    """Which of a layer's: A, B, gain or shift."""
+    """0 for A, 1 for B, 2 for gain, 3 for shift."""
     layers: tuple[str, ...]
     stacked: Tensor
     """(rows, layers, *shape)"""
 
 
 class Slab:
-    """`rows` adapters with room for the tensors of `shapes`; `views` of a layer are (rows, *shape) each."""
+    """The memory of `rows` adapters. `views[layer]` are the layer's A, B, gain and shift, each (rows, *shape)."""
 
     def __init__(self, shapes: Shapes, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.width = width_of(shapes)
-        with torch.inference_mode(False):  # or it could only be written in inference mode
+        with torch.inference_mode(False):  # a tensor made in inference mode can be written only in inference mode
             self.data = _zeros(rows * self.width, dtype, device).view(rows, self.width)
         layers: dict[tuple[int, tuple[int, ...]], list[str]] = defaultdict(list)
         for name, parts in shapes.items():
@@ -86,19 +86,19 @@ class Slab:
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(count, dtype=dtype, device=device)
-    # Pages that nobody has written take no memory yet: a slot is paid for when it is filled. Private, or a process that
-    # is forked from this one would write into the same pages.
+    # A page takes no memory until it is written, so an empty slot is free. Private, or a forked process would write to
+    # the same pages.
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, **private), dtype=dtype)
 
 
 def width_of(shapes: Shapes) -> int:
-    """Elements of one row."""
+    """The number of elements in one row."""
     return sum(math.prod(shape) for parts in shapes.values() for shape in parts)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What can still be allocated on `device`; None where it cannot be known."""
+    """The bytes that can still be allocated on `device`; None if that is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":

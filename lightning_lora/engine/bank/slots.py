@@ -1,7 +1,7 @@
-"""Which adapter lies in which slot: who comes, who makes room, who is in use and stays.
+"""Keeps account of the slots: which adapter lies where, which makes room for another, which stays since it is in use.
 
-Bookkeeping is done with the lock held; the copies between a slot and a store are not, so whoever uses other adapters
-does not wait for them.
+The account is kept with the lock held. Copies between a slot and a store are made without it, so threads that use
+other adapters do not wait for them.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ class Entry:
     rank: int
     is_affine: bool
     slot: int | None = None
-    """Where it lies in the slab; None while it is in a store."""
+    """Its slot; None while it lies in a store."""
     users: int = 0
-    """How many `use` are open."""
+    """The number of open `with bank.use(...)` blocks that use it."""
     pinned: bool = False
     moving: bool = False
-    """On its way between a slot and a store: who needs it waits."""
+    """True while it is copied between a slot and a store: a thread that needs it waits."""
     gone: bool = False
-    """Removed or replaced while it was in use: its slot is free when the last one leaves."""
+    """True if it was removed or replaced while in use: its slot becomes free when the last user leaves."""
     one: One | None = field(default=None, repr=False)
-    """The routing of a batch that uses it alone, made once."""
+    """The routing of a batch that uses this adapter for all rows, made once."""
 
 
 class Slots:
-    """The rows of `slab` but the last, which stays zero, and the entries that lie in them or in `store`."""
+    """The slots of `slab` (all its rows but the last, which stays zero), and the adapters in them or in `store`."""
 
     def __init__(self, slab: Slab, capacity: int, store: HostStore) -> None:
         self.slab = slab
         self.capacity = capacity
         self.entries: OrderedDict[str, Entry] = OrderedDict()
-        """The longest unused first."""
+        """All adapters by name, the longest unused first."""
         self.lock = threading.RLock()
         self.change = threading.Condition(self.lock)
-        """The same lock; who waits is told when an entry has moved."""
+        """A condition on the same lock, notified when an entry has moved."""
         self.bare = 0
-        """How many `use` of the bare base are open."""
+        """The number of open `with bank.use(None)` blocks."""
         self._store = store
         self._free = list(range(capacity))[::-1]
         self._written: set[int] = set()
 
     def entry(self, name: str) -> Entry:
-        """Raises BankError where there is none."""
+        """The adapter called `name`. Raises BankError if there is none."""
         entry = self.entries.get(name)
         if entry is None:
             near = closest(str(name), self.entries)
@@ -64,7 +64,7 @@ class Slots:
         return entry
 
     def settled(self, name: str) -> Entry:
-        """The entry, once nobody moves it."""
+        """The adapter called `name`, after waiting until no thread moves it."""
         while True:
             entry = self.entries.get(name) or self.entry(name)
             if not entry.moving:
@@ -72,7 +72,7 @@ class Slots:
             self.change.wait()
 
     def resident(self, name: str) -> Entry:
-        """The entry in a slot, from now on the last one used; brings it there."""
+        """The adapter called `name`, brought into a slot if it is not in one, and marked as the last one used."""
         entry = self.settled(name)
         if entry.slot is None:
             slot, leaving = self.take_slot(name, makes_room=True)
@@ -93,9 +93,10 @@ class Slots:
         return entry
 
     def take_slot(self, name: str, *, makes_room: bool) -> tuple[int, Entry | None]:
-        """A slot that is free, or that of the longest unused adapter, which is to leave it first, by `move_out`.
+        """A slot for `name`: a free one and None, or that of the longest unused adapter and its entry, which the caller
+        passes to `move_out` first.
 
-        `makes_room` says that the one who asks, `name`, comes out of the store. Raises BankError where there is none.
+        `makes_room`: `name` comes out of the store and so makes room in it. Raises BankError if no slot can be freed.
         """
         if self._free:
             return self._free.pop(), None
@@ -107,20 +108,22 @@ class Slots:
                 return slot, other
         kept = sum(1 for other in self.entries.values() if other.users or other.pinned)
         raise BankError(
-            f"No room for {name!r}: of {self.capacity} slots, {kept} are in use or pinned, and for the others "
-            "host_capacity is too small and no disk is given. Raise one of them, or remove an adapter."
+            f"No room for {name!r}: of {self.capacity} slots, {kept} are in use or pinned, and adapters in the others "
+            "cannot move out: host_capacity is too small and no disk is given. Raise capacity or host_capacity, or "
+            "remove an adapter."
             if kept < self.capacity
             else f"No room for {name!r}: all of the {self.capacity} slots are in use or pinned. Raise capacity."
         )
 
     def move_out(self, leaving: Entry | None, slot: int, *, swaps: bool = False) -> None:
-        """Copy what lies in `slot` to the store; it `swaps` places with one that comes out. Without the lock."""
+        """Copy the adapter `leaving` from `slot` to the store. `swaps`: another adapter comes out of the store in
+        exchange. Called without the lock."""
         if leaving is None:
             return
         try:
             self._store.put(leaving.name, self.slab.data[slot], swaps=swaps)
         except BaseException:
-            leaving.slot = slot  # it stays, and the slot is not the asker's
+            leaving.slot = slot  # it could not be stored, so it keeps its slot
             raise
         finally:
             with self.change:
@@ -128,24 +131,24 @@ class Slots:
                 self.change.notify_all()
 
     def clear(self, slot: int) -> None:
-        """Make it zeros, as a fresh one is."""
+        """Fill the slot with zeros."""
         if slot in self._written:
             self.slab.data[slot].zero_()
         self._written.add(slot)
 
     def give_back(self, slot: int) -> None:
-        """The slot is free, unless somebody stayed in it."""
+        """Mark the slot as free, unless an adapter lies in it."""
         if all(entry.slot != slot for entry in self.entries.values()):
             self._free.append(slot)
 
     def add(self, entry: Entry, slot: int) -> None:
-        """The entry lies in `slot`, and is the last one used."""
+        """Add the entry, which lies in `slot`, as the last one used."""
         entry.slot, entry.moving = slot, False
         self.entries[entry.name] = entry
         self.change.notify_all()
 
     def remove(self, entry: Entry) -> None:
-        """Take it out; its slot is free now, or when the last user leaves."""
+        """Remove the entry; its slot becomes free now, or when the last user leaves."""
         del self.entries[entry.name]
         entry.gone, entry.one = True, None
         self._store.drop(entry.name)
@@ -154,7 +157,7 @@ class Slots:
         self.change.notify_all()
 
     def leave(self, entries: Sequence[Entry], bare: int = 0) -> None:
-        """One user less of each, and so many less of the bare base."""
+        """Count one user less for each of `entries`, and `bare` users less for the bare base."""
         with self.lock:
             self.bare -= bare
             for entry in entries:
@@ -163,5 +166,5 @@ class Slots:
                     self._free.append(entry.slot)
 
     def busy(self) -> list[str]:
-        """The names of those in use."""
+        """The names of the adapters that are in use or being moved."""
         return [entry.name for entry in self.entries.values() if entry.users or entry.moving]

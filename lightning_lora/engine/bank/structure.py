@@ -1,4 +1,4 @@
-"""What a model's structure tells of the first dimension of a layer's input: where it is not that of the rows."""
+"""Finds layers of which the model's structure shows that the first dimension of their input does not count the rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SEQUENCE_FIRST = {
     "longformer.modeling_longformer.LongformerSelfAttention",
     "xlnet.modeling_xlnet.XLNetLayer",
 }
-"""Classes of transformers whose layers are called with the sequence first: by name, as nothing is imported."""
+"""Classes of transformers whose layers are called with the sequence first; by name, so nothing is imported."""
 
 _EXPERT = re.compile(r"(?!.*shared)(?!mixture).*experts?\d*(mlp|layer|ffn|_\w*)?", re.IGNORECASE)
 _ROUTER = re.compile(r"(\w+_)?(gate|gating|router|routing|switch)(_\w+)?")
@@ -28,14 +28,14 @@ class Hidden(NamedTuple):
 
     always: str | None = None
     where_flat: str | None = None
-    """The same where an input has no dimension but that of its positions and its features."""
+    """A reason that holds only for inputs with no dimensions but positions and features."""
 
 
 NOT_HIDDEN = Hidden()
 
 
 def hidden(modules: Mapping[str, nn.Module], name: str) -> Hidden:
-    """Whether the model, whose modules are `modules` by name, hides the rows from the layer `name`."""
+    """Why the rows cannot be found in the input of the layer `name`, if so; `modules` are the model's, by name."""
     parts = name.split(".")
     ancestors = [modules[".".join(parts[:depth])] for depth in range(len(parts))]
     if any(map(_is_sequence_first, ancestors)):
@@ -58,7 +58,7 @@ def hidden(modules: Mapping[str, nn.Module], name: str) -> Hidden:
 
 
 def sequence_first(modules: Mapping[str, nn.Module]) -> str | None:
-    """A module that takes the sequence before the rows; None where there is none."""
+    """The name of a module that takes the sequence before the rows; None if there is none."""
     kinds = (nn.RNNBase, nn.MultiheadAttention)
     for name, module in modules.items():
         if (isinstance(module, kinds) and not module.batch_first) or _is_sequence_first(module):
@@ -75,7 +75,7 @@ def _is_sequence_first(module: nn.Module) -> bool:
 
 
 def _packs(cls: type[nn.Module]) -> str | None:
-    """The argument which says that modules of this class take rows of unequal length without padding."""
+    """The argument of the class's forward that shows that it takes rows of unequal length without padding; or None."""
     try:
         arguments = inspect.signature(cls.forward).parameters
     except (TypeError, ValueError):

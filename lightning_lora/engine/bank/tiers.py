@@ -1,6 +1,6 @@
-"""Where the adapters are that have no slot: in the processor's memory, and beyond that wherever a store keeps them.
+"""Keeps the adapters that have no slot: in the processor's memory, and beyond that in a store (on disk).
 
-What is kept is an adapter's row of the slab, so coming back is one copy.
+An adapter is kept as its row of the slab, so one copy brings it back into a slot.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 
 
 class Store(Protocol):
-    """Keeps rows by name. What it raises leaves it as it was."""
+    """Keeps rows of the slab by name. A call that raises leaves the store as it was."""
 
     def put(self, name: str, row: Tensor) -> None: ...
 
     def take(self, name: str) -> Tensor:
-        """The row, on the CPU. It stays in the store until it is dropped."""
+        """The row, on the CPU. It stays in the store until `drop`."""
         ...
 
     def drop(self, name: str) -> None: ...
 
 
 class HostStore:
-    """In memory, pinned where that speeds up the way to a GPU; the longest unused go on to `beyond`.
+    """Keeps up to `most` rows in memory (pinned if they come from a GPU) and moves the longest unused to `beyond`.
 
-    What was once written beyond stays there, so that it need not be written when it leaves its slot again.
+    A row that was once written to `beyond` stays there, so it is not written again when it leaves its slot again.
     """
 
     def __init__(self, most: int | None, beyond: Store | None) -> None:
@@ -41,9 +41,8 @@ class HostStore:
         return self._beyond is not None or self._most is None or len(self._rows) < self._most
 
     def put(self, name: str, row: Tensor, *, swaps: bool = False) -> None:
-        """Keep the row. Where it `swaps` places with one that comes out of here, a store beyond that is full is no
-        error: the row waits in memory then, beyond what was to be kept there. That is bounded, since no adapter is new,
-        and it is tried again with each one that comes."""
+        """Keep the row. `swaps`: another row comes out of here in exchange. Then a full `beyond` is no error: the row
+        stays in memory above `most`, and is moved at a later `put`. The excess is bounded, since no adapter is new."""
         with self._lock:
             if name in self._written:
                 return
@@ -56,7 +55,8 @@ class HostStore:
             self._rows[name] = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda).copy_(row)
 
     def _made_room(self, name: str, row: Tensor) -> bool:
-        """Write beyond what memory is not for; whether that was the row itself."""
+        """Move rows from memory to `beyond` until there is room for one more. If memory keeps none (`most` is 0), write
+        the given row itself, and return True."""
         if self._beyond is None or self._most is None:
             return False
         if self._most == 0:
@@ -73,7 +73,7 @@ class HostStore:
         self._written.add(name)
 
     def take(self, name: str) -> Tensor:
-        """The row, which is kept here no longer than the tensor lives."""
+        """Removes and returns the row; a row in `beyond` stays there until `drop`."""
         with self._lock:
             if name in self._rows:
                 return self._rows.pop(name)

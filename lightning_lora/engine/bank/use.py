@@ -1,4 +1,4 @@
-"""`with bank.use(...)`: what is in use, from where it is entered to where it is left."""
+"""The `with bank.use(...)` block: it puts adapters in use when it is entered, and takes them out when it is left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Names: TypeAlias = str | Sequence[str | None] | None
 
 
 class Use:
-    """What `bank.use` returns, for `with`; one at a time."""
+    """The context manager that `bank.use` returns. It can be entered again after it was left, not while it is open."""
 
     __slots__ = ("_bank", "_entries", "_names", "_routing", "_said", "_token", "is_open")
 
@@ -24,7 +24,7 @@ class Use:
 
     def __enter__(self) -> None:
         if self.is_open:
-            raise BankError("This is in use already: call bank.use(...) again for another `with`.")
+            raise BankError("This bank.use(...) is entered already: call bank.use(...) again for another `with` block.")
         self._routing, self._entries = self._bank._enter(self._names, self._said)
         self.is_open = True
         self._token = self._bank._routes.enter(self._routing, self)

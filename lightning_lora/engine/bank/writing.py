@@ -1,4 +1,5 @@
-"""An adapter goes into its slot block by block, where its layers come in whole blocks; else layer by layer."""
+"""Writes an adapter into its slot: a whole block of layers at once where the adapter has all of them and they are
+alike, else layer by layer."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from lightning_lora.errors import listed
 
 
 def write(slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str, LayerFactors]) -> None:
-    """Write `factors`, which fit `cells`, into the row `slot`, which holds zeros."""
+    """Write `factors`, which fit `cells`, into the slot `slot`, which holds zeros."""
     plain = {name for name, values in factors.items() if type(cells[name]) is LinearCell and not values.is_affine}
     written: dict[int, set[str]] = {0: set(), 1: set()}
     for part, layers, stacked in slab.blocks:
@@ -33,13 +34,14 @@ def write(slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str
 def problem_written(
     slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str, LayerFactors]
 ) -> str | None:
-    """What of `factors`, which `write` has written, is not finite there or would overflow in its layer, in words."""
+    """Check `factors`, which `write` has written: the numbers that are not finite in the slab or would overflow in
+    their layer, in words; or None."""
     row = slab.data[slot]
     size = largest_in(row)
     if not math.isfinite(size):
         return f"values that are not finite in {row.dtype}"
     if size * size * max(values.A.shape[0] for values in factors.values()) <= largest(torch.float16):
-        return None  # no product can be too large in any dtype
+        return None  # the numbers are so small that no product overflows in any dtype
     problems = []
     for name, values in factors.items():
         dtype = dtype_of(cells[name].module._parameters.get("weight"))
@@ -50,7 +52,7 @@ def problem_written(
 
 
 def _write_A(to: Tensor, of_block: Sequence[LayerFactors]) -> bool:  # (layers, max_rank, in)
-    """Whether they could be written at once."""
+    """Write the A of a block at once; False, with nothing written, if they differ in shape, dtype or device."""
     As = [values.A for values in of_block]
     if not _are_alike(As):
         return False
@@ -62,7 +64,7 @@ def _write_A(to: Tensor, of_block: Sequence[LayerFactors]) -> bool:  # (layers, 
 
 
 def _write_B(to: Tensor, of_block: Sequence[LayerFactors]) -> bool:  # (layers, max_rank, out)
-    """The same for B, which lies transposed and is scaled."""
+    """Write the B of a block at once, transposed and scaled; False if they, or their scales, differ."""
     Bs, scale = [values.B for values in of_block], of_block[0].scale
     if not _are_alike(Bs) or any(values.scale != scale for values in of_block):
         return False
@@ -71,6 +73,6 @@ def _write_B(to: Tensor, of_block: Sequence[LayerFactors]) -> bool:  # (layers, 
 
 
 def _are_alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether they can be stacked."""
+    """True if they can be stacked: one shape, dtype and device."""
     shape, dtype, device = tensors[0].shape, tensors[0].dtype, tensors[0].device
     return all(t.shape == shape and t.dtype == dtype and t.device == device for t in tensors)
