@@ -1,4 +1,4 @@
-"""What target_modules="all-linear" means: the linear layers of a model but its output head and its references."""
+"""Finds the targets of "all-linear": the linear layers of a model, without its output head and its references."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning_lora.engine.wrappers import unwrapped
 
 
 def all_linear(there: Candidates, everything: Candidates) -> tuple[list[Target], str | None, dict[str, str]]:
-    """The targets among `there`; the output head, if it is one of them and left out; and the references that are left
-    out (see references.py) -> how to adapt them. `everything` is `there` and what is trained whole."""
+    """The targets among `there`; the output head, if it is among them (it is left out); and the references that are
+    left out (see references.py), each with how to adapt it. `everything` is `there` and the modules trained whole."""
     tree = there.tree
     targets = there.of_classes(is_linear)
     linear = targets if everything is there else everything.of_classes(is_linear)
@@ -28,22 +28,22 @@ def all_linear(there: Candidates, everything: Candidates) -> tuple[list[Target],
         linear = [t for t in linear if not lies_in(t.name, left_out)]
     head = output_head(tree, linear, left_out)
     if all(t.name != head for t in reversed(targets)):
-        head = None  # trained whole, so there is nothing to say about it
+        head = None  # it is trained whole, so the report need not mention it
     return [t for t in targets if t.name != head] if head is not None else targets, head, left_out
 
 
 def is_linear(cls: type[nn.Module]) -> bool:
-    """Whether "all-linear" means modules of that class: nn.Linear, what derives from it, and transformers' Conv1D."""
+    """True if "all-linear" means modules of that class: nn.Linear, classes derived from it, transformers' Conv1D."""
     geometry = geometry_of(cls)
     return geometry is not None and issubclass(geometry, LinearLoRA)
 
 
 def output_head(tree: Tree, linear: list[Target], left_out: Container[str] = ()) -> str | None:
-    """The name of the layer that turns features into outputs, or None where the model has none that one can tell.
+    """The name of the output head, the layer that turns features into outputs; None if there is none that one can find.
 
-    A transformers model says it itself (get_output_embeddings), or it is the last linear layer outside of its
-    `base_model`. Elsewhere it is the last linear layer, unless that is the only one, or lies in a stack of blocks (a
-    ModuleList, or numbered siblings of one class). What lies in a part that is `left_out` says nothing.
+    In a transformers model it is what get_output_embeddings returns, or the last linear layer outside `base_model`. In
+    other models it is the last linear layer, unless that is the only one, or lies in a stack of blocks (a ModuleList,
+    or numbered siblings of one class). Modules inside parts that are `left_out` are not asked.
     """
     saying = (m for name, m in _saying_their_head(tree) if not lies_in(name, left_out) and hasattr(m, "base_model"))
     hf: Any = next(saying, None)
@@ -66,7 +66,7 @@ def output_head(tree: Tree, linear: list[Target], left_out: Container[str] = ())
 
 
 def _saying_their_head(tree: Tree) -> Iterator[tuple[str, nn.Module]]:
-    """The modules with a method `get_output_embeddings`. Asked of the class first: nn.Module is slow to say no."""
+    """The modules with a method `get_output_embeddings`. Classes are asked first, since hasattr on a module is slow."""
     method = "get_output_embeddings"
     own = nn.Module.__getattr__
     may = {c for c in tree.classes if hasattr(c, method) or getattr(c, "__getattr__", None) is not own}
@@ -74,9 +74,9 @@ def _saying_their_head(tree: Tree) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _inside(body: nn.Module, tree: Tree) -> Callable[[Target], bool]:
-    """Whether a target is a part of `body`: then one of its names begins with one of the body's."""
+    """A test whether a target lies in `body`: one of its names begins with one of the names of `body`."""
     names = [name for name, module in tree.every if module is body]
-    if not names:  # not registered, though its parts may be
+    if not names:  # `body` itself is not registered in the model, though its parts may be
         ids = {id(m) for m in body.modules()}
         return lambda target: id(target.module) in ids
     if "" in names:
@@ -86,7 +86,7 @@ def _inside(body: nn.Module, tree: Tree) -> Callable[[Target], bool]:
 
 
 def _in_stack(model: nn.Module, name: str) -> bool:
-    """Whether the module called `name` lies inside a block of a stack."""
+    """True if the module called `name` lies inside a block of a stack."""
     *path, _ = name.split(".")
     node = model
     for part in path:
@@ -99,7 +99,8 @@ def _in_stack(model: nn.Module, name: str) -> bool:
 
 
 def left_out_weights(there: Candidates, targets: list[Target], references: Container[str]) -> dict[str, str]:
-    """What "all-linear" does not mean, though it multiplies like a linear layer, outside of `references`."""
+    """Weights that "all-linear" does not adapt though they multiply as a linear layer's do: name -> how to adapt it.
+    Those inside `references` are left out."""
     left: dict[str, str] = {}
     adapted = {id(t.module) for t in targets}
     attention = {cls for cls in there.tree.classes if issubclass(cls, nn.MultiheadAttention)}
@@ -124,9 +125,9 @@ _WEIGHT = re.compile(r"[wW]\d*|[wW]_.*|.*(weight|kernel).*")
 
 
 def _multiplies(kind: type[nn.Module], name: str, p: nn.Parameter) -> bool:
-    """Whether one may take a parameter of a layer that cannot be adapted by itself for a linear layer's: a stack of
-    matrices, or a matrix that is called a weight. What torch's own layers have as a matrix is no such weight: that of a
-    norm is multiplied element by element."""
+    """True if the parameter `name`, of a class `kind` without a geometry, looks like a linear layer's weight: a stack
+    of matrices, or a matrix that is called a weight. Matrices of torch's own layers do not count: the weight of a norm
+    is multiplied element by element."""
     if p.dim() not in (2, 3) or min(p.shape) < 2 or p.layout is not torch.strided:
         return False
     is_called_so = _WEIGHT.fullmatch(name) is not None and p.is_floating_point()
@@ -134,6 +135,6 @@ def _multiplies(kind: type[nn.Module], name: str, p: nn.Parameter) -> bool:
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
-    """The parameters that stand for `module` as a target, where it is they that are adapted."""
+    """Names of the parameters to adapt where `module` is a target; empty if its output is adapted instead."""
     geometry = geometry_of(type(module))
     return () if geometry is None else geometry.parameters_of(module)

@@ -1,4 +1,4 @@
-"""Whether the adapted layers of a model are where `inject` left them: before whatever reads the adapter as a whole."""
+"""Checks that the adapted layers of a model are where `inject` left them, before an adapter is saved or merged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning_lora.errors import AdapterStateError, listed
 
 
 def check_as_injected(model: nn.Module, tree: Tree | None = None) -> None:
-    """Raise AdapterStateError where adapted layers of `model` are not where `inject` left them: replaced
-    (resize_token_embeddings makes a new lm_head), deleted, copied, of another shape, or under other names. What reads
-    the adapter would take the rest for all of it. A model without any adapter is not looked at; `tree` is what it
-    consists of, if known.
+    """Raise AdapterStateError if adapted layers of `model` are not where `inject` left them: replaced
+    (resize_token_embeddings makes a new lm_head), deleted, copied, of another shape, or under other names. Otherwise
+    the layers that are left would be taken for the whole adapter. A model without any adapter passes. `tree` is
+    Tree.of(model), if known.
     """
     tree = tree or Tree.of(model)
     present = tree.of_classes(is_adapter)
@@ -32,11 +32,11 @@ def check_as_injected(model: nn.Module, tree: Tree | None = None) -> None:
             if now is not None and now != name:
                 problems.append(f"{prefix}{name} is now {prefix}{now}")
             elif now is None and copied is not None and copied.__dict__["lora_path"] == name:
-                known.add(id(copied))  # in its place, as AveragedModel around a part of the model puts it
+                known.add(id(copied))  # a copy stands in its place: AveragedModel around a part of the model does so
             elif now is None:
                 problems.append(f"{prefix}{name} has no adapter any more")
         added = [name for key, name in names.items() if key not in known and name]
-        problems += [f"{prefix}{name} has one that inject did not give it" for name in added]
+        problems += [f"{prefix}{name} has an adapter that inject did not give it" for name in added]
     problems += [what for name, module in present if (what := _changed(name, module)) is not None]
     if problems:
         raise AdapterStateError(
@@ -48,14 +48,14 @@ def check_as_injected(model: nn.Module, tree: Tree | None = None) -> None:
 
 
 def _changed(name: str, module: Any) -> str | None:
-    """What became of the tensors of an adapted layer, if they are not what they were; thousands are asked."""
+    """What has changed in the tensors of an adapted layer, in words, or None. It is called for thousands of layers."""
     state = module.__dict__
     parameters, buffers = state["_parameters"], state["_buffers"]
     for own in state["lora_names"]:
         if parameters.get(own) is None and buffers.get(own) is None and state.get(own) is None:
             return f"{name} has lost its {own}"
     A, B, spec = parameters.get("lora_A"), parameters.get("lora_B"), state["lora"]
-    if A is None or B is None or A.dim() < 2 or spec.parameters:  # a part of it is elsewhere, or each is by itself
+    if A is None or B is None or A.dim() < 2 or spec.parameters:  # sharded flat, or single parameters are adapted
         return None
     fits = module.shapes(module, spec.rank)
     if (A.shape, B.shape) == fits:

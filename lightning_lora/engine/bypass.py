@@ -1,4 +1,4 @@
-"""Layers that their parent reads without calling them, where an adapter would never be seen."""
+"""Lists layers whose parent reads their weight without calling them: an update of their output would have no effect."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 from lightning_lora.engine.swap import remembered
 from lightning_lora.errors import TargetError
 
-# Parents that read a child's weight in kernels of their own, where they do not call it: type -> names of the children.
+# Parents that hand a child's weight to a kernel on a fast path, and else call the child: type -> names of the children.
 _READS_WEIGHT_OF: dict[type[nn.Module], tuple[str, ...]] = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
 
-# Those of transformers that never call the child, or do not where they have a kernel: by name, as nothing is imported.
+# Parents in transformers that never call the child, or not where they have a kernel; by name, so nothing is imported.
 _MAMBA = ("dt_proj", "x_proj", "out_proj")
 _ONLY_READS = {
     "mamba.modeling_mamba.MambaMixer": _MAMBA,
@@ -30,14 +30,14 @@ _ONLY_READS = {
 
 
 class Reading(NamedTuple):
-    """How a parent uses a child of that name."""
+    """How a parent module uses a child of a given name."""
 
     weight_alone: bool
-    """It uses the weight without calling the child."""
+    """True if the parent has a fast path that uses the child's weight without calling the child."""
     at_times: bool
-    """It may never call the child, though that is a Linear like any other."""
+    """True if the parent may never call the child, an ordinary Linear, and reads its weight instead."""
     besides: bool
-    """Where it is a convolution, it calls it at times, and reads its weight at others."""
+    """True if the parent, where the child is a convolution, sometimes calls it and sometimes reads its weight."""
 
 
 def reading(parent: Any, child: str) -> Reading:
@@ -60,23 +60,23 @@ def _reading(parent: Any, child: str) -> Reading:
 
 
 def reads_weight(parent: nn.Module, child: str) -> bool:
-    """Whether `parent` uses the weight of its child without calling the child."""
+    """True if `parent` has a fast path that uses the weight of its child without calling the child."""
     cls: Any = type(parent)
     return reading(cls, child).weight_alone
 
 
 def only_reads(parent: nn.Module, child: str) -> bool:
-    """Whether `parent` may never call its child, though that is a Linear like any other."""
+    """True if `parent` may never call its child, an ordinary Linear, and reads its weight instead."""
     cls: Any = type(parent)
     return reading(cls, child).at_times
 
 
 def check_called(parent: nn.Module, child: str, module: nn.Module) -> None:
-    """Raise TargetError where `parent` calls the convolution `module` at times, and reads its weight at others."""
+    """Raise TargetError if `parent` sometimes calls the convolution `module`, and sometimes reads its weight."""
     cls: Any = type(parent)
     is_depthwise = isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
     if is_depthwise and reading(cls, child).besides:
         raise TargetError(
-            f"a {type(parent).__name__} reads its weight where it has a kernel or a cache, and calls it elsewhere: "
-            "leave it out with exclude_modules"
+            f"a {type(parent).__name__} reads its weight where it has a kernel or a cache, and calls the layer "
+            "elsewhere: leave it out with exclude_modules"
         )

@@ -1,7 +1,7 @@
-"""What initialisers start from beside the weights: layers' inputs and gradients on some data, and quantization's loss.
+"""Measures what some initialisers need: inputs or gradients of layers on some data, and quantization errors.
 
-`inject(model, config, measured=calibrate(model, config, step, batches))`. A model that was adapted with `start=False`
-is measured alike, since its updates are zero.
+Use it as `inject(model, config, measured=calibrate(model, config, step, batches))`. A model that was adapted with
+`start=False` gives the same measurements, since its updates are zero.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from lightning_lora.engine.targets import select
 from lightning_lora.errors import DataError, TargetError, listed
 
 Step = Callable[[Any], Any]
-"""Runs the model on a batch, and returns the loss where gradients are measured; None for a batch to pass over."""
+"""A function that runs the model on a batch. For gradients it returns the loss, or None to skip the batch."""
 
 
 def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterable[Any]) -> dict[str, dict[str, Tensor]]:
-    """Measure on `batches` what `config.init` asks for of each layer that `config` adapts, by the layer's name.
+    """Measure, on `batches`, the matrices that `config.init` needs for each layer that `config` adapts.
 
-    The mean of x x^T over all that the layer reads (C), or the mean gradient of the loss with respect to its weight
-    (G), in float32 on the layer's device. The model runs in eval mode; its weights, gradients, modes and hooks and
-    torch's random numbers are afterwards as they were. A matrix for each layer is held until it is started: C takes
-    d_in^2 numbers, G as many as the weight. Raises DataError where there is no batch or what was measured is
-    not finite, TargetError for layers that no batch reached, or of which it cannot be measured.
+    Returns layer name -> letter -> matrix: the mean of x x^T over all inputs x of the layer (C), or the mean gradient
+    of the loss with respect to its weight (G), in float32 on the layer's device. The model runs in eval mode. Its
+    weights, gradients, modes and hooks, and torch's random state, are as before afterwards. The matrices stay in memory
+    until the layers are started: C has d_in^2 numbers, G as many as the weight.
+
+    Raises DataError if there is no batch or a matrix is not finite, TargetError for layers that no batch reached or
+    that cannot be measured.
     """
     layers = _layers(model, config)
     wants = INITS[config.init].measures - {"E"}
@@ -47,8 +49,8 @@ def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterabl
     unreached = [name for name in layers if any(name not in by_name for by_name in found.values())]
     if unreached:
         raise TargetError(
-            f"{listed(unreached)} took no part in any batch, so there is nothing that init={config.init!r} could start "
-            "from: leave them out with exclude_modules, or choose another init."
+            f"No batch reached {listed(unreached)}, so init={config.init!r} has no measurements to start them from: "
+            "leave them out with exclude_modules, or choose another init."
         )
     measured = {name: {letter: by_name[name] for letter, by_name in found.items()} for name in layers}
     check_measured(config, layers, measured)
@@ -56,18 +58,18 @@ def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterabl
 
 
 def residuals(model: nn.Module, config: LoRAConfig, weight_of: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What quantization took from each weight that `config` adapts (E): the original less what the base now holds.
+    """The quantization error of each weight that `config` adapts: layer name -> {"E": original - dequantized weight}.
 
-    `weight_of` gives the original weight of the name that it is asked for, `<layer>.weight`. Raises TargetError for a
-    layer that is not quantized, or whose original has another shape.
+    `weight_of("<layer>.weight")` returns the original weight. Raises TargetError for a layer that is not quantized, or
+    whose original weight has another shape.
     """
     layers = _layers(model, config)
     weights = {name: module._parameters.get("weight") for name, module in layers.items()}
     plain = [name for name, W in weights.items() if W is None or is_plain(W)]
     if plain:
         raise TargetError(
-            f"init={config.init!r} makes good what quantization took, and {listed(plain)} is not quantized. With "
-            "bitsandbytes a weight is quantized when it is moved to its device: inject, or start, after that."
+            f"init={config.init!r} starts from the quantization error, and {listed(plain)} is not quantized. "
+            "bitsandbytes quantizes a weight when it moves to its device: call inject, or start_adapters, after that."
         )
     found = {}
     for name, module in layers.items():
@@ -77,7 +79,8 @@ def residuals(model: nn.Module, config: LoRAConfig, weight_of: Callable[[str], T
         original = weight_of(f"{name}.weight").to(Q.device)
         if original.shape != Q.shape:
             raise TargetError(
-                f"{name!r} has a weight of shape {tuple(Q.shape)}, and its original one of {tuple(original.shape)}."
+                f"{name!r} has a weight of shape {tuple(Q.shape)}, and its original weight has the shape "
+                f"{tuple(original.shape)}: give the weights from which this base was quantized."
             )
         geometry: Any = geometry_of(type(module))
         E = original.to(torch.float32) - Q.to(torch.float32)
@@ -95,8 +98,8 @@ def _second_moments(layers: Mapping[str, nn.Module], step: Step, batches: Iterab
     unknown = [name for name, module in layers.items() if not issubclass(_geometry(module), (LinearLoRA, ConvLoRA))]
     if unknown:
         raise TargetError(
-            f"The inputs of {listed(unknown)} cannot be measured, which are read in another way than a linear layer's "
-            "or a convolution's: leave them out with exclude_modules, or choose another init."
+            f"The inputs of {listed(unknown)} cannot be measured: only those of linear layers and convolutions can. "
+            "Leave them out with exclude_modules, or choose another init."
         )
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -118,7 +121,7 @@ def _read(module: Any, x: Tensor) -> Tensor:
     x = x.detach().to(torch.float32)
     if issubclass(_geometry(module), LinearLoRA):
         return x.reshape(-1, x.shape[-1])
-    # A convolution whose kernels each pick one number of what the layer's own kernels cover.
+    # A convolution with one kernel for each number that the layer's kernels cover: it picks that number.
     size = (module.in_channels, *module.kernel_size)
     pick = torch.eye(torch.Size(size).numel(), device=x.device).view(-1, *size)
     padding = module.padding
@@ -134,8 +137,8 @@ def _gradients(layers: Mapping[str, nn.Module], step: Step, batches: Iterable[An
     unknown = [name for name, W in weights.items() if W is None or not is_plain(W)]
     if unknown:
         raise TargetError(
-            f"There is no gradient with respect to the weight of {listed(unknown)}, which is quantized or several: "
-            "leave them out with exclude_modules, or choose another init."
+            f"There is no gradient with respect to the weight of {listed(unknown)}, since it is quantized, or the "
+            "layer has several weights: leave them out with exclude_modules, or choose another init."
         )
     own = [W.requires_grad_() for W in weights.values() if W is not None]
     sums: dict[str, Tensor] = {}
@@ -152,7 +155,7 @@ def _gradients(layers: Mapping[str, nn.Module], step: Step, batches: Iterable[An
                 G = _geometry(module).matrix(module, g).to(torch.float32)
                 sums[name] = G.clone() if name not in sums else sums[name].add_(G)
     if not count:
-        raise DataError("No batch gave a loss, so there is no gradient to start from.")
+        raise DataError("No batch gave a loss, so there is no gradient to start from: let the step return the loss.")
     return {name: G / count for name, G in sums.items()}
 
 
@@ -190,12 +193,12 @@ def _hooked(layers: Mapping[str, nn.Module], hook: Callable[..., None]) -> Itera
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """In eval mode, with no parameter that requires grad; modes and what requires grad are put back."""
+    """The model is in eval mode inside, and no parameter requires grad; both are put back after."""
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     everything = list(model.parameters())
     try:
-        for module, _ in modes:  # not eval(), of which some modules take note
+        for module, _ in modes:  # not eval(), which some modules override
             module.training = False
         for p in trainable:
             p.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The modules of a model that a config may mean, found by their names without making anything of each."""
+"""Finds the modules of a model that a config names; a `Target` is made only for those that are asked for."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class Target(NamedTuple):
     aliases: tuple[str, ...] = ()
     """Further names under which the same module is registered."""
     parameters: tuple[str, ...] = ()
-    """Those of its parameters that are adapted, where it is not what the module computes."""
+    """Names of its parameters that are adapted one by one; empty if its output is adapted."""
     within: str | None = None
-    """The target that it is a companion of."""
+    """The name of the target whose companion it is, if it is one."""
 
     def names_of(self, parameter: str | None = None) -> tuple[str, ...]:
-        """The names by which patterns know it, or one of its parameters; its own comes first."""
+        """The names by which patterns match the module, or one of its parameters; its own name comes first."""
         own = (self.name,) if self.within is None else (self.name, self.within)
         return (name_in(self.name, parameter), *own) if parameter else own
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The modules that can be targets, in the model's order: all but those that are trained whole."""
+    """The modules that can be targets, in the model's order: all except those that are trained whole."""
 
     tree: Tree
     trained_whole: Set[int] = frozenset()
-    """Those, by identity."""
+    """The ids of the modules that are trained whole."""
 
     @cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:
@@ -49,7 +49,7 @@ class Candidates:
 
     @cached_property
     def all(self) -> list[Target]:
-        """As targets: there are far more of them than are adapted, so they are made where they are asked for."""
+        """All candidates as targets. It costs time, since there are far more of them than are adapted."""
         return [self.target(name, module) for name, module in self.modules]
 
     def target(self, name: str, module: nn.Module) -> Target:
@@ -57,7 +57,7 @@ class Candidates:
         return Target(name, module, parent, self.tree.aliases.get(id(module), ()))
 
     def of_classes(self, wanted: Callable[[type[nn.Module]], bool]) -> list[Target]:
-        """Those whose class is `wanted`."""
+        """The candidates whose class is `wanted`, as targets."""
         classes = {cls for cls in self.tree.classes if wanted(cls)}
         named, aliases = self.tree.by_name, self.tree.aliases
         return [
@@ -67,7 +67,7 @@ class Candidates:
         ]
 
     def matching(self, pattern: str, *, is_regex: bool) -> list[int]:
-        """The places, among `modules`, of those that an entry of a config matches under any of their names."""
+        """The indices in `modules` of those that the entry `pattern` matches, under any of their names."""
         if not is_regex:
             return sorted({at for at, name in self._ending_in[last_part(pattern)] if entry_matches(pattern, name)})
         matches = re.compile(pattern).fullmatch
@@ -80,7 +80,7 @@ class Candidates:
 
     @cached_property
     def _ending_in(self) -> Mapping[str, list[tuple[int, str]]]:
-        """All names, each with the place of its module, by what follows the last dot."""
+        """Last part of a name -> the names that end in it, each with its module's index in `modules`."""
         names: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for at, (name, module) in enumerate(self.modules):
             for known in (name, *self.tree.aliases.get(id(module), ())):
@@ -89,12 +89,12 @@ class Candidates:
 
 
 def entry_matches(entry: str, name: str) -> bool:
-    """PEFT's rule for an entry of a list: it is the whole name, or what follows a dot."""
+    """PEFT's rule for an entry of a list: it equals the whole name, or the end of the name after a dot."""
     return name == entry or name.endswith(f".{entry}")
 
 
 def last_part(name: str) -> str:
-    """What the parent of a module calls it."""
+    """The part of a name after the last dot: the parent's name for the module."""
     return name.rpartition(".")[2]
 
 

@@ -1,9 +1,9 @@
-"""Several low-rank updates of one module become one: added, compressed, or voted on.
+"""Combines the pairs that several adapters have for one module into one pair.
 
-Each adapter i changes the weight by dW_i = s_i B_i A_i and enters with a weight w_i, as the task vector w_i dW_i
-(Ilharco et al. 2023, arXiv:2212.04089: adding them is task arithmetic, w = -1 is negation). All methods are functions
-of these products. None adds up the factors by themselves, as PEFT's "linear" does: (B_1 + B_2)(A_1 + A_2) has the terms
-B_1 A_2 and B_2 A_1, which no adapter learned.
+Adapter i changes the weight by dW_i = s_i B_i A_i. It enters with a weight w_i, as the task vector w_i dW_i (Ilharco et
+al. 2023, arXiv:2212.04089: to add them is task arithmetic, w = -1 is negation). All methods work on these products.
+None adds up the factors themselves, as PEFT's "linear" does: (B_1 + B_2)(A_1 + A_2) has the terms B_1 A_2 and B_2 A_1,
+which no adapter learned.
 
     sum         sum w_i dW_i, exact, of rank sum r_i
     svd         the best approximation of that sum of rank r (Eckart and Young 1936); no dW is formed
@@ -11,8 +11,8 @@ B_1 A_2 and B_2 A_1, which no adapter learned.
     dare        drop and rescale, then add (Yu et al. 2024, arXiv:2311.03099), cut to rank r
     dare_ties   drop and rescale, then elect sign and disjoint mean, cut to rank r
 
-An adapter that does not touch the module has no term. To a sum that is a zero; in a disjoint mean it has no vote and
-does not count, as the paper treats each entry that was trimmed.
+An adapter that does not adapt the module has no term: it adds zero to a sum, and is not counted in a disjoint mean, as
+the paper does not count an entry that was trimmed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lightning_lora.engine.low_rank import Spectrum, product_norm, spectrum, spe
 
 @dataclass(frozen=True)
 class Term:
-    """What one adapter changes in a module: weight * scale * B A. Leading dimensions (groups of a convolution) are
-    products of their own."""
+    """The change that one adapter makes to a module's weight: weight * scale * B A. Leading dimensions, the groups of a
+    convolution, have a product each."""
 
     A: Tensor  # (..., r, in)
     B: Tensor  # (..., out, r)
@@ -44,14 +44,14 @@ class Term:
 
 @dataclass(frozen=True)
 class Combined:
-    """The combination as a pair B A, its scale in it."""
+    """The combination as one pair; B A includes the scale."""
 
     A: Tensor  # (..., r, in)
     B: Tensor  # (..., out, r)
     norm: float
     """Frobenius norm of the combination before it was cut to rank r."""
     error: float
-    """Frobenius norm of what was cut off, relative to `norm`: from the singular values left out."""
+    """Frobenius norm of the part that was cut off, relative to `norm`."""
 
 
 def combine(
@@ -64,8 +64,8 @@ def combine(
 ) -> Combined:
     """The combination of `terms`, of one module, by a method of METHODS.
 
-    `rank` is the most that the result has, by default the largest of the terms; "sum" takes none. `density` is the
-    share of each dW that trimming and dropping keep; `generator` (on the CPU) draws what is dropped.
+    `rank` is the highest rank of the result, by default the largest among the terms; "sum" ignores it. `density` is the
+    share of the entries of each dW that "ties" and "dare" keep. `generator` (on the CPU) draws the dropped entries.
     """
     if method == "sum":
         return concatenated(terms)
@@ -75,7 +75,7 @@ def combine(
     return _cut(spectrum(DENSE[method](terms, density, generator)), rank)
 
 
-# On the factors, in float64: they are thin.
+# These work on the factors, in float64, since factors are small.
 
 
 def concatenated(terms: Sequence[Term]) -> Combined:
@@ -91,13 +91,14 @@ def compressed(terms: Sequence[Term], rank: int) -> Combined:
     return _cut(spectrum_of_product(whole.B, whole.A), rank)
 
 
-# On dW itself, one module at a time, in float32 or wider.
+# These work on dW itself, one module at a time, in float32 or wider.
 
 
 def ties(terms: Sequence[Term], density: float, generator: Generator | None = None) -> Tensor:
     """Trim each w_i dW_i, then `disjoint_mean` (arXiv:2306.01708, algorithm 1).
 
-    The paper's lambda is a weight that all terms share. Trimming is by module, not by model.
+    The paper's lambda is a factor in the weights of all terms. Entries are trimmed module by module, not over the
+    whole model.
     """
     return disjoint_mean(torch.stack([trimmed(term.dense(), density) for term in terms]))
 
@@ -117,7 +118,7 @@ DENSE: dict[str, Callable[[Sequence[Term], float, Generator | None], Tensor]] = 
     "dare": dare,
     "dare_ties": dare_ties,
 }
-"""Methods on dW itself, which take a density."""
+"""The methods that work on dW itself and take a density."""
 METHODS = ("sum", "svd", *DENSE)
 
 
@@ -135,8 +136,8 @@ def dropped(matrix: Tensor, density: float, generator: Generator | None = None) 
 
 
 def disjoint_mean(matrices: Tensor) -> Tensor:  # (terms, ...) -> (...)
-    """Of each entry, the mean of those values that have the sign of their sum; zero where the sum is zero
-    (arXiv:2306.01708, algorithm 1)."""
+    """For each entry, the mean over those matrices whose value has the sign of the sum over all matrices; zero where
+    that sum is zero (arXiv:2306.01708, algorithm 1)."""
     agrees = matrices.sign() == matrices.sum(0).sign()
     return torch.where(agrees, matrices, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
 

@@ -1,4 +1,4 @@
-"""What to adapt, and how: one frozen object, passed whole, checked when it is made."""
+"""LoRAConfig says what to adapt, and how: one frozen object, checked when it is made."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ C = TypeVar("C")
 
 
 class _UnknownFieldError(ConfigError, TypeError):
-    """To Python a wrong name is a TypeError, to this package a setting that cannot be."""
+    """An unknown field: a ConfigError, and also a TypeError, as Python raises for an unknown argument."""
 
 
 def _says_names(cls: type[C]) -> type[C]:
-    """`cls`, whose constructor raises ConfigError for a name that is no field, and says which one is meant."""
+    """Make the constructor of `cls` raise ConfigError for an unknown field, and say which field was likely meant."""
     init = cls.__init__
 
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **given: Any) -> None:
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         if args:
-            raise _UnknownFieldError(f"{cls.__name__} takes its fields by name, such as rank=8; {args[0]!r} has none.")
+            raise _UnknownFieldError(
+                f"{cls.__name__} takes its fields by name, such as rank=8; {args[0]!r} was given without a name."
+            )
         for name in given:
             if name not in known:
                 raise _UnknownFieldError(f"{cls.__name__} has no field {name!r}. {unknown_name(name, known)}")
@@ -49,9 +51,20 @@ _ALWAYS_SHOWN = ("rank", "alpha", "target_modules")
 class LoRAConfig:
     """Low-rank adaptation of a model: h = W x + scale * B A x, W frozen (Hu et al. 2021, arXiv:2106.09685).
 
-    Raises ConfigError on construction for a value that cannot be. Names are matched by PEFT's rules: a string is a
-    regular expression that must match a module's whole name; an entry of a list matches a module of that name or one
-    whose name ends in ".entry".
+    Names are matched by PEFT's rules: a string is a regular expression that must match a module's whole name; an entry
+    of a list matches a module of that name or one whose name ends in ".entry".
+
+    Args:
+        rank, alpha, ...: Keywords only. The text under each field says what it means, and its unit.
+
+    Raises:
+        ConfigError: A value is not valid, two fields contradict each other, or there is no such field.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig
+        >>> config = LoRAConfig(rank=8, alpha=16, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4})
+        >>> config.rank_of("layers.0.v_proj"), config.scale_of("layers.0.v_proj")
+        (4, 4.0)
     """
 
     rank: int = 8
@@ -60,55 +73,56 @@ class LoRAConfig:
     """The update is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank))."""
     dropout: float = 0.0
     """Probability with which an element of an adapter's input is zeroed in training; the base's input is untouched.
-    Where a weight is only read (parameters, attention's projections), a feature is zeroed for a whole forward; indices
-    of an embedding cannot be."""
+    Where a weight is read and its layer is not called (parameters, attention's projections), a feature is zeroed for a
+    whole forward. Embeddings have no dropout, since their input is indices."""
     target_modules: str | list[str] = "all-linear"
     """Modules to adapt: "all-linear" (every linear layer but the output head), a list of name endings, or a regular
     expression. May be empty where `target_parameters` are given.
 
     "all-linear" leaves out a part that was frozen before the injection beside a part that trains, such as a teacher or
     the network of a perceptual loss, and the report says so; a frozen backbone under a head is adapted (references.py
-    has the rule). Names and expressions reach every layer."""
+    has the rule). A list or an expression can name any layer."""
     target_parameters: list[str] | None = None
-    """Parameters to adapt wherever their module reads them, such as the experts of a mixture: names or their endings.
-    They come beside `target_modules`."""
+    """Parameters to adapt, in addition to `target_modules`, such as the experts of a mixture: a list of names or name
+    endings. Their module reads P + s B A in place of P."""
     exclude_modules: str | list[str] | None = None
-    """Modules that are not adapted though they are targets: a list of name endings, or a regular expression."""
+    """Modules to leave out though `target_modules` matches them: a list of name endings, or a regular expression."""
     layers_to_transform: int | list[int] | None = None
-    """Indices of the layers in which targets are adapted; the first number in a module's name is its layer. A target
-    that is named by its whole name is adapted in any case."""
+    """Numbers of the layers in which targets are adapted. The first number in a module's name is its layer. A target
+    that is named by its whole name is adapted in any layer."""
     layers_pattern: str | list[str] | None = None
-    """Name of the container before that number, where the first number in the name is not the layer."""
+    """Name of the container of layers ("blocks" in "blocks.3.q_proj"), if the first number in a name is not the layer's
+    number."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks for some modules: name ending (a regular expression) -> rank; the first that matches holds."""
+    """Other ranks for some modules: name ending (a regular expression) -> rank; the first match counts."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Other alphas for some modules, matched as in `rank_pattern`."""
     modules_to_save: list[str] | None = None
     """Modules that are trained whole and saved with the adapter, such as a new head: a list of name endings."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Rows of an embedding that are trained, such as those of new tokens: indices into the model's input embedding, or
-    for each of several its name and indices. A head that shares the embedding's weight has the same rows."""
+    """Rows of an embedding that are trained, such as those of new tokens: a list of indices into the model's input
+    embedding, or a dict from the names of embeddings to such lists. A head that shares the weight has the same rows."""
     bias: Bias = "none"
     """Biases that are trained as well: "none", "all", or "lora_only" (those of adapted layers)."""
     lora_bias: bool = False
-    """B has a bias, which is trained and scaled with it."""
+    """True gives B a bias, which is trained, and scaled as B is."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps large ranks learning (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool = False
     """Train the size of each output's weights apart from their direction (Liu et al. 2024, arXiv:2402.09353)."""
     freeze_a: bool = False
-    """Train B alone; A stays as it starts (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303): less is kept in memory."""
+    """Train B alone; A stays as it starts (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303). That saves memory."""
     rank_dropout: float = 0.0
-    """Probability with which each of an adapter's ranks is left out of a forward in training; the mean stays."""
+    """Probability with which each rank of a pair is left out of a forward in training; the mean update stays."""
     module_dropout: float = 0.0
-    """Probability with which a whole adapter is left out of a forward in training; the mean stays."""
+    """Probability with which a module's whole update is left out of a forward in training; the mean update stays."""
     init: str = "kaiming"
     """How A and B start: a name in `lightning_lora.engine.inits.INITS`, such as "kaiming" (A uniform, as in the
-    reference code, B zero). The adapted model starts equal to its base, but for "loftq", which brings it closer to the
-    one that was quantized."""
+    reference code, B zero). The adapted model starts equal to its base; only with "loftq" it starts closer to the model
+    from before quantization."""
     alora_invocation_tokens: list[int] | None = None
-    """Tokens from whose last occurrence in each row on the adapter acts, and not before: activated LoRA, for causal
-    language models (Greenewald et al. 2025, arXiv:2504.12397). A row without them is the bare base's."""
+    """Activated LoRA, for causal language models (Greenewald et al. 2025, arXiv:2504.12397): ids of a token sequence.
+    In each row the adapter acts from the last occurrence of the sequence on; a row without it uses the bare base."""
     adapter_dtype: AdapterDtype = "float32"
     """Precision of A and B on a half-precision base: "float32" master weights, or "base" for the base's own."""
 
@@ -145,7 +159,9 @@ class LoRAConfig:
         set_(self, "alora_invocation_tokens", _invocation(self.alora_invocation_tokens))
         self._check_combinations()
         if self.layers_to_transform is not None and not self.target_modules:
-            raise ConfigError("layers_to_transform chooses among target_modules, and there are none.")
+            raise ConfigError(
+                "layers_to_transform chooses among target_modules, and there are none. Name some, or leave it out."
+            )
         self._check_ranks()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern has no effect without layers_to_transform. Give both, or neither.")
@@ -181,15 +197,15 @@ class LoRAConfig:
         return _first_match(self.rank_pattern, names, self.rank)
 
     def alpha_of(self, *names: str) -> float:
-        """The alpha for it."""
+        """The alpha for the module or the parameter called `names`."""
         return _first_match(self.alpha_pattern, names, self.alpha)
 
     def scale_of(self, *names: str) -> float:
-        """The factor on its B A x."""
+        """The scale for the module or the parameter called `names`: alpha / rank, or alpha / sqrt(rank)."""
         return scale_of(self.alpha_of(*names), self.rank_of(*names), rank_stabilised=self.use_rslora)
 
     def __repr__(self) -> str:
-        """The fields that most differ by, and those that are not as by default."""
+        """Shows rank, alpha and target_modules, and the fields that differ from their defaults."""
         default = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)}
         shown = [n for n in default if n in _ALWAYS_SHOWN or getattr(self, n) != default[n]]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
@@ -217,26 +233,28 @@ class FurtherFields(TypedDict, total=False):
 
 
 def check_is_config(config: object) -> LoRAConfig:
-    """`config` itself. Raises ConfigError, with the form that is meant, for what is no LoRAConfig."""
+    """Return `config`. Raises ConfigError if it is no LoRAConfig, and says how to write it as one."""
     if isinstance(config, LoRAConfig):
         return config
     default = LoRAConfig().to_dict()
     if (ours := in_our_names(config, default)) is not None:
-        raise ConfigError(f"This is PEFT's LoraConfig. What it says reads here: {ours}")
+        raise ConfigError(f"This is PEFT's LoraConfig. Write it as: {ours}")
     if isinstance(config, Mapping):
-        raise ConfigError(f"config is a LoRAConfig, not a dict of its fields: write LoRAConfig(**{dict(config)!r}).")
-    raise ConfigError(f"config is a LoRAConfig, not a {type(config).__name__}: {config!r}.")
+        raise ConfigError(
+            f"config must be a LoRAConfig, not a dict of its fields: write LoRAConfig(**{dict(config)!r})."
+        )
+    raise ConfigError(f"config must be a LoRAConfig, not a {type(config).__name__}: {config!r}.")
 
 
 def pattern_matches(key: str, name: str) -> bool:
-    """Whether the rank or alpha pattern `key` holds for the module called `name` (PEFT's rule)."""
+    """True if the key `key` of rank_pattern or alpha_pattern matches the module called `name` (PEFT's rule)."""
     end, matches = _pattern_of(key)
     return name.endswith(end) and matches(name) is not None
 
 
-@functools.lru_cache(1 << 13)  # re's own holds 512 and is then emptied: an adapter may have a pattern for each module
+@functools.lru_cache(1 << 13)  # re's own cache holds 512 patterns, and an adapter may have one for each module
 def _pattern_of(key: str) -> tuple[str, Callable[[str], re.Match[str] | None]]:
-    """What a name ends in where it matches, as far as that is plain, and whether it does."""
+    """A plain ending that all matching names have ("" if none is known), for a quick test, and the full match."""
     end = key.rpartition(".")[2] if re.fullmatch(r"[\w.]*", key) else ""
     return end, re.compile(rf"(.*\.)?({key})$").match
 
@@ -259,8 +277,8 @@ def _alpha(name: str, value: object) -> float:
 def _names(name: str, value: Any, *, optional: bool = False, always_regex: bool = False) -> Any:
     """A string as it is (a regular expression that compiles), any collection of strings as a list.
 
-    With `always_regex` the entries of a collection are regular expressions too. Where the field is `optional`, None and
-    what is empty are None.
+    With `always_regex` the entries of a collection are regular expressions too. If the field is `optional`, None and
+    empty values become None.
     """
     if optional and (value is None or value == "" or (isinstance(value, (list, tuple, set)) and not value)):
         return None
@@ -268,7 +286,7 @@ def _names(name: str, value: Any, *, optional: bool = False, always_regex: bool 
         _check_regex(name, value)
         return value
     if isinstance(value, (Mapping, bytes)) or not hasattr(value, "__iter__"):
-        raise ConfigError(f"{name} is a string or a list of strings, not {value!r}.")
+        raise ConfigError(f"{name} must be a string or a list of strings, not {value!r}.")
     # A set has no order of its own: sorted, the same config always reads the same.
     entries = sorted(value, key=str) if isinstance(value, (set, frozenset)) else list(value)
     for entry in entries:
@@ -300,7 +318,7 @@ def _tokens(value: Any) -> Any:
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ConfigError(f"{name} is {value!r}, and {index!r} is no index of a token.")
     if not indices or len(set(indices)) < len(indices):
-        raise ConfigError(f"{name} is {value!r}: each index once, and one at least.")
+        raise ConfigError(f"{name} is {value!r}: give at least one index, and each index once.")
     return indices
 
 

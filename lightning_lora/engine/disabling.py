@@ -1,4 +1,4 @@
-"""The bare base for a while: adapters act as if they were not there, in this thread or task alone."""
+"""Switches the adapters of a model off for a while, in this thread or task alone."""
 
 from __future__ import annotations
 
@@ -21,22 +21,37 @@ from lightning_lora.errors import AdapterStateError, listed
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` computes what it did before `inject`, bit for bit: for the reference pass of DPO, or to compare.
+    """Switch the adapters of `model` off inside a `with` block: for the reference pass of DPO, or to compare.
 
-        with torch.no_grad(), disabled(model):
-            reference = model(batch)
+    Inside, `model` computes what it did before `inject`, bit for bit. Layers run, and weights read, without their
+    adapters; tensors that are trained whole (modules_to_save, biases, token rows) act with their values from before
+    training. No tensor is changed: state dicts, `parameters()` and `save_adapter` still give the trained values. The
+    training mode stays as it is, so the base's own dropout stays on; norms whose statistics `inject` froze stay frozen.
 
-    Layers are called, and weights are read, without their adapters; what is trained whole (modules_to_save, biases,
-    token rows) acts with its values of before. No tensor is changed: state dicts, `parameters()` and `save_adapter`
-    give what was trained. Modes stay as they are, dropout of the base's own among them, and norms whose statistics
-    `inject` froze stay frozen.
+    The block holds for the thread or the task that entered it, and may be nested. If a backward pass outside computes a
+    forward from inside again (activation checkpointing), it runs without adapters again. Compiled code runs inside with
+    graph breaks; with fullgraph=True it raises torch's error.
 
-    It holds for the thread or the task that entered it, and may be nested. What is differentiated here may be computed
-    again in a backward pass outside (activation checkpointing): without adapters, as it was. Code that torch.compile
-    compiled runs with breaks inside, or, with fullgraph=True, raises torch's error.
+    Args:
+        model: The module that `inject` was called on, or a module around it.
 
-    Raises AdapterStateError where `model` has no adapters, is a part of what was adapted, or is merged; and, for a
-    call of `merge`, `merged` or `remove` while some thread is inside.
+    Raises:
+        AdapterStateError: `model` has no adapters, is only a part of the module that was adapted, or is merged.
+            `merge`, `merged` and `remove` raise it while any thread is inside the block.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, disabled, inject
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> x = torch.ones(1, 4)
+        >>> before = model(x)
+        >>> report = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+        >>> with torch.no_grad():
+        ...     _ = model[0].lora_B.fill_(1.0)  # as if it had been trained
+        >>> with torch.no_grad(), disabled(model):
+        ...     reference = model(x)
+        >>> torch.equal(reference, before), torch.equal(model(x), before)
+        (True, False)
     """
     is_compiled = "torch._dynamo" in sys.modules
     with (torch.compiler.disable(_off) if is_compiled else _off)(model):
@@ -84,7 +99,7 @@ def _check(tree: Tree) -> None:
 
 
 def _originals(tree: Tree) -> dict[int, Tensor]:
-    """The values before training of what is trained whole, by the identity of the tensor."""
+    """id(tensor) -> its value before training, for each tensor that is trained whole."""
     found: dict[int, Tensor] = {}
     for name, injection in injections(tree.root, tree):
         for tensor, original in originals_of(submodule(tree.root, name), injection):
@@ -92,7 +107,7 @@ def _originals(tree: Tree) -> dict[int, Tensor]:
                 raise AdapterStateError(
                     f"{listed(injection.trained_whole, 3)} of {type(tree.root).__name__} is trained whole, and is "
                     f"{'on the meta device still' if original.is_meta else 'sharded over processes'}: its values "
-                    "before training cannot act here. Train it unsharded, or keep a copy of the base for this."
+                    "before training cannot be used here. Train it unsharded, or keep a copy of the base for this."
                 )
             found[id(tensor)] = original
     return found

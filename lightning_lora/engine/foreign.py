@@ -1,7 +1,7 @@
-"""LoRAs of other layouts than PEFT's, told by the names of their tensors.
+"""Recognises LoRAs in other layouts than PEFT's by the names of their tensors.
 
-They keep the scale of a layer beside its factors (a tensor `alpha`), in the header of the file, or in a config of
-their own: it has no place under PEFT's names, and a reader that looks for A and B alone would drop it.
+Such files keep the scale of a layer in a tensor beside its factors (`alpha`), in the header of the file, or in a config
+of their own. PEFT's layout has no place for it there, so a reader of A and B alone would lose the scale.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _CONVERT = (
 class _Layout(NamedTuple):
     name: str
     pattern: re.Pattern[str]
-    """What the names of its tensors have."""
+    """Matches the names of its tensors."""
     scale: str
-    """Where it keeps the scale."""
+    """Where it keeps the scale, in words."""
     advice: str = _CONVERT
 
 
@@ -33,7 +33,7 @@ _LAYOUTS = (
     _Layout(
         "LyCORIS's layout",
         re.compile(r"\.(hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|oft_blocks|glora_\w+)$"),
-        "it is no product of one A and one B",
+        "its update is no product of one A and one B",
         "Merge it into its base with the program that it was made for",
     ),
     _Layout(
@@ -68,26 +68,26 @@ _IN_HEADER = ("network_alphas", "lora_adapter_metadata")
 
 
 def other_prefix(given: Iterable[str], wanted: Iterable[str]) -> str | None:
-    """What PEFT's keys `given`, none of which is among those `wanted`, have more or less than these: a sentence. None
-    where they differ in another way."""
+    """A sentence that says what PEFT's keys `given` have more or less than the keys `wanted`, of which they match none.
+    None if they differ in another way."""
     names, there = list(given), set(wanted)
     if not names or not there:
         return None
     inside = sorted(part for part in WRAPPERS if any(part in name.split(".") for name in names))
     if inside and {_without(name, inside) for name in names} <= there:
         what = listed(repr(f"{part}.") for part in inside)
-        return f"They have {what} in them, which is how DDP, FSDP or torch.compile names what it wraps"
+        return f"They have {what} in them, which DDP, FSDP or torch.compile puts into the names of what it wraps"
     stem, ending = names[0].removeprefix(_PEFT), ""
     for name in there:
         short = name.removeprefix(_PEFT)
         if stem.endswith(f".{short}") and {n.replace(stem.removesuffix(short), "", 1) for n in names} <= there:
             ending = stem.removesuffix(short)
-            return f"They have {ending!r} before the names of this model: they are of a model around it"
+            return f"They have {ending!r} before the names of this model: they belong to a model around it"
         if names[0] == short and {_PEFT + n for n in names} <= there:
             return f"They lack PEFT's prefix {_PEFT!r}"
         more = short.removesuffix(stem)
         if short.endswith(f".{stem}") and {n.replace(_PEFT, _PEFT + more, 1) for n in names} <= there:
-            return f"They lack {more!r}, which this model has before its names: they are of a part of it"
+            return f"They lack {more!r}, which this model has before its names: they belong to a part of it"
     return None
 
 
@@ -98,9 +98,9 @@ def _without(name: str, parts: Collection[str]) -> str:
 def foreign_layout_of(
     keys: Iterable[Any], metadata: Mapping[str, Any] = MappingProxyType({}), *, beside: Iterable[Any] = ()
 ) -> str | None:
-    """What tensors called `keys`, in a file with this `metadata`, are, if they are a LoRA of another layout: a clause
-    that says where its scale is and what to do. None where they may be PEFT's, or ours. `beside` are names of tensors
-    that are in their place."""
+    """If tensors called `keys`, in a file with this `metadata`, are a LoRA in another layout: a clause that names the
+    layout, where its scale is and what to do. None if they may be in PEFT's layout or ours. `beside` are names of
+    further tensors, which are as they should be."""
     names = [key for key in keys if isinstance(key, str)]
     theirs = [name for name in names if not name.startswith("base_model.")]  # PEFT's own prefix
     for layout in _LAYOUTS:

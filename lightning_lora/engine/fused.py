@@ -1,16 +1,15 @@
-"""y = W x + b + s B A x as one step of autograd, at little more than the cost of W x alone.
+"""Computes y = W x + b + s B A x as one step of autograd, at little more than the cost of W x alone.
 
-Written with torch's own functions, the update costs four passes over tensors of the output's or the input's size (the
-product with B, its scaling, the sum, and in the backward pass the sum of two gradients of x), and with dropout a mask,
-a copy of x without what is dropped, and as many random numbers as x has elements. Here the products are added in place
-into memory that this step has just made itself; kept for the backward pass are x, which the gradient of A needs, and
-H = A x; and dropout draws the gaps between dropped elements, so that it takes as many random numbers, and keeps as many
-positions, as elements are dropped.
+With torch's own functions, the update takes four passes over tensors of the output's or the input's size: the product
+with B, its scaling, the sum, and in the backward pass the sum of two gradients of x. Dropout adds a mask, a copy of x,
+and as many random numbers as x has elements. This step adds products in place into memory that it has just made. For
+the backward pass it keeps x, which the gradient of A needs, and H = A x. Its dropout draws the gaps between dropped
+elements, so it needs one random number, and keeps one position, for each dropped element.
 
-The formulation with torch's own functions is used wherever something looks into the computation: torch.compile, whose
-code generator fuses it itself and chooses what to keep; torch.func's transforms; forward-mode differentiation; tracing;
-modes that see each operation, such as selective activation checkpointing, which keeps results that must not change
-afterwards; tensor subclasses, whose operations are their own; and layouts other than strides, such as nested tensors.
+The version with torch's own functions is used wherever something looks into the computation: torch.compile, which fuses
+it itself; torch.func's transforms; forward-mode differentiation; tracing; modes that see each operation, such as
+selective activation checkpointing, which keeps results that must not change later; tensor subclasses, which define
+their own operations; and layouts without strides, such as nested tensors.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
     `dropout` is the probability with which an element of x is left out of the update; 0 outside of training. A and B
     are used in x's dtype, or in that of autocast.
     """
-    # Where the dtypes of x and W differ and autocast is not there to choose, torch says so.
+    # If the dtypes of x and W differ and there is no autocast, F.linear raises torch's own error.
     fit = x.dtype == W.dtype or _autocast_dtype(x) is not None
     if W.requires_grad or not fit or not _can_fuse(x, W, A, B, b):
         return add_update(F.linear(x, W, b), x, A, B, scale, dropout)
@@ -45,9 +44,9 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
 
 
 def add_update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-    """base + scale * B A drop(x), for a layer that computes `base` from x in a way of its own.
+    """base + scale * B A drop(x), for a layer that computes `base` from x by its own forward.
 
-    `base` is left as it is: what made it, or a hook that saw it, may need it.
+    `base` is not changed in place: the layer's backward pass, or a hook, may need it.
     """
     if not _can_fuse(x, base, A, B):
         return _plain(x, base, A, B, scale, dropout)
@@ -55,14 +54,14 @@ def add_update(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, drop
 
 
 def update(x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -> Tensor:
-    """B A drop(x) alone, for a layer that does more with it than add it."""
+    """B A drop(x) alone, for a layer that does more than add it (DoRA, for example)."""
     if not _can_fuse(x, A, B):
         return _plain_update(x, A, B, dropout)
     return _fused(x, None, None, None, A, B, 1.0, dropout)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """drop(x) alone, for what multiplies in another way than a Linear does."""
+    """drop(x) alone, for layers that do not multiply as a Linear does (convolutions)."""
     if not p or not x.is_contiguous() or not _can_fuse(x):
         return _plain_dropout(x, p)
     y: Tensor = _Dropout.apply(x, p)
@@ -70,7 +69,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def sees_every_step() -> bool:
-    """Whether something looks into what is computed here (see above), so that nothing may be kept or hidden from it."""
+    """True if something looks into the computation (see the top of this file): then no result may be cached or made in
+    place."""
     return (
         torch.compiler.is_compiling()
         or _traces()
@@ -81,14 +81,14 @@ def sees_every_step() -> bool:
 
 
 def is_symbolic() -> bool:
-    """Whether torch.fx traces what runs here, with proxies in place of tensors."""
+    """True if torch.fx traces the running code, with proxies in place of tensors."""
     tracing = sys.modules.get("torch.fx._symbolic_trace")
     return tracing is not None and tracing.is_fx_symbolic_tracing() and not _modes() and not _exports()
 
 
 def _can_fuse(x: Tensor, base: Tensor | None = None, *own: Tensor | None) -> bool:
-    # Asked at each call, mostly after a large product has emptied the processor's caches: each further function that it
-    # calls is a few microseconds there.
+    # This runs at each call, mostly after a large product has emptied the processor's caches: there, each function that
+    # is called costs a few microseconds.
     if torch.compiler.is_compiling() or _traces() or _under_torch_func() or _modes():
         return False
     for t in (x, base, *own):
@@ -119,14 +119,14 @@ def _plain_update(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
 def _plain_dropout(x: Tensor, p: float) -> Tensor:
     if not p or not x.is_cpu or not torch.compiler.is_compiling() or _exports():
         return F.dropout(x, p) if p else x
-    # For a CPU, torch 2.13 generates code that takes 17 ns for a random number, forward and again backward. Drawn by
-    # positions, as below but with nothing that depends on the numbers, dropout takes a thirtieth of the time. In bytes:
-    # the code that sets bools is slow as well.
+    # For a CPU, torch 2.13 compiles F.dropout to code that takes 17 ns for each random number, forward and again
+    # backward. To draw positions, as `_draw` does, takes a thirtieth of the time. No shape here depends on the numbers
+    # drawn, and the mask is of bytes, since compiled code is slow to set bools.
     size, rare = x.numel(), max(min(p, 1 - p), 1e-12)
-    # At least size * rare and 6 of its standard deviations, in integers, which may be symbols.
+    # At least the mean size * rare plus 6 standard deviations, in integers, since `size` may be a symbol.
     count = size * math.ceil(rare * 17 / 16 * 2**16) // 2**16 + 160
     gaps = torch.rand(count, dtype=torch.float32, device="cpu").neg().log1p() * (1 / math.log1p(-rare))
-    at = ((gaps.long() + 1).cumsum(0) - 1).clamp(max=size)  # those that lie behind the end fall on one more byte
+    at = ((gaps.long() + 1).cumsum(0) - 1).clamp(max=size)  # positions past the end fall on one extra byte
     kept = torch.full((size + 1,), int(p <= 0.5), dtype=torch.uint8, device="cpu").index_fill(0, at, int(p > 0.5))
     return x * kept[:size].view(x.shape) * (1 / (1 - p))
 
@@ -156,7 +156,7 @@ def _forward(
     p: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The output with what W or `base` gives, or with nothing besides; A x; and what of x was dropped."""
+    """The output (the update, added to W x + b or to `base` if given); H = A x; and the dropped elements of x."""
     x = _in(dtype, x)
     X, dropped = _matrix(x), None
     if p:
@@ -176,14 +176,13 @@ def _forward(
 
 
 class _Linear(torch.autograd.Function):
-    """The output and H. Inside, all is in matrices: X (n, in), Y and G (n, out), H (rank, n).
+    """Returns the output and H. Inside, tensors are matrices: X (n, in), Y and G (n, out), H (rank, n).
 
-    The gradient of B is computed as its transpose: a CPU multiplies narrow matrices up to eight times as fast that way
-    round. H is an output so that the gradient of a gradient finds its way through it without x, which is not kept where
-    A is frozen.
+    The gradient of B is computed transposed: a CPU multiplies narrow matrices up to eight times as fast that way. H is
+    an output so that second derivatives can pass through it: x is not kept where A is frozen.
 
-    Small layers take as long as this Python does, so it asks before it calls: a `to` or a `view` that changes nothing
-    costs a third of a small product.
+    In small layers this Python code takes as long as the products. So it tests first: a `to` or a `view` that changes
+    nothing costs a third of a small product.
     """
 
     @staticmethod
@@ -212,13 +211,13 @@ class _Linear(torch.autograd.Function):
             return (None,) * 9
         if _autocast_dtype(some) is None:
             return _gradients(ctx, g, grad_H)
-        # The dtypes are chosen already; autocast would choose again, by what holds in the backward pass.
+        # The forward has chosen the dtypes; autocast would choose anew, by the settings of the backward pass.
         with torch.autocast(some.device.type, enabled=False):
             return _gradients(ctx, g, grad_H)
 
 
 def _gradients(ctx: Any, g: Tensor | None, grad_H: Tensor | None) -> tuple[Tensor | None, ...]:
-    # Each step has a gradient itself where autograd asks for it (create_graph), those in place too.
+    # With create_graph, autograd differentiates each step here once more, the in-place ones too.
     x, W, A, B, H, dropped = ctx.saved_tensors
     needs_x, needs_base, _, needs_b, needs_A, needs_B, *_ = ctx.needs_input_grad
     x_dtype, A_dtype, B_dtype, base_dtype, b_dtype = ctx.dtypes
@@ -234,7 +233,7 @@ def _gradients(ctx: Any, g: Tensor | None, grad_H: Tensor | None) -> tuple[Tenso
         if G is None:
             scale = 1.0
         else:
-            # The scale waits for products that are wider, or that can take it along.
+            # The scale is applied later, where it costs less: as a factor of the product with A, and on grad_A.
             from_y = _narrow_product(_in(dtype, B).t(), G)
             grad_H, scale = (from_y, scale) if grad_H is None else (grad_H + scale * from_y, 1.0)
         assert grad_H is not None
@@ -242,7 +241,7 @@ def _gradients(ctx: Any, g: Tensor | None, grad_H: Tensor | None) -> tuple[Tenso
             through_W = None if G is None or W is None else torch.mm(G, _in(dtype, W))
             grad_X = _add_through_A(through_W, grad_H, _in(dtype, A), scale, dropped)
             grad_x = _in(x_dtype, grad_X if len(ctx.shape) == 2 else grad_X.view(ctx.shape))
-        # Last, since x, kept since the forward pass, takes the place in the cache that G and its product had.
+        # Last, since x, kept since the forward pass, pushes G and its products out of the processor's cache.
         if needs_A:
             grad_A = _in(A_dtype, torch.mm(grad_H, _without(_in(dtype, _matrix(x)), dropped))).mul_(scale)
     return grad_x, grad_base, None, grad_b, grad_A, grad_B, None, None, None
@@ -263,14 +262,14 @@ class _Dropout(torch.autograd.Function):
 
 
 def _add_through_A(grad: Tensor | None, grad_H: Tensor, A: Tensor, scale: float, dropped: Tensor | None) -> Tensor:
-    """grad + scale * grad_H^T A, in the memory of `grad`; the sum is left as it was where x was dropped."""
+    """grad + scale * grad_H^T A, in the memory of `grad`; elements where x was dropped stay as in `grad`."""
     if grad is None:
         return _without(grad_H.T @ A, dropped) * scale
     if dropped is None:
         return _add_product(grad, grad_H, A, scale)
     if dropped.dtype == torch.bool:
         return grad.add_(_without(grad_H.T @ A, dropped), alpha=scale)
-    # Positions are few: what lies there is set aside while the rest is added in place.
+    # The dropped positions are few: save their values, add everywhere in place, and put the values back.
     at = dropped.long()
     aside = grad.view(-1).index_select(0, at)
     _add_product(grad, grad_H, A, scale)
@@ -279,7 +278,7 @@ def _add_through_A(grad: Tensor | None, grad_H: Tensor, A: Tensor, scale: float,
 
 
 def _narrow_product(M: Tensor, X: Tensor) -> Tensor:
-    """M X^T, (rank, n), laid out with the rank first, which is up to three times as fast, or last where that is."""
+    """M X^T, (rank, n). In memory the rank comes first or last, whichever is faster (by up to three times)."""
     if not X.is_cpu or (X.dtype == torch.bfloat16 and (M.shape[0] >= 16 or has_tiles())):
         return torch.mm(X, M.t()).t()
     return torch.mm(M, X.t())
@@ -287,23 +286,22 @@ def _narrow_product(M: Tensor, X: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def has_tiles() -> bool:
-    """Whether this processor multiplies bfloat16 in tiles (AMX).
+    """True if this processor multiplies bfloat16 in tiles (AMX).
 
-    Tiles are filled with rows of X: at rank 8 the rank last takes 25 us on a Xeon with AMX, and first 47 (480 x 640).
-    Without them it is up to 1.6 times as long as first, until there are sixteen ranks.
+    Tiles are filled with rows of X. At rank 8 (480 x 640) on a Xeon with AMX, the layout with the rank last takes
+    25 us, with the rank first 47 us. Without tiles, the rank last takes up to 1.6 times as long below sixteen ranks.
     """
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has it not
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 does not have it
     return bool(capabilities.get("amx_bf16", False))
 
 
 def _add_product(Y: Tensor, H: Tensor, M: Tensor, scale: float) -> Tensor:
-    """Y + scale * H^T M, in Y's memory, for a Y that is contiguous."""
+    """Y + scale * H^T M, in Y's memory; Y is contiguous."""
     rank, n = H.shape
     width = Y.shape[1]
     if rank < 16 and width % 1024 == 0 and Y.is_cpu:
-        # Rows that lie a multiple of 4 KiB apart fall on the same few places of a processor's first cache, and narrow
-        # products take up to three times as long there: in float32 not where eight rows are done at a time, in
-        # bfloat16 not where there are sixteen ranks.
+        # Rows that lie a multiple of 4 KiB apart compete for the same few lines of the first cache, and narrow products
+        # take up to three times as long. This is avoided in float32 by eight rows at a time, in bfloat16 by 16 ranks.
         if Y.dtype == torch.float32 and rank <= 12 and n % 8 == 0:
             rows = H.t().reshape(n // 8, 8, rank)
             Y.view(n // 8, 8, width).baddbmm_(rows, M.expand(n // 8, rank, width), alpha=scale)
@@ -313,29 +311,29 @@ def _add_product(Y: Tensor, H: Tensor, M: Tensor, scale: float) -> Tensor:
     return Y.addmm_(H.t(), M, alpha=scale)
 
 
-# Dropout. What is dropped are the positions of elements in X, or a mask where that is smaller.
+# Dropout. The dropped elements of X are given by their positions, or by a mask if that is smaller.
 
 
 def _draw(X: Tensor, p: float) -> Tensor:
-    """Which elements of X are dropped, each with probability p, by the generator of X's device."""
-    # On a GPU how many positions there are is known only when they are drawn, and it should not wait for the answer; a
-    # small X has its mask before the positions' dozen calls are made.
+    """Draw the elements of X to drop, each with probability p, with the generator of X's device."""
+    # On a GPU the number of positions is known only after a wait for the device. For a small X a mask is quicker than
+    # the dozen calls that draw positions.
     size = X.numel()
     if size <= _FEW or not X.is_cpu:
         return torch.empty(X.shape, dtype=torch.bool, device=X.device).bernoulli_(p)
     at = _rare_positions(size, min(p, 1 - p))
-    if 4 * p <= 1:  # four bytes each, against one for each element
+    if 4 * p <= 1:  # a position takes four bytes, a mask one byte for each element
         return at.to(torch.int32) if size < 2**31 else at
     mask = torch.full((size,), p > 0.5, dtype=torch.bool, device="cpu")
     return mask.index_fill_(0, at, p <= 0.5).view(X.shape)
 
 
 _FEW = 4096
-"""Up to how many elements of X a mask is drawn sooner than positions."""
+"""Up to this many elements of X, a mask is drawn faster than positions."""
 
 
 def _rare_positions(size: int, p: float) -> Tensor:
-    """Positions in range(size), in order, each there with probability p on its own: gaps between them are geometric."""
+    """Draw positions in range(size), in order, each independently with probability p: their gaps are geometric."""
     mean = size * p
     count = max(0, int(mean + _DEVIATIONS * math.sqrt(mean))) + 16
     gaps = torch.rand(count, dtype=torch.float32, device="cpu").neg_().log1p_().mul_(1 / math.log1p(-max(p, 1e-12)))
@@ -349,11 +347,11 @@ def _rare_positions(size: int, p: float) -> Tensor:
 
 
 _DEVIATIONS = 6.0
-"""How many standard deviations more gaps are drawn at once than are expected."""
+"""Gaps are drawn at once for the mean number of positions plus this many standard deviations."""
 
 
 def _without(X: Tensor, dropped: Tensor | None) -> Tensor:
-    """X with zeros where it was dropped, in memory of its own; X itself if nothing was."""
+    """X with zeros at the dropped elements, in new memory; X itself if nothing was dropped."""
     if dropped is None:
         return X
     if dropped.dtype == torch.bool:
@@ -362,8 +360,8 @@ def _without(X: Tensor, dropped: Tensor | None) -> Tensor:
 
 
 def _no_view(y: Tensor) -> Tensor:
-    """y in the same memory, but no view: what comes next may change it in place (nn.ReLU(inplace=True)), which autograd
-    refuses for a view that a function returns."""
+    """y in the same memory, but not as a view: the next layer may change it in place (nn.ReLU(inplace=True)), which
+    autograd refuses for a view that a function returns."""
     if not y._is_view():
         return y
     return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.size(), y.stride())
@@ -378,7 +376,7 @@ def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast narrows x to in a product, if it does."""
+    """The dtype to which autocast casts x in a product; None if it does not."""
     kind = "cpu" if x.is_cpu else x.device.type
     if not (x.is_cpu or torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
         return None

@@ -1,4 +1,4 @@
-"""How a fresh adapter starts: a table of functions.
+"""Initialisers: a table of functions that make A and B for a new adapter.
 
 To add one is to write one function here, or anywhere, under `@init`; its name is then a choice for LoRAConfig's `init`:
 
@@ -12,19 +12,18 @@ A function asks for what it needs by the names of its parameters:
     W                           that matrix, in float32
     C                           the second moment of the layer's inputs, mean of x x^T, (d_in, d_in)
     G                           the mean gradient of the loss with respect to W, (d_out, d_in)
-    E                           what quantization took from W: the original less what is there, (d_out, d_in)
+    E                           the quantization error of W: the original weight less the dequantized, (d_out, d_in)
 
-C and G are measured on the run's own data, E on the weights that the base was made from (see `calibration`). All is in
-float32 on the layer's device; what is drawn is drawn there. What a function returns, its annotation says:
+C and G are measured on the run's own data, E on the weights from which the base was quantized (see calibration.py).
+Tensors are in float32, and made and drawn on the layer's device. The annotation of a function says what it returns:
 
-    Tensor                      A; B is zero (in an embedding it is A that is zero, and B drawn, as in PEFT)
-    Factors                     A and B. The adapter keeps them frozen beside the pair that it trains, and leaves them
-                                out of its update, s (B A - B0 A0) x: the adapted model starts equal to its base bit for
-                                bit, and the base never changes
-    Whole                       A and B, of which the update leaves out nothing: B A is zero, or it is meant
+    Tensor                      A; B is zero (in an embedding A is zero and B is drawn, as in PEFT)
+    Factors                     A and B. The adapter keeps frozen copies A0 and B0, and its update is
+                                s (B A - B0 A0) x: so the adapted model starts equal to its base bit for bit, and the
+                                base never changes
+    Whole                       A and B whose product counts from the start: B A is zero, or meant to change the model
 
-Where W has fewer ranks to give than were asked for, a function returns the factors of those, and the others start as
-Kaiming's do.
+A function may return fewer ranks than were asked for, since W may have no more; the others then start as Kaiming's.
 """
 
 from __future__ import annotations
@@ -42,20 +41,21 @@ from torch import Tensor
 from lightning_lora.errors import ConfigError, listed
 
 MEASURED = frozenset("CGE")
-"""What is no property of the model: it is measured before the adapters are made."""
+"""The parameters that are measured before the adapters are made."""
 KNOWN = frozenset(("rank", "scale", "d_in", "d_out", "W")) | MEASURED
+"""All parameters that a function may ask for."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A (rank, d_in) and B (d_out, rank), whose product is left out of the update."""
+    """A (rank, d_in) and B (d_out, rank) with which a pair starts. The update leaves out their product B0 A0."""
 
     A: Tensor
     B: Tensor
 
 
 class Whole(Factors):
-    """A and B whose product is part of the update from the start."""
+    """Factors whose product is part of the update from the start: nothing is left out."""
 
 
 Function = Callable[..., Tensor | Factors]
@@ -63,26 +63,27 @@ Function = Callable[..., Tensor | Factors]
 
 @dataclass(frozen=True)
 class Init:
-    """An initialiser, and what it asks for."""
+    """A registered initialiser."""
 
     function: Function
     wants: frozenset[str]
+    """The names of the parameters that it asks for."""
     rank_multiple: int = 1
-    """Ranks are multiples of it."""
+    """The rank must be a multiple of this."""
 
     @property
     def measures(self) -> frozenset[str]:
-        """What it needs that is measured."""
+        """The parameters it asks for that are measured: some of C, G and E."""
         return self.wants & MEASURED
 
     @property
     def computes(self) -> bool:
-        """Whether it does more than draw: then there is time to save where tensors are loaded right after."""
+        """True if it computes from W or from measurements, which takes time; False if it only draws."""
         return bool(self.wants & (MEASURED | {"W"}))
 
     @functools.cached_property
     def gives(self) -> str:
-        """What it returns: "Tensor", "Factors" or "Whole"."""
+        """The type that it returns: "Tensor", "Factors" or "Whole"."""
         annotation = inspect.signature(self.function).return_annotation
         name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
         return name.rpartition(".")[2]
@@ -92,14 +93,14 @@ INITS: dict[str, Init] = {}
 
 
 def init(function: Function | None = None, *, rank_multiple: int = 1, replace: bool = False) -> Any:
-    """Register a function under its own name, as a choice for LoRAConfig's `init`; ranks are multiples of
+    """Register a function under its own name, as a choice for LoRAConfig's `init`. The rank must then be a multiple of
     `rank_multiple`.
 
-    A name that another module has registered is taken, such as those below, unless `replace` says that the new
-    function is meant in its place. A module, or a notebook, may register a name of its own again.
+    A name that another module has registered, such as those below, is taken; `replace=True` puts the new function in
+    its place. A module, or a notebook, may register its own name again.
 
-    Raises ConfigError where the name is taken, a parameter is none of those above, or the annotation does not say what
-    is returned.
+    Raises ConfigError if the name is taken, if a parameter is none of those listed at the top of this file, or if the
+    annotation of the result is missing.
     """
     if function is None:
         return functools.partial(init, rank_multiple=rank_multiple, replace=replace)
@@ -108,30 +109,31 @@ def init(function: Function | None = None, *, rank_multiple: int = 1, replace: b
     if there is not None and is_taken and there.function.__module__ != function.__module__ and not replace:
         raise ConfigError(
             f"There is an initialiser {function.__name__!r} already, of {there.function.__module__}. Give yours "
-            "another name, or put it in that one's place for every adapter to come: @init(replace=True)."
+            "another name, or replace the other one for all adapters from now on: @init(replace=True)."
         )
     made = Init(function, frozenset(inspect.signature(function).parameters), rank_multiple)
     unknown = sorted(made.wants - KNOWN)
     if unknown:
         raise ConfigError(
-            f"The initialiser {function.__name__!r} asks for {listed(unknown)}. There is: {listed(sorted(KNOWN), 99)}."
+            f"The initialiser {function.__name__!r} asks for {listed(unknown)}. It may ask for: "
+            f"{listed(sorted(KNOWN), 99)}."
         )
     if made.gives not in ("Tensor", "Factors", "Whole"):
         raise ConfigError(
-            f"The initialiser {function.__name__!r} has to say what it returns: -> Tensor (A alone), -> Factors, or "
-            "-> Whole."
+            f"The initialiser {function.__name__!r} needs an annotation of what it returns: -> Tensor (A alone), "
+            "-> Factors, or -> Whole."
         )
     INITS[function.__name__] = made
     return function
 
 
-# Drawn.
+# These draw A.
 
 
 @init
 def kaiming(rank: int, d_in: int) -> Tensor:
     """Uniform in +-1 / sqrt(d_in), the reference implementation's start (github.com/microsoft/LoRA)."""
-    bound = 1 / math.sqrt(max(d_in, 1))  # a layer may read nothing
+    bound = 1 / math.sqrt(max(d_in, 1))  # a layer may have no inputs
     return torch.empty(rank, d_in).uniform_(-bound, bound)
 
 
@@ -143,9 +145,9 @@ def gaussian(rank: int, d_in: int) -> Tensor:
 
 @init(rank_multiple=2)
 def orthogonal(rank: int, d_in: int, d_out: int) -> Whole:
-    """B A = 0 with neither of them zero, so both learn from the first step on, as PEFT's "orthogonal" does.
+    """B A = 0 though neither A nor B is zero, so both learn from the first step on (PEFT's "orthogonal").
 
-    Of an orthogonal Q, the columns of A are combinations of one half of its rows, and the rows of B of the other half.
+    Q is orthogonal. The columns of A are combinations of one half of Q's rows, the rows of B of the other half.
     """
     Q, _ = torch.linalg.qr(torch.randn(rank, rank))
     A = (torch.randn(d_in, rank // 2) @ Q[0::2]).T / 10
@@ -153,7 +155,7 @@ def orthogonal(rank: int, d_in: int, d_out: int) -> Whole:
     return Whole(A, B)
 
 
-# Computed from the weight.
+# These compute A and B from the weight.
 
 
 @init
@@ -165,7 +167,7 @@ def pissa(W: Tensor, rank: int, scale: float) -> Factors:
 
 @init
 def pissa_fast(W: Tensor, rank: int, scale: float) -> Factors:
-    """The same by a randomised SVD of four power iterations (arXiv:2404.02948, section 3; Halko et al. 2011)."""
+    """`pissa` by a randomised SVD of four power iterations (arXiv:2404.02948, section 3; Halko et al. 2011)."""
     U, S, V = torch.svd_lowrank(W, q=min(rank + 8, *W.shape), niter=4)
     return _shared(U, S, V.T, rank, scale)
 
@@ -179,12 +181,12 @@ def olora(W: Tensor, rank: int) -> Factors:
 
 
 def _shared(U: Tensor, S: Tensor, Vh: Tensor, rank: int, scale: float) -> Factors:
-    """The first `rank` singular directions, whose values A and B share evenly, with the scale taken out."""
+    """A and B with scale * B A = U S V^T cut to `rank`: each has the root of S / scale, so they start at one size."""
     root = (S[:rank] / scale).sqrt()
     return Factors(A=root[:, None] * Vh[:rank], B=U[:, :rank] * root)
 
 
-# Measured on data.
+# These start from measurements on data.
 
 
 @init
@@ -205,14 +207,15 @@ def corda(W: Tensor, C: Tensor, rank: int, scale: float) -> Factors:
 
 @init
 def corda_preserving(W: Tensor, C: Tensor, rank: int, scale: float) -> Factors:
-    """The same with the last r, which the data use least (arXiv:2406.05223, section 3, "knowledge-preserved"): to
-    learn something else, and keep what the data ask for."""
+    """`corda` with the last r directions, which the data use least (arXiv:2406.05223, section 3,
+    "knowledge-preserved"): to learn something else, and keep what the model knows of the data."""
     U, S, Vh = _oriented(W, C)
     return _shared(U.flip(1), S.flip(0), Vh.flip(0), rank, scale)
 
 
 def _oriented(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and V^T C^-1 for W C = U S V^T. C gets so much more on its diagonal that its inverse is one."""
+    """U, S and V^T C^-1 for W C = U S V^T. C is damped first: 0.01 of its diagonal's mean is added to the diagonal, and
+    doubled until the inverse is right to 0.05 (as in PEFT's CorDA)."""
     identity = torch.eye(C.shape[0])
     more = 0.01 * C.diagonal().mean().clamp(min=torch.finfo(C.dtype).tiny)
     while True:
@@ -229,8 +232,8 @@ def _oriented(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def lora_ga(G: Tensor, rank: int) -> Factors:
     """The first step changes B A along the best approximation of rank 2r of the gradient of W, as full fine-tuning
     would: from G = U S V^T, A takes the first r of V, and B the next r of U (Wang et al. 2024, arXiv:2407.05000,
-    section 3). Both are larger by d_out^(1/4) / gamma^(1/2), with a gamma of 16, so that the output keeps its size as
-    the layer grows wider (ibid., on the stability of scale)."""
+    section 3). Both are multiplied by d_out^(1/4) / gamma^(1/2), with a gamma of 16, so that the size of the output
+    does not depend on the width of the layer (ibid., on the stability of scale)."""
     U, _, V = torch.svd_lowrank(G, q=min(4 * rank, *G.shape), niter=4)
     half = min(rank, U.shape[1] // 2)
     size = G.shape[0] ** 0.25 / math.sqrt(_GAMMA)
@@ -240,13 +243,13 @@ def lora_ga(G: Tensor, rank: int) -> Factors:
 _GAMMA = 16.0
 
 
-# Measured on what a quantized base was made from.
+# This one starts from the weights that a quantized base was made from.
 
 
 @init
 def loftq(E: Tensor, rank: int, scale: float) -> Whole:
-    """s B A is the best approximation of what quantization took away, so that the adapted model starts close to the one
-    that was quantized (Li et al. 2023, arXiv:2310.08659, algorithm 1, with one step: the base stays as it is)."""
+    """s B A is the best approximation of the quantization error, so that the adapted model starts close to the model
+    from before quantization (Li et al. 2023, arXiv:2310.08659, algorithm 1, with one step: the base stays as it is)."""
     U, S, Vh = torch.linalg.svd(E, full_matrices=False)
     found = _shared(U, S, Vh, rank, scale)
     return Whole(found.A, found.B)

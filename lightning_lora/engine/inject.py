@@ -1,7 +1,7 @@
-"""Put adapters into a model, and take them out again.
+"""Puts adapters into a model, and takes them out again.
 
-`inject` checks everything first and changes the model after, so a call that raises leaves it as it was. What it needs
-to undo itself, and which parameters it left trainable, it keeps in an `Injection` on the module it was given.
+`inject` checks everything first and changes the model after, so a call that raises leaves the model as it was. It
+leaves an `Injection` on the module it was given: the record from which `remove` undoes the injection.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ from lightning_lora.errors import AdapterStateError, TargetError, listed
 
 @dataclass
 class Injection:
-    """What `inject` left on the module it was given. Names are relative to that module, and know of no wrappers."""
+    """The record that `inject` leaves on the module it was given. Names are relative to it, and without wrappers."""
 
     config: LoRAConfig
     was_trainable: frozenset[str]
-    """Parameters that required grad before."""
+    """Names of the parameters that required grad before."""
     originals: dict[str, Tensor] = field(default_factory=dict)
-    """Values before training of the parameters and buffers that are trained whole: `remove` puts them back."""
+    """Name -> value before training, of the parameters and buffers that are trained whole: `remove` puts it back."""
     head: str | None = None
+    """The layer that "all-linear" took for the output head and left out."""
     frozen_norms: tuple[str, ...] = ()
-    """Norms whose running statistics were frozen."""
+    """Names of the norms whose running statistics were frozen."""
     kept_in_place: tuple[str, ...] = ()
-    """Quantized layers without an adapter that were kept from rearranging their weights, and pass gradients."""
+    """Names of quantized layers without an adapter that may not rearrange their weight (`keep_in_place`)."""
     awaits_start: bool = False
-    """Whether A and B are zero still: neither started nor loaded."""
+    """True while A and B are neither started nor loaded."""
     adapted: dict[str, nn.Module] = field(default_factory=dict, repr=False)
-    """The adapted modules by their names without wrappers, for `check_as_injected`; not the module itself that the
-    record lies on."""
+    """Name -> adapted module, for `check_as_injected`; without the module that holds this record."""
     tables: set[str] = field(default_factory=set)
-    """Those of `originals` that are not trained but came with the adapter (tables.py)."""
+    """Names in `originals` that are not trained but came with the adapter (tables.py)."""
     report: InjectionReport | None = field(default=None, repr=False)
-    """What `inject` returned."""
+    """The report that `inject` returned."""
 
     @property
     def trained_whole(self) -> list[str]:
-        """Names of the parameters and buffers that are trained, or came, and are saved, beside A and B."""
+        """Names of the parameters and buffers that are saved beside A and B: trained whole, or loaded with them."""
         return list(self.originals)
 
 
@@ -82,19 +82,44 @@ def inject(
     measured: Measured | None = None,
     start: bool = True,
 ) -> InjectionReport:
-    """Adapt `model` in place, and freeze all but the adapters (and what the config trains besides).
+    """Adapt `model` in place, and freeze everything but the adapter.
 
-    The outputs of the model do not change, since the update starts at zero. Raises TargetError where a pattern matches
-    nothing or a module cannot be adapted, AdapterStateError where the model has adapters already; the model is then as
-    it was. Returns a report, whose text is a table.
+    The outputs of the model do not change, since every update starts at zero (but for init="loftq"). After the call
+    only A and B train, and what the config names besides: modules_to_save, biases, token rows. A call that raises
+    leaves the model as it was.
 
-    `measured` is what an initialiser that starts from data asks for (see `calibration`). With `start=False` the
-    adapters stay zero: for tensors that are loaded right after, or for `start_adapters`. So do those of a model on the
-    meta device: materialise it (`to_empty`, or `load_state_dict(..., assign=True)`), load its weights, and then start
-    them.
+    Args:
+        model: Any nn.Module. It is changed in place.
+        config: What to adapt, and how. None stands for LoRAConfig().
+        measured: For an init that starts from measurements ("eva", "corda", "lora_ga", "loftq"): layer name -> letter
+            -> matrix in float32, as `calibrate` and `residuals` in lightning_lora.engine.calibration return it.
+        start: False leaves A and B at zero, for tensors that are loaded right after, or for `start_adapters`. A model
+            on the meta device is always left so: materialise it (`to_empty`, or `load_state_dict(..., assign=True)`),
+            load its weights, and call `start_adapters`.
+
+    Returns:
+        A report of the adapted modules, and of the numbers of trained and frozen elements. Its text is a table.
+
+    Raises:
+        ConfigError: `config` is no LoRAConfig, or `measured` lacks a matrix that the init needs.
+        TargetError: An entry of the config matches nothing, or a module that it names cannot be adapted.
+        AdapterStateError: The model has adapters already, of this library or of another, or is sharded.
+        DataError: A matrix in `measured` is not finite, or gives a start that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, inject
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> print(inject(model, LoRAConfig(rank=2, alpha=4, target_modules=["0"])))
+        module  kind    weight  rank  scale  parameters
+        ------  ------  ------  ----  -----  ----------
+        0       Linear  3x4        2      2          14
+        1 module adapted; 14 parameters trained (37.84 %), 23 frozen
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.lora_A', '0.lora_B']
     """
     tree = Tree.of(model)
-    model = tree.root  # the record is left on the module itself, whatever is around it
+    model = tree.root  # the record is left on the module inside all wrappers
     config = with_plain_names(LoRAConfig() if config is None else check_is_config(config), tree)
     _check_unadapted(model, tree)
     selection = select(model, config, tree)
@@ -108,7 +133,7 @@ def inject(
     whole = tensors_trained_whole(model, config, selection)
     _check_shared(model, config, selection, whole, vocabularies)
     wasteful = [target.names_of(name)[0] for target, kind in plan if kind.wasteful for name in kind.wasteful]
-    if wasteful:  # said before anything is changed, since a warning can be made an error
+    if wasteful:  # warn before anything is changed, since a user may turn warnings into errors
         warnings.warn(
             f"A rank above a layer's smaller side is legal but wasteful, since B A cannot have a higher one: "
             f"{listed(wasteful)}. Lower rank, or set rank_pattern.",
@@ -187,10 +212,27 @@ def inject(
 
 
 def remove(model: nn.Module) -> None:
-    """Take the adapters out of `model`: the base as it was before `inject`, bit for bit, trainable as it was.
+    """Take the adapters out of `model`. The base is then as before `inject`, bit for bit, and trainable as before.
 
-    Raises AdapterStateError where `inject` was not called on this very module, or where the model was changed since in
-    a way that cannot be undone; nothing is changed then.
+    A call that raises changes nothing.
+
+    Args:
+        model: The module that `inject` was called on, or a wrapper around it (DDP, torch.compile).
+
+    Raises:
+        AdapterStateError: `inject` was not called on this module, or the model was changed since in a way that cannot
+            be undone, or it is merged, sharded, or inside `with disabled(model)`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, inject, remove
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> report = inject(model, LoRAConfig(target_modules=["0"], rank=2))
+        >>> sorted(model.state_dict())
+        ['0.bias', '0.lora_A', '0.lora_B', '0.weight']
+        >>> remove(model)
+        >>> sorted(model.state_dict())
+        ['0.bias', '0.weight']
     """
     tree = Tree.of(model)
     model = tree.root
@@ -199,7 +241,8 @@ def remove(model: nn.Module) -> None:
     adapted: Any = [module for _, module in tree.of_classes(is_adapter)]
     if are_merged(model, tree):
         raise AdapterStateError(f"{type(model).__name__} is merged: leave `with merged(model)` first.")
-    # Innermost first: what an inner `inject` found was already frozen by the outer one.
+    # Innermost first: an inner `inject` found parameters that the outer one had frozen. The outer record, which is
+    # released last, has their original state.
     records = [(m, m.__dict__[RECORD]) for _, m in tree.modules if RECORD in m.__dict__][::-1]
     restored = [originals_of(owner, injection) for owner, injection in records]
     for module in adapted:
@@ -212,7 +255,7 @@ def remove(model: nn.Module) -> None:
 
 
 def originals_of(model: nn.Module, injection: Injection) -> list[tuple[Tensor, Tensor]]:
-    """The tensors that are trained whole, each with its value before."""
+    """The tensors that are trained whole, each with its value before training."""
     if not injection.originals:
         return []
     tensors, originals = dict(Tree.of(model).tensors), injection.originals
@@ -221,14 +264,14 @@ def originals_of(model: nn.Module, injection: Injection) -> list[tuple[Tensor, T
     ]
     if changed:
         raise AdapterStateError(
-            f"{listed(changed)} of {type(model).__name__} was replaced after inject, so its old value has no place to "
-            "go back to. Call remove before you change the model's modules."
+            f"{listed(changed)} of {type(model).__name__} was replaced after inject, so its old value cannot be put "
+            "back. Call remove before you change the model's modules."
         )
     return [(tensors[name], original) for name, original in originals.items()]
 
 
 def release(model: nn.Module, injection: Injection) -> None:
-    """Undo the freezing of `inject`, once the adapters are gone."""
+    """Undo what `inject` did besides the adapters: freezing, hooks, frozen norms, the record."""
     if injection.config.alora_invocation_tokens:
         stop_listening(model)
     unlisten_for_forwards(model)
@@ -239,7 +282,7 @@ def release(model: nn.Module, injection: Injection) -> None:
     modules = dict(tree.every) if by_name else {}
     for name in injection.frozen_norms:
         norm = modules.get(name)
-        if isinstance(norm, FrozenNorm):  # not so if it was replaced since, by SyncBatchNorm for example
+        if isinstance(norm, FrozenNorm):  # it may have been replaced since, by SyncBatchNorm for example
             release_statistics(norm)
     for name in injection.kept_in_place:
         if name in modules:
@@ -254,7 +297,7 @@ def release(model: nn.Module, injection: Injection) -> None:
 
 
 def injection_of(model: nn.Module) -> Injection:
-    """The record of `inject` on this very module; raises AdapterStateError where there is none."""
+    """The record that `inject` left on this module (inside its wrappers). Raises AdapterStateError if there is none."""
     tree = Tree.of(model)
     injection = tree.root.__dict__.get(RECORD)
     if injection is None:
@@ -265,8 +308,8 @@ def injection_of(model: nn.Module) -> Injection:
 
 
 def injections(model: nn.Module, tree: Tree | None = None) -> Iterator[tuple[str, Injection]]:
-    """The records of `inject` on `model` and on modules inside it, each with the name of its module; `tree` is what
-    `model` consists of, if known."""
+    """The records that `inject` left on `model` and on modules inside it, each with the name of its module. `tree` is
+    Tree.of(model), if known."""
     for name, module in (tree or Tree.of(model)).modules:
         if RECORD in module.__dict__:
             yield name, module.__dict__[RECORD]
@@ -276,8 +319,8 @@ def _check_unadapted(model: nn.Module, tree: Tree) -> None:
     check_none_of_ours(model, tree)
     check_unsharded(
         model,
-        "Adapters that came now would be no part of what is sharded, and each process would train its own. Call inject "
-        "first, and fully_shard (or parallelize_module, or FSDP) after.",
+        "Adapters that are added now would not be sharded, and each process would train its own. Call inject first, "
+        "and fully_shard (or parallelize_module, or FSDP) after.",
         tree,
     )
     unusual = tree.parameters if tree.classes_of_parameters - {nn.Parameter} else ()
@@ -287,7 +330,7 @@ def _check_unadapted(model: nn.Module, tree: Tree) -> None:
 
 
 def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
-    """Parameters and persistent buffers that are trained whole, under the first name of each."""
+    """Name -> tensor, of the parameters and persistent buffers that `config` trains whole."""
     is_saved, is_wanted = _trained_whole(config, selection)
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -312,7 +355,7 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
 def _trained_whole(
     config: LoRAConfig, selection: Selection
 ) -> tuple[Callable[[nn.Module], bool], Callable[[nn.Module, str], bool]]:
-    """Whether all of a module is trained whole, and whether a parameter of it is."""
+    """Two tests: is a module trained whole, and is a parameter of a module trained whole?"""
     inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
     adapted = {id(t.module) for t in selection.targets}
 
@@ -333,7 +376,8 @@ def _check_shared(
     whole: Mapping[str, Tensor],
     vocabularies: Vocabulary,
 ) -> None:
-    """Refuse to train what others use as well, by the tensor itself or by its memory: they would change unasked."""
+    """Raise TargetError if a tensor that is trained whole is also used elsewhere (the tensor or its memory): the other
+    use would change unasked."""
     if not whole and not vocabularies:
         return
     _, is_wanted = _trained_whole(config, selection)
@@ -365,7 +409,7 @@ def _shared_by(name: str, others: Iterable[str], config: LoRAConfig) -> str:
 
 
 def weight_users(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Which of `modules` hold each parameter directly, by its identity: more than one where weights are tied."""
+    """id(parameter) -> the `modules` that hold it directly: more than one if weights are tied."""
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in modules:
         for p in {id(p) for p in module._parameters.values() if p is not None}:

@@ -1,4 +1,4 @@
-"""What is computed of a low-rank product B A: norms, singular values, ranks, and the cut to a lower rank.
+"""Computes norms, singular values and ranks of a low-rank product B A, and cuts it to a lower rank.
 
 The product itself is never formed. With B = Q_B R_B and A^T = Q_A R_A (QR), the singular values of B A are those of
 R_B R_A^T, a matrix as small as the rank. Gram matrices B^T B would be cheaper, and lose half of the digits where parts
@@ -20,10 +20,10 @@ class Cut:
     A: Tensor  # (..., r, in)
     B: Tensor  # (..., out, r)
     error: float
-    """Frobenius norm of what is left out, relative to the whole; 0 for a matrix of zeros."""
+    """Frobenius norm of the part that is left out, relative to that of the whole; 0 for a matrix of zeros."""
     worst: float
-    """Most by which an output can be off, relative to the most that the matrix can change one, over inputs of one
-    length: the first singular value left out over the largest."""
+    """The largest singular value that is left out, relative to the largest of all: the largest error of an output over
+    all inputs of one length, relative to the largest output."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Spectrum:
         return float(self.S.norm())
 
     def left_out(self, rank: int) -> float:
-        """Frobenius norm of what a cut at `rank` leaves out, relative to the whole; 0 for a matrix of zeros."""
+        """Frobenius norm of what a cut at `rank` leaves out, relative to that of the whole; 0 for a matrix of zeros."""
         return float(self.S[..., rank:].norm()) / (self.norm or 1.0)
 
     def rank_for(self, tolerance: float) -> int:
-        """The smallest rank, at least 1, that leaves out at most the share `tolerance` of the norm."""
+        """The smallest rank, at least 1, at which a cut leaves out at most the share `tolerance` of the norm."""
         squares = self.S.square().reshape(-1, self.S.shape[-1]).sum(0)
         tails = squares.flip(0).cumsum(0).flip(0).sqrt()  # tails[r] is left out at rank r
         return max(1, int((tails > tolerance * self.norm).sum()))
 
     def cut(self, rank: int) -> Cut:
-        """At `rank`, or at the rank that the matrix has where that is less."""
-        root = self.S[..., :rank].sqrt()  # shared evenly, so that neither factor loses more when it is rounded
+        """Cut the matrix at `rank`, or at its own rank if that is smaller."""
+        root = self.S[..., :rank].sqrt()  # A and B share S evenly, so that neither loses more when it is rounded
         tail = self.S[..., rank:]
         return Cut(
             A=root[..., :, None] * self.Vh[..., :rank, :],
@@ -64,8 +64,8 @@ class Spectrum:
 def spectrum(matrix: Tensor) -> Spectrum:
     """The decomposition of `matrix` (..., out, in), in its own precision.
 
-    By a full SVD (4096 x 4096: about 15 s on one core): a randomised one is faster, and off by a share that nobody
-    would know, where the spectrum is as flat as trimming and dropping make it.
+    By a full SVD (4096 x 4096: about 15 s on one core). A randomised SVD is faster, but its error is unknown for a
+    spectrum as flat as trimming and dropping make it.
     """
     return Spectrum(*torch.linalg.svd(matrix, full_matrices=False))
 
@@ -79,7 +79,7 @@ def spectrum_of_product(B: Tensor, A: Tensor) -> Spectrum:
 
 
 def singular_values(B: Tensor, A: Tensor) -> Tensor:
-    """Those of B A, the largest first, in float64; of all blocks, where B and A are stacks of them."""
+    """The singular values of B A, the largest first, in float64; of all blocks if B and A are stacks."""
     return torch.linalg.svdvals(_core(B.double(), A.double())).flatten().sort(descending=True).values
 
 
@@ -89,7 +89,7 @@ def product_norm(B: Tensor, A: Tensor) -> float:
 
 
 def product_change(B: Tensor, A: Tensor, new_B: Tensor, new_A: Tensor) -> float:
-    """||B A - B' A'||_F. Where B' A' has more ranks than B A, those are zeros, as in a padded file."""
+    """||B A - B' A'||_F. If B' A' has more ranks than B A, the further ones must be zero, as in a padded file."""
     r = A.shape[-2]
     B, A, new_B, new_A = B.double(), A.double(), new_B[..., :r].double(), new_A[..., :r, :].double()
     # (B - B') A + B' (A - A'): no difference of products, so factors that are equal give 0.
@@ -98,13 +98,26 @@ def product_change(B: Tensor, A: Tensor, new_B: Tensor, new_A: Tensor) -> float:
 
 def effective_rank(singular_values: Tensor) -> float:
     """exp of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007, "The effective rank",
-    EUSIPCO): r where r of them are equal and the others 0; 0 for a matrix of zeros."""
+    EUSIPCO). It is r if r of them are equal and the others 0; 0 for a matrix of zeros.
+
+    >>> import torch
+    >>> from lightning_lora.engine import effective_rank
+    >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
+    3.0
+    """
     shares = singular_values[singular_values > 0] / singular_values.sum()
     return float(torch.exp(-(shares * shares.log()).sum())) if len(shares) else 0.0
 
 
 def stable_rank(singular_values: Tensor) -> float:
-    """||M||_F^2 / ||M||_2^2 (Rudelson and Vershynin 2007, arXiv:math/0503442); 0 for a matrix of zeros."""
+    """||M||_F^2 / ||M||_2^2, from the singular values of M (Rudelson and Vershynin 2007, arXiv:math/0503442); 0 for a
+    matrix of zeros.
+
+    >>> import torch
+    >>> from lightning_lora.engine import stable_rank
+    >>> stable_rank(torch.tensor([2.0, 1.0, 0.0]))
+    1.25
+    """
     largest = singular_values.max()
     return float((singular_values / largest).square().sum()) if largest > 0 else 0.0
 

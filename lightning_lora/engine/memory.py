@@ -1,7 +1,7 @@
-"""Which tensors of a model lie in the same memory, though they are different tensors.
+"""Finds tensors of a model that share memory though they are different tensors.
 
-`decoder.weight = nn.Parameter(encoder.weight.t())` and `head.weight.data = embed.weight.data` make two parameters of
-one memory: what is written into one changes the other. Views of one buffer that overlap nowhere do not share anything.
+`decoder.weight = nn.Parameter(encoder.weight.t())` and `head.weight.data = embed.weight.data` make two parameters in
+one memory: a write to one changes the other. Views of one buffer that do not overlap do not share memory.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 
 class Held(NamedTuple):
-    """A tensor, and where a model has it."""
+    """A tensor that a module of the model holds."""
 
     name: str
     tensor: Tensor
     is_attribute: bool
-    """Whether it is neither a parameter nor a buffer."""
+    """True if it is a plain attribute, neither a parameter nor a buffer."""
 
 
 class Memory:
@@ -31,7 +31,7 @@ class Memory:
         located = [(span, held) for held in _held_by(modules) if (span := _span(held.tensor)) is not None]
         located.sort(key=lambda entry: entry[0][:2])
         self._near: dict[int, list[Held]] = {}
-        """Of each tensor that has neighbours, those whose memory lies within one stretch with its own."""
+        """id(tensor) -> the tensors in the same stretch of memory, itself included: a run of overlapping extents."""
         stretch: list[Held] = []
         device, end = "", 0
         for (on, first, last), held in located:
@@ -42,9 +42,9 @@ class Memory:
             end = max(end, last)
 
     def sharing(self, tensor: Tensor) -> list[Held]:
-        """The other tensors that have a number in common with it.
+        """The other tensors that have a number in memory in common with `tensor`.
 
-        Not those in which several parameters lie side by side, which are only the place where those are kept."""
+        A buffer in which several parameters lie side by side is left out: it is only the place where they are kept."""
         near = [held for held in self._near.get(id(tensor), ()) if held.tensor is not tensor]
         return [held for held in near if overlap(held.tensor, tensor) and not self._is_a_place(held.tensor)]
 
@@ -56,7 +56,7 @@ class Memory:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have a number in memory in common."""
+    """True if two tensors have a number in memory in common."""
     span, span_b = _span(a), _span(b)
     if span is None or span_b is None:
         return False
@@ -65,7 +65,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         return False
     if _is_dense(a) and _is_dense(b):
         return True
-    # In the steps that both are laid out in: which ones `a` takes, and whether `b` takes one of them.
+    # Divide the memory into steps that fit both layouts, mark the steps of `a`, and look for a marked step of `b`.
     start, end = min(first, first_b), max(last, last_b)
     step = math.gcd(a.element_size(), b.element_size(), first - start, first_b - start)
     taken = torch.zeros((end - start) // step, dtype=torch.bool)
@@ -74,7 +74,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def repeats(t: Tensor) -> bool:
-    """Whether several of its numbers are one number in memory, as after `expand`: it cannot be written to then."""
+    """True if several numbers of `t` are one number in memory, as after `expand`: then `t` cannot be written to."""
     span = _span(t)
     if span is None or _is_dense(t):
         return False
@@ -96,7 +96,7 @@ def _held_by(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Held]:
 
 
 def _span(t: Tensor) -> tuple[str, int, int] | None:
-    """The device, the address of its first byte and the one after its last; None where it has no memory of its own."""
+    """The device, the address of the first byte, and that after the last; None if `t` has no memory of its own."""
     if t.layout is not torch.strided or t.is_meta or not t.numel():
         return None
     try:
@@ -108,7 +108,7 @@ def _span(t: Tensor) -> tuple[str, int, int] | None:
 
 
 def _is_dense(t: Tensor) -> bool:
-    """Whether it takes every number between its first and its last, each once."""
+    """True if `t` covers every number between its first and its last in memory, each once."""
     if t.is_contiguous():
         return True
     laid_out = sorted((stride, size) for size, stride in zip(t.shape, t.stride()) if size > 1)
@@ -116,6 +116,6 @@ def _is_dense(t: Tensor) -> bool:
 
 
 def _laid_out(taken: Tensor, t: Tensor, start: int, step: int) -> Tensor:
-    """The steps of `taken` that `t` takes, of which it takes several for each of its numbers."""
+    """A view of `taken` on the steps that `t` covers: several steps for each of its numbers."""
     each = t.element_size() // step
     return taken.as_strided((*t.shape, each), (*(stride * each for stride in t.stride()), 1), start)

@@ -1,6 +1,7 @@
-"""Bake adapters into the base weights, for good or for a while.
+"""Merges adapters into the base weights, for good (`merge`) or for a while (`merged`).
 
-Unmerging puts the untouched base weights back; it never subtracts, since subtraction drifts in half precision.
+At the end of `merged` the untouched base weights are put back. The update is never subtracted, since that would drift
+in half precision.
 """
 
 from __future__ import annotations
@@ -30,14 +31,35 @@ from lightning_lora.errors import AdapterStateError, listed
 
 
 def merge(model: nn.Module) -> None:
-    """Bake the adapters into the base weights of `model`; they are gone afterwards, and what was frozen is trainable
-    as it was before `inject`.
+    """Add the adapters to the base weights of `model` for good: each adapted W becomes W + scale * B A.
 
-    A weight that is tied, or that lies in the memory of another tensor, is untied first, with a warning, so that what
-    was not adapted stays as it is. A quantized weight is quantized again, with a warning that says how much of the
-    update is lost in that; one of torchao's becomes a plain one. Where a weight of 16 bits keeps less than nine tenths
-    of its update, a warning says so, layer by layer. Raises AdapterStateError where there are no adapters or a layer
-    cannot be merged; nothing is changed then.
+    The adapters are gone afterwards, and parameters are trainable as before `inject`. A call that raises changes
+    nothing.
+
+    A weight that is tied, or that shares memory with another tensor, is untied first, with a warning, so that parts
+    that were not adapted stay as they are. A quantized weight is quantized again, with a warning that says how much of
+    the update is lost; a weight of torchao's becomes a plain one. If a 16-bit weight keeps less than nine tenths of its
+    update, a warning names the layer and the share.
+
+    Args:
+        model: The module that `inject` was called on, or a module around it.
+
+    Raises:
+        AdapterStateError: There are no adapters, or a layer cannot be merged; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, inject, merge
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> report = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+        >>> with torch.no_grad():
+        ...     _ = model[0].lora_B.fill_(1.0)  # as if it had been trained
+        >>> adapted = model(torch.ones(1, 4))
+        >>> merge(model)
+        >>> torch.allclose(model(torch.ones(1, 4)), adapted)
+        True
+        >>> sorted(model.state_dict())
+        ['0.bias', '0.weight']
     """
     mergeable = _mergeable(model)
     records = [(submodule(model, name), injection) for name, injection in injections(model)][::-1]
@@ -57,9 +79,9 @@ def merge(model: nn.Module) -> None:
     names = dict.fromkeys(name for key in changed for name in shared.get(key, ()))
     if names:  # said before anything is changed: a warning can be an error
         warnings.warn(
-            f"Merging unties a weight that is shared with {listed(names)}, in one parameter or in one memory: each "
-            "keeps what it computes. The config of a transformers model says tie_word_embeddings=False from then on; "
-            "others have to be built untied where the merged weights are loaded.",
+            f"Merging unties a weight that is shared with {listed(names)} (one parameter, or one memory), so that each "
+            "computes what it did before. The config of a transformers model says tie_word_embeddings=False from now "
+            "on; build other models untied where you load the merged weights.",
             stacklevel=2,
         )
     _check_rounding(mergeable)
@@ -73,7 +95,7 @@ def merge(model: nn.Module) -> None:
             parameter = module._parameters[name]
             assert parameter is not None
             in_place = is_plain(parameter) and parameter.shape == value.shape and not repeats(parameter)
-            if shared[id(parameter)] or not in_place:  # the others keep the weight that they share
+            if shared[id(parameter)] or not in_place:  # a new parameter: others keep the shared one
                 module._parameters[name] = _parameter(value)
             else:
                 with torch.no_grad():
@@ -87,8 +109,28 @@ def merge(model: nn.Module) -> None:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Inside, the adapters of `model` are baked into weights of their own, and its layers are the base's own, at their
-    speed; outside, all is as it was, bit for bit. Raises AdapterStateError and warns as `merge` does."""
+    """Merge the adapters of `model` inside a `with` block, where its layers are the base's and as fast as those.
+
+    The merged weights are new tensors. After the block the model is as before, bit for bit. It warns of lost precision
+    as `merge` does.
+
+    Args:
+        model: The module that `inject` was called on, or a module around it.
+
+    Raises:
+        AdapterStateError: There are no adapters, or a layer cannot be merged; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, inject, merged
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> report = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+        >>> with merged(model):
+        ...     type(model[0]).__name__
+        'Linear'
+        >>> type(model[0]).__name__
+        'LoRALinear'
+    """
     undo = []
     said: list[tuple[Any, Any]] = []
     try:
@@ -117,7 +159,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 def _mergeable(model: nn.Module) -> dict[str, Adapter]:
-    """The adapted layers by name. Raises before anything is changed."""
+    """Name -> adapted layer. Raises AdapterStateError if one cannot be merged; nothing is changed here."""
     tree = Tree.of(model)
     check_some_of_ours(model, tree)
     check_as_injected(model, tree)
@@ -129,12 +171,12 @@ def _mergeable(model: nn.Module) -> dict[str, Adapter]:
         except AdapterStateError as error:
             raise AdapterStateError(f"{name!r}: {error}") from None
         found[name] = module
-    # What reads another's tensors comes before that one.
+    # Layers without adapter tensors of their own read those of another layer (TokenLogits), so they are merged first.
     return dict(sorted(found.items(), key=lambda entry: bool(entry[1].lora_names)))
 
 
 def _shared(model: nn.Module, mergeable: Mapping[str, Adapter]) -> dict[int, list[str]]:
-    """By the identity of each parameter of the adapted layers: who else has it, or a tensor in the same memory."""
+    """id(parameter of an adapted layer) -> the names of other modules and tensors that share it or its memory."""
     modules = Tree.of(model).modules
     users, memory = weight_users(modules), Memory(modules)
     return {
@@ -148,7 +190,7 @@ def _shared(model: nn.Module, mergeable: Mapping[str, Adapter]) -> dict[int, lis
 
 
 def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The parameters and attributes of the layer with its adapter in them, stored as its own are."""
+    """The merged parameters and the changed attributes of the layer, by name, stored as the base's are."""
     values: dict[str, Tensor] = {}
     attributes: dict[str, Any] = {}
     with torch.no_grad():
@@ -165,7 +207,7 @@ def _parameter(value: Tensor) -> nn.Parameter:
 
 
 def _warn_of_growth(mergeable: Mapping[str, Adapter]) -> None:
-    """Say which weights take another shape, before anything is changed."""
+    """Warn of weights that get another shape, before anything is changed."""
     grown = [
         f"{name} from {'x'.join(map(str, module._parameters['weight'].shape))} to {'x'.join(map(str, shape))}"  # type: ignore[union-attr]
         for name, module in mergeable.items()
@@ -173,15 +215,16 @@ def _warn_of_growth(mergeable: Mapping[str, Adapter]) -> None:
     ]
     if grown:
         warnings.warn(
-            f"Merged, a convolution with groups has none, since its adapter reads all channels, and its weight grows: "
-            f"{listed(grown)}. To load it elsewhere, build it with groups=1; or use the adapter unmerged.",
+            f"Merged, a convolution with groups becomes one with groups=1, since its adapter reads all channels, and "
+            f"its weight grows: {listed(grown)}. To load it elsewhere, build it with groups=1; or use the adapter "
+            "unmerged.",
             stacklevel=3,
         )
 
 
 def shares_kept(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """What `merge` would leave of each update once the merged weight is rounded to the base's precision: the weight's
-    name -> that share, and the Frobenius norm of the update. Raises as `merge`; nothing is changed."""
+    """Name of an adapted weight -> the share of its update that is left once the merged weight is rounded to the base's
+    dtype, and the Frobenius norm of the update. Raises as `merge` does; nothing is changed."""
     with torch.no_grad():
         return {
             changed: (_share_kept(before, wanted), float((wanted.double() - before.double()).norm()))
@@ -192,18 +235,18 @@ def shares_kept(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 _SURVIVES = 0.9
-"""Where less than this share of an update is left in a merged weight, it is said."""
+"""A warning is given if less than this share of an update is left in a merged weight."""
 
 
 def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
-    """Say what storing the adapted weights takes away from the updates, before anything is changed. Raises
-    AdapterStateError where it leaves no numbers."""
+    """Warn of the part of the updates that is lost when the merged weights are rounded, before anything is changed.
+    Raises AdapterStateError if a merged weight would not be finite."""
     broken: list[str] = []
     lost: dict[str, float] = {}
     kept: dict[str, float] = {}
     with torch.no_grad():
         for name, module in mergeable.items():
-            if _keeps_all(module):  # as most do: no update is computed
+            if _keeps_all(module):  # most layers: their update need not be computed
                 kept[name] = 1.0
                 continue
             for changed, own, before, wanted in _changes(name, module):
@@ -214,35 +257,35 @@ def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
                     continue
                 value, _ = stored(module, wanted.float(), own)
                 if not is_plain(value):
-                    # What a weight is stored as knows its own scales: no module's are asked for.
+                    # `value` has its own scales, so `dense` needs no module.
                     got = dense(nn.Module(), value).float()
                     lost[changed] = float((got - wanted).norm() / (wanted - before).norm().clamp(min=1e-30))
     if broken:
         raise AdapterStateError(
             f"Merged, the weights of {listed(broken)} would hold values that are not finite: the adapter diverged, or "
-            "its update is too large for that precision (call model.float() first)."
+            "its update is too large for that dtype (then call model.float() first)."
         )
     if lost:
         worst = max(lost, key=lost.__getitem__)
         warnings.warn(
             f"Merging quantizes {len(lost)} adapted weights again, which changes them by up to {lost[worst]:.2g} times "
-            f"their update (Frobenius norm; {worst!r}). To lose nothing, save the adapter and merge it into a base in "
-            "full precision.",
+            f"their update (Frobenius norms; at {worst!r}). To lose nothing, save the adapter and merge it into a base "
+            "in full precision.",
             stacklevel=3,
         )
     weak = sorted((share, name) for name, share in kept.items() if share < _SURVIVES)
     if weak:
         warnings.warn(
-            f"Merging rounds weights to a precision in which {len(weak)} of {len(kept)} updates are partly lost: of "
-            f"each, this share is left: {listed(f'{name} {share:.2f}' for share, name in weak)}. To lose nothing, use "
+            f"Merging rounds weights to a precision in which {len(weak)} of {len(kept)} updates are partly lost. Of "
+            f"each this share is left: {listed(f'{name} {share:.2f}' for share, name in weak)}. To lose nothing, use "
             "the adapter unmerged, or merge it into the base in float32: call model.float() before merge.",
             stacklevel=3,
         )
 
 
 def _keeps_all(module: Adapter) -> bool:
-    """Whether it is known, from the largest numbers of its weight, A and B, that merging rounds to no fewer bits and
-    stays finite."""
+    """True if merging loses no bits and stays finite: the weight has 32 bits or more, and the largest numbers of W, A
+    and B are small enough."""
     W = module._parameters.get("weight")
     if module.lora_names != FACTORS or W is None or not is_plain(W) or W.dtype.itemsize < 4:
         return False
@@ -252,9 +295,9 @@ def _keeps_all(module: Adapter) -> bool:
 
 
 def _changes(name: str, module: Adapter) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """What merging changes in a layer: a name for it, the parameter, its numbers, and what they are to be, unrounded.
+    """The parameters that merging changes in a layer: name, parameter, its numbers, and the new numbers, unrounded.
 
-    Embeddings, of which rows are trained, are given by these rows.
+    Of an embedding with trained rows, the numbers are those of these rows.
     """
     for pair in module.lora_pairs(name):
         own = module._parameters.get(pair.parameter)
@@ -269,8 +312,8 @@ def _changes(name: str, module: Adapter) -> Iterator[tuple[str, Tensor, Tensor, 
 
 
 def _share_kept(before: Tensor, wanted: Tensor) -> float:
-    """How much of a change is left once its result is rounded to the dtype of `before`: the projection of what is left
-    on the change, in units of the change. 1 where nothing changes, or nothing is rounded."""
+    """The share of the change `wanted - before` that is left once `wanted` is rounded to the dtype of `before`: the
+    projection of the rounded change on the exact one, relative to that. 1 if nothing changes or nothing is rounded."""
     if before.dtype.itemsize >= wanted.dtype.itemsize:
         return 1.0
     change = wanted - before

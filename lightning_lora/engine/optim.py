@@ -1,4 +1,4 @@
-"""Optimizers over an adapted model: no frozen parameter in them, no trainable one missing; LoRA+."""
+"""Fits optimizers to an adapted model, so that they train exactly what is trainable; and LoRA+."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from lightning_lora.errors import TrainingError, listed
 
 @dataclass(frozen=True)
 class OptimizerReport:
-    """What `fit_optimizers` found and did; counts are of tensors."""
+    """The changes that `fit_optimizers` made, as numbers of tensors."""
 
     trained: int
     dropped: int
-    """Frozen tensors taken out."""
+    """Frozen tensors that were removed."""
     replaced: int
-    """Frozen weights whose place in a group their layer's A and B took."""
+    """Frozen weights that were replaced, in their group, by their layer's A and B."""
     added: int
     """Trainable tensors that were in no optimizer and joined the first group."""
 
     def __str__(self) -> str:
         done = [f"{self.trained} tensors are trained"]
         done += [f"{self.dropped} frozen ones were taken out of the optimizer"] if self.dropped else []
-        done += [f"{self.replaced} frozen ones made place for their layer's A and B"] if self.replaced else []
+        done += [f"{self.replaced} frozen ones were replaced by their layer's A and B"] if self.replaced else []
         done += [f"{self.added} that were in no group joined the first"] if self.added else []
         return "; ".join(done)
 
 
 def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> OptimizerReport:
-    """Make `optimizers` train exactly what is trainable in `model`, in place; groups, their order and their settings
-    stay, so schedulers made on them stay right.
+    """Make `optimizers` train exactly what is trainable in `model`, in place. Groups, their order and their settings
+    stay, so schedulers that were made on them stay right.
 
-    Frozen parameters go. An optimizer that was made before injection holds only frozen ones: a frozen weight then makes
-    place for its layer's A and B, which inherit its group. Trainable parameters in no group join the first group of a
-    lone optimizer, with a warning. Raises TrainingError where several optimizers leave it open which one should train
-    them, or where there is none.
+    Frozen parameters are removed. An optimizer that was made before injection holds only frozen ones: there A and B
+    take the place of their layer's frozen weight, in its group. Trainable parameters in no group join the first group,
+    with a warning, if there is one optimizer. Raises TrainingError if there are several, so that it is not clear which
+    one should train them, or none.
     """
     for given in (
         group["params"] for optimizer in optimizers for one in with_inner(optimizer) for group in one.param_groups
     ):
-        given[:] = map(base_parameter, given)  # where configure_optimizers names `layer.weight`
+        given[:] = map(base_parameter, given)  # configure_optimizers may have read `layer.weight`
     names = {id(p): name for name, p in reversed(Tree.of(model).parameters)}
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -71,12 +71,12 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
 
     dropped = replaced = 0
     for optimizer in optimizers:
-        # Some optimizers (Adagrad) make the state of all parameters when they are constructed.
+        # Some optimizers (Adagrad) make the state of all their parameters at construction.
         made_state = bool(optimizer.state)
         joined: list[nn.Parameter] = []
         seen: set[int] = set()
         waiting = dict(orphans)
-        for one in with_inner(optimizer):  # which mostly share their groups
+        for one in with_inner(optimizer):  # an outer optimizer and its inner one mostly share their groups
             replace_hooks(one)
             groups = [group for group in one.param_groups if id(group) not in seen]
             seen.update(map(id, groups))
@@ -84,7 +84,7 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
             for group in groups:
                 kept: list[nn.Parameter] = []
                 for p in group["params"]:
-                    if id(p) in trainable or id(p) not in names:  # what is not this model's is not ours to judge
+                    if id(p) in trainable or id(p) not in names:  # parameters of other models are left alone
                         kept.append(p)
                         continue
                     one.state.pop(p, None)
@@ -99,7 +99,7 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
         if len(optimizers) == 1 and orphans:
             warnings.warn(
                 f"The optimizer was not given {listed(names[key] for key in orphans)}: they join its first group. "
-                "Give it all parameters with requires_grad to choose otherwise.",
+                "To choose another group, give the optimizer all parameters with requires_grad.",
                 stacklevel=2,
             )
             firsts = {id(one.param_groups[0]): one.param_groups[0] for one in with_inner(optimizer)}
@@ -109,8 +109,8 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
         if made_state and joined:
             if len(with_inner(optimizer)) > 1:
                 raise TrainingError(
-                    f"{type(optimizer).__name__} noted its parameters when it was made, before the model was adapted. "
-                    "Make it in configure_optimizers, which is called after."
+                    f"{type(optimizer).__name__} made the state of its parameters before the model was adapted. Make "
+                    "it in configure_optimizers, which is called after that."
                 )
             optimizer.state.update(type(optimizer)(joined, **optimizer.defaults).state)
     trained = sum(id(p) in trainable for o in optimizers for group in o.param_groups for p in group["params"])
@@ -120,21 +120,21 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
 def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
     """Train every B with `ratio` times the learning rate of its group (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
 
-    While a step runs, B has a group of its own, as if the optimizer had been made with it: numbers that the optimizer
-    keeps in its groups (a count of steps, a sum of weights) are counted for B by themselves. Between steps a group is
-    as the user made it, so every scheduler, the learning-rate finder and the optimizer's state dict see one learning
-    rate per group. Where B's own numbers differ they lie in the group under "lora_plus", for the state dict.
+    While a step runs, B has a group of its own, as if the optimizer had been made with it. Numbers that the optimizer
+    keeps in its groups (a count of steps, a sum of weights) are then kept for B separately. Between steps a group is as
+    the user made it, so every scheduler, the learning-rate finder and the optimizer's state dict see one learning rate
+    per group. Numbers of B that differ are stored in the group under "lora_plus", for the state dict.
 
-    An optimizer around another (SAM, Lookahead) has its groups split with the inner one's. Raises ConfigError for a
-    ratio that is not a finite number above 0, TrainingError for an optimizer that would not use such groups: LBFGS, and
-    one that keeps lists of its parameters, sets its learning rate by itself, or takes steps without torch's hooks.
+    If an optimizer holds another one (SAM, Lookahead), the groups of both are split. Raises ConfigError for a ratio
+    that is not a finite number above 0. Raises TrainingError for an optimizer that would not use such groups: LBFGS,
+    and one that keeps lists of its parameters, sets its learning rate by itself, or takes steps without torch's hooks.
     """
     check_ratio(ratio)
     optimizers = with_inner(optimizer)
     factors_b = {id(pair.B) for pair in pairs(model)}
     advice = (
-        "To train B so all the same, leave lora_plus_ratio out, and give the optimizer the parameters called lora_B "
-        f"in a group of their own, with {ratio:g} times the learning rate of the others."
+        "To get the same without it, leave lora_plus_ratio out, and give the optimizer the parameters called lora_B in "
+        f"a group of their own, with {ratio:g} times the learning rate of the others."
     )
     for one in optimizers:
         if isinstance(one, LBFGS):
@@ -155,12 +155,12 @@ def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
 
 
 def check_ratio(ratio: object) -> None:
-    """Raise ConfigError unless `ratio` can be LoRA+'s."""
+    """Raise ConfigError unless `ratio` is a finite number above 0."""
     number("lora_plus_ratio", ratio, above=0)
 
 
 def with_inner(optimizer: Optimizer) -> list[Optimizer]:
-    """`optimizer` and those that it holds (SAM, Lookahead), the innermost last."""
+    """`optimizer` and the optimizers that it holds (as SAM and Lookahead do), the innermost last."""
     found = [optimizer]
     for one in found:
         for value in vars(one).values():
@@ -170,8 +170,8 @@ def with_inner(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def replace_hooks(optimizer: Optimizer, kind: str | None = None, *handles: RemovableHandle) -> None:
-    """Take off the hooks of `kind` that were put on `optimizer` before (without a kind, all of ours), and note those
-    that take their place: a module may return the same optimizer in each of its runs."""
+    """Remove the hooks of `kind` that we put on `optimizer` before (all of ours if `kind` is None), and note `handles`
+    in their place. A module may return the same optimizer in each of its runs."""
     noted: dict[str, tuple[RemovableHandle, ...]] = vars(optimizer).setdefault("lora_hooks", {})
     for handle in [h for name, of_kind in noted.items() if kind in (None, name) for h in of_kind]:
         handle.remove()
@@ -179,7 +179,7 @@ def replace_hooks(optimizer: Optimizer, kind: str | None = None, *handles: Remov
 
 
 def check_hooks(optimizer: Optimizer, consequence: str) -> None:
-    """Raise TrainingError, with the `consequence`, for an optimizer whose steps do not call hooks."""
+    """Raise TrainingError, whose message ends in `consequence`, for an optimizer whose steps do not call hooks."""
     if not getattr(type(optimizer).step, "hooked", False) or "_optimizer_step_pre_hooks" not in vars(optimizer):
         raise TrainingError(
             f"{type(optimizer).__name__} does not call the hooks of torch's optimizers around its step (it was made "
@@ -201,24 +201,24 @@ def _check_rate(optimizer: Optimizer, group: dict[str, Any], advice: str) -> Non
 
 
 _OWN = "lora_plus"
-"""In a group: name -> (the group's number, B's own), for what differs after a step beside the learning rate."""
+"""The key of a group under which B's own numbers lie, if they differ after a step: name -> (the group's, B's)."""
 _RATES = ("lr", "initial_lr")
-"""What B's group has `ratio` times; schedulers note the second, and some optimizers divide by it."""
+"""The numbers that are multiplied by `ratio` for B. Schedulers set the second; some optimizers divide by it."""
 
 
 @dataclass
 class _Half:
-    """A group while it is split: `host` keeps A, `twin` has B."""
+    """A group that is split: `host`, the user's group, keeps A and all else; `twin` has B."""
 
     host: dict[str, Any]
     params: list[Tensor]
     twin: dict[str, Any]
     given: dict[str, Any]
-    """The rates that the twin was given, to see whether the step wrote others."""
+    """The rates that the twin was given, to find out whether the step has changed them."""
     kept: frozenset[str]
-    """The rates among them that a step wrote before, and nobody since."""
+    """The rates among them that an earlier step has changed for B, and that the user has not changed since."""
     is_alone: bool
-    """Whether the group holds no A: the twin then takes its place."""
+    """True if the group holds B alone: the twin then takes its place."""
 
 
 class _LoRAPlus:
@@ -227,14 +227,14 @@ class _LoRAPlus:
     def __init__(self, optimizers: list[Optimizer], factors_b: set[int], ratio: float) -> None:
         self.optimizers, self.factors_b, self.ratio = optimizers, factors_b, ratio
         self.running: Optimizer | None = None
-        """Whose step the groups are split for: the outermost one's."""
+        """The optimizer whose step is running with split groups (the outermost one)."""
         self.halves: list[_Half] = []
         for optimizer in optimizers:
             handles = [
                 optimizer.register_step_pre_hook(self.before_step),
                 optimizer.register_step_post_hook(self.after_step),
             ]
-            # A step that raised leaves the groups split; a checkpoint must neither hold them so nor meet them so.
+            # A step that raised leaves the groups split. They are joined before a state dict is made or loaded.
             if "_optimizer_state_dict_pre_hooks" in vars(optimizer):
                 handles += [
                     optimizer.register_state_dict_pre_hook(lambda _: self.join()),
@@ -244,7 +244,7 @@ class _LoRAPlus:
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.running is not None and self.running is not optimizer:
-            return None  # inside of the step of one that holds it
+            return None  # it runs inside the step of an outer optimizer
         self.join()
         _, *positional = args  # torch passes the optimizer itself as the first argument of its step
         closure: Callable[[], Any] | None = positional[0] if positional else kwargs.get("closure")
@@ -306,7 +306,7 @@ class _LoRAPlus:
         self.halves = []
 
     def note(self, half: _Half) -> None:
-        """Keep in the group what the step has written into B's."""
+        """Store in the user's group the numbers that the step has written into B's group."""
         host, own = half.host, {}
         for key, value in half.twin.items():
             is_rate = key in half.given
@@ -322,7 +322,7 @@ class _LoRAPlus:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two numbers of a group are equal, in whatever they lie."""
+    """True if two values of a group are equal: numbers, tensors, or lists and dicts of them."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -337,12 +337,12 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    """`value` as another group would have it, which is then changed in place by itself."""
+    """A copy of `value` for another group, so that a change in place does not reach both."""
     return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
 
 
 def _heirs(model: nn.Module, orphans: dict[int, nn.Parameter]) -> dict[int, list[nn.Parameter]]:
-    """For each frozen parameter of an adapted layer, the layer's A and B that no optimizer holds."""
+    """id(frozen parameter of an adapted layer) -> the layer's A and B that no optimizer holds."""
     heirs: dict[int, list[nn.Parameter]] = {}
     for _, module in adapters(model):
         tensors = (getattr(module, name) for name in module.lora_names)

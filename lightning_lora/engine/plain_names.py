@@ -1,4 +1,4 @@
-"""A config whose names mention wrappers, such as "model._orig_mod.up", in the plain names that everything here uses."""
+"""Rewrites names in a config that mention wrappers, such as "model._orig_mod.up", to plain names ("model.up")."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ _DICTS = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
 
 
 def with_plain_names(config: LoRAConfig, tree: Tree, *, of_file: bool = False) -> LoRAConfig:
-    """`config` with wrappers left out of those names and expressions that match nothing in `tree` as they are: those of
-    `tree`, or any, where the config is `of_file`, of a model that was wrapped elsewhere."""
+    """`config` without the names of wrappers, in those names and expressions that match nothing in `tree` as they are.
+
+    Nothing is changed if the model has no wrappers, unless the config is `of_file`: then it may come from a model that
+    was wrapped."""
     if not (tree.wrappers or of_file):
         return config
     names = [name for name, _ in (*tree.every, *tree.tensors)]

@@ -1,4 +1,7 @@
-"""What each target becomes. What its kind decides alone is decided, and checked, once for all targets of that kind."""
+"""Plans what each target becomes, before anything is changed.
+
+Most targets of a model are alike. They are grouped into kinds, and each kind is planned and checked once.
+"""
 
 from __future__ import annotations
 
@@ -31,24 +34,24 @@ from lightning_lora.errors import TargetError
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """What targets become that differ in their names and in the values of their tensors alone."""
+    """The plan for a group of targets that differ only in their names and in the values of their tensors."""
 
     geometry: type[Adapter]
     spec: AdapterSpec
     recipes: Sequence[Recipe]
     device: torch.device
-    """Where its adapters come into being."""
+    """The device on which A and B are made."""
     is_on_meta: bool
-    """Whether any parameter of its own has no values yet."""
+    """True if a parameter of the targets is on the meta device."""
     wasteful: tuple[str | None, ...]
-    """Which of its parameters is given a rank above its smaller side; None stands for what it computes."""
+    """The parameters whose rank is above their smaller side; None stands for the module's output."""
 
 
 Plan = list[tuple[Target, Kind]]
 
 
 def planned(targets: Sequence[Target], config: LoRAConfig) -> Plan:
-    """What `targets` become. Raises TargetError for the first of them that cannot be adapted; nothing is changed."""
+    """Each of `targets` with its plan. Raises TargetError for the first that cannot be adapted; nothing is changed."""
     kinds: dict[Hashable, Kind] = {}
     common = None if config.rank_pattern or config.alpha_pattern else _spec(config, ())
     plan = []
@@ -60,7 +63,7 @@ def planned(targets: Sequence[Target], config: LoRAConfig) -> Plan:
         key = _alike(target, spec)
         try:
             kind = kinds.get(key)
-        except TypeError:  # something that it holds cannot be compared
+        except TypeError:  # an attribute of the module cannot be hashed
             key = kind = None
         if kind is None:
             kind = _kind(target, spec, config)
@@ -73,7 +76,7 @@ def planned(targets: Sequence[Target], config: LoRAConfig) -> Plan:
 def promised(
     targets: Sequence[Target], config: LoRAConfig
 ) -> Iterator[tuple[Target, AdapterSpec, dict[str, tuple[int, ...]]]]:
-    """What `inject` would give to `targets`: to each its numbers, and the shapes of its tensors by name."""
+    """What `inject` would give to each of `targets`: its spec, and the shapes of its adapter tensors by name."""
     shapes: dict[int, dict[str, tuple[int, ...]]] = {}
     for target, kind in planned(targets, config):
         if id(kind) not in shapes:
@@ -82,18 +85,18 @@ def promised(
 
 
 def _alike(target: Target, spec: AdapterSpec) -> Hashable:
-    """Equal for modules that differ in the values of their tensors alone, are read by their parents in one way, and get
-    the same numbers.
+    """A key that is equal for targets of one kind: they differ only in the values of their tensors, their parents use
+    them in the same way, and they get the same rank and scale.
 
-    None for a module that is like no other: one with children, buffers, a forward of its own, or parameters that are
-    more than numbers (quantized or sharded ones)."""
+    None for a module that is planned by itself: one with children, buffers, a forward on the instance, or parameters of
+    another type than nn.Parameter (quantized or sharded)."""
     name, module, owner, *_ = target
     cls: Any = type(module)
     parent: Any = type(owner)
     state = module.__dict__
     if cls.__getattr__ is not _PLAIN or "forward" in state or state["_modules"] or state["_buffers"]:
         return None
-    values_of = _own_values(tuple(state))  # the same one for the same names
+    values_of = _own_values(tuple(state))  # cached: the same object for the same names, so it is part of the key
     key = [cls, reading(parent, name.rpartition(".")[2]), spec.rank, spec.alpha, values_of, *values_of(state)]
     for own, p in state["_parameters"].items():
         if p is None:
@@ -111,11 +114,11 @@ _EVERY_MODULE = frozenset(vars(nn.Module()))
 
 @functools.lru_cache(maxsize=256)
 def _own_values(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """What gives those attributes of a module that not every module has."""
+    """A function that returns the values of those attributes of a module that not every nn.Module has."""
     own = [name for name in names if name not in _EVERY_MODULE]
     if len(own) > 1 and _PADDING not in own:
         return itemgetter(*own)
-    # A list, which convolutions have one of, cannot be compared as others can.
+    # Convolutions have an attribute that is a list, which cannot be hashed.
     return lambda state: tuple(tuple(v) if isinstance(v := state[name], list) else v for name in own)
 
 
@@ -136,7 +139,7 @@ def _kind(target: Target, spec: AdapterSpec, config: LoRAConfig) -> Kind:
 
 
 def _geometry(target: Target, spec: AdapterSpec, config: LoRAConfig) -> type[Adapter]:
-    """That of `target`. Raises TargetError where it cannot be adapted."""
+    """The geometry of `target`. Raises TargetError if the target cannot be adapted."""
     geometry = geometry_of(type(target.module))
     if target.parameters and (geometry is None or not issubclass(geometry, ParameterLoRA)):
         geometry = ParameterLoRA
@@ -163,11 +166,11 @@ def _geometry(target: Target, spec: AdapterSpec, config: LoRAConfig) -> type[Ada
 
 
 def way_of(target: Target, geometry: Any) -> type[Adapter]:
-    """`geometry`, by weight where it is not known that the update can be added to the output of `target`. Raises
-    TargetError where neither can be."""
+    """`geometry`, or a variant of it that adapts the weight, where it is not known that the update can be added to the
+    output of `target`. Raises TargetError if neither is possible."""
     module: Any = target.module
     if "bank_cell" in module.__dict__:
-        return geometry  # as it was found to be when the bank was made
+        return geometry  # it was checked when the bank was made
     for name in target.parameters or ("weight",):
         P = module._parameters.get(name)
         if P is not None and (P.is_complex() or P.layout is not torch.strided):
@@ -183,7 +186,7 @@ def way_of(target: Target, geometry: Any) -> type[Adapter]:
         geometry = FastPathLinearLoRA if how_read.weight_alone else geometry
     if issubclass(geometry, LinearLoRA) and has_own_forward(type(module)):
         W = module._parameters.get("weight")
-        # The libraries that quantize multiply by what the weight stands for; some quantize it when it is moved.
+        # The layers of libraries that quantize multiply by the dequantized weight; some quantize it when it is moved.
         if W is not None and (not is_plain(W) or type(W) is not nn.Parameter):
             return geometry
         if W is None or not adds_its_update(module, geometry.multiply, geometry.shapes(module, 1)[0][1]):
@@ -191,22 +194,22 @@ def way_of(target: Target, geometry: Any) -> type[Adapter]:
     if issubclass(geometry, Convolution) and geometry.computes_otherwise(module):
         if module.groups != 1 and issubclass(geometry, ConvLoRA):
             raise TargetError(
-                f"its class has a forward of its own, and with groups={module.groups} its adapter is no change of its "
-                "weight, so how the two go together cannot be known: leave it out with exclude_modules"
+                f"its class has a forward of its own, and with groups={module.groups} no weight of its shape can hold "
+                "the adapter: leave it out with exclude_modules"
             )
         return by_weight(geometry)
     return geometry
 
 
 def variants_of(config: LoRAConfig) -> tuple[type[Adapter], ...]:
-    """What goes in front of every geometry."""
+    """The variants (mixins) that go in front of every geometry: ALoRA, or DoRA, or none."""
     if config.alora_invocation_tokens:
         return (ALoRA,)
     return (DoRA,) if config.use_dora else ()
 
 
 def _spec(config: LoRAConfig, names: tuple[str, ...]) -> AdapterSpec:
-    rank, alpha = config.rank_of(*names), config.alpha_of(*names)  # each pattern is asked once
+    rank, alpha = config.rank_of(*names), config.alpha_of(*names)  # each pattern is matched once
     return _spec_of(
         rank,
         alpha,
@@ -227,7 +230,7 @@ def _spec_of_parameters(config: LoRAConfig, target: Target) -> AdapterSpec:
 
 
 def _wasteful(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec) -> Iterator[str | None]:
-    groups: Any = vars(module).get("groups", 1)  # each by itself
+    groups: Any = vars(module).get("groups", 1)  # the rank is split over the groups
     parts: dict[str | None, AdapterSpec] = dict(spec.parameters.items()) or {None: spec}
     for name, part in parts.items():
         A, B = geometry.shapes_of(module, name or "weight", part.rank)

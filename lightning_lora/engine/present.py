@@ -1,7 +1,8 @@
-"""Adapters that a model has already: ours, a bank's, and those of other libraries.
+"""Finds adapters that a model has already: ours, a bank's, and those of other libraries.
 
-Adapted once more, they would be frozen, changed in their own A and B, and saved nowhere. Other libraries are known by
-the package of their classes, so none is imported, and by names of parameters that nothing else has.
+If such a model was adapted once more, its old adapters would be frozen, their own A and B adapted, and none of them
+saved. Other libraries are known by the package of their classes, so that none is imported, and by typical names of
+parameters.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _PART = re.compile(rf"(?P<owner>(?:.*\.)?)(?P<own>{'|'.join(name for pair in _PA
 
 
 def check_none_of_ours(model: nn.Module, tree: Tree) -> None:
-    """Raise AdapterStateError where something in `model` is adapted by this package, merged for a while, or served."""
+    """Raise AdapterStateError if `model`, or a part of it, is adapted by this package, merged, or served by a bank."""
     if present := [name for name, _ in tree.of_classes(is_adapter)]:
         raise AdapterStateError(
             f"{type(model).__name__} has adapters already ({listed(present, 3)}). "
@@ -45,21 +46,22 @@ def check_none_of_ours(model: nn.Module, tree: Tree) -> None:
 
 
 def check_some_of_ours(model: nn.Module, tree: Tree) -> None:
-    """Raise AdapterStateError where nothing in `model` is adapted by this package just now, saying why."""
+    """Raise AdapterStateError, which says why, if `model` has no adapters of this package at the moment."""
     if not tree.of_classes(is_adapter):
         why = _where_they_are(model, tree)
         raise AdapterStateError(why or f"{type(model).__name__} has no adapters: call inject(model, config) first.")
 
 
 def are_merged(model: nn.Module, tree: Tree) -> bool:
-    """Whether a layer that `inject` adapted, called on `model`, is a part of it as its own, and no adapter is there."""
+    """True if `model`, on which `inject` was called, is merged: it has no adapters, and still contains a layer that
+    was adapted."""
     adapted = model.__dict__[RECORD].adapted.values()
     is_there = not adapted or not {id(m) for m in adapted}.isdisjoint(id(m) for _, m in tree.modules)
     return is_there and not tree.of_classes(is_adapter)
 
 
 def _where_they_are(model: nn.Module, tree: Tree) -> str | None:
-    """Where the adapters of `model` are, of which none is there though `inject` left its record."""
+    """Why `model` has no adapters though it has a record of `inject`, in words; None if it has no record."""
     for name, module in tree.modules:
         if RECORD in module.__dict__:
             what = f"{type(model).__name__}{f' ({name!r} in it)' if name else ''}"
@@ -70,9 +72,10 @@ def _where_they_are(model: nn.Module, tree: Tree) -> str | None:
 
 
 def check_none_of_others(model: nn.Module, tree: Tree, meant: Callable[[], Iterable[str]] | None = None) -> None:
-    """Raise AdapterStateError where another library has put adapters into `model`.
+    """Raise AdapterStateError if another library has put adapters into `model`.
 
-    Those that are wholly frozen stay, if none of the modules that are `meant` lies inside: a teacher may have some.
+    `meant` gives the names of the modules to adapt. A part with foreign adapters is accepted if it is wholly frozen and
+    none of those modules lies inside it: a teacher may have adapters.
     """
     found = _of_others(tree)
     if not found:
@@ -85,17 +88,16 @@ def check_none_of_others(model: nn.Module, tree: Tree, meant: Callable[[], Itera
         places = listed((repr(place) if place else "its root" for place in found), 3)
         kind = f"{type(module).__module__}.{type(module).__name__}"
         raise AdapterStateError(
-            f"{type(model).__name__} has adapters of {library} already, at {places} ({kind}): they would be adapted "
-            "themselves, frozen, and saved by nobody. To go on from a saved PEFT adapter, call "
-            "load_adapter(base, folder) on the bare base. To keep what they learned in the base, merge them first "
-            "(PEFT: merge_and_unload()); to drop them, take the base itself (PEFT: unload()). To leave them as they "
-            "are, a teacher's for example, freeze them (requires_grad_(False)) and name the modules to adapt beside "
-            "them in target_modules."
+            f"{type(model).__name__} has adapters of {library} already, at {places} ({kind}). They would be adapted "
+            "themselves, frozen, and not saved. To go on from a saved PEFT adapter, call load_adapter(base, folder) on "
+            "the bare base. To keep them in the base weights, merge them first (PEFT: merge_and_unload()); to drop "
+            "them, take the base itself (PEFT: unload()). To leave them as they are (a teacher's, for example), freeze "
+            "them (requires_grad_(False)) and name the modules to adapt in target_modules."
         )
 
 
 def _of_others(tree: Tree) -> dict[str, tuple[str, nn.Module]]:
-    """The outermost modules that hold adapters of other libraries, by name, and whose they are."""
+    """Name of an outermost module that holds adapters of another library -> that library, and the module."""
     libraries = {cls: library for cls in tree.classes if (library := _library(cls)) is not None}
     found = {name: (libraries[type(m)], m) for name, m in tree.modules if type(m) in libraries} if libraries else {}
     owners: dict[str, set[str]] = {}

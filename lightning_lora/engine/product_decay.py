@@ -1,4 +1,4 @@
-"""Weight decay on what an adapter changes, s B A, and not on A and B, of which one can grow while the other shrinks."""
+"""Weight decay on the product s B A, not on A and B by themselves, of which one can grow while the other shrinks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from lightning_lora.errors import TrainingError
 
 
 def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> None:
-    """After each step of `optimizer`, let every update shrink: A and B take a step down the gradient of
-    1/2 ||s B A||_F^2, of their group's learning rate times `strength`.
+    """Shrink every update after each step of `optimizer`: A and B take a step down the gradient of 1/2 ||s B A||_F^2,
+    of size `strength` times their group's learning rate.
 
-    Decoupled from the loss's gradient and its moments, as AdamW's decay is (Loshchilov and Hutter 2019,
-    arXiv:1711.05101, section 2), which has no hold on the product. A frozen start counts as the rest of the update
-    does: what shrinks is s (B A - B0 A0). Raises ConfigError for a strength that is not a finite number above 0,
-    TrainingError for LBFGS, whose step is a search along a line.
+    The decay is decoupled from the loss's gradient and its moments, as AdamW's is (Loshchilov and Hutter 2019,
+    arXiv:1711.05101, section 2); but AdamW's decays A and B, not their product. With a frozen start, s (B A - B0 A0)
+    shrinks. Raises ConfigError for a strength that is not a finite number above 0, TrainingError for LBFGS, whose step
+    is a search along a line.
     """
     check_strength(strength)
     innermost = [one for one in with_inner(optimizer) if len(with_inner(one)) == 1]
     for one in innermost:
         if isinstance(one, LBFGS):
             raise TrainingError(
-                "product_decay cannot be used with LBFGS, which searches along a line that it would leave."
+                "product_decay cannot be used with LBFGS: a decay after its line search would undo the search. Use "
+                "another optimizer, or leave product_decay out."
             )
-        check_hooks(one, "product_decay, which follows each step, cannot be used with it.")
+        check_hooks(one, "product_decay, which runs after each step, cannot be used with it.")
     own = list(pairs(model))
 
     def decay(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -45,17 +46,17 @@ def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> No
                 for p, g in zip(held, gradients):
                     p.sub_(g * (rates[id(p)] * strength))
 
-    for one in innermost:  # of SAM and the like, whose user may take the two halves of a step by hand
+    for one in innermost:  # the user of SAM may take the two halves of a step by hand, past the outer step's hooks
         replace_hooks(one, "product_decay", one.register_step_post_hook(decay))
 
 
 def check_strength(strength: object) -> None:
-    """Raise ConfigError unless `strength` can be that of the decay."""
+    """Raise ConfigError unless `strength` is a finite number above 0."""
     number("product_decay", strength, above=0)
 
 
 def half_square(pair: Pair) -> Tensor:
-    """1/2 ||s B A||_F^2, as the sum over (B^T B) * (A A^T), products of the size of the rank: nothing of the weight's
-    size is made, here or in its gradients s^2 (B^T B) A and s^2 B (A A^T)."""
+    """1/2 ||s B A||_F^2, as a sum over (B^T B) * (A A^T). These matrices are (rank, rank): no matrix of the weight's
+    size is made, here or in the gradients s^2 (B^T B) A and s^2 B (A A^T)."""
     A, B = pair.module.matrices(pair.parameter)
     return pair.spec.scale**2 / 2 * ((B.mT @ B) * (A @ A.mT)).sum()

@@ -1,5 +1,6 @@
-"""What a reader of the attribute of an adapted layer gets: a shown weight (shown.py), or the value where torch must see
-every step."""
+"""Makes the value that code outside an adapted layer gets when it reads `layer.weight` or `layer.bias`.
+
+It is a shown weight (shown.py), or the adapted value itself where torch must see every step."""
 
 from __future__ import annotations
 
@@ -24,10 +25,10 @@ from lightning_lora.errors import AdapterStateError
 
 
 class _Show(torch.autograd.Function):
-    """The adapted weight (or, where `own` is given, what stands for it), with the way of gradients to `leaves`.
+    """Computes the adapted weight (or, if `own` is given, a ShownWeight), and passes gradients to `leaves`.
 
-    Nothing is kept for the backward pass: it is computed again from the layer, so the result may be read in any number
-    of checkpointed regions and backward passes.
+    Nothing is kept for the backward pass, which computes the weight again from the layer. So the result may be read in
+    any number of checkpointed regions and backward passes.
     """
 
     @staticmethod
@@ -54,17 +55,18 @@ def _versions(leaves: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 _GIVEN: WeakKeyDictionary[nn.Module, dict[str, ShownWeight]] = WeakKeyDictionary()
-"""What each layer showed last. Outside of the modules, so that copies and pickles of them hold none of it."""
+"""Layer -> the ShownWeights that it gave last, by name. Kept outside the modules, so that copies and pickles of modules
+do not contain them."""
 
 
 def show(
     module: Any, name: str, own: Tensor, leaves: tuple[Tensor, ...], *, is_drawn: bool, to_kernels: bool
 ) -> Tensor:
-    """What a reader of the attribute `name` of the adapted layer `module` gets in place of the base's `own`.
+    """The value that a reader of the attribute `name` of the adapted layer `module` gets in place of the base's `own`.
 
-    That is a ShownWeight; or `module.value_read(name)` itself, where torch must see every step (compiling, tracing,
-    functional transforms, tensors of other kinds), and in a forward for readers that hand it `to_kernels`. `leaves` are
-    what gradients reach; `is_drawn` says that each computation draws random numbers.
+    It is a ShownWeight. It is the adapted value itself (`module.value_read(name)`) where torch must see every step
+    (compiling, tracing, functional transforms, tensor subclasses), and in a forward if the reader hands it
+    `to_kernels`. `leaves` are the tensors that gradients reach. `is_drawn`: each computation draws random numbers.
     """
     if (
         fused.sees_every_step()
@@ -93,7 +95,7 @@ def show(
             raise AdapterStateError(f"{called} was replaced after it was read: read it again.")
         if fused.sees_every_step():
             return compute()
-        # What was computed without a graph is no answer for one who needs it.
+        # A value that was computed without a graph cannot serve a reader that needs one.
         now = key, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         scope = SCOPE.get()
         place = id(own), id(live), name, now[1:]
@@ -102,7 +104,7 @@ def show(
             if value._version == version and then == now:
                 return value
         value = _Show.apply(compute, None, _versions(trained), *trained) if through else compute()
-        # Without `through` what is computed keeps tensors for its backward pass, so two of those cannot share it.
+        # Without `through` the value keeps tensors for its backward pass, so two backward passes cannot share it.
         if scope is not None and not is_drawn and not now[2] and (through or not value.requires_grad):
             scope[1][place] = value, value._version, now
         return value
@@ -119,19 +121,19 @@ def show(
 
 
 def _twin(module: nn.Module) -> Any:
-    """`module` as it is now: it keeps these parameters when the layer gets others (torch.func.functional_call)."""
+    """A copy of `module` that keeps the present parameters when the layer gets others (torch.func.functional_call)."""
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__, _parameters=dict(module._parameters))
     return twin
 
 
 def forget(module: nn.Module) -> None:
-    """`module` gets other weights, which owe nothing to what it showed."""
+    """Drop what `module` has shown: it gets other weights, which were not computed from that."""
     _GIVEN.pop(module, None)
 
 
 def _registers(module: nn.Module, name: str, p: nn.Parameter | None) -> Any:
-    """torch calls this where a module is given a parameter: a shown weight is the base's parameter there."""
+    """torch calls this where a module is given a parameter: in place of a shown weight it gets the base's parameter."""
     given = _GIVEN.get(module)
     if given is not None and name in given and given[name].lora_was_used and p is not given[name].lora_own:
         raise AdapterStateError(counted_twice(given[name].lora_name))

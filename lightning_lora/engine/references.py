@@ -1,18 +1,18 @@
-"""Parts of a model that "all-linear" leaves out, since training them is not what freezing them meant.
+"""Finds references: parts of a model that were frozen on purpose, and that "all-linear" leaves out.
 
-Such a part is a child of which every parameter was frozen before the injection: a teacher, a reference, an average of
-the weights, the network of a perceptual loss. The rule:
+A reference is a child module of which every parameter was frozen before the injection: a teacher, a reference policy,
+an average of the weights, the network of a perceptual loss. The rule:
 
-1. Where nothing trains, nothing is a reference: the whole model was frozen, to be adapted. Quantized weights, which
-   never train, do not count as frozen.
+1. If no parameter trains, there is no reference: the whole model was frozen in order to be adapted. Quantized weights,
+   which never train, do not count as frozen.
 2. A torchmetrics metric is left out, frozen or not.
-3. Where nothing but an output head trains, the frozen rest is the backbone under that head, and is adapted; but a
-   frozen part that looks as one that trains, layer by layer, is its copy, and is left out. The head is the output layer
-   (or nothing, or embeddings beside it), or up to four layers that have less weight than the frozen rest and read what
-   it computes: their first one takes as many features as the frozen one before it gives (or all frozen parts
-   together), they do not read the model's own input, and no frozen layer reads their output. Blocks of a stack of which
-   others train are no backbone.
-4. Any other frozen part is left out, and the report says so. Layers that are named are adapted wherever they are.
+3. If only an output head trains, the frozen rest is the backbone under that head, and is adapted. But a frozen part
+   that has the same layers as a part that trains is a copy of it, and is left out.
+   A head is the output layer (or nothing, or embeddings beside it). A head is also a group of up to four layers that
+   has less weight than the frozen rest and reads its output: its first layer takes as many features as the frozen layer
+   before it gives (or all frozen parts together), it does not read the model's own input, and no frozen layer reads its
+   output. Frozen blocks of a stack in which other blocks train are not a backbone.
+4. Any other frozen part is left out, and the report says so. A layer that target_modules names is adapted in any case.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class _Layer(NamedTuple):
 
     name: str
     kind: int
-    """The same for layers whose inputs are alike: features, channels or tokens."""
+    """A number for the type of its inputs: features, channels or tokens (`_TOKENS`)."""
     inputs: int
     outputs: int
 
 
 def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str | None]) -> dict[str, str]:
-    """The parts that "all-linear" leaves out -> how to adapt them. `head_of` gives the output head among `linear`."""
+    """Name of a part that "all-linear" leaves out -> how to adapt it. `head_of` finds the output head in `linear`."""
     found = dict.fromkeys(_metrics(tree), _METRIC)
     if all(p.requires_grad for _, p in tree.parameters):
         return found
@@ -53,7 +53,7 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
     head = head_of()
     part_of = {t.name: _outermost(t.name, awake, asleep) for t in linear}
     if head is not None and _holds_more(part_of.get(head), tree):
-        head = None  # it is no output of the model, but the last layer of a reference
+        head = None  # it is not the model's output layer, but the last layer of a reference
     parts = list(dict.fromkeys(part for name, part in part_of.items() if part is not None and name != head))
     if not parts:
         return found
@@ -73,12 +73,12 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
 
 
 def _holds_more(part: str | None, tree: Tree) -> bool:
-    """Whether `part` has several layers."""
+    """True if `part` has several layers."""
     return part is not None and sum(lies_in(layer.name, (part,)) for layer in _layers(tree)) > 1
 
 
 def lies_in(name: str, parts: Any) -> bool:
-    """Whether a module called `name` is one of `parts`, or inside one."""
+    """True if the module called `name` is one of `parts`, or lies inside one."""
     return name in parts or any(above in parts for above in _above(name))
 
 
@@ -86,12 +86,12 @@ def _metrics(tree: Tree) -> Iterator[str]:
     metric: Any = getattr(sys.modules.get("torchmetrics"), "Metric", None)
     if metric is not None:
         for name, module in tree.of_classes(lambda cls: issubclass(cls, metric)):
-            if name and next(module.parameters(), None) is not None:  # most have none, and there is nothing to say
+            if name and next(module.parameters(), None) is not None:  # most metrics have no parameters
                 yield name
 
 
 def _states(tree: Tree) -> tuple[set[str], set[str]]:
-    """The names of the modules that have, themselves or inside, parameters that train, and ones that are frozen."""
+    """The names of the modules that contain parameters that train, and the names of those that contain frozen ones."""
     awake: set[str] = set()
     asleep: set[str] = set()
     for name, p in tree.parameters:
@@ -105,17 +105,18 @@ def _states(tree: Tree) -> tuple[set[str], set[str]]:
 
 
 def _could_train(p: nn.Parameter) -> bool:
-    """Not so a quantized weight, nor one of bitsandbytes', which is quantized once it is moved."""
+    """False for a quantized weight, and for a weight of bitsandbytes', which will be quantized when it is moved."""
     return is_plain(p) and not type(p).__module__.startswith("bitsandbytes.")
 
 
 def _outermost(name: str, awake: set[str], asleep: set[str]) -> str | None:
-    """The largest part around the module called `name`, or itself, that is wholly frozen, if there is one."""
+    """The name of the largest wholly frozen part that contains the module called `name`, or is it; None if there is
+    none."""
     return next((part for part in (*_above(name), name) if part not in awake and part in asleep), None)
 
 
 def _above(name: str) -> Iterator[str]:
-    """The names of the modules around the one called `name`, the outermost first; not that of the model."""
+    """The names of the modules that contain the module called `name`, the outermost first, without the model itself."""
     at = name.find(".")
     while at >= 0:
         yield name[:at]
@@ -146,8 +147,8 @@ _LAYERS_OF_A_HEAD = 4
 
 
 def _is_head(rest: Sequence[_Layer], kept: Sequence[_Layer], layers: Sequence[_Layer], parts: Sequence[str]) -> bool:
-    """Whether the layers that train, `rest`, are a head upon the frozen ones, `kept`, which `parts` hold; `layers` are
-    all, in order."""
+    """True if the layers that train, `rest`, are a head on the frozen layers, `kept`, which lie in `parts`. `layers`
+    are all layers in the model's order."""
     if not kept or not 0 < len(rest) <= _LAYERS_OF_A_HEAD:
         return False
     first, last = layers.index(rest[0]), layers.index(rest[-1])
@@ -162,7 +163,8 @@ def _is_head(rest: Sequence[_Layer], kept: Sequence[_Layer], layers: Sequence[_L
 
 
 def _is_copy(part: str, tree: Tree, layers: Sequence[_Layer], training: Set[tuple[Any, ...]]) -> bool:
-    """Whether `part`, or each entry of it where it is a list or a dict, has the layers of a part that trains."""
+    """True if `part` (or each entry of it, if it is a ModuleList or ModuleDict) has the same layers as a part that
+    trains."""
     if tuple(_inside(part, layers)) in training:
         return True
     if not isinstance(tree.by_name[part], (nn.ModuleList, nn.ModuleDict)):
@@ -178,7 +180,7 @@ def _inside(part: str, layers: Sequence[_Layer]) -> list[tuple[str, int, int, in
 
 
 def _is_block(part: str, tree: Tree, awake: set[str]) -> bool:
-    """Whether `part` is one block of a stack of which others train."""
+    """True if `part` is a block of a stack in which other blocks train."""
     stack, _, own = part.rpartition(".")
     if not own.isdigit():
         return False

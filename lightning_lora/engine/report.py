@@ -1,4 +1,4 @@
-"""What an injection did, as data and as a table."""
+"""The report of an injection, as data and as a table."""
 
 from __future__ import annotations
 
@@ -26,35 +26,42 @@ class AdaptedModule(NamedTuple):
     rank: int
     scale: float
     parameters: int
-    """Elements of A and B."""
+    """The number of trained elements that the module's adapter has."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What `inject` did; `str()` is an aligned table with totals."""
+    """The report that `inject` returns; `str()` gives an aligned table with totals.
+
+    >>> import torch
+    >>> from lightning_lora import LoRAConfig, inject
+    >>> report = inject(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoRAConfig(rank=2, target_modules=["0"]))
+    >>> report.trainable, report.frozen, round(report.trainable_share, 2)
+    (14, 15, 0.48)
+    """
 
     modules: tuple[AdaptedModule, ...]
     trained_whole: tuple[str, ...]
-    """Parameters that are trained beside A and B: modules_to_save and biases."""
+    """Names of the parameters that are trained beside A and B: modules_to_save and biases."""
     head: str | None
     """The layer that "all-linear" took for the output head and left out."""
     tokens: dict[str, int]
-    """How many rows of an embedding are trained, and of the heads that share its weight."""
+    """Name of an embedding, or of a head that shares its weight -> number of its rows that are trained."""
     left_out: dict[str, str]
-    """Weights and frozen parts that one might take for adapted, and are not: name -> how to adapt it."""
+    """Weights and frozen parts that are not adapted though one may expect it: name -> how to adapt it."""
     trainable: int
-    """Elements that are trained: those of A and B, and `trained_whole`."""
+    """The number of elements that are trained: those of the adapter and of `trained_whole`."""
     frozen: int
-    """Elements of the base that are frozen."""
+    """The number of elements that are frozen: those of the base, and of A with `freeze_a`."""
 
     @property
     def trainable_share(self) -> float:
-        """Trained elements as a share of all, from 0 to 1."""
+        """The trained elements as a share of all elements, from 0 to 1."""
         return self.trainable / max(1, self.trainable + self.frozen)
 
     def within(self, name: str, others: int) -> InjectionReport:
-        """The same of a model that holds the injected one as `name`, beside `others` elements that are frozen."""
+        """The report of a larger model that holds the injected one as `name`, beside `others` frozen elements."""
         prefix = f"{name}." if name else ""
         return replace(
             self,
@@ -104,9 +111,10 @@ class InjectionReport:
 
 
 def _grouped(modules: Sequence[AdaptedModule]) -> list[tuple[str, int, AdaptedModule]]:
-    """Rows that differ in numbers of their names alone as one: "layers.0-31.mlp", how many, and the first of them.
+    """Join rows that differ only in numbers of their names: the joined name ("layers.0-31.mlp"), the number of rows,
+    and the first of them.
 
-    Names are joined in one number at a time, so that a joined name means all of its combinations, and no other.
+    Names are joined in one number at a time, so that a joined name stands for all of its combinations and no others.
     """
     groups = [(m.name.split("."), 1, m) for m in modules]
     for at in reversed(range(max((len(parts) for parts, _, _ in groups), default=0))):
@@ -139,8 +147,8 @@ def _spans(numbers: Sequence[int]) -> str:
 def rows(
     plan: Plan, tensors: Sequence[Mapping[str, Tensor]], tied: Mapping[int, Sequence[tuple[str, nn.Module]]]
 ) -> Iterator[AdaptedModule]:
-    """The rows of the report, for modules that are not swapped yet; `tied` are those that share a parameter, by its
-    identity."""
+    """The rows of the report, for modules that are not swapped yet. `tied` is id(parameter) -> the modules that share
+    it."""
     sizes: dict[int, list[_Size]] = {}
     for (target, kind), own in zip(plan, tensors):
         if id(kind) not in sizes:
@@ -152,7 +160,7 @@ def rows(
 
 
 _Size = tuple[str | None, tuple[str, tuple[int, ...], int, float, int]]
-"""A parameter, or None for what a module computes; and a row's fields between its name and its note."""
+"""A parameter's name, or None for the module's output; and the fields of a row between its name and its note."""
 
 
 def _sizes(module: nn.Module, kind: Kind, own: Mapping[str, Tensor]) -> Iterator[_Size]:

@@ -1,5 +1,5 @@
-"""Whether two configs mean the same for a model, however they say it: endings in another order, an expression for a
-list, "all-linear" for the layers that it became."""
+"""Compares two configs by what they select in a model, however they say it: endings in another order, an expression
+for a list, "all-linear" for the layers that it selects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_lora.engine.targets import Selection, meant_by
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import TargetError
 
-# What fields say together.
+# Fields that select something together.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 _RANKS = ("rank", "rank_pattern")
 _ALPHAS = ("alpha", "alpha_pattern")
@@ -25,8 +25,8 @@ _SAVED = ("modules_to_save",)
 
 
 def differences(model: nn.Module, injection: Injection, config: LoRAConfig) -> dict[str, tuple[Any, Any]]:
-    """The fields in which `config` means something else for `model` than the config that `injection` adapted it with:
-    field -> what it is there and here."""
+    """Field -> its value in `injection.config` and in `config`, for the fields whose difference matters for `model`,
+    which `injection.config` adapted."""
     tree = Tree.of(model)
     theirs, ours = injection.config, with_plain_names(config, tree)
     both = {f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(LoRAConfig)}
@@ -36,7 +36,7 @@ def differences(model: nn.Module, injection: Injection, config: LoRAConfig) -> d
     with _as_before(tree, injection):
         try:
             meant = [_meaning(meant_by(c, model, tree), c) for c in (theirs, ours)]
-        except TargetError:  # an entry that matches nothing means something else
+        except TargetError:  # an entry of `config` matches nothing, so the configs do differ
             return differing
     for names in (_TARGETS, _RANKS, _ALPHAS, _SAVED):
         if meant[0][names] == meant[1][names]:
@@ -45,7 +45,7 @@ def differences(model: nn.Module, injection: Injection, config: LoRAConfig) -> d
 
 
 def _meaning(selection: Selection, config: LoRAConfig) -> dict[tuple[str, ...], Any]:
-    """What each group of fields comes to."""
+    """Group of fields -> what it selects: the targets, their ranks, their alphas, the modules trained whole."""
     known = {
         (target.name, parameter): target.names_of(parameter)
         for target in selection.targets
@@ -61,7 +61,7 @@ def _meaning(selection: Selection, config: LoRAConfig) -> dict[tuple[str, ...], 
 
 @contextmanager
 def _as_before(tree: Tree, injection: Injection) -> Iterator[None]:
-    """With the parameters trainable that were so before `inject`: "all-linear" asks what was frozen then."""
+    """Inside, parameters require grad as before `inject`, since "all-linear" depends on what was frozen then."""
     now = [(p, p.requires_grad) for _, p in tree.parameters]
     try:
         for name, p in tree.parameters:

@@ -1,4 +1,4 @@
-"""The factor s in W x + s * B A x."""
+"""The scale s in W x + s * B A x."""
 
 from __future__ import annotations
 

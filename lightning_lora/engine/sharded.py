@@ -1,6 +1,6 @@
-"""Weights that are spread over processes: torch's DTensors, as fully_shard and tensor parallelism make them, and FSDP1.
+"""Handles weights that are sharded over processes: DTensors (fully_shard, tensor parallelism), and FSDP1.
 
-Nothing is imported here: a model can hold such weights only if their module was imported.
+These modules of torch are not imported here: a model can hold such weights only if something imported them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from lightning_lora.errors import AdapterStateError, listed
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether `t` is a DTensor, of which this process has a part."""
+    """True if `t` is a DTensor, of which this process has a part."""
     kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(t, kind)
 
 
 def whole(t: Any) -> Tensor:
-    """All of `t`. Where it is sharded, every process that has a part of it must call this."""
+    """The whole tensor. If `t` is sharded, every process that has a part of it must call this."""
     tensor: Tensor = t.full_tensor() if is_sharded(t) else t
     return tensor
 
 
 def shard_like(value: Tensor, t: Any, *, drawn: bool = False) -> Tensor:
-    """`value`, which every process has whole, sharded as `t` is, if it is. Where it was `drawn`, each has its own, and
-    all of them take the first one's."""
+    """Shard `value` as `t` is sharded, if it is. Every process has the whole `value`. If it was `drawn` at random, the
+    processes have different values, and all take that of the first."""
     if not is_sharded(t) or is_sharded(value):
         return value
     distribute: Any = sys.modules["torch.distributed.tensor"].distribute_tensor
@@ -40,36 +40,36 @@ def shard_like(value: Tensor, t: Any, *, drawn: bool = False) -> Tensor:
 
 @torch.no_grad()
 def fill(t: Any, value: Tensor, *, drawn: bool = False) -> None:
-    """Copy `value` into `t`, of which each process keeps its part."""
+    """Copy `value` into `t`. If `t` is sharded, each process copies its part."""
     t.copy_(shard_like(value.to(t.device, t.dtype), t, drawn=drawn))
 
 
 def is_own(given: Tensor | None, own: Tensor) -> bool:
-    """Whether a state dict brings nothing for `own`: no value, or its own, which torch's set_model_state_dict fills in
-    where one is missing."""
+    """True if a state dict has nothing new for `own`: `given` is None, or is `own` itself, which torch's
+    set_model_state_dict fills in for a missing value."""
     parts = (t.to_local() if is_sharded(t) else t for t in (given, own) if t is not None)  # type: ignore[attr-defined]
     return len({t.data_ptr() for t in parts}) == 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that does what only one should."""
+    """True in the process that does what only one process should do (rank 0)."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def check_complete(tensors: Mapping[str, Tensor]) -> None:
-    """Raise AdapterStateError for an A or B that is no matrix: FSDP1 and ZeRO-3 leave a flat part of it there."""
+    """Raise AdapterStateError for an A or B that is no matrix: FSDP1 and ZeRO-3 leave a flat part in each process."""
     parts = [name for name, t in tensors.items() if t.dim() < 2 and name.rpartition(".")[2] in ("lora_A", "lora_B")]
     if parts:
         raise AdapterStateError(
-            f"{listed(parts)} is a part of a tensor whose rest other processes have. Ask for it while the whole is "
-            "there: inside of FullyShardedDataParallel.summon_full_params, or deepspeed.zero.GatheredParameters."
+            f"{listed(parts)} is a part of a tensor, and other processes have the rest. Ask for it where the whole is "
+            "gathered: inside FullyShardedDataParallel.summon_full_params, or deepspeed.zero.GatheredParameters."
         )
 
 
 def check_unsharded(model: nn.Module, advice: str, tree: Tree | None = None) -> None:
-    """Raise AdapterStateError, with what to do, where weights of `model` are sharded, or will be again: fully_shard
-    puts them together for as long as a forward takes, or `unshard` says. `tree` is what it consists of, if known."""
+    """Raise AdapterStateError, whose message ends in `advice`, if weights of `model` are sharded, or are gathered only
+    for a while (fully_shard gathers them for a forward, or at `unshard`). `tree` is Tree.of(model), if known."""
     fsdp, tensors = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
     if fsdp is None and tensors is None:
         return
@@ -80,7 +80,7 @@ def check_unsharded(model: nn.Module, advice: str, tree: Tree | None = None) -> 
         and not any(issubclass(cls, kinds) for cls in tree.classes)
         and not any(isinstance(wrapper, kinds) for _, wrapper in tree.wrappers)
     ):
-        return  # without asking each of thousands
+        return  # no class in the model shards: no need to look at each module
     found = [
         name or type(model).__name__
         for name, module in (*tree.wrappers, *tree.modules)

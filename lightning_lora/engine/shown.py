@@ -1,8 +1,8 @@
-"""What a reader of `layer.weight` gets from an adapted layer: the adapted weight W + s B A, computed where it is used.
+"""ShownWeight: the value of `layer.weight` for code outside an adapted layer. It stands for W + s B A.
 
-An adapted model is the base with W + s B A in place of W, whoever looks. Most code calls a layer, and the layer adds
-its update; some code reads the weight instead (a tied head, a penalty, a flow's determinant). `ShownWeight` stands for
-the adapted weight there, and decides by what is done with it:
+Most code calls a layer, and the layer adds its update. Some code reads the weight instead (a tied head, a penalty, a
+flow's determinant), and should see W + s B A as well. A ShownWeight computes W + s B A only when it is needed; the
+operation on it decides:
 
     metadata    (shape, dtype, device, data_ptr, ...) is the base parameter's: nothing is computed
     views       (t(), [..], view, detach, data, ...) are shown weights themselves
@@ -12,9 +12,9 @@ the adapted weight there, and decides by what is done with it:
                 base parameter
     all else    computes with W + s B A; gradients reach A and B
 
-A value that was computed from the adapted weight must not become the base weight, or the adapter would count twice:
-that is an AdapterStateError (`torch.nn.utils.fuse_conv_bn_eval` does so, for example). So is a write to it in a
-forward, such as a mask or a clamp, which would reach the base and not the adapter.
+A value that was computed from the adapted weight must not become the base weight, since the adapter would then count
+twice: this raises AdapterStateError (`torch.nn.utils.fuse_conv_bn_eval` does so, for example). A write in a forward,
+such as a mask or a clamp, raises it too, since it would change the base and not the adapter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lightning_lora.engine.forwards import SCOPE
 from lightning_lora.errors import AdapterStateError
 
-# By the names of torch's functions and methods: a method, its function in `torch` and its operator share one.
+# Names of torch's functions: a method, the function in `torch` and the operator have the same name.
 # fmt: off
 _VIEWS = frozenset(
     (
@@ -62,25 +62,25 @@ _COPIES = frozenset(("copy_", "set_", "__setitem__", "__set__"))
 
 
 class ShownWeight(nn.Parameter):
-    """The adapted weight of a layer, or a view of it, as the opening of this file says.
+    """Stands for the adapted weight of a layer, or for a view of it (see the top of this file).
 
-    Python's functions reach it by `__torch_function__`; what C++ does with it by torch's operators (TorchScript,
-    functional transforms, extensions) by `__torch_dispatch__`. Its memory is the base parameter's, which a kernel sees
-    that takes a pointer.
+    Calls from Python arrive at `__torch_function__`; calls of torch's operators from C++ (TorchScript, functional
+    transforms, extensions) at `__torch_dispatch__`. Its memory is the base parameter's: a kernel that takes a pointer
+    sees the base weight.
     """
 
     lora_own: Tensor
     """The base parameter, or the same view of it."""
     lora_shown: Callable[[], Tensor]
-    """Gives the adapted weight, or the same view of it."""
+    """Computes the adapted weight, or the same view of it."""
     lora_root: ShownWeight
-    """What the layer showed, where this is a view of it; else itself."""
+    """The ShownWeight that the layer gave, if this is a view of it; else this one itself."""
     lora_is_data: bool
-    """Whether it was reached by way of `.data`, which stands for the parameter's memory where it is copied."""
+    """True if it was reached through `.data`: a copy from it then copies the base parameter's values."""
     lora_is_free: bool
-    """Whether it was made a parameter of its own, which shares the base's memory and owes nothing to the adapter."""
+    """True if it was made a parameter of its own (nn.Parameter(layer.weight)): it is then the base's memory alone."""
     lora_was_used: bool
-    """Whether something was computed from the adapted weight (asked of the root)."""
+    """True on the root if something was computed from the adapted weight."""
     lora_name: str
     lora_is_trained: bool
     lora_key: Any
@@ -91,7 +91,8 @@ class ShownWeight(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.lora_own.__reduce_ex__(protocol)
 
-    # What others note on a parameter (transformers' `_is_hf_initialized`, DeepSpeed's `ds_id`) is the base parameter's.
+    # Attributes that libraries set on a parameter (transformers' `_is_hf_initialized`, DeepSpeed's `ds_id`) are kept on
+    # the base parameter.
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("lora_"):
@@ -113,7 +114,7 @@ class ShownWeight(nn.Parameter):
         if getter:
             name = func.__self__.__name__
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller == "torch.nn.init":  # which works on the parameter itself
+        if caller == "torch.nn.init":  # it initialises the base parameter itself
             return func(*_each(args, _own), **_each(kwargs, _own))
         first = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
         mine = isinstance(first, ShownWeight)
@@ -131,7 +132,7 @@ class ShownWeight(nn.Parameter):
         if name in _COPIES and isinstance(first, Tensor):
             return func(*_each(args, _copied_into(first)), **_each(kwargs, _copied_into(first)))
         result = func(*_each(args, _shown), **_each(kwargs, _shown))
-        if name == "numpy":  # its memory is no parameter's, so a write there would be lost
+        if name == "numpy":  # the array is a computed copy, so a write to it would be lost
             result.setflags(write=False)
         return result
 
@@ -147,12 +148,12 @@ class ShownWeight(nn.Parameter):
         written = _written(func, name, args, kwargs)
         if any(True for _ in _all(written)):
             return _write(func, name, written, args, kwargs)
-        with torch.no_grad():  # autograd is above
+        with torch.no_grad():  # autograd records above this level
             return func(*_each(args, _shown), **_each(kwargs, _shown))
 
 
 def base_parameter(p: Any) -> Any:
-    """The base parameter that `p` stands for, where it is what a layer showed; else `p`."""
+    """The base parameter, if `p` is a ShownWeight that stands for it (and not for a view); else `p`."""
     return p.lora_own if isinstance(p, ShownWeight) and p is p.lora_root else p
 
 
@@ -168,7 +169,8 @@ def _shown(w: ShownWeight) -> Tensor:
 
 
 def _copied_into(target: Tensor) -> Callable[[ShownWeight], Tensor]:
-    """What is copied into `target`: into a parameter, or by way of `.data`, the base's own; else the values shown."""
+    """A function that gives the values to copy into `target`: the base's if `target` is a parameter or the source was
+    reached through `.data`; else the adapted ones."""
     is_parameter = isinstance(target, nn.Parameter)
     return lambda w: w.lora_own.detach() if is_parameter or w.lora_is_data else _shown(w)
 
@@ -198,7 +200,7 @@ def _all(value: Any) -> Iterator[ShownWeight]:
 
 
 def _is_view(func: Any) -> bool:
-    """Whether an operator of torch returns a view of its first argument."""
+    """True if an operator of torch returns a view of its first argument."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
@@ -208,9 +210,9 @@ def _view(func: Any, name: str, w: ShownWeight, args: Any, kwargs: Any) -> Any:
     if w.lora_is_free:
         return func(*_each(args, _own), **kwargs)
     if any(a is not w for a in _all((args, kwargs))) or not _shares(func(*_each(args, _own), **kwargs), w.lora_own):
-        return func(*_each(args, _shown), **_each(kwargs, _shown))  # a copy, such as a reshape of what is transposed
+        return func(*_each(args, _shown), **_each(kwargs, _shown))  # no view but a copy: a reshape after a transpose
     with torch._C.DisableTorchFunctionSubclass():
-        views = func(*args, **kwargs)  # by way of `_view_of`
+        views = func(*args, **kwargs)  # this arrives at __torch_dispatch__, which calls `_view_of`
     for view in _all(views) if name in ("data", "detach") else ():
         view.lora_is_trained = False
         view.lora_is_data = w.lora_is_data or name == "data"
@@ -234,9 +236,9 @@ def _view_of(func: Any, w: ShownWeight, args: Any, kwargs: Any) -> Any:
 
 
 def made(own: Tensor, shown: Callable[[], Tensor], of: ShownWeight | None) -> ShownWeight:
-    """What stands for `own` and shows `shown()`; `of` is what it is a view of."""
-    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):  # it may be used outside of it
-        # The memory is the base's, for `other.weight.data = layer.weight`, which torch does without asking us.
+    """Make a ShownWeight that stands for `own` and computes `shown()`; `of` is the one that it is a view of, if any."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):  # it may be used outside inference mode
+        # Its memory is the base's: torch runs `other.weight.data = layer.weight` without calling our methods.
         it: Any = torch.Tensor._make_subclass(ShownWeight, own.detach(), False)
     it.__dict__.update(
         lora_own=own,
@@ -255,7 +257,7 @@ def made(own: Tensor, shown: Callable[[], Tensor], of: ShownWeight | None) -> Sh
 
 
 def _written(func: Any, name: str, args: Any, kwargs: Any) -> dict[Any, Any]:
-    """What `func` writes to, by its place or its name among its arguments."""
+    """The arguments that `func` writes to, by their position or name."""
     operator = func.default if hasattr(func, "overloads") and func.overloads() == ["default"] else func
     schema = getattr(operator, "_schema", None)
     if schema is not None:
@@ -270,20 +272,23 @@ def _written(func: Any, name: str, args: Any, kwargs: Any) -> dict[Any, Any]:
 
 
 def _write(func: Any, name: str, written: dict[Any, Any], args: Any, kwargs: Any) -> Any:
-    """Write to base parameters."""
+    """Run `func`, which writes to shown weights, on their base parameters. Raises AdapterStateError if it would write
+    values that include the adapter, or write in a forward."""
     attribute = func.__self__.__name__ if name == "__set__" else ""
     copies = name in _COPIES and attribute in ("", "data")
     others = [a for i, a in enumerate(args) if i not in written], {k: v for k, v in kwargs.items() if k not in written}
     for w in _all(written):
         if attribute == "data" and w is not w.lora_root:
-            raise AdapterStateError(f"{w.lora_name}: assign to .data of the weight itself, not of a view of it.")
+            raise AdapterStateError(
+                f"{w.lora_name} is adapted: assign to .data of the weight itself, not to .data of a view of it."
+            )
         if w.lora_is_free or name in _KEEPS_VALUES or attribute not in ("", "data"):
             continue
         if SCOPE.get() is not None:
             raise AdapterStateError(
-                f"{w.lora_name} is changed in a forward, as masks, clipping and codebooks do. That "
-                "reaches the base's weight and not its adapter, so the adapted weight would not be what the code "
-                "makes it: leave the layer out with exclude_modules."
+                f"{w.lora_name} is changed in a forward, as masks, clipping and codebooks do. The write reaches the "
+                "base's weight and not the adapter, so the adapted weight would not be the one that the code wants: "
+                "leave the layer out with exclude_modules."
             )
         mixed = not copies and any(True for _ in _all(others))
         if mixed or (w.lora_root.lora_was_used and _has_values(others)):
@@ -301,7 +306,7 @@ _KEEPS_VALUES = frozenset(("share_memory_", "retain_grad", "rename_", "resize_as
 
 
 def _has_values(others: Any) -> bool:
-    """Whether there are tensors in `others` that may have been computed from an adapted weight."""
+    """True if `others` contains tensors that may have been computed from an adapted weight."""
     if isinstance(others, Tensor):
         return others.is_floating_point() and not isinstance(others, ShownWeight)
     if isinstance(others, (tuple, list, dict)):
@@ -328,14 +333,14 @@ def _set_requires_grad(func: Any, w: ShownWeight, args: Any, kwargs: Any, *, mak
 
 def hidden(name: str) -> str:
     return (
-        f"{name} is adapted, and what a parametrization computed from the base's alone would hide the adapter from all "
-        "who read it. Register parametrizations before inject, or call merge(model) first."
+        f"{name} is adapted, and a parametrization would compute its value from the base's weight alone, without the "
+        "adapter. Register parametrizations before inject, or call merge(model) first."
     )
 
 
 def counted_twice(name: str) -> str:
     return (
-        f"{name} was read with its adapter in it, and is replaced or changed now: what was computed from it would get "
-        "the adapter a second time. Call merge(model) first, or remove(model). If the new value is the base's alone, "
-        "write it through load_state_dict."
+        f"{name} was read with its adapter added, and is replaced or changed now: a new value that was computed from "
+        "it would get the adapter a second time. Call merge(model) first, or remove(model). If the new value is the "
+        "base's alone, write it through load_state_dict."
     )

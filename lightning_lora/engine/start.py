@@ -1,4 +1,4 @@
-"""Adapters that were left at zero, started in place."""
+"""Starts, in place, adapters that `inject(..., start=False)` left at zero."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ from lightning_lora.errors import AdapterStateError, listed
 
 
 def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
-    """Start those adapters of `model` that `inject(..., start=False)` left at zero, or on the meta device, if nothing
-    was loaded into them. They come into being where their layer's weight is by now.
+    """Start the adapters of `model` that `inject(..., start=False)` left at zero or on the meta device, unless they
+    were loaded. A and B are made on the present device of their layer's weight.
 
-    `measured` is as for `inject`, by names in `model`. Raises ConfigError where something of it is missing,
-    AdapterStateError where weights are still on the meta device; nothing is changed then.
+    `measured` is as for `inject`, with layer names as in `model`. Raises ConfigError if a matrix is missing in it, and
+    AdapterStateError if weights are still on the meta device; nothing is changed then.
+
+    >>> import torch
+    >>> from lightning_lora.engine import LoRAConfig, inject, start_adapters
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> _ = inject(model, LoRAConfig(rank=2, target_modules=["0"]), start=False)
+    >>> bool(model[0].lora_A.any())
+    False
+    >>> start_adapters(model)
+    >>> bool(model[0].lora_A.any())
+    True
     """
     waiting = [(root, injection) for root, injection in injections(model) if injection.awaits_start]
     ours = {id(getattr(m, own)) for _, m in adapters(model) for own in m.lora_names}
@@ -60,7 +70,7 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
 
 
 def _is_unstarted(module: Adapter) -> bool:
-    """Whether all that it has is zero, or not there."""
+    """True if all of the layer's adapter tensors are zero or on the meta device."""
     pairs = module.lora_pairs("")
     own = [t for pair in pairs for t in (pair.A, pair.B)] or [getattr(module, name) for name in module.lora_names]
     return bool(own) and all(t.is_meta or not bool(t.any()) for t in own)

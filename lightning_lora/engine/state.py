@@ -1,4 +1,4 @@
-"""An adapter's tensors, apart from its base: what a checkpoint holds and a file carries."""
+"""Reads and loads an adapter's tensors apart from the base, and recognises a base by the fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _SAMPLE = 1 << 20
 _SAME_ONCE_ROUNDED = {"torch.float32", "torch.float64", "torch.bfloat16"}
 
 _DESCRIBED: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
-"""What `describe_base` said last of a module, and the witness of the weights that it said it of."""
+"""Module -> the witness of its base weights (witness.py) and the description that `describe_base` returned for them."""
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors that make up the adapter of `model`, by name: `<module>.lora_A`, `<module>.lora_B` (and what its
-    variant has besides), and what is trained whole under its own name.
+    """The live tensors of the adapter of `model`, by name: `<module>.lora_A`, `<module>.lora_B`, those of a variant
+    (DoRA's m), and the tensors that are trained whole, under their own names.
 
-    Raises AdapterStateError where the model has no adapters, or not all that `inject` gave it."""
+    Raises AdapterStateError if the model has no adapters, or not all that `inject` gave it."""
     tensors: dict[str, Tensor] = {}
     tree = Tree.of(model)
     check_some_of_ours(model, tree)
@@ -56,8 +56,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         prefix = f"{root}." if root else ""
         if absent := [name for name in injection.trained_whole if name not in there]:
             raise AdapterStateError(
-                f"{listed(prefix + name for name in absent)} of {type(model).__name__} was trained whole, and is not "
-                "there any more: its module was replaced or deleted since inject. Put it back, or call remove first."
+                f"{listed(prefix + name for name in absent)} of {type(model).__name__} was trained whole, and does not "
+                "exist any more: its module was replaced or deleted since inject. Put it back, or call remove first."
             )
         for name in injection.trained_whole:
             tensors[prefix + name] = there[name]
@@ -65,20 +65,51 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter of `model` as a state dict: detached, sharing memory with the model, as `model.state_dict()` does.
+    """The adapter of `model` as a state dict.
 
-    Keys are `<module>.lora_A`, `<module>.lora_B`, and, for modules_to_save and biases, the parameter's own name.
-    Raises AdapterStateError where the model has no adapters.
+    Args:
+        model: An adapted model, with or without wrappers (DDP, torch.compile).
+
+    Returns:
+        Name -> tensor, detached, in the memory of the model, as in `model.state_dict()`. The names are those of the
+        plain model without wrappers: `<module>.lora_A` (rank, in), `<module>.lora_B` (out, rank), and, for
+        modules_to_save and biases, the parameter's own name.
+
+    Raises:
+        AdapterStateError: The model has no adapters, or not all that `inject` gave it.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, adapter_state_dict, inject
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> report = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+        >>> {name: tuple(t.shape) for name, t in adapter_state_dict(model).items()}
+        {'0.lora_A': (2, 4), '0.lora_B': (3, 2)}
     """
     return {name: tensor.detach() for name, tensor in adapter_tensors(model).items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Copy an `adapter_state_dict` into the adapters of `model`, in place.
+    """Copy an `adapter_state_dict` into the adapters of `model`, in place. A call that raises changes nothing.
 
-    It may be of a model of which other parts are compiled, or wrapped otherwise. Strict both ways: raises
-    AdapterFormatError naming every tensor that is missing, unexpected, of another shape or not finite, or so large that
-    it would overflow in its layer, and AdapterStateError for a model on the meta device; nothing is changed then.
+    Args:
+        model: A model with an adapter of the same shape.
+        state_dict: Name -> tensor, exactly the names of `adapter_state_dict(model)`. Names in which wrappers are
+            mentioned, as in `model.state_dict()`, are accepted too.
+
+    Raises:
+        AdapterFormatError: A tensor is missing, unexpected, of another shape, not finite, or so large that it would
+            overflow in its layer; the message names them all.
+        AdapterStateError: The model has no adapters, or is on the meta device.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_adapter_state_dict
+        >>> models = [torch.nn.Sequential(torch.nn.Linear(4, 3)) for _ in range(2)]
+        >>> reports = [inject(model, LoRAConfig(rank=2, target_modules=["0"])) for model in models]
+        >>> load_adapter_state_dict(models[1], adapter_state_dict(models[0]))
+        >>> torch.equal(models[0][0].lora_A, models[1][0].lora_A)
+        True
     """
     own = adapter_tensors(model)
     given = by_plain_name(model, state_dict) if isinstance(state_dict, Mapping) else state_dict
@@ -87,9 +118,7 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> 
 
 
 def names_in_state_dict(model: nn.Module) -> dict[str, str]:
-    """The names that tensors of `model` have in `model.state_dict()`, where wrappers may be mentioned -> their own.
-
-    Only those that differ."""
+    """Name in `model.state_dict()`, where wrappers may be mentioned -> plain name, for the names that differ."""
     tree = Tree.of(model)
     if not tree.wrappers:
         return {}
@@ -99,14 +128,14 @@ def names_in_state_dict(model: nn.Module) -> dict[str, str]:
 
 
 def by_plain_name(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """`tensors`, named as in an `adapter_state_dict` of `model` or as in its state dict, by the former names."""
+    """`tensors` under plain names, those of `adapter_state_dict(model)`; given under these, or as in its state dict."""
     plain = names_in_state_dict(model)
     return {plain.get(name, name): value for name, value in tensors.items()}
 
 
 def fill_adapter(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy `values`, which fit, into `own`, the `adapter_tensors` of `model`. Raises AdapterStateError, with nothing
-    changed, for a model on the meta device, and AdapterFormatError for numbers that would overflow in its layers."""
+    """Copy `values`, checked by `check_fits`, into `own`, the `adapter_tensors` of `model`. Raises AdapterStateError
+    for a model on the meta device, AdapterFormatError for numbers that would overflow; nothing is changed then."""
     absent = [name for name, tensor in own.items() if tensor.is_meta]
     if absent:
         raise AdapterStateError(
@@ -125,8 +154,8 @@ def fill_adapter(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[st
 
 
 def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Raise AdapterFormatError for finite numbers that would overflow in the precision in which their layers compute:
-    A, B, scale * B and scale * B A, and what is trained besides."""
+    """Raise AdapterFormatError for finite numbers that would overflow in the dtype in which their layer computes: in A,
+    B, scale * B and scale * B A, and in the other tensors of the adapter."""
     problems = []
     rest = dict(own)
     for name, module in adapters(model):
@@ -139,7 +168,7 @@ def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[st
                 del rest[prefix + factor + pair.suffix]
     for name, tensor in rest.items():
         if tensor.is_floating_point():
-            # A buffer may hold the lowest number that there is, as masks do.
+            # A buffer may hold the lowest number of its dtype, as masks do.
             is_trained = isinstance(tensor, nn.Parameter)
             most = largest(tensor.dtype) if is_trained else torch.finfo(tensor.dtype).max
             size = largest_in(values[name])
@@ -149,14 +178,14 @@ def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[st
                 )
     if problems:
         raise AdapterFormatError(
-            f"The adapter holds numbers that are finite and yet too large for the model: {listed(problems)}. It is "
-            "broken, or its alpha is, or it was trained in a wider precision. Nothing was loaded."
+            f"The adapter holds numbers that are finite and yet too large for the model: {listed(problems)}. The "
+            "adapter or its alpha is broken, or it was trained in a wider precision. Nothing was loaded."
         )
 
 
 def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str, are_finite: bool = False) -> None:
-    """Raise AdapterFormatError unless `given` holds exactly the tensors of `own`, in shape, and finite, which need not
-    be looked at again where it is known (`are_finite`)."""
+    """Raise AdapterFormatError unless `given` has exactly the names and shapes of `own`, and finite values. With
+    `are_finite` the values are known to be finite and are not checked."""
     if not isinstance(given, Mapping):
         raise AdapterFormatError(f"{what[0].upper()}{what[1:]} is a {type(given).__name__}, not a state dict.")
     problems = []
@@ -187,10 +216,10 @@ def check_fits(own: Mapping[str, Tensor], given: Mapping[str, Any], *, what: str
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every number in it is."""
+    """True if every number in `tensor` is finite."""
     if not tensor.is_floating_point():
         return True
-    # One that is not makes the sum so too, in a fifth of the time; a sum may also overflow.
+    # Fast path, in a fifth of the time: a finite sum means finite values. The sum may overflow, so else check each.
     if tensor.dtype.itemsize > 1 and math.isfinite(tensor.detach().sum().item()):
         return True
     return bool(torch.isfinite(tensor).all())
@@ -199,10 +228,18 @@ def is_finite(tensor: Tensor) -> bool:
 def base_fingerprint(model: nn.Module, root: nn.Module | None = None) -> str:
     """A short hash of the frozen weights of `model`, or of the module `root` in it, by name, shape and value.
 
-    Names are relative to `root`, so a base has one fingerprint whether it was adapted by itself or inside of another
-    module. Values enter as bfloat16, so the same base loaded in float32 and in bfloat16 has one, too. Tensors of up to
-    2^20 elements enter whole, larger ones by 2^20 evenly spaced elements; buffers do not, since training moves some,
-    nor do quantized weights, whose bytes depend on the device that quantized them.
+    Names are relative to `root`, so a base has the same fingerprint whether it was adapted by itself or inside another
+    module. Values are hashed as bfloat16, so a base loaded in float32 and in bfloat16 has the same fingerprint, too.
+    Tensors of up to 2^20 elements are hashed whole, larger ones by 2^20 evenly spaced elements. Buffers are left out,
+    since training changes some, and so are quantized weights, whose bytes depend on the device that quantized them.
+
+    >>> import torch
+    >>> from lightning_lora.engine import LoRAConfig, base_fingerprint, inject
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> before = base_fingerprint(model)
+    >>> _ = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+    >>> base_fingerprint(model) == before
+    True
     """
     return _fingerprint(model, base_parameters(model, root))
 
@@ -214,13 +251,13 @@ def _fingerprint(model: nn.Module, base: Iterable[tuple[str, nn.Parameter]]) -> 
         if is_quantized(p):
             continue
         W = whole(p.detach())
-        if id(p) in replaced:  # the adapter brings these rows, whatever a resized embedding was filled with
+        if id(p) in replaced:  # the adapter replaces these rows, so the base's values in them do not matter
             W = W.index_fill(0, replaced[id(p)], 0)
         digest.update(f"{name}{tuple(p.shape)}".encode())
         for part in _parts(W):
             values = part.reshape(-1)
             if values.is_floating_point():
-                # By way of float32: a base of float64 that was loaded in float32 was rounded twice as well.
+                # Through float32: a float64 base that was once loaded in float32 has been rounded twice, too.
                 values = values[:: max(1, values.numel() // _SAMPLE)].to(torch.float32).to(torch.bfloat16)
             else:
                 values = values[:_SAMPLE]
@@ -238,7 +275,7 @@ _OF_SPARSE: dict[torch.layout, tuple[str, ...]] = {
 
 
 def _parts(W: Tensor) -> list[Tensor]:
-    """The tensors that hold the numbers of `W`: itself, but for one that is sparse."""
+    """The tensors that hold the numbers of `W`: W itself, or the parts of a sparse W."""
     if W.layout is torch.strided:
         return [W]
     if W.layout not in _OF_SPARSE:
@@ -248,10 +285,10 @@ def _parts(W: Tensor) -> list[Tensor]:
 
 
 def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, Any]:
-    """What `check_same_base` needs to know the base of `model` again (or of `root` in it), as plain values.
+    """A description of the base of `model` (or of `root` in it), as plain values, for `check_same_base`.
 
-    It is remembered while the base is seen to be what it was (witness.py says how): reading all of it takes longer than
-    reading or writing an adapter. `base_fingerprint` always reads it.
+    It is cached while the base is seen to be unchanged (witness.py says how), since to read the whole base takes longer
+    than to read or write an adapter. `base_fingerprint` always reads the base.
     """
     root = unwrapped(root or model)
     base = base_parameters(model, root)
@@ -271,22 +308,22 @@ def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, 
 def check_same_base(
     model: nn.Module, description: Mapping[str, Any], root: nn.Module | None = None, *, what: str = "The adapter"
 ) -> None:
-    """Raise BaseMismatchError where the base of `model` (or of `root` in it) is not the one that `description` is of.
+    """Raise BaseMismatchError if `description` describes another base than that of `model` (or of `root` in it).
 
-    Where it cannot be told, because one of them was rounded to float16 or quantized, nothing is raised.
+    Nothing is raised if they cannot be compared, because one of them was rounded to float16 or quantized.
     """
     if description.get("base_fingerprint") is not None:
         compare_bases(description, describe_base(model, root), what=what, model=type(root or model).__name__)
 
 
 def compare_bases(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str, model: str) -> None:
-    """Raise BaseMismatchError where two descriptions are not of one base, as `check_same_base` does."""
+    """Raise BaseMismatchError if two descriptions are of different bases, as `check_same_base` does."""
     theirs, ours = then.get("base_fingerprint"), now["base_fingerprint"]
     dtypes = then.get("base_dtypes")
     after = set(now["base_dtypes"])
     before = set(map(str, dtypes)) if isinstance(dtypes, list) else after
-    # The fingerprint is of values rounded to bfloat16; a base rounded to float16 first, or quantized, has others. What
-    # is quantized in both is left out.
+    # The fingerprint is of values rounded to bfloat16, so a base that was rounded to float16 before, or quantized, has
+    # another one. Dtypes that are quantized in both descriptions do not matter.
     floating = {dtype for dtype in before | after if dtype.startswith("torch.") or dtype not in before & after}
     if theirs is None or (before != after and not floating <= _SAME_ONCE_ROUNDED):
         return
@@ -294,16 +331,16 @@ def compare_bases(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str,
         raise BaseMismatchError(
             f"{what} was trained on another base: the fingerprint of its weights is {theirs}, that of this "
             f"{model} is {ours}. Load the base that it was trained on, or, if you know that "
-            "this one will do, pass check_base=False."
+            "this base fits as well, pass check_base=False."
         )
 
 
 def base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of `root` that are no part of the adapter of `model`, by name."""
+    """The parameters of `root` that do not belong to the adapter of `model`, with their names."""
     adapted = any(True for _ in adapters(model))
     tables = {
         f"{at}.{name}" if at else name for at, injection in injections(model) for name in injection.tables
-    }  # are weights of the base all the same
+    }  # tables come with the adapter, but are weights of the base
     tensors = adapter_tensors(model) if adapted else {}
     ours = {id(t) for name, t in tensors.items() if name not in tables}
     first = {id(p): (name, p) for name, p in reversed(Tree.of(root or model).parameters)}

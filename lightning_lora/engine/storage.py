@@ -1,7 +1,7 @@
-"""Weights that are stored in fewer bits: the numbers that they stand for, and how others are stored the same way.
+"""Reads quantized weights as the numbers that they stand for, and stores other numbers in the same way.
 
-It is asked of the weight each time: bitsandbytes quantizes where a module is moved, so a layer may be adapted before.
-Nothing is imported here: a model can hold such a weight only if its library was imported.
+The weight is looked at anew each time: bitsandbytes quantizes when a module is moved, maybe after it was adapted. No
+library is imported here: a model can hold such a weight only if its library was imported.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 
 def is_plain(W: Tensor) -> bool:
-    """Whether a weight holds its own numbers, in 16 bits or more."""
+    """True if a weight holds its numbers themselves, in floating point of 16 bits or more."""
     return W.is_floating_point() and W.dtype.itemsize > 1 and not is_quantized(W)
 
 
 def is_quantized(W: Tensor) -> bool:
-    """Whether it stands for other numbers than it holds."""
+    """True if a weight stands for other numbers than it holds."""
     return _is_4bit(W) or _is_8bit(W) or is_wrapper(W)
 
 
 def can_be_dense(W: Tensor | None) -> bool:
-    """Whether it is known which numbers a weight stands for."""
+    """True if it is known which numbers a weight stands for, so that `dense` can give them."""
     return W is not None and (is_plain(W) or _is_4bit(W) or _is_8bit(W) or _dequantizer(W) is not None)
 
 
@@ -47,7 +47,7 @@ def dense(module: Any, W: Tensor) -> Tensor:
 
 
 def dtype_of(W: Any) -> torch.dtype:
-    """The dtype of the numbers that `W` stands for; float32 where it does not say."""
+    """The dtype of the numbers that `W` stands for; float32 if that is not known."""
     if W is None:
         return torch.float32
     if _is_4bit(W):
@@ -63,8 +63,8 @@ def shape_of(W: Any) -> tuple[int, ...]:
 
 
 def stored(module: Any, W: Tensor, like: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """`W` in the way in which `like`, a parameter of `module`, is stored; with the attributes of `module` that go with
-    it. A weight of torchao's, which does not say how it was made, becomes a plain one."""
+    """Store the numbers `W` as `like`, a parameter of `module`, is stored. Returns the tensor, and the attributes of
+    `module` that go with it. For a weight of torchao's the tensor is a plain one: how to quantize is not known."""
     if is_plain(like):
         return W.to(like.dtype), {}
     W = W.to(dense(module, like).dtype)
@@ -74,7 +74,7 @@ def stored(module: Any, W: Tensor, like: Tensor) -> tuple[Tensor, dict[str, Any]
         return parameter, {"quant_state": parameter.quant_state}
     if _is_8bit(like):
         kind = sys.modules["bitsandbytes.nn"].Int8Params
-        state = copy.copy(module.state)  # the layer takes over the new numbers in its next forward
+        state = copy.copy(module.state)  # without CB, the layer takes the new numbers in its next forward
         state.CB = state.SCB = None
         return kind(W.contiguous().cpu(), requires_grad=False).to(like.device), {"state": state}
     return W, {}
@@ -84,24 +84,23 @@ _CHOICES_4BIT = ("blocksize", "compress_statistics", "quant_type", "quant_storag
 
 
 def is_rearranged(W: Any) -> bool:
-    """Whether it is a 4-bit weight that bitsandbytes has rearranged for a CPU with AVX512-BF16."""
+    """True if it is a 4-bit weight that bitsandbytes has rearranged for a CPU with AVX512-BF16."""
     return _is_4bit(W) and bool(getattr(W.quant_state, "packing_format_for_cpu", False))
 
 
 def unpacked(W: Any) -> tuple[Tensor, Any]:
     """The data and the state of a 4-bit weight in the order in which bitsandbytes quantizes.
 
-    Of one that was rearranged, the scales are those that it computes with since, one for each block in float32: what
-    their rounding to bfloat16 took away is lost, and they are not quantized a second time, which would change them
-    again.
+    For a rearranged weight, the scales are those that it computes with, one for each block, in float32. Their rounding
+    to bfloat16 cannot be undone. They are not quantized again, since that would change them once more.
     """
     packed = W.quant_state
     if not is_rearranged(W):
         return W.data, packed
     state = copy.copy(packed)
     state.original_nested = False
-    # bitsandbytes' inverse, which changes the state that it is given, is right in all but the scales: these it leaves
-    # transposed, as (blocks of a row, rows).
+    # bitsandbytes' inverse changes the state in place, and is right except for the scales, which it leaves transposed
+    # as (blocks of a row, rows).
     data, state = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse(W.data, state)
     state.absmax = packed.absmax.T.to(torch.float32).flatten()
     state.offset = state.state2 = None
@@ -113,8 +112,8 @@ def _is_a(W: Any, module: str, name: str) -> bool:
     return kind is not None and isinstance(W, kind)
 
 
-# By what bitsandbytes keeps beside its weights, not by their class, which they lose where a model is pickled. Their
-# dtype tells nothing: four bits may be stored two in a byte or four in a bfloat16 (quant_storage).
+# bitsandbytes' weights are known by the attributes that it sets on them, not by their class, which pickling loses. The
+# dtype shows nothing: 4-bit numbers are stored two in a byte, or four in a bfloat16 (quant_storage).
 
 
 def _is_4bit(W: Any) -> bool:
@@ -127,7 +126,7 @@ def _is_8bit(W: Tensor) -> bool:
 
 
 def is_wrapper(W: Tensor) -> bool:
-    """Whether its numbers lie in other tensors, as those of torchao's weights do. A DTensor's are its own."""
+    """True if `W` is a wrapper whose numbers lie in other tensors, as torchao's weights are. A DTensor is not one."""
     kind = type(W)
     if kind is nn.Parameter or kind is Tensor:
         return False
@@ -135,7 +134,8 @@ def is_wrapper(W: Tensor) -> bool:
 
 
 def _dequantizer(W: Any) -> Callable[[], Tensor] | None:
-    """What gives the numbers of a wrapper; None where its class cannot, as some of torchao's for one kernel."""
+    """The method that gives the numbers of a wrapper; None if its class has none (some of torchao's have only a
+    kernel)."""
     if not is_wrapper(W):
         return None
     if _is_a(W, "torchao.utils", "TorchAOBaseTensor"):

@@ -1,9 +1,9 @@
-"""Give an object one more behaviour by giving it another class: a mixin in front of the class that it has.
+"""Makes the class for a class swap: a subclass with a mixin in front of the object's present class.
 
-The object keeps its identity, its attributes and whatever refers to it. The class is made once for each pair of mixin
-and base class, as FSDP2's `fully_shard` does, and kept by the base class, so that it lives as long: a class that a
-function made goes away with all that it closes over. Since it has no importable name, it brings the way to pickle its
-objects.
+An object that gets such a class keeps its identity, its attributes, and all references to it. The class is made once
+for each mixin and base class, as FSDP2's `fully_shard` does. The base class holds it, so both live equally long: a
+class that was made in a function can be freed, with its closure. The new class cannot be imported by a name, so it
+defines how its objects are pickled.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ REMEMBERED = "_lora_remembered"
 
 
 class Remembered(dict[Any, Any]):
-    """What is known of the class whose attribute this is; pickled with it, as cloudpickle does, it is empty."""
+    """A cache on a class. It is pickled (cloudpickle pickles classes) as an empty one."""
 
     def __reduce__(self) -> Any:
         return Remembered, ()
 
 
 def remembered(cls: Any) -> dict[Any, Any]:
-    """Where to keep what was found out about `cls`, for as long as it lives: thousands of layers have few classes."""
+    """The cache for facts about `cls`, which lives as long as `cls`: thousands of layers have few classes."""
     known = cls.__dict__.get(REMEMBERED)
     if known is None:
         known = Remembered()
@@ -33,8 +33,8 @@ def remembered(cls: Any) -> dict[Any, Any]:
 def swapped_class(prefix: str, mixin: Any, base_class: Any, reads: tuple[str, ...] = ()) -> Any:
     """The subclass of `base_class` with `mixin` (or a tuple of them) in front, named `prefix` and the base's name.
 
-    It knows the two as its attributes `mixin` and `base_class`. An attribute named in `reads` is what the mixin's
-    method `read_attribute` gives for the name.
+    It has `mixin` and `base_class` as attributes. Each attribute named in `reads` is a property that calls the mixin's
+    `read_attribute(name)`.
     """
     known, key = remembered(base_class), (prefix, mixin, reads)
     found = known.get(key)

@@ -1,9 +1,9 @@
-"""Which layers act without their adapter, here and now: what `disabled` switches, and each adapted layer asks.
+"""The switch that `disabled` sets and that each adapted layer asks: is my adapter off, here and now?
 
 The switch belongs to a thread or a task (a ContextVar). A backward pass that computes a forward again (activation
-checkpointing) may run after the `with` block, or inside of another one, and on a GPU in a thread of its own. What it
-computes again is what the forward was: each node of the graph has a number, which its thread counts up, so the numbers
-that were given out inside of a block tell which nodes were made there.
+checkpointing) may run after the `with` block, or inside another one, and on a GPU in a thread of its own. It must
+repeat the forward as it was. Each node of autograd's graph has a sequence number, which its thread counts up: so the
+numbers that were given out inside a block show which nodes were made there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import nn
 from lightning_lora.errors import AdapterStateError
 
 used = False
-"""Whether any block is open, in whatever thread, or what one of them computed may come again. Where not, nothing is
-asked, and torch.compile's guards see to it that compiled code knows of no switch."""
+"""True while a block is open in any thread, or a backward pass may compute again what was computed in one. While it is
+False layers do not ask the switch, and compiled code contains no check but torch.compile's guard on this flag."""
 
 _next_node: Any = torch._C._autograd._get_sequence_nr
 _hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
@@ -39,23 +39,24 @@ class _Block:
     modules: frozenset[int]
     """All modules of the model, by identity."""
     task: int
-    """The backward pass in which it was opened; -1 outside of any."""
+    """The id of the backward pass in which it was opened; -1 outside of any."""
     thread: int
     first: int
     """The number of the first node that may be made inside."""
     may_come_again: bool = False
-    """Whether a layer ran where a checkpoint may be around it."""
+    """True if a layer ran inside that activation checkpointing may compute again."""
 
 
 @dataclass
 class _Past:
-    """The blocks of one model that are closed, and made nodes: by thread, where the numbers begin and end."""
+    """The closed blocks of one model that made nodes."""
 
     modules: frozenset[int]
     numbers: dict[int, tuple[array[int], array[int]]] = field(default_factory=dict)
+    """Thread -> the first node number of each of its blocks, and the number after the last."""
 
     def threads(self, number: int) -> Iterator[int]:
-        """The threads in which the node of that number was made inside of a block."""
+        """The threads that made a node of that number inside a block."""
         for thread, (begins, ends) in self.numbers.items():
             place = bisect_right(begins, number) - 1
             if place >= 0 and number < ends[place]:
@@ -65,14 +66,14 @@ class _Past:
 _OFF: ContextVar[_Block | None] = ContextVar("lora_off", default=None)
 _open: list[_Block] = []
 _past: dict[int, _Past] = {}
-"""By the identity of the model, while it lives."""
-_lock = threading.RLock()  # a model may be collected, and forgotten here, at any time
+"""id(model) -> its closed blocks, while the model lives."""
+_lock = threading.RLock()  # re-entrant: the garbage collector may call `_forget` at any time
 _local = threading.local()
 _threads = itertools.count()
 
 
 def _this_thread() -> int:
-    """A number of this thread's own. Python gives that of one which has ended to another."""
+    """A number that no other thread ever has. (Python gives the ident of a thread that has ended to a new one.)"""
     number: int | None = getattr(_local, "number", None)
     if number is None:
         number = _local.number = next(_threads)
@@ -80,7 +81,7 @@ def _this_thread() -> int:
 
 
 def _is_off(module: nn.Module) -> bool:
-    """Whether `module` acts without its adapter. Ask only where `used` is true."""
+    """True if the adapter of `module` is off here. Ask only while `used` is true."""
     block, task = _OFF.get(), torch._C._current_graph_task_id()
     node: Any = torch._C._current_autograd_node()
     if node is not None and task != (-1 if block is None else block.task):
@@ -88,8 +89,8 @@ def _is_off(module: nn.Module) -> bool:
     _local.again = None
     if block is None or id(module) not in block.modules:
         return False
-    # A checkpoint may be around it: one that sets hooks on what is kept, or one that made its node and turned gradients
-    # off. Where there were no gradients from the start, nothing comes again.
+    # Checkpointing may be around this layer: a non-reentrant checkpoint sets hooks on saved tensors; a reentrant one
+    # has made its node and turned gradients off. If gradients were off from the start, nothing is computed again.
     is_inside = _hooks(True) is not None if torch.is_grad_enabled() else _next_node() > block.first
     block.may_come_again |= is_inside
     return True
@@ -99,18 +100,20 @@ is_off = _is_off
 
 
 def _comes_again(module: int, number: int, task: int) -> bool:
-    """The same in a backward pass that reached the node of that number. A reentrant checkpoint runs a backward pass of
-    its own inside, over nodes that were made while it computed again: what is off around them is off in them."""
+    """True if the adapter of `module` is off in a backward pass that has reached the node of that number.
+
+    A reentrant checkpoint runs a backward pass of its own, over nodes that it made while it computed again: a layer
+    that is off around them is off in them."""
     around: tuple[int, int] | None = getattr(_local, "again", None)
     if _was_off(module, number):
-        if around is None or around[1] != task:  # in a checkpoint's forward its own node was made just before
+        if around is None or around[1] != task:  # with gradients off, the checkpoint's own node was made just before
             _local.again = _next_node() - (not torch.is_grad_enabled()), task
         return True
     if around is not None and around[1] != task:
         if isinstance(threading.current_thread(), threading._DummyThread):
             raise AdapterStateError(
-                "A reentrant checkpoint lies in another one, around layers that were differentiated inside of `with "
-                "disabled(model)`: use_reentrant=False tells where the adapters act."
+                "A reentrant checkpoint lies in another one, around layers that were differentiated inside `with "
+                "disabled(model)`, and it is not known whether their adapters were off: use use_reentrant=False."
             )
         if number >= around[0]:
             return True
@@ -119,18 +122,18 @@ def _comes_again(module: int, number: int, task: int) -> bool:
 
 
 def _was_off(module: int, number: int) -> bool:
-    """Whether the node of that number was made while the module was off."""
+    """True if the node of that number was made while the module was off."""
     with _lock:
         past = [p for p in _past.values() if module in p.modules]
         made = {thread for p in past for thread in p.threads(number)}
         blocks = [b for b in _open if module in b.modules and b.may_come_again]
-        # An open block of another thread: which numbers it has given out so far is not known here.
+        # For an open block of another thread, the numbers it has given out are not known: all from `first` on count.
         made |= {b.thread for b in blocks if b.first <= number}
         others = {thread for p in past for thread in p.numbers} | {b.thread for b in blocks}
     here = _this_thread()
     if not made or here in made:
         return bool(made)
-    # On a GPU, a thread of torch's own, which has made none of the nodes.
+    # On a GPU the backward pass runs in a thread of torch's, which has made no nodes itself.
     if isinstance(threading.current_thread(), threading._DummyThread) and len(others) == 1:
         return True
     raise AdapterStateError(
@@ -142,7 +145,7 @@ def _was_off(module: int, number: int) -> bool:
 
 @contextmanager
 def off(model: nn.Module, modules: frozenset[int]) -> Iterator[None]:
-    """Inside, the `modules` of `model` act without their adapters, in this thread or task."""
+    """Switch the adapters of `modules`, the ids of all modules of `model`, off in this thread or task."""
     task, outer = torch._C._current_graph_task_id(), _OFF.get()
     inherited = outer.modules if outer is not None and outer.task == task else frozenset()
     block = _Block(modules | inherited, task, _this_thread(), _next_node())
@@ -156,7 +159,7 @@ def off(model: nn.Module, modules: frozenset[int]) -> Iterator[None]:
 
 
 def is_open(modules: frozenset[int]) -> bool:
-    """Whether some thread or task is inside of a block of any of these modules."""
+    """True if any thread or task is inside a block of any of these modules."""
     with _lock:
         return any(not block.modules.isdisjoint(modules) for block in _open)
 
@@ -164,7 +167,7 @@ def is_open(modules: frozenset[int]) -> bool:
 def _opens(block: _Block) -> None:
     global used, is_off
     with _lock:
-        if is_off is _is_off:  # code that is compiled leaves its graph to ask, or is refused (fullgraph=True)
+        if is_off is _is_off:  # compiled code breaks its graph to ask, or is refused (fullgraph=True)
             is_off = torch.compiler.disable(_is_off)
         _open.append(block)
         used = True
@@ -179,12 +182,12 @@ def _closes(block: _Block, model: nn.Module, modules: frozenset[int]) -> None:
                 _past[id(model)] = _Past(modules)
                 weakref.finalize(model, _forget, id(model)).atexit = False
             past = _past[id(model)]
-            past.modules |= modules  # some may be new
+            past.modules |= modules  # the model may have got new modules
             begins, ends = past.numbers.setdefault(block.thread, (array("Q"), array("Q")))
             if not ends or block.first > ends[-1]:
                 begins.append(block.first)
                 ends.append(last)
-            else:  # it follows at once on the last one, or holds it
+            else:  # the block follows right after the last one, or contains it
                 begins[-1], ends[-1] = min(begins[-1], block.first), last
         used = bool(_open) or bool(_past)
 

@@ -1,7 +1,6 @@
-"""Tables of the base that come with an adapter: those of a vocabulary that was resized before it was trained.
+"""Counts embedding tables to an adapter: those of a vocabulary that was resized before the adapter was trained.
 
-They are no part of the training, so they stay frozen; but they belong to the adapter, which is saved, loaded and
-removed with them.
+The tables are not trained and stay frozen. But they belong to the adapter: they are saved, loaded and removed with it.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from lightning_lora.engine.tree import Tree
 
 
 def take_tables(model: nn.Module, names: Iterable[str]) -> None:
-    """Count the tensors `names` of `model`, which was adapted just now, to its adapter: `remove` puts back what they
-    hold now, whatever is loaded into them."""
+    """Count the tensors `names` of `model`, which has just been adapted, to its adapter. `remove` puts their present
+    values back, whatever is loaded into them later."""
     injection = injection_of(model)
     there = dict(Tree.of(model).tensors)
     taken = {name: there[name].detach().clone() for name in names}

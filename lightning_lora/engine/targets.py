@@ -1,4 +1,4 @@
-"""Which modules a config means, by PEFT's matching rules; every entry of the config must match something.
+"""Selects the modules that a config names, by PEFT's matching rules; every entry of the config must match something.
 
 PEFT's rules (peft/tuners/tuners_utils.py, check_target_module_exists): a string is matched against the whole name; an
 entry of a list is the whole name or what follows a dot; `modules_to_save` are never targets.
@@ -25,7 +25,7 @@ from lightning_lora.errors import TargetError, closest, listed
 
 @dataclass(frozen=True)
 class Selection:
-    """What a config means on one model."""
+    """The modules of one model that a config selects."""
 
     targets: list[Target]
     saved: dict[str, nn.Module] = field(default_factory=dict)
@@ -33,11 +33,11 @@ class Selection:
     head: str | None = None
     """The layer that "all-linear" took for the output head and left out."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Weights and frozen parts that one might take for adapted, and are not: name -> how to adapt it."""
+    """Weights and frozen parts that are not adapted though one may expect it: name -> how to adapt it."""
 
 
 def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Selection:
-    """The modules of `model` that `config` adapts or trains whole, in the model's order; `tree` is what it consists of.
+    """The modules of `model` that `config` adapts or trains whole, in the model's order. `tree` is Tree.of(model).
 
     Raises TargetError for an entry that matches nothing, naming the closest names there are, and for one that matches
     a module that cannot be adapted; AdapterStateError where another library has put adapters into `model`.
@@ -48,7 +48,7 @@ def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Se
 
 
 def meant_by(config: LoRAConfig, model: nn.Module, tree: Tree) -> Selection:
-    """As `select`, of a model that may be adapted already."""
+    """As `select`, for a model that may be adapted already."""
     register_conv1d()
     register_bitsandbytes()
     saved = _saved_modules(model, config, tree)
@@ -94,7 +94,7 @@ def meant_by(config: LoRAConfig, model: nn.Module, tree: Tree) -> Selection:
 
 
 def _named(tree: Tree, config: LoRAConfig) -> Iterator[str]:
-    """The names of the modules that `config` would adapt or train whole, whether they can be or not."""
+    """The names of the modules that `config` would adapt or train whole, also of those that cannot be adapted."""
     modules, excluded = config.target_modules, config.exclude_modules
     parameters = [entry.rpartition(".") for entry in config.target_parameters or ()]
     for name, module in tree.every:
@@ -120,7 +120,7 @@ def name_matches(pattern: str | list[str], name: str) -> bool:
 
 
 def _hits(there: Candidates, pattern: str | list[str], key: str, model: nn.Module) -> dict[str, list[int]]:
-    """The places of what each entry of `pattern` matches; raises TargetError for one that matches nothing."""
+    """Entry of `pattern` -> the indices in `there.modules` that it matches. Raises TargetError if it matches none."""
     is_regex = isinstance(pattern, str)
     entries = [pattern] if isinstance(pattern, str) else pattern
     found = {entry: there.matching(entry, is_regex=is_regex) for entry in entries}
@@ -136,7 +136,7 @@ def _matched(there: Candidates, pattern: str | list[str], key: str, model: nn.Mo
 
 
 def _with_companions(targets: list[Target], there: Candidates) -> list[Target]:
-    """`targets` and the children that are adapted with them, in the model's order."""
+    """`targets` and their companions (children that are adapted along with them), in the model's order."""
     geometries = ((cls, geometry_of(cls)) for cls in {type(t.module) for t in targets})
     companions = {cls: geometry.companions for cls, geometry in geometries if geometry is not None}
     brought: dict[str, Target] = {}
@@ -177,8 +177,8 @@ def _with_parameters(
     twice = [t.name for t in targets if t.name in found and not t.parameters]
     if twice:
         raise TargetError(
-            f"{listed(map(repr, twice))} is named by target_modules, and a parameter of it by target_parameters: its "
-            "weight can be adapted in one of the two ways. Leave it out of one, with exclude_modules for example."
+            f"{listed(map(repr, twice))} is named by target_modules, and a parameter of it by target_parameters: a "
+            "weight can be adapted in one way only. Remove it from one of the two, with exclude_modules for example."
         )
     adapted = {t.name: t for t in targets}
     return [
@@ -191,13 +191,13 @@ def _with_parameters(
 
 
 def _without(targets: list[Target], pattern: str | list[str], there: Candidates, model: nn.Module) -> list[Target]:
-    """`targets` less what `exclude_modules` matches."""
+    """`targets` without those that `exclude_modules` matches."""
     hits_of = _hits(there, pattern, "exclude_modules", model)
     targeted = {t.name for t in targets}
     for entry, hits in hits_of.items():
         found = [there.modules[at] for at in hits]
         if not any(name in targeted or geometry_of(type(module)) for name, module in found):
-            # The trap: a list entry names a module itself, never what lies inside it.
+            # A trap: an entry of a list names the module itself, and not the modules inside it.
             inside = rf"(.*\.)?{re.escape(found[0][0])}\..*"
             raise TargetError(
                 f"exclude_modules: {entry!r} excludes nothing, since {listed(repr(name) for name, _ in found)} cannot "
@@ -223,7 +223,7 @@ def _no_match(key: str, entry: str, everything: list[Target], model: nn.Module, 
 
 
 def _as_list(text: str, everything: Iterable[Target]) -> list[str]:
-    """The names in `text`, such as "q_proj, v_proj", where each is the ending of a module's name; else none."""
+    """The names in `text`, such as "q_proj, v_proj", if each is the ending of a module's name; else an empty list."""
     names = re.split(r"[\s,|]+", text.strip())
     endings = [f".{t.name}" for t in everything]
     return names if all(n and any(e.endswith(f".{n}") for e in endings) for n in names) else []

@@ -1,7 +1,7 @@
-"""What a model's config says of the tie between its input embedding and its head, once a merge has cut it.
+"""Corrects `config.tie_word_embeddings` of a transformers model when a merge has untied its input embedding and head.
 
-transformers' models say `config.tie_word_embeddings`, and tie the two again when they are loaded with it. Asked by
-methods and attributes, so transformers is not imported.
+A model that is loaded with tie_word_embeddings=True ties the two again, and would lose one of them. Only methods and
+attributes are used here, so transformers is not imported.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _FIELD = "tie_word_embeddings"
 
 
 def tied_models(model: nn.Module) -> list[Any]:
-    """The models in `model` whose head has the weight of their input embedding."""
+    """The models in `model` whose head shares the weight of their input embedding."""
     return [m for _, m in Tree.of(model).modules if hasattr(m, "config") and _is_tied(m)]
 
 
 def say_what_is_true(models: list[Any]) -> list[tuple[Any, Any]]:
-    """Set the field to False in the configs of those of `models`, all tied before, that are so no more. Returns the
-    configs with what they said."""
+    """Set the field to False in the configs of those `models`, all of them tied before, that are not tied any more.
+    Returns each changed config with its former value."""
     before = [(config, getattr(config, _FIELD)) for m in models if not _is_tied(m) for config in _saying_tied(m.config)]
     for config, _ in before:
         setattr(config, _FIELD, False)
@@ -38,7 +38,7 @@ def say_again(before: list[tuple[Any, Any]]) -> None:
 
 
 def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
-    """The heads that the models in `model` name as theirs."""
+    """The output heads in `model`, as its models' get_output_embeddings names them."""
     for _, module in Tree.of(model).modules:
         head = _asked(module, "get_output_embeddings")
         if isinstance(head, nn.Module):
@@ -46,14 +46,14 @@ def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_tied(model: nn.Module) -> bool:
-    # Their own parameters: an adapted layer shows its adapted weight.
+    # From `_parameters`, since reading the weight of an adapted layer gives the adapted weight.
     tables = [_asked(model, f"get_{which}_embeddings") for which in ("input", "output")]
     weights = [t._parameters.get("weight") if isinstance(t, nn.Module) else None for t in tables]
     return weights[0] is not None and weights[0] is weights[1]
 
 
 def _asked(model: Any, method: str) -> Any:
-    """What the method of a transformers model returns; None where there is none, or it does not say."""
+    """The result of the method `method` of a transformers model; None if it has none or the method raises."""
     try:
         return getattr(model, method)()
     except (AttributeError, NotImplementedError, TypeError):
@@ -61,7 +61,7 @@ def _asked(model: Any, method: str) -> Any:
 
 
 def _saying_tied(config: Any) -> Iterator[Any]:
-    """`config` and those inside of it, as a model of several parts has them, that say so."""
+    """`config`, and the configs inside it (of a model of several parts), whose field is True."""
     if getattr(config, _FIELD, False):
         yield config
     for name in getattr(config, "sub_configs", ()):

@@ -1,6 +1,6 @@
-"""What a model consists of, walked once: torch's own generators pass each name up through every level above it.
+"""Lists the modules and tensors of a model in one walk. (torch's generators are slow: each level passes on every name.)
 
-Every name is that of the model without wrappers (see wrappers.py), so it is the same before and after a module is
+All names are those of the model without wrappers (see wrappers.py), so they are the same before and after a module is
 compiled, put into DDP, or set up by Fabric.
 """
 
@@ -23,7 +23,7 @@ class Tree:
     every: list[tuple[str, nn.Module]]
     """As `model.named_modules(remove_duplicate=False)`: under every name. The first is the model without wrappers."""
     wrappers: list[tuple[str, nn.Module]]
-    """What is around some of them, each under the name of the module inside."""
+    """The wrappers in the model, each under the name of the module inside it."""
 
     @staticmethod
     def of(model: nn.Module) -> Tree:
@@ -40,7 +40,7 @@ class Tree:
 
     @cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:
-        """As `model.named_modules()`: each under its first name."""
+        """As `model.named_modules()`: each module under its first name."""
         if len({id(module) for _, module in self.every}) == len(self.every):
             return self.every
         first: dict[int, tuple[str, nn.Module]] = {}
@@ -50,7 +50,7 @@ class Tree:
 
     @cached_property
     def aliases(self) -> dict[int, tuple[str, ...]]:
-        """The further names of those modules that have several, by the module's identity."""
+        """id(module) -> its further names, for modules that are registered under several."""
         if self.modules is self.every:
             return {}
         names: dict[int, list[str]] = {}
@@ -60,16 +60,16 @@ class Tree:
 
     @cached_property
     def by_name(self) -> dict[str, nn.Module]:
-        """Each module by its first name. Not get_submodule, which TorchScript's modules lack."""
+        """First name -> module. (TorchScript's modules have no get_submodule.)"""
         return dict(self.modules)
 
     @cached_property
     def classes(self) -> set[type[nn.Module]]:
-        """Those of its modules: few, where modules are many."""
+        """The classes of the modules: a model has few classes and many modules."""
         return {type(module) for _, module in self.modules}
 
     def of_classes(self, wanted: Callable[[type[nn.Module]], bool]) -> list[tuple[str, nn.Module]]:
-        """Those of `modules` whose class is `wanted`."""
+        """The modules whose class is `wanted`, with their names."""
         classes = {cls for cls in self.classes if wanted(cls)}
         return [entry for entry in self.modules if type(entry[1]) in classes] if classes else []
 
@@ -86,7 +86,7 @@ class Tree:
 
     @cached_property
     def tensors(self) -> list[tuple[str, Tensor]]:
-        """The parameters and the buffers, under every name."""
+        """The parameters and the buffers, each under every name."""
         buffers = (
             (f"{name}.{own}" if name else own, t)
             for name, module in self.every
@@ -98,7 +98,7 @@ class Tree:
 
     @cached_property
     def classes_of_parameters(self) -> set[type[nn.Parameter]]:
-        """nn.Parameter, and others where some are quantized, sharded or without a shape yet."""
+        """The types of the parameters: nn.Parameter, and others if some are quantized, sharded or lazy."""
         return {type(p) for _, p in self.parameters}
 
 

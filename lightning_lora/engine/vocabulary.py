@@ -1,4 +1,4 @@
-"""Which rows of which embeddings `trainable_token_indices` means, and who else uses them."""
+"""Finds the embeddings that `trainable_token_indices` names, and the heads that share their weight."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightning_lora.engine.wrappers import unwrapped
 from lightning_lora.errors import TargetError, closest, listed
 
 Vocabulary = list[tuple[str, nn.Module, type[TokenRows], TokenSpec]]
-"""Modules with their names, what they become, and the rows; the owner of rows comes before those that share them."""
+"""Name, module, geometry and spec, for each module with trained rows; an embedding comes before heads that share it."""
 
 
 def vocabulary(model: nn.Module, config: LoRAConfig, selection: Selection) -> Vocabulary:
     """The embeddings of which `config` trains rows, and the modules that share their weights (tied heads).
 
-    A list of indices is for the model's input embedding, a dict says for which (PEFT's meaning). Raises TargetError
-    where there is none, or where it is adapted or trained whole besides; nothing is changed here.
+    A list of indices is for the model's input embedding; a dict names the embeddings (as in PEFT). Raises TargetError
+    if there is no such embedding, or if it is also adapted or trained whole; nothing is changed here.
     """
     indices = config.trainable_token_indices
     if not indices:
@@ -55,7 +55,8 @@ def vocabulary(model: nn.Module, config: LoRAConfig, selection: Selection) -> Vo
 
 
 def token_tensors(module: nn.Module, spec: TokenSpec, config: LoRAConfig) -> dict[str, Tensor]:
-    """What `swap` gives to the owner of rows, which start as the base's; nothing to those that share them."""
+    """The tensors that `swap` gives to `module`: for an embedding its trained rows, which start as the base's; none for
+    a head that shares them."""
     if spec.owner is not None:
         return {}
     W = module._parameters["weight"]
@@ -72,7 +73,7 @@ def _steps(
     W = module._parameters.get("weight")
     users = [(n, m) for n, m in Tree.of(model).modules if m is not module and m._parameters.get("weight") is W]
     users = users if W is not None else []
-    # Where a head is named that shares the weight of an embedding, that one has the rows.
+    # If the config names a head that shares an embedding's weight, the embedding holds the rows.
     (name, module), *users = sorted([(name, module), *users], key=lambda user: not isinstance(user[1], nn.Embedding))
     for user, other in ((name, module), *users):
         kind = TokenRows if isinstance(other, nn.Embedding) else TokenLogits
@@ -87,7 +88,9 @@ def _steps(
         )
         what = f"trainable_token_indices: {user!r} ({type(other).__name__})"
         if not isinstance(other, (nn.Embedding, nn.Linear)):
-            raise TargetError(f"{what} is neither an embedding nor a linear layer, whose rows tokens could be.")
+            raise TargetError(
+                f"{what} is neither an embedding nor a linear layer, so it has no rows for tokens. Name an embedding."
+            )
         check_swappable(other, user, kind)
         try:
             kind.check(other, spec)
@@ -97,21 +100,24 @@ def _steps(
 
 
 def _check_free(plan: Vocabulary, selection: Selection) -> None:
-    """Refuse what is adapted or trained whole besides."""
+    """Raise TargetError if a module in `plan` is also adapted or trained whole."""
     targets = {id(target.module) for target in selection.targets}
     whole = {id(m) for saved in selection.saved.values() for m in saved.modules()}
     for name, module, _, _ in plan:
         if id(module) in targets:
             raise TargetError(
-                f"{name!r} is a target, and rows of it are trained by trainable_token_indices, which replace what an "
-                "adapter changes: leave it out with exclude_modules, or train no rows of it."
+                f"{name!r} is a target, and trainable_token_indices trains rows of it, which would replace its adapted "
+                "rows: leave it out with exclude_modules, or train no rows of it."
             )
         if id(module) in whole:
-            raise TargetError(f"{name!r} is trained whole (modules_to_save), so its rows need not be named.")
+            raise TargetError(
+                f"{name!r} is trained whole (modules_to_save), and its rows with it: take it out of "
+                "trainable_token_indices."
+            )
 
 
 def _input_embedding(model: nn.Module) -> str:
-    """The name of the embedding that tokens go into."""
+    """The name of the model's input embedding. Raises TargetError if it cannot be found."""
     embeddings = {id(m): name for name, m in Tree.of(model).modules if isinstance(m, nn.Embedding)}
     for _, module in Tree.of(model).modules:
         ask: Any = getattr(module, "get_input_embeddings", None)
@@ -127,7 +133,7 @@ def _input_embedding(model: nn.Module) -> str:
     names = named or list(embeddings.values())
     if len(names) != 1:
         raise TargetError(
-            f"trainable_token_indices: {type(model).__name__} does not say which embedding its tokens go into. Name "
+            f"trainable_token_indices: {type(model).__name__} does not say which of its embeddings is for tokens. Name "
             f"it: trainable_token_indices={{name: [...]}}. Its embeddings are: {listed(embeddings.values())}."
         )
     return names[0]

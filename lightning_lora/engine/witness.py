@@ -1,9 +1,9 @@
-"""Whether tensors are still what they were, without reading all of them.
+"""Tells whether tensors have changed, without reading all of their numbers.
 
-A write through torch raises a tensor's version, and one that takes the place of another lies elsewhere. A write past
-torch's versions (through `.data`, through numpy's or another library's view of the memory) shows in the numbers alone,
-of which some are read: at least one of each row, and of each column where there are as many rows. So what is unseen
-is a write past torch that leaves these as they are, such as one to a single number.
+A write through torch raises a tensor's version, and a tensor that replaces another has another address. A write past
+torch's versions (through `.data`, or numpy's or another library's view of the memory) shows only in the numbers. A
+sample of these is read: at least one of each row, and one of each column if there are as many rows as columns. So a
+write past torch that changes no number of the sample, such as one to a single number, is not noticed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ _FEWEST = 64
 
 @torch.no_grad()
 def witness_of(tensors: Iterable[tuple[str, Tensor]]) -> tuple[Any, ...] | None:
-    """What is equal for as long as these tensors are what they are now, those that are quantized by their kind alone.
+    """A key that changes when any of the tensors changes: ids, addresses, versions, and a sample of values. For a
+    quantized tensor it contains only the type.
 
-    None where that cannot be told: on the meta device, for a tensor of a kind with a storage of its own (a DTensor, for
-    one), made in inference mode (which counts no versions), or in memory that other processes may write to.
+    None if a change could not be noticed: on the meta device, for another tensor subclass (a DTensor), for tensors made
+    in inference mode (they have no versions), or in memory that other processes may write to.
     """
     marks: list[Any] = []
     samples: dict[Any, list[Tensor]] = {}
@@ -43,7 +44,7 @@ def witness_of(tensors: Iterable[tuple[str, Tensor]]) -> tuple[Any, ...] | None:
         marks.append((name, id(t), t.data_ptr(), t._version, shape, strides, t.dtype, t.device))
         if t.numel():
             sample = torch.as_strided(t, *_spread(shape, strides))
-            sample = sample.view(torch.uint8) if t.dtype.itemsize == 1 else sample  # eight bits need not be numbers
+            sample = sample.view(torch.uint8) if t.dtype.itemsize == 1 else sample  # float8 is compared as bytes
             samples.setdefault((t.device, sample.dtype), []).append(sample)
     digest = hashlib.sha256()
     for group in samples.values():
@@ -53,8 +54,8 @@ def witness_of(tensors: Iterable[tuple[str, Tensor]]) -> tuple[Any, ...] | None:
 
 @torch.no_grad()
 def marks_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """For each tensor, by its name, what is equal for as long as nothing is written to it: to tell which one changed,
-    in memory that other processes may write to as well. Those that are quantized are marked by their kind alone."""
+    """Name -> a key that changes when that tensor is written to, also in memory that other processes may write to: to
+    tell which tensor changed. For a quantized tensor it contains only the type."""
     marks: dict[str, Any] = {}
     samples: dict[Any, list[tuple[str, Tensor]]] = {}
     for name, t in tensors:
@@ -66,7 +67,7 @@ def marks_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
             sample = torch.as_strided(t, *_spread(t.shape, t.stride()))
             sample = sample.view(torch.uint8) if t.dtype.itemsize == 1 else sample
             samples.setdefault((t.device, sample.dtype), []).append((name, sample))
-    for group in samples.values():  # one copy for each device, since each waits for it
+    for group in samples.values():  # one copy to the CPU for each device, since each copy is a wait
         read = torch.cat([sample for _, sample in group]).cpu()
         for (name, _), part in zip(group, read.split([len(sample) for _, sample in group])):
             marks[name] = (*marks[name], hashlib.sha256(part.contiguous().view(torch.uint8).numpy().data).digest())
@@ -75,9 +76,9 @@ def marks_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)  # thousands of layers have the same shapes
 def _spread(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int], tuple[int]]:
-    """The size and the stride of a sample of the memory between the first and the last number of a tensor."""
+    """The size and the stride of an evenly spaced sample of a tensor's memory, from its first to its last number."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
-    # One less than a row: each sample lies a column before the last one, so that all columns are seen as well.
+    # One less than a row's length: from row to row the sample moves by one column, so it covers the columns, too.
     step = max(1, min(math.prod(shape[1:]) - 1, extent // _FEWEST))
     return (1 + (extent - 1) // step,), (step,)
 

@@ -1,7 +1,7 @@
-"""Modules that torch, Lightning and others put around a module, which a name never mentions.
+"""Knows wrappers: modules that torch, Lightning and others put around a module (DDP, torch.compile, FSDP).
 
-A layer has one name, with or without them, since a file is read where they are not. They are known by their classes: a
-user's own child may be called "module".
+Our names never mention wrappers, since a file that is written with them is read where they are not. Wrappers are known
+by their classes, not by names: a user's own child may be called "module".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _INSIDE = {
     "timm.utils.model_ema.ModelEmaV2": "module",
     "timm.utils.model_ema.ModelEmaV3": "module",
 }
-"""Each class, and under which name it holds what it wraps."""
+"""Class of a wrapper -> the name of the child that it wraps."""
 
 _AVERAGES = (
     "torch.optim.swa_utils.AveragedModel",
@@ -33,22 +33,22 @@ _AVERAGES = (
 )
 
 NAMES = frozenset((*_INSIDE.values(), "_forward_module"))
-"""The names that wrappers put into those of parameters."""
+"""The parts that wrappers put into the names of parameters."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of all wrappers around it: `module` itself where there is none."""
+    """The module inside all wrappers, if `module` is a wrapper; else `module` itself."""
     while (inner := _inside(module)) is not None:
         module = inner
     return module
 
 
 def around(module: nn.Module) -> list[nn.Module]:
-    """The wrappers around it, the outermost first."""
+    """`module` and the wrappers inside it, the outermost first; empty if `module` is no wrapper."""
     found: list[nn.Module] = []
     while (inner := _inside(module)) is not None:
         found.append(module)
-        forward = module._modules.get("_forward_module")  # Fabric's, around the same module
+        forward = module._modules.get("_forward_module")  # a second wrapper of Fabric's around the same module
         if forward is not None:
             found += around(forward)
         module = inner
@@ -56,7 +56,7 @@ def around(module: nn.Module) -> list[nn.Module]:
 
 
 def is_average(module: nn.Module) -> bool:
-    """Whether it is a wrapper that averages the weights of another module into those of the one inside."""
+    """True if `module` is a wrapper whose inner module holds an average of another module's weights."""
     return any(f"{cls.__module__}.{cls.__qualname__}" in _AVERAGES for cls in type(module).__mro__)
 
 

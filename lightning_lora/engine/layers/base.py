@@ -343,7 +343,15 @@ def keeps_attributes(cls: Any) -> bool:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """The adapted layers of `model` with their names; a layer registered under several names comes once."""
+    """The adapted layers of `model` with their names; a layer that is registered under several names comes once.
+
+    >>> import torch
+    >>> from lightning_lora.engine import LoRAConfig, adapters, inject
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    >>> _ = inject(model, LoRAConfig(rank=2, target_modules=["1"]))
+    >>> [name for name, layer in adapters(model)]
+    ['1']
+    """
     found: Any = Tree.of(model).of_classes(is_adapter)
     yield from found
 
@@ -357,7 +365,7 @@ def pairs(model: nn.Module) -> Iterator[Pair]:
     """The pairs (A, B) of `model`: one for each adapted layer, or one for each adapted parameter of a layer.
 
     >>> import torch
-    >>> from lightning_lora import LoRAConfig, inject
+    >>> from lightning_lora.engine import LoRAConfig, inject, pairs
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
     >>> _ = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
     >>> [(pair.name, tuple(pair.A.shape), tuple(pair.B.shape)) for pair in pairs(model)]

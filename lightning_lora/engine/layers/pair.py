@@ -70,6 +70,14 @@ class Pair:
 
         Their number is the rank; it is larger with a frozen start, and with groups or experts, which count as blocks of
         one matrix. DoRA's magnitudes are left out.
+
+        >>> import torch
+        >>> from lightning_lora.engine import LoRAConfig, inject, pairs
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> _ = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+        >>> (pair,) = pairs(model)
+        >>> pair.singular_values().tolist()  # untrained: B is zero
+        [0.0, 0.0]
         """
         with torch.no_grad():
             A, B = self.module.matrices(self.parameter)
