@@ -103,11 +103,11 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "copied": (
         set_to("layers", lambda net: nn.ModuleList([*net.layers, copy.deepcopy(net.layers[0])])),
-        r"layers\.3\.q has one that inject did not give it",
+        r"layers\.3\.q has an adapter that inject did not give it",
     ),
     "copied over": (
         set_to("layers.2", lambda net: copy.deepcopy(net.layers[0])),
-        r"layers\.2\.q has no adapter any more.*layers\.2\.q has one that inject did not give it",
+        r"layers\.2\.q has no adapter any more.*layers\.2\.q has an adapter that inject did not give it",
     ),
     "swapped back by hand": (unswap, r"head has no adapter any more"),
     "without its A": (lose, r"head has lost its lora_A"),
@@ -207,7 +207,7 @@ def test_parts_that_were_adapted_by_themselves_are_each_compared_with_their_own_
 def test_a_module_that_was_trained_whole_and_is_gone_is_named() -> None:
     net: Any = adapted(target_modules=["q"], modules_to_save=["head"])
     net.head = nn.Identity()
-    with pytest.raises(AdapterStateError, match=r"head\.weight, head\.bias of Net was trained whole, and is not there"):
+    with pytest.raises(AdapterStateError, match=r"head\.weight, head\.bias of Net was trained whole, and does not exist"):
         adapter_state_dict(net)
 
 

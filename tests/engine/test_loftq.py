@@ -79,14 +79,14 @@ def test_it_trains_and_is_a_plain_pair():
 def test_a_weight_that_is_not_quantized_yet_is_said_to_be_not():
     model = nn.Sequential(LAYERS["nf4"]())
     config = LoRAConfig(rank=RANK, target_modules=["0"], init="loftq")
-    with pytest.raises(TargetError, match=r"0 is not quantized.*moved to its device"):
+    with pytest.raises(TargetError, match=r"0 is not quantized.*moves to its device"):
         residuals(model, config, dict(model.named_parameters()).__getitem__)
 
 
 def test_an_original_of_another_shape_is_refused():
     model, _ = quantized("nf4")
     config = LoRAConfig(rank=RANK, target_modules=["0"], init="loftq")
-    with pytest.raises(TargetError, match=r"shape \(32, 64\), and its original one of \(3, 3\)"):
+    with pytest.raises(TargetError, match=r"shape \(32, 64\), and its original weight has the shape \(3, 3\)"):
         residuals(model, config, lambda name: torch.zeros(3, 3))
 
 

@@ -422,5 +422,5 @@ def test_a_wrapper_that_noted_its_parameters_before_injection_is_refused() -> No
     net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
     optimizer = Lookahead(SGD(net.parameters(), lr=LR))
     inject(net, LoRAConfig(rank=2, target_modules=["0", "2"]))
-    with pytest.raises(TrainingError, match="Lookahead noted its parameters when it was made, before"):
+    with pytest.raises(TrainingError, match="Lookahead made the state of its parameters before"):
         fit_optimizers([optimizer], net)

@@ -363,7 +363,7 @@ def replaced_by_copy(layer: Any) -> None:
 def test_an_adapted_weight_written_back_is_an_error_and_nothing_changes(write: Any):
     model = reader(READS["linear"])
     before, y = model.a._parameters["weight"].clone(), model(X)
-    with pytest.raises(AdapterStateError, match="'a' was read with its adapter in it, and is replaced"):
+    with pytest.raises(AdapterStateError, match="'a' was read with its adapter added, and is replaced"):
         write(model.a)
     assert model.a._parameters["weight"].equal(before)
     assert model(X).equal(y)

@@ -117,9 +117,9 @@ def test_an_initialiser_that_asks_for_what_there_is_not_is_refused_when_it_is_re
     def unsaid(rank: int, d_in: int):
         return torch.zeros(rank, d_in)
 
-    with pytest.raises(ConfigError, match=r"'unknown' asks for width. There is: C, E, G, W, d_in"):
+    with pytest.raises(ConfigError, match=r"'unknown' asks for width. It may ask for: C, E, G, W, d_in"):
         init(unknown)
-    with pytest.raises(ConfigError, match=r"'unsaid' has to say what it returns: -> Tensor"):
+    with pytest.raises(ConfigError, match=r"'unsaid' needs an annotation of what it returns: -> Tensor"):
         init(unsaid)
     assert not {"unknown", "unsaid"} & set(INITS)
     assert issubclass(Whole, Factors)

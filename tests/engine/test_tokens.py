@@ -219,7 +219,7 @@ def test_each_of_several_embeddings_has_rows_of_its_own():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"trainable_token_indices": [1]}, "does not say which embedding .* are: words, tags"),
+        ({"trainable_token_indices": [1]}, "does not say which of its embeddings .* are: words, tags"),
         ({"trainable_token_indices": {"wrods": [1]}}, "Did you mean 'words'"),
         ({"trainable_token_indices": {"words": [9]}}, "has 9 rows, and no row 9: resize"),
         ({"trainable_token_indices": {"words": [1], "head": [2]}}, "other tokens"),

@@ -21,7 +21,7 @@ from lightning_lora.errors import TargetError
 pytestmark = [
     pytest.mark.filterwarnings("ignore:A rank above a layer's smaller side"),
     pytest.mark.filterwarnings("ignore:Merging unties a weight"),
-    pytest.mark.filterwarnings("ignore:Merged, a convolution with groups has none"),
+    pytest.mark.filterwarnings("ignore:Merged, a convolution with groups"),
     pytest.mark.filterwarnings("ignore:PEFT (cannot load|loads)"),
 ]
 every_kind = pytest.mark.parametrize("name", ZOO)

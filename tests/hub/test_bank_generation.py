@@ -95,7 +95,7 @@ def test_beams_are_known_inside_of_generate_alone_and_only_for_its_prompts(tmp_p
         model.generate(torch.cat([ids, ids]), **{**beams, "num_beams": 1})
     with bank.use(["a0", "a1"]), pytest.raises(AdapterStateError, match="given 2 rows"):
         model.generate(torch.cat([ids, ids]), **{**beams, "num_beams": 2})
-    with bank.use(["a0", "a1"] * 3), pytest.raises(AdapterStateError, match=r"2 prompts, .* 3 beams each"):
+    with bank.use(["a0", "a1"] * 3), pytest.raises(AdapterStateError, match=r"2 prompts, each .* 3 beams"):
         model.generate(ids, **beams)
     with bank.use(["a0", "a1"], layout="repeated"):
         assert torch.equal(model.generate(ids, **beams), exact)

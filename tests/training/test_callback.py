@@ -95,7 +95,7 @@ def test_settings_are_a_config_or_its_fields() -> None:
         LoRACallback(LoRAConfig(), rank=4)
     with pytest.raises(ConfigError, match=r"'rnak'\. Did you mean 'rank'"):
         LoRACallback(rnak=4)
-    with pytest.raises(ConfigError, match="config is a LoRAConfig, not a int"):
+    with pytest.raises(ConfigError, match="config must be a LoRAConfig, not a int"):
         LoRACallback(8)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="rank"):
         LoRACallback(rank=0)
