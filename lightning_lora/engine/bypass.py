@@ -41,7 +41,7 @@ class Reading(NamedTuple):
 
 
 def reading(parent: Any, child: str) -> Reading:
-    """How a module of the class `parent` uses its child of that name."""
+    """How a module of the class `parent` uses its child called `child`."""
     known = remembered(parent)
     found: Reading | None = known.get((Reading, child))
     if found is None:

@@ -81,8 +81,8 @@ def _check(tree: Tree) -> None:
     outside = [name for name, module in adapted if id(module) not in known and RECORD not in module.__dict__]
     if outside:
         raise AdapterStateError(
-            f"{listed(map(repr, outside), 3)} of this {kind} was adapted as a part of a larger module, which knows "
-            "what else is trained: pass the one that inject was called on (under a Trainer, the LightningModule)."
+            f"{listed(map(repr, outside), 3)} of this {kind} was adapted as a part of a larger module, and other parts "
+            "may be trained too: pass the module that inject was called on (under a Trainer, the LightningModule)."
         )
     changed = [name for name, module in adapted if "base_class" not in type(module).__dict__]
     if changed:

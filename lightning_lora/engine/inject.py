@@ -340,7 +340,10 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
                 full = f"{prefix}.{name}" if prefix else name
                 if not is_plain(p):
                     why = "complex numbers" if p.is_complex() else "quantized weights"
-                    raise TargetError(f"{full!r} cannot be trained: it holds {why} ({p.dtype}).")
+                    raise TargetError(
+                        f"{full!r} cannot be trained: it holds {why} ({p.dtype}). Take it out of modules_to_save, or "
+                        "set bias='none' if it is a bias."
+                    )
                 seen.add(id(p))
                 whole[full] = p
         if is_saved(module):
@@ -348,7 +351,9 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
                 if name not in module._non_persistent_buffers_set:
                     whole[f"{prefix}.{name}" if prefix else name] = buffer
     if config.bias != "none" and not any("bias" in name.rpartition(".")[2] for name in whole):
-        raise TargetError(f"bias={config.bias!r} trains no parameter: {type(model).__name__} has no such bias.")
+        raise TargetError(
+            f"bias={config.bias!r} trains no parameter: {type(model).__name__} has no such bias. Set bias='none'."
+        )
     return whole
 
 

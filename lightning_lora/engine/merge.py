@@ -65,7 +65,7 @@ def merge(model: nn.Module) -> None:
     records = [(submodule(model, name), injection) for name, injection in injections(model)][::-1]
     if not records:
         raise AdapterStateError(
-            f"inject was called on a module around this {type(model).__name__}: merge that one, all at once."
+            f"inject was called on a module around this {type(model).__name__}: call merge on that module."
         )
     shared = _shared(model, mergeable)
     changed = {
@@ -77,7 +77,7 @@ def merge(model: nn.Module) -> None:
         )
     }
     names = dict.fromkeys(name for key in changed for name in shared.get(key, ()))
-    if names:  # said before anything is changed: a warning can be an error
+    if names:  # warn before anything is changed, since a user may turn warnings into errors
         warnings.warn(
             f"Merging unties a weight that is shared with {listed(names)} (one parameter, or one memory), so that each "
             "computes what it did before. The config of a transformers model says tie_word_embeddings=False from now "

@@ -42,7 +42,7 @@ def check_none_of_ours(model: nn.Module, tree: Tree) -> None:
         raise AdapterStateError(hidden)
     for name, module in tree.modules:
         if "bank_cell" in module.__dict__:
-            raise AdapterStateError(f"A bank serves {name or type(model).__name__} already: close it first.")
+            raise AdapterStateError(f"A bank serves {name or type(model).__name__} already: call bank.close() first.")
 
 
 def check_some_of_ours(model: nn.Module, tree: Tree) -> None:

@@ -113,7 +113,7 @@ def _named(tree: Tree, config: LoRAConfig) -> Iterator[str]:
 
 
 def name_matches(pattern: str | list[str], name: str) -> bool:
-    """PEFT's rule for one module name."""
+    """True if `pattern` matches the module name `name`, by PEFT's rule."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(entry_matches(entry, name) for entry in pattern)
@@ -206,7 +206,7 @@ def _without(targets: list[Target], pattern: str | list[str], there: Candidates,
     excluded = {there.modules[at][0] for hits in hits_of.values() for at in hits}
     left = [t for t in targets if t.name not in excluded]
     if not left:
-        raise TargetError(f"exclude_modules={pattern!r} leaves nothing to adapt.")
+        raise TargetError(f"exclude_modules={pattern!r} leaves nothing to adapt. Exclude fewer modules.")
     return left
 
 
@@ -256,7 +256,7 @@ def _saved_modules(model: nn.Module, config: LoRAConfig, tree: Tree) -> dict[str
             raise TargetError(f"modules_to_save: {entry!r} matches no module of {type(model).__name__}.{guess}")
         empty = [name for name, module in hits.items() if next(module.parameters(), None) is None]
         if empty:
-            raise TargetError(f"modules_to_save: {empty[0]!r} has no parameters to train.")
+            raise TargetError(f"modules_to_save: {empty[0]!r} has no parameters to train. Take it out of the list.")
         saved.update(hits)
     return saved
 

@@ -207,7 +207,7 @@ def test_parts_that_were_adapted_by_themselves_are_each_compared_with_their_own_
 def test_a_module_that_was_trained_whole_and_is_gone_is_named() -> None:
     net: Any = adapted(target_modules=["q"], modules_to_save=["head"])
     net.head = nn.Identity()
-    with pytest.raises(AdapterStateError, match=r"head\.weight, head\.bias of Net was trained whole, and does not exist"):
+    with pytest.raises(AdapterStateError, match=r"head\.weight, head\.bias of Net was trained whole, and does not"):
         adapter_state_dict(net)
 
 

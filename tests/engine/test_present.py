@@ -165,7 +165,7 @@ def test_what_a_bank_serves_is_not_adapted_nor_served_twice(tmp_path) -> None:
     served = net()
     bank = AdapterBank(served, target_modules=["0"])
     for model in (served, Holder(served), served[:2]):
-        check_refused(model, "A bank serves .* already: close it first")
+        check_refused(model, "A bank serves .* already: call bank.close")
     with pytest.raises(AdapterStateError, match="A bank serves 0 already"):
         load_adapter(served, folder)
     bank.close()

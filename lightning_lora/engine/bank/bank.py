@@ -129,7 +129,7 @@ class Bank:
         it was.
         """
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"The name of an adapter is a text, not {name!r}.")
+            raise ConfigError(f"The name of an adapter must be a text that is not empty, not {name!r}.")
         rank = self._checked(name, factors)
         is_affine = any(values.is_affine for values in factors.values())
         with self._slots.change:
@@ -186,7 +186,7 @@ class Bank:
         with self._slots.change:
             for name in names:
                 self._slots.entry(name)
-            if self._fetcher is None or self._process != os.getpid():  # a fork has no thread of the other process
+            if self._fetcher is None or self._process != os.getpid():  # a forked process lacks its parent's thread
                 self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="lightning_lora bank")
                 self._process = os.getpid()
             return self._fetcher.submit(self._fetch, names)
@@ -321,7 +321,7 @@ class Bank:
             entry = self._slots.resident(name)
             busy = listed(map(repr, self._slots.busy())) or "The bare base" * bool(self._slots.bare)
             if busy or self._folded is not None:
-                raise BankError(f"{busy or repr(self._folded)} is in use: fold an adapter when it serves alone.")
+                raise BankError(f"{busy or repr(self._folded)} is in use: fold an adapter when nothing else is in use.")
             assert entry.slot is not None
             use = Folded(name, self._routes)
             use.begin(list(self._cells.values()), entry.slot)

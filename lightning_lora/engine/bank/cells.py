@@ -68,7 +68,7 @@ class Cell:
     gain: Tensor
     shift: Tensor
     hidden: Hidden = NOT_HIDDEN
-    """Why the first dimension of its input is known not to count the rows, if it is."""
+    """Why the rows cannot be found in the layer's input, where the model's structure shows that (structure.py)."""
 
     def __init_subclass__(cls, serves: type) -> None:
         Cell.kinds[serves] = cls

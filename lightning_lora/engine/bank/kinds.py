@@ -1,4 +1,4 @@
-"""The cells of the kinds of layers that a bank serves: linear layers, embeddings and convolutions."""
+"""The classes of cells for the layers that a bank serves: linear layers, embeddings and convolutions."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def check_one_device(layers: Iterable[tuple[str, nn.Module]]) -> None:
     devices: dict[torch.device, str] = {}
     for name, layer in layers:
         for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-            if tensor.dim():  # a number may lie anywhere
+            if tensor.dim():  # a tensor of one number may lie on another device
                 devices.setdefault(tensor.device, name)
     if len(devices) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())

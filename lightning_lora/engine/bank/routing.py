@@ -50,8 +50,9 @@ class Routes:
             if routes is self:
                 if not use.is_open:
                     raise AdapterStateError(
-                        "This runs in a copy of a context (an asyncio task's, for example) that was made inside of a "
-                        "`with bank.use(...)` which has ended. End such tasks first, or enter bank.use in the task."
+                        "This code runs in a copied context (an asyncio task's, for example) that was made inside a "
+                        "`with bank.use(...)` block which has ended. End such tasks first, or enter bank.use in the "
+                        "task."
                     )
                 return routing
         return None

@@ -120,7 +120,7 @@ class Rows(Routing):
                 return self._of_times(size // self.count, cell).add_in_order(cell, base, x)
             if beams(cell.module) == (self.count, size):
                 return self.add_in_order(cell, base, x)
-        raise AdapterStateError(f"{seen}{tuple(x.shape)}, whose first dimension is not known to hold them. {_WAYS}")
+        raise AdapterStateError(f"{seen}{tuple(x.shape)}: it is not known how the rows lie in it. {_WAYS}")
 
     def _of_times(self, times: int, cell: Cell) -> Rows:
         """The routing of all rows, repeated `times` times: a b a b."""

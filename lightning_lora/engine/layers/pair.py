@@ -53,7 +53,7 @@ class Pair:
     parameter: str
     spec: AdapterSpec
     suffix: str
-    """The names of the pair's tensors in the module end in it: `lora_A<suffix>`, `lora_B<suffix>`."""
+    """The end of the names of the pair's tensors in the module: `lora_A<suffix>`, `lora_B<suffix>`."""
 
     @property
     def A(self) -> nn.Parameter:

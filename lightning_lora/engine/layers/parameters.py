@@ -29,7 +29,10 @@ class ParameterLoRA(Adapter):
         for name in spec.parameters:
             P = module._parameters.get(name)
             if P is None:
-                raise TargetError(f"its {name} is computed from other parameters (weight norm, for example)")
+                raise TargetError(
+                    f"its {name} is computed from other parameters (by weight norm, for example), so no update can be "
+                    "added to it: leave it out"
+                )
             if P.dim() < 2:
                 raise TargetError(
                     f"its {name} is no matrix, so it has no low rank: train it whole, with bias= or modules_to_save"
@@ -37,12 +40,16 @@ class ParameterLoRA(Adapter):
             if P.dim() > 3:
                 raise TargetError(f"its {name} is neither a matrix nor a stack of matrices: name its module instead")
             if not is_plain(P):
-                raise TargetError(f"its {name} holds quantized weights ({P.dtype}): no update can be added to them")
+                raise TargetError(
+                    f"its {name} holds quantized weights ({P.dtype}), so no update can be added to it: leave it out"
+                )
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
         if config.lora_bias:
-            raise TargetError("lora_bias has no meaning for a parameter, which has no output of its own")
+            raise TargetError(
+                "lora_bias has no meaning for a parameter, which has no output of its own: leave one of the two out"
+            )
         if "C" in INITS[config.init].wants:
             raise TargetError(
                 f"init={config.init!r} measures the inputs of a layer, and the inputs of a parameter are not known: "

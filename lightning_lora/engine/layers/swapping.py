@@ -39,7 +39,10 @@ def check_swappable(module: nn.Module, name: str, mixin: type = Adapter) -> None
         )
     taken = _taken(module, _own_names(mixin))
     if taken is not None:
-        raise TargetError(f"{name!r} ({type(module).__name__}) already has an attribute {taken!r} of its own.")
+        raise TargetError(
+            f"{name!r} ({type(module).__name__}) already has an attribute {taken!r} of its own, which the adapter "
+            "needs. Rename it, or leave the module out with exclude_modules."
+        )
 
 
 def _taken(module: nn.Module, names: frozenset[str]) -> str | None:

@@ -51,7 +51,7 @@ def original(module: nn.Module, name: str, own: Tensor | None) -> Tensor | None:
 
 
 class TrainedWhole(_Host):
-    """Mixin in front of a module's own class."""
+    """Mixin in front of the class of a module that holds tensors which are trained whole."""
 
     base_class: type[nn.Module]
     reads: tuple[str, ...]
