@@ -42,7 +42,7 @@ class Memory:
             end = max(end, last)
 
     def sharing(self, tensor: Tensor) -> list[Held]:
-        """The other tensors that have a number in memory in common with `tensor`.
+        """The other tensors that share at least one number in memory with `tensor`.
 
         A buffer in which several parameters lie side by side is left out: it is only the place where they are kept."""
         near = [held for held in self._near.get(id(tensor), ()) if held.tensor is not tensor]
@@ -56,7 +56,7 @@ class Memory:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """True if two tensors have a number in memory in common."""
+    """True if two tensors share at least one number in memory."""
     span, span_b = _span(a), _span(b)
     if span is None or span_b is None:
         return False

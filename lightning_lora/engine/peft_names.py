@@ -22,7 +22,7 @@ NOT_NEEDED = {
     "task_type": "it is not needed: the model says what it is",
     "peft_type": "it is not needed: this is LoRA",
     "inference_mode": "it is not needed: load_adapter and the bank serve, LoRACallback trains",
-    "fan_in_fan_out": "it is not needed: each layer says how its weight lies",
+    "fan_in_fan_out": "it is not needed: each type of layer knows whether its weight is transposed",
     "base_model_name_or_path": "it is not needed: the model says what it is",
     "loftq_config": "init='loftq' takes its place",
     "eva_config": "init='eva' takes its place",

@@ -1,4 +1,4 @@
-"""Lists the modules and tensors of a model in one walk. (torch's generators are slow: each level passes on every name.)
+"""Lists the modules and tensors of a model in one walk; torch's generators pass each name up through all levels.
 
 All names are those of the model without wrappers (see wrappers.py), so they are the same before and after a module is
 compiled, put into DDP, or set up by Fabric.

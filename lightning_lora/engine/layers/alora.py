@@ -82,9 +82,9 @@ class Invocation:
     """Finds, in each row of the running forward, the positions from the last occurrence of `tokens` on.
 
     Hooks on the modules that take `input_ids` show it the tokens. A row that is invoked stays invoked while its cache
-    is continued. The cache holds that state, so several caches can be used in turn, and copied. A call with one new
-    token never invokes the adapter; a longer one (the next turn of a chat) can, even if the sequence began in the call
-    before it.
+    is continued. The cache holds that state, so several caches can be used in turn, and copied. A call that continues a
+    cache with one token never invokes the adapter; a longer one (the next turn of a chat) can, even if the sequence
+    began in the call before it.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:

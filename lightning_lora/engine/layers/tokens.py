@@ -33,7 +33,7 @@ class TokenRows(Adapter):
     """An embedding that takes its rows `tokens` from `lora_tokens`, which train (PEFT's trainable_token_indices).
 
     They replace the base's rows and are not added to them, so the values in the new rows of a resized embedding do not
-    matter. The table is never copied.
+    matter. A forward does not copy the table.
     """
 
     lora: TokenSpec
