@@ -90,7 +90,7 @@ class Adapter(Reads):
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
-        """Raise TargetError if `module` cannot have the DoRA, the bias of B or the init that `config` asks for."""
+        """Raise TargetError if `module` does not support the DoRA, bias of B or init that `config` asks for."""
 
     @staticmethod
     def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
