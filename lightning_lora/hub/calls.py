@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import queue
 import threading
 import time
@@ -71,6 +72,8 @@ _AFTER = 0.5
 _ASKED = "X-Lightning-Lora-Retry-After"
 """Under it an answer keeps the Retry-After that it came with."""
 _LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):  # where another thread holds it, the child would wait for ever
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 def within(seconds: float, doing: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:

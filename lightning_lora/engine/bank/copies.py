@@ -43,7 +43,7 @@ class Rooms:
     def __init__(self, slab: Slab) -> None:
         self._slab = slab
         self._free: list[Tensor] = []
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def copies(self, count: int) -> Copies:
         """For `count` adapters; `give_back` what is returned when nobody reads the copies any more."""
@@ -51,7 +51,7 @@ class Rooms:
         if data.is_cuda:  # whose allocator keeps memory by itself
             return Copies(None)
         size = count * self._slab.width
-        with self._lock:
+        with self.lock:
             fitting = next((i for i, room in enumerate(self._free) if len(room) >= size), None)
             if fitting is not None:
                 return Copies(self._free.pop(fitting))
@@ -62,14 +62,14 @@ class Rooms:
 
     def give_back(self, copies: Copies) -> None:
         if copies.room is not None:
-            with self._lock:
+            with self.lock:
                 if len(self._free) < MOST_KEPT:
                     self._free.append(copies.room)
 
     @property
     def bytes(self) -> int:
         """Of what is kept for the next batches."""
-        with self._lock:
+        with self.lock:
             return sum(room.nbytes for room in self._free)
 
     def __len__(self) -> int:

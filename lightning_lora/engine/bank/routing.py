@@ -6,7 +6,7 @@ it when they run, also from inside a compiled graph, so a graph does not depend 
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from lightning_lora.engine.bank.cells import Cell, Factors
     from lightning_lora.engine.bank.folding import Folded
 
-InUse: TypeAlias = "tuple[tuple[Routes, Routing, Entered], ...]"
+InUse: TypeAlias = "tuple[tuple[Routes, Routing | None, Entered], ...]"
 _IN_USE: ContextVar[InUse] = ContextVar("lightning_lora_bank", default=())
-"""The routing of each bank: there is hardly ever more than one."""
+"""What was entered here and not left, of all banks, the last one first; None is the bare base."""
 
 FEW_POSITIONS = 4
 """Up to so many positions of a row, reading each adapter once is worth gathering the rows that share it."""
@@ -47,10 +47,11 @@ class Routes:
         """The one in use where this is called."""
         for routes, routing, use in _IN_USE.get():
             if routes is self:
-                if not use.is_open:
+                if routing is not None and not use.is_open:
                     raise AdapterStateError(
                         "This runs in a copy of a context (an asyncio task's, for example) that was made inside of a "
-                        "`with bank.use(...)` which has ended. End such tasks first, or enter bank.use in the task."
+                        "`with bank.use(...)` which has ended, or where one was entered that another thread has left. "
+                        "End such tasks first, or enter bank.use in the task."
                     )
                 return routing
         return None
@@ -75,24 +76,29 @@ class Routes:
 
     def updates(self) -> bool:
         """Whether layers that are called here add updates to what their weights give."""
+        routing = next((routing for routes, routing, _ in _IN_USE.get() if routes is self), None)
+        return routing is not None and routing is not self.folded
+
+    def enter(self, routing: Routing | None, use: Entered) -> None:
+        """Use `routing` here from now on, as long as `use` is open, until it leaves."""
+        _IN_USE.set(((self, routing, use), *_IN_USE.get()))
+
+    def leave(self, use: Entered) -> bool:
+        """Use here what was in use before; returns whether `use` was the last to enter, and here. One that was entered
+        after it stays in use."""
         in_use = _IN_USE.get()
-        return bool(in_use) and any(routes is self and routing is not self.folded for routes, routing, _ in in_use)
+        last = next((other for routes, _, other in in_use if routes is self), None)
+        _IN_USE.set(tuple(entry for entry in in_use if entry[2] is not use))
+        return last is use
 
-    def enter(self, routing: Routing | None, use: Entered) -> Token[InUse]:
-        """Use `routing` here from now on, as long as `use` is open; give what this returns to `leave`."""
-        others = _IN_USE.get()
-        if others:
-            others = tuple(entry for entry in others if entry[0] is not self)
-        return _IN_USE.set(others if routing is None else ((self, routing, use), *others))
-
-    def replace(self, routing: Routing) -> Token[InUse]:
-        """Use `routing` in place of the one in use here, as long as that one might be."""
-        (use,) = (use for routes, _, use in _IN_USE.get() if routes is self)
-        return self.enter(routing, use)
+    def replace(self, routing: Routing) -> None:
+        """Use `routing` in place of the one in use here, as long as that one might be, or until `put_back`."""
+        self.enter(routing, next(use for routes, _, use in _IN_USE.get() if routes is self))
 
     @staticmethod
-    def leave(token: Token[InUse]) -> None:
-        _IN_USE.reset(token)
+    def put_back(routing: Routing) -> None:
+        """Use what `routing` took the place of."""
+        _IN_USE.set(tuple(entry for entry in _IN_USE.get() if entry[1] is not routing))
 
 
 class Routing:

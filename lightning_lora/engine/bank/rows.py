@@ -7,7 +7,6 @@ of `generate`), said by the user, or an error: a guess would give one user's row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextvars import Token
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -162,9 +161,7 @@ class Within(Routing):
     count: int
     device: torch.device
     scope: Any
-    """Whose it is,"""
-    token: Token[Any]
-    """and what gives back the routing outside."""
+    """Whose it is."""
 
     def __init__(self, outside: Rows | Within, index: tuple[int, ...], where: str) -> None:
         self.ones, self.count, self.device = outside.ones, outside.count, outside.device

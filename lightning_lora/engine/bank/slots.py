@@ -10,11 +10,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lightning_lora.engine.bank.routing import One
 from lightning_lora.engine.bank.slab import Slab
 from lightning_lora.engine.bank.tiers import HostStore
 from lightning_lora.errors import BankError, closest, listed
+
+if TYPE_CHECKING:
+    from lightning_lora.engine.bank.use import Use
 
 
 @dataclass(eq=False)
@@ -48,9 +52,11 @@ class Slots:
         self.lock = threading.RLock()
         self.change = threading.Condition(self.lock)
         """The same lock; who waits is told when an entry has moved."""
-        self.bare = 0
-        """How many `use` of the bare base are open."""
-        self._store = store
+        self.uses: set[Use] = set()
+        """Those that are open."""
+        self.taken: dict[int, int] = {}
+        """Slots that are being filled or emptied, and the thread that does it."""
+        self.store = store
         self._free = list(range(capacity))[::-1]
         self._written: set[int] = set()
 
@@ -80,7 +86,7 @@ class Slots:
             self.change.release()
             try:
                 self.move_out(leaving, slot, swaps=True)
-                self.slab.data[slot].copy_(self._store.take(name))
+                self.slab.data[slot].copy_(self.store.take(name))
                 entry.slot = slot
             finally:
                 self.change.acquire()
@@ -88,7 +94,7 @@ class Slots:
                 if entry.slot is None:
                     self.give_back(slot)
                 self._written.add(slot)
-                self.change.notify_all()
+                self._settle(slot)
         self.entries.move_to_end(name)
         return entry
 
@@ -98,19 +104,24 @@ class Slots:
         `makes_room` says that the one who asks, `name`, comes out of the store. Raises BankError where there is none.
         """
         if self._free:
-            return self._free.pop(), None
+            slot = self._free.pop()
+            self.taken[slot] = threading.get_ident()
+            return slot, None
+        could_leave = False
         for other in self.entries.values():
             if other.slot is not None and not (other.users or other.pinned or other.moving):
-                if not makes_room and not self._store.has_room():
+                could_leave = not makes_room and not self.store.has_room()
+                if could_leave:
                     break
                 slot, other.slot, other.one, other.moving = other.slot, None, None, True
+                self.taken[slot] = threading.get_ident()
                 return slot, other
-        kept = sum(1 for other in self.entries.values() if other.users or other.pinned)
         raise BankError(
-            f"No room for {name!r}: of {self.capacity} slots, {kept} are in use or pinned, and for the others "
-            "host_capacity is too small and no disk is given. Raise one of them, or remove an adapter."
-            if kept < self.capacity
-            else f"No room for {name!r}: all of the {self.capacity} slots are in use or pinned. Raise capacity."
+            f"No room for {name!r}: adapters that are not in use would have to leave their slots, and host_capacity is "
+            "too small and no disk is given. Raise one of them, or remove an adapter."
+            if could_leave
+            else f"No room for {name!r}: all of the {self.capacity} slots are in use, pinned or being filled. Raise "
+            "capacity."
         )
 
     def move_out(self, leaving: Entry | None, slot: int, *, swaps: bool = False) -> None:
@@ -118,7 +129,7 @@ class Slots:
         if leaving is None:
             return
         try:
-            self._store.put(leaving.name, self.slab.data[slot], swaps=swaps)
+            self.store.put(leaving.name, self.slab.data[slot], swaps=swaps)
         except BaseException:
             leaving.slot = slot  # it stays, and the slot is not the asker's
             raise
@@ -137,30 +148,39 @@ class Slots:
         """The slot is free, unless somebody stayed in it."""
         if all(entry.slot != slot for entry in self.entries.values()):
             self._free.append(slot)
+        self._settle(slot)
+
+    def _settle(self, slot: int) -> None:
+        self.taken.pop(slot, None)
+        self.change.notify_all()
 
     def add(self, entry: Entry, slot: int) -> None:
         """The entry lies in `slot`, and is the last one used."""
         entry.slot, entry.moving = slot, False
         self.entries[entry.name] = entry
-        self.change.notify_all()
+        self._settle(slot)
 
     def remove(self, entry: Entry) -> None:
         """Take it out; its slot is free now, or when the last user leaves."""
         del self.entries[entry.name]
         entry.gone, entry.one = True, None
-        self._store.drop(entry.name)
+        self.store.drop(entry.name)
         if entry.slot is not None and not entry.users:
             self._free.append(entry.slot)
         self.change.notify_all()
 
-    def leave(self, entries: Sequence[Entry], bare: int = 0) -> None:
-        """One user less of each, and so many less of the bare base."""
+    def leave(self, use: Use) -> None:
+        """It is not open any more."""
         with self.lock:
-            self.bare -= bare
-            for entry in entries:
-                entry.users -= 1
-                if entry.gone and not entry.users and entry.slot is not None:
-                    self._free.append(entry.slot)
+            self.uses.discard(use)
+            self.release(use.entries)
+
+    def release(self, entries: Sequence[Entry]) -> None:
+        """One user less of each."""
+        for entry in entries:
+            entry.users -= 1
+            if entry.gone and not entry.users and entry.slot is not None:
+                self._free.append(entry.slot)
 
     def busy(self) -> list[str]:
         """The names of those in use."""

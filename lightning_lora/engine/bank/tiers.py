@@ -35,7 +35,7 @@ class HostStore:
         self._most, self._beyond = most, beyond
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
         self._written: set[str] = set()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def has_room(self) -> bool:
         return self._beyond is not None or self._most is None or len(self._rows) < self._most
@@ -44,7 +44,7 @@ class HostStore:
         """Keep the row. Where it `swaps` places with one that comes out of here, a store beyond that is full is no
         error: the row waits in memory then, beyond what was to be kept there. That is bounded, since no adapter is new,
         and it is tried again with each one that comes."""
-        with self._lock:
+        with self.lock:
             if name in self._written:
                 return
             try:
@@ -74,14 +74,14 @@ class HostStore:
 
     def take(self, name: str) -> Tensor:
         """The row, which is kept here no longer than the tensor lives."""
-        with self._lock:
+        with self.lock:
             if name in self._rows:
                 return self._rows.pop(name)
         assert self._beyond is not None
         return self._beyond.take(name)
 
     def drop(self, name: str) -> None:
-        with self._lock:
+        with self.lock:
             self._rows.pop(name, None)
             if name in self._written:
                 assert self._beyond is not None
