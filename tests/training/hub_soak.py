@@ -139,8 +139,8 @@ class Outcome:
 class Soak(pl.Callback):
     """Lets the faults begin with the training, and looks at what is held after each epoch."""
 
-    def __init__(self, hub: Hub, epochs: int, seconds: float) -> None:
-        self.hub, self.epochs, self.seconds = hub, epochs, seconds
+    def __init__(self, hub: Hub, epochs: int, seconds: float, pause: float) -> None:
+        self.hub, self.epochs, self.seconds, self.pause = hub, epochs, seconds, pause
         self.outcome = Outcome(before=Sample.now())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -148,7 +148,7 @@ class Soak(pl.Callback):
         self.begun = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        time.sleep(0.05)
+        time.sleep(self.pause)
         outcome, past = self.outcome, time.monotonic() - self.begun
         outcome.epochs += 1
         if outcome.epochs <= self.epochs / 2 or past < self.seconds / 2:
@@ -174,13 +174,13 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
         tempfile.tempdir = before
 
 
-def run(folder: Path, epochs: int = 0, seconds: float = 0.0) -> Outcome:
-    """Train for at least so many epochs and seconds."""
+def run(folder: Path, epochs: int = 0, seconds: float = 0.0, pause: float = 0.05) -> Outcome:
+    """Train for at least so many epochs and seconds, with a pause of so many seconds after each epoch."""
     (folder / "tmp").mkdir()
     hub = Hub()
     try:
         with temporary_files_in(folder / "tmp"):
-            soak = Soak(hub, epochs, seconds)
+            soak = Soak(hub, epochs, seconds, pause)
             push = HubPush(REPO, endpoint=hub.endpoint, token=hub.token, deadline=0.5, wait=0.5)
             saves = ModelCheckpoint(folder / "run", monitor="val_loss", save_top_k=2, save_last=True)
             callback = LoRACallback(rank=2, push=push)
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = run(Path(folder), seconds=60 * given.minutes)
+        outcome = run(Path(folder), seconds=60 * given.minutes, pause=0.5)
     print(*(f"{name:>10}: {value}" for name, value in vars(outcome).items()), sep="\n")
 
 
