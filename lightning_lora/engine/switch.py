@@ -9,6 +9,7 @@ numbers that were given out inside a block show which nodes were made there.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import weakref
 from array import array
@@ -43,6 +44,8 @@ class _Block:
     thread: int
     first: int
     """The number of the first node that may be made inside."""
+    outer: _Block | None
+    is_open: bool = True
     may_come_again: bool = False
     """True if a layer ran inside that activation checkpointing may compute again."""
 
@@ -82,12 +85,14 @@ def _this_thread() -> int:
 
 def _is_off(module: nn.Module) -> bool:
     """True if the adapter of `module` is off here. Ask only while `used` is true."""
-    block, task = _OFF.get(), torch._C._current_graph_task_id()
+    block, task = _innermost(), torch._C._current_graph_task_id()
     node: Any = torch._C._current_autograd_node()
     if node is not None and task != (-1 if block is None else block.task):
         return _comes_again(id(module), node._sequence_nr(), task)
     _local.again = None
-    if block is None or id(module) not in block.modules:
+    while block is not None and not (block.is_open and id(module) in block.modules):
+        block = block.outer if block.outer is not None and block.outer.task == block.task else None
+    if block is None:
         return False
     # Checkpointing may be around this layer: a non-reentrant checkpoint sets hooks on saved tensors; a reentrant one
     # has made its node and turned gradients off. If gradients were off from the start, nothing is computed again.
@@ -97,6 +102,15 @@ def _is_off(module: nn.Module) -> bool:
 
 
 is_off = _is_off
+
+
+def _innermost() -> _Block | None:
+    """The open block that was entered last in this thread or task. A block around it may have ended, by a generator
+    for example."""
+    block = _OFF.get()
+    while block is not None and not block.is_open:
+        block = block.outer
+    return block
 
 
 def _comes_again(module: int, number: int, task: int) -> bool:
@@ -146,16 +160,27 @@ def _was_off(module: int, number: int) -> bool:
 @contextmanager
 def off(model: nn.Module, modules: frozenset[int]) -> Iterator[None]:
     """Switch the adapters of `modules`, the ids of all modules of `model`, off in this thread or task."""
-    task, outer = torch._C._current_graph_task_id(), _OFF.get()
-    inherited = outer.modules if outer is not None and outer.task == task else frozenset()
-    block = _Block(modules | inherited, task, _this_thread(), _next_node())
+    block = _Block(modules, torch._C._current_graph_task_id(), _this_thread(), _next_node(), _innermost())
+    raised: BaseException | None = None
     _opens(block)
-    token = _OFF.set(block)
+    _OFF.set(block)
     try:
         yield
+    except BaseException as error:
+        raised = error
+        raise
     finally:
-        _OFF.reset(token)
+        inside = _OFF.get()
+        while inside is not None and inside is not block:
+            inside = inside.outer
+        block.is_open = False
+        _OFF.set(_innermost())
         _closes(block, model, modules)
+        if inside is None and (raised is None or isinstance(raised, GeneratorExit)):
+            raise AdapterStateError(
+                "`with disabled(model)` was left in another thread or task than it was entered in: adapters acted on "
+                "what was computed elsewhere meanwhile. Enter and leave it where the model is called."
+            )
 
 
 def is_open(modules: frozenset[int]) -> bool:
@@ -190,6 +215,18 @@ def _closes(block: _Block, model: nn.Module, modules: frozenset[int]) -> None:
             else:  # the block follows right after the last one, or contains it
                 begins[-1], ends[-1] = min(begins[-1], block.first), last
         used = bool(_open) or bool(_past)
+
+
+def _after_fork() -> None:
+    """The child has this thread alone; what the others switched off is on in it."""
+    global used
+    _open[:] = [block for block in _open if block.thread == _this_thread()]
+    used = bool(_open) or bool(_past)
+    _lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # a lock that another thread holds would never be released in the child
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
 
 
 def _forget(model: int) -> None:

@@ -20,8 +20,9 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put `files` (name -> content) into `folder`, which is made or, if it holds nothing else, replaced as a whole.
+def write_folder(folder: Path, files: Mapping[str, bytes | tuple[bytes, memoryview]]) -> None:
+    """Put `files` (name -> content, or its parts) into `folder`, which is made or, if it holds nothing else, replaced
+    as a whole.
 
     Where it holds other files too, those stay and each of ours is replaced atomically, in the order given. Raises
     CheckpointError where it cannot be written; the folder is then as it was, and nothing is left beside it.
@@ -37,7 +38,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         made = _make(folder.parent)
         staged.mkdir()
         for name, content in files.items():
-            (staged / name).write_bytes(content)
+            with (staged / name).open("wb") as file:
+                file.writelines([content] if isinstance(content, bytes) else content)
         _sync_all([*(staged / name for name in files), staged])
         if not folder.exists():
             os.rename(staged, folder)

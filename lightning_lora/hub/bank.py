@@ -170,7 +170,7 @@ class AdapterBank(Bank):
         config = checked_config(folder, ignore_fields)
         with open_tensors(folder) as file:
             plan, parts = self._parts(config, file.header, str(folder))
-            if check_base and file.header.note:
+            if check_base and "base_fingerprint" in file.header.note:
                 self._check_base(file.header.note, plan.root, str(folder))
             return _read(plan, parts, file.at_once() if not plan.base else file)
 

@@ -7,7 +7,9 @@ them: a hung server would hold a run, or a thread and an open file for each call
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import os
 import queue
 import threading
 import time
@@ -71,14 +73,16 @@ _AFTER = 0.5
 _ASKED = "X-Lightning-Lora-Retry-After"
 """Under it an answer keeps the Retry-After that it came with."""
 _LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):  # where another thread holds it, the child would wait for ever
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 def within(seconds: float, doing: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """`call(*args, **kwargs)`, in a daemon thread that is left to itself after `seconds` and cannot hold the
     process's exit. `doing` ends the sentence "... while" of an error.
 
-    A request of the thread ends with it: the client waits no longer than `seconds`. What goes another way (Xet, a name
-    server, a byte now and then) may hold the thread and its connection for longer; few may hang so at a time.
+    A request of the thread ends with it: the client waits and reads no longer than `seconds`. What goes another way
+    (Xet, a name server) may hold the thread and its connection for longer; few may hang so at a time.
 
     Raises HubError (HubAccessError for 401 and 403, HubUnavailableError where another try may help).
     """
@@ -134,10 +138,35 @@ def _limit(request: Any) -> None:
     request.extensions["timeout"] = {kind: left if (t := given.get(kind)) is None else min(t, left) for kind in kinds}
 
 
+@functools.cache
+def _in_time(client: str) -> Any:
+    """The class, in terms of the client's own library (httpx, or what took its place), of the body of an answer of
+    which nothing more is read once the call is over, even if a byte comes now and then."""
+    base: Any = importlib.import_module(client).SyncByteStream
+
+    class InTime(base):
+        def __init__(self, stream: Any, until: float) -> None:
+            self.stream, self.until = stream, until
+
+        def __iter__(self) -> Iterator[bytes]:
+            for part in self.stream:
+                if time.monotonic() > self.until:
+                    raise HubUnavailableError("The time for this call to the Hub is over.")
+                yield part
+
+        def close(self) -> None:
+            self.stream.close()
+
+    return InTime
+
+
 def _shorten(response: Any) -> None:
-    """A hook of the client's, after each answer: it would sleep for as long as a Retry-After says, a day if need be."""
+    """A hook of the client's, after the head of each answer: it would read for as long as anything comes, and sleep
+    for as long as a Retry-After says, a day if need be."""
     if _CALL.until is None:
         return
+    client = type(response).__module__.partition(".")[0]
+    response.stream = _in_time(client)(response.stream, _CALL.until + _AFTER)
     with contextlib.suppress(KeyError, ValueError):
         asked = response.headers["Retry-After"]
         response.headers["Retry-After"] = f"{min(float(asked), LONGEST_WAIT):g}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import re
@@ -33,7 +32,6 @@ from lightning_lora.hub.local import local_path
 from lightning_lora.hub.parts import Pair, Parts, parts_of
 from lightning_lora.hub.peft_config import to_peft
 from lightning_lora.hub.pull import adapter_folder
-from lightning_lora.hub.reading import NOTE
 from lightning_lora.hub.writing import write_adapter
 
 # What PEFT and others call them -> what to say.
@@ -115,9 +113,9 @@ def combine_adapters(
     )
     # The name of the base inside the model that was trained, where it was the same in all.
     module = _common([parts.note.get("module") or "" for parts in adapters.values()]) or ""
-    header = _header(adapters, module, report)
+    note = _note(adapters, module, report)
     card = _card(config, report, module, sum(t.numel() for t in tensors.values()))
-    write_adapter(target, config, tensors, header, card)
+    write_adapter(target, config, tensors, note, card)
     return report
 
 
@@ -363,15 +361,14 @@ def _common(values: list[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
 
 
-def _header(adapters: Mapping[str, Parts], module: str, report: CombineReport) -> dict[str, str]:
+def _note(adapters: Mapping[str, Parts], module: str, report: CombineReport) -> dict[str, Any]:
     base = next((parts.note for parts in adapters.values() if parts.note.get("base_fingerprint")), {})
-    note = {
+    return {
         "version": version("lightning-lora"),
         "module": module,
         **{key: base[key] for key in ("base_fingerprint", "base_dtypes") if key in base},
         "combined": {"method": report.method, "adapters": [list(entry) for entry in report.adapters]},
     }
-    return {"format": "pt", NOTE: json.dumps(note, sort_keys=True)}
 
 
 def _card(config: Mapping[str, Any], report: CombineReport, module: str, parameters: int) -> str:

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import os
 import shutil
-import tempfile
 import weakref
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lightning_lora.errors import BankError, ConfigError
 from lightning_lora.hub.mapped import MappedTensors
+from lightning_lora.hub.temporary import own_name, remove_leftovers
 
 
 class DiskStore:
@@ -35,9 +35,11 @@ class DiskStore:
             raise ConfigError(f"disk={str(folder)!r} cannot be written to: {error.strerror or error}.") from error
 
     def _begin(self, place: Path) -> None:
-        """A folder for what this process writes."""
+        """A folder for what this process writes, in place of those that killed ones left."""
         place.mkdir(parents=True, exist_ok=True)
-        self._folder, self._process = Path(tempfile.mkdtemp(prefix="bank-", dir=place)), os.getpid()
+        remove_leftovers(place)
+        self._folder, self._process = place / own_name("bank-"), os.getpid()
+        self._folder.mkdir(mode=0o700)
         weakref.finalize(self, _remove, self._folder, self._process)
 
     def put(self, name: str, row: Tensor) -> None:

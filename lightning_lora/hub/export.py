@@ -25,7 +25,7 @@ from lightning_lora.hub.export_report import ExportReport
 from lightning_lora.hub.local import local_path
 from lightning_lora.hub.lowering import Lowered, dora_spectra, lowered, with_every_layer, written_rank
 from lightning_lora.hub.obstacles import head_of, other_base, refuse, refuse_loss, unclear, unsupported
-from lightning_lora.hub.parts import Parts, header_of, magnitude_key, parts_of
+from lightning_lora.hub.parts import Parts, magnitude_key, parts_of
 from lightning_lora.hub.peft_config import to_peft
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.hub.reading import CARD, CONFIG
@@ -82,7 +82,7 @@ def export_adapter(
     except AdapterFormatError as error:
         what = f"{adapter} cannot be exported for {row.title}"
         raise AdapterFormatError(f"{what}: {str(error).rstrip('.')}. Nothing was written.") from error
-    write_adapter(target, config, tensors, header_of(parts), _card(source, config, parts, tensors, row))
+    write_adapter(target, config, tensors, parts.note, _card(source, config, parts, tensors, row))
     return report
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import warnings
@@ -138,12 +137,12 @@ def save_adapter(
         "config": own_fields(injection.config, dropout=targets.without_dropout),
         **(known_base or describe_base(model, root)),
     }
-    header = {**_checked_metadata(metadata), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
+    metadata = _checked_metadata(metadata)
     at = f"{owner_name}." if owner_name else ""
     trained = sum(t.numel() for name, t in own_tensors.items() if name.removeprefix(at) not in injection.tables)
     card = model_card(config, modules=len(adapted), parameters=trained, module=module)
     if not any(map(is_sharded, own_tensors.values())) or is_first():
-        write_adapter(folder, config, values, header, card)
+        write_adapter(folder, config, values, note, card, metadata)
     for what, names in targets.unread.items():
         warnings.warn(f"{what}: {listed(names)}. load_adapter does.", stacklevel=3)
     return folder

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -36,6 +37,16 @@ DTYPES = {
     "F64": torch.float64,
 }
 
+BLANK = b"e1f3b0c94a7d5826d20c6f8a71b94e35"
+"""Stands in a header where the checksum of the whole file will be."""
+
+
+def checksum(header: bytes, tensors: bytes | memoryview) -> str:
+    """Of a file whose header has BLANK in it."""
+    digest = xxhash.xxh3_128(header)
+    digest.update(tensors)
+    return digest.hexdigest()
+
 
 class MappedTensors:
     """The tensors in `path`, by key. What is written into one stays in this process.
@@ -53,6 +64,11 @@ class MappedTensors:
                 self.metadata: dict[str, str] = self.entries.pop("__metadata__", None) or {}
             except (ValueError, RecursionError, AttributeError, TypeError) as error:
                 raise SafetensorError(f"its header cannot be read: {error}") from error
+
+    def checksum(self, said: str) -> str:
+        """That of the file, whose header says that it is `said`."""
+        with memoryview(self._bytes) as content:
+            return checksum(self._bytes[: self._start].replace(said.encode(), BLANK), content[self._start :])
 
     def are_finite(self) -> bool:
         """Whether it takes one sum to know that all its numbers are: they are of one type, and the sum is."""

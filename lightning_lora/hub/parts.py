@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from lightning_lora.engine.scaling import scale_of
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
 from lightning_lora.hub.inspection import check_config, check_header, config_in
-from lightning_lora.hub.reading import CONFIG, NOTE, TENSORS, check_folder, open_tensors
+from lightning_lora.hub.reading import CONFIG, TENSORS, check_folder, open_tensors
 
 
 @dataclass(frozen=True)
@@ -206,8 +205,3 @@ def _ambiguous(config: LoRAConfig, pairs: Mapping[str, Pair]) -> tuple[str, ...]
         return {alpha for entry, alpha in config.alpha_pattern.items() if pattern_matches(entry, name)}
 
     return tuple(name for name in pairs if len(alphas(name)) > 1)
-
-
-def header_of(parts: Parts) -> dict[str, str]:
-    """The metadata for a file with the same adapter."""
-    return {"format": "pt", **({NOTE: json.dumps(dict(parts.note), sort_keys=True)} if parts.note else {})}

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_lora.engine.foreign import foreign_layout_of
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.hub import mlx
-from lightning_lora.hub.mapped import MappedTensors
+from lightning_lora.hub.mapped import BLANK, MappedTensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -24,6 +24,11 @@ CARD = "README.md"
 
 NOTE = "lightning_lora"
 """The key of our own data in the metadata of the tensors' header, which PEFT ignores; in the config it would warn."""
+CHECKSUM = "checksum"
+"""The key, in that, of the checksum of the tensors' file."""
+SAID = "said_by_config"
+"""The key, in that, of what the config said of these tensors which they do not show: its fields UNSEEN."""
+UNSEEN = ("lora_alpha", "alpha_pattern", "use_rslora", "alora_invocation_tokens", "trainable_token_indices")
 
 _FLOATING = ("F16", "BF16", "F32", "F64")
 
@@ -192,7 +197,32 @@ def open_tensors(folder: Path) -> Iterator[TensorFile]:
             yield TensorFile(converted, Header(shapes, {key: converted[key].is_floating_point() for key in shapes}, {}))
         return
     with _opened(folder / TENSORS) as tensors:
-        yield TensorFile(tensors, _header(tensors, folder / TENSORS))
+        header = _header(tensors, folder / TENSORS)
+        _check_as_written(folder, tensors, header.note)
+        yield TensorFile(tensors, header)
+
+
+def _check_as_written(folder: Path, tensors: MappedTensors, note: Mapping[str, Any]) -> None:
+    """Raise AdapterFormatError where what this package wrote is not as it was: no tensor shows it."""
+    said = note.get(CHECKSUM)
+    if said is not None and (not isinstance(said, str) or len(said) != len(BLANK) or tensors.checksum(said) != said):
+        raise AdapterFormatError(
+            f"{folder / TENSORS} is not as it was written: the checksum in its header is not that of the file. It is "
+            f"damaged, or a program changed it and kept the entry {NOTE!r} of its metadata. Copy it again; tensors "
+            "that were changed on purpose are saved without that entry."
+        )
+    if SAID not in note:
+        return
+    then, now = note[SAID], read_config(folder)
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        raise AdapterFormatError(f"{folder / CONFIG} is not the config that {TENSORS} was saved with.")
+    others = [f"{f}={now.get(f)!r} and not {then.get(f)!r}" for f in UNSEEN if (now.get(f) or None) != then.get(f)]
+    if others:
+        raise AdapterFormatError(
+            f"{folder / CONFIG} is not the config that the tensors beside it were saved with: it says "
+            f"{listed(others)}. It is damaged, was edited, or is another adapter's. Put back what was saved; "
+            "combine_adapters writes an adapter of another strength, by its weight."
+        )
 
 
 @contextmanager

@@ -460,7 +460,7 @@ def test_what_is_added_and_removed_for_long_takes_no_more_memory():
         with bank.use([f"{step}", None]):
             assert close_to(base(x)[0], alone[name](x)[0])
     assert len(bank._slots._free) + len(bank.resident) == 2
-    assert len(bank._slots._store) + len(bank.resident) == len(bank)
+    assert len(bank._slots.store) + len(bank.resident) == len(bank)
 
 
 def _layers() -> dict[str, LayerFactors]:
@@ -565,12 +565,12 @@ def test_a_store_that_is_full_serves_all_that_it_has_written(host_capacity: int)
         for name in order:
             with bank.use(name):
                 assert close_to(base(x), alone[name](x)), name
-    assert len(bank._slots._store) <= host_capacity + 3  # at most what had slots waits besides
+    assert len(bank._slots.store) <= host_capacity + 3  # at most what had slots waits besides
     Shelf.room = 100  # and goes where it belongs once there is room again
     for name in names[:8] * 2:
         with bank.use(name):
             assert close_to(base(x), alone[name](x)), name
-    assert len(bank._slots._store) <= max(host_capacity, 0)
+    assert len(bank._slots.store) <= max(host_capacity, 0)
     bank.put(names[8], factors[names[8]])
 
 

@@ -181,7 +181,7 @@ class Churn:
         assert len(slots._free) + len(bank.resident) == bank.capacity
         assert len(set(slots._free)) == len(slots._free)
         waiting = set(bank.names) - set(bank.resident)
-        in_memory, on_disk = set(slots._store._rows), set(slots._store._written)
+        in_memory, on_disk = set(slots.store._rows), set(slots.store._written)
         assert waiting <= in_memory | on_disk <= set(bank.names)
         assert not slots.slab.data[-1].any(), "the row of the bare base"
 

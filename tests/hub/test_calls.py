@@ -62,13 +62,17 @@ ASKED: dict[str, Callable[[HubRepository], Any]] = {
 }
 
 
+@pytest.mark.parametrize(("kind", "seconds"), [("hang", 60), ("drip", 0.05)])
 @pytest.mark.parametrize("call", ASKED)
-def test_calls_to_a_hub_that_hangs_end_with_their_threads_and_connections(hub: HubServer, call: str) -> None:
-    hub.fail("hang", times=999, seconds=60)
+def test_calls_to_a_hub_that_hangs_end_with_their_threads_and_connections(
+    hub: HubServer, call: str, kind: str, seconds: float
+) -> None:
+    hub.create_repo(REPO, files={"README.md": b"a card that is long enough to drip on " * 99})
+    hub.fail(kind, times=999, seconds=seconds)
     repository = HubRepository(Destination(REPO, deadline=0.1, endpoint=hub.endpoint, token=hub.token))
     before, open_before = len(ours()), connections()
     for _ in range(12):
-        with pytest.raises(HubUnavailableError, match=r"did not answer within|still hang"):
+        with pytest.raises(HubUnavailableError, match=r"did not answer within|still hang|is over"):
             ASKED[call](repository)
     until(lambda: len(ours()) <= before)
     # The server's ends stay open, as long as its faults say: one for each call at most.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,15 @@ from lightning import LightningModule
 from safetensors import safe_open
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, load_adapter, save_adapter
+from lightning_lora import (
+    AdapterBank,
+    LoRAConfig,
+    combine_adapters,
+    export_adapter,
+    inject,
+    load_adapter,
+    save_adapter,
+)
 from lightning_lora.engine.state import describe_base
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
 from lightning_lora.hub import adapter_root, atomic, files
@@ -411,3 +421,70 @@ def test_embeddings_that_were_resized_for_the_adapter_are_named(tmp_path):
     peft_folder(grown, tmp_path, save={"save_embedding_layers": True}, target_modules=["q_proj"])
     with pytest.raises(AdapterFormatError, match=r"embed_tokens\.weight is a weight of the base"):
         load_adapter(base, tmp_path)
+
+
+def _flipped(content: bytes, bit: int) -> bytes:
+    flipped = bytearray(content)
+    flipped[bit // 8] ^= 1 << bit % 8
+    return bytes(flipped)
+
+
+@pytest.mark.parametrize("written_by", ["save", "export", "combine"])
+@pytest.mark.parametrize("read_by", ["load_adapter", "bank", "combine"])
+def test_a_flipped_bit_in_a_folder_of_ours_is_an_error_or_changes_nothing(written_by, read_by, tmp_path):
+    folder, combined = tmp_path / "adapter", tmp_path / "combined"
+    model, x = build("linears")
+    config = {"target_modules": ["fc", "block.0"], "alpha_pattern": {"fc": 3.0}, "use_rslora": True}
+    inject(model, LoRAConfig(rank=2, **config))
+    shake(model)
+    save_adapter(model, folder)
+    if written_by == "export":
+        export_adapter(folder, tmp_path / "exported", consumer="peft")
+        folder = tmp_path / "exported"
+    elif written_by == "combine":
+        combine_adapters([folder], tmp_path / "half", weights=[0.5])
+        folder = tmp_path / "half"
+
+    def read() -> torch.Tensor:
+        base, _ = build("linears")
+        if read_by == "bank":
+            bank = AdapterBank(base, 1, 4)
+            bank.add("x", folder)
+            with bank.use("x"):
+                return output(base, x)
+        source = folder
+        if read_by == "combine":
+            combine_adapters([folder], source := combined, weights=[1.0])
+        load_adapter(base, source)
+        return output(base, x)
+
+    right, refused, draw = read(), 0, random.Random(3)
+    for file in (folder / "adapter_model.safetensors", folder / "adapter_config.json"):
+        content = file.read_bytes()
+        alpha = content.find(b'"lora_alpha": ') + 14  # 16: a digit that turns is another number still
+        for bit in [alpha * 8, *(draw.randrange(len(content) * 8) for _ in range(25))]:
+            file.write_bytes(_flipped(content, bit))
+            try:
+                assert torch.equal(read(), right), (file.name, bit)
+            except (AdapterFormatError, BaseMismatchError):
+                refused += 1
+        file.write_bytes(content)
+    assert refused > 26  # more than half of all bits
+
+
+def test_a_config_of_another_adapter_is_not_taken_for_the_one_of_these_tensors(folder, adapted, tmp_path):
+    other, x = build("linears")
+    inject(other, LoRAConfig(rank=2, alpha=8, target_modules=["fc"]))
+    shutil.copy(save_adapter(other, tmp_path / "other") / "adapter_config.json", folder)
+    with pytest.raises(AdapterFormatError, match=r"it says lora_alpha=8(\.0)? and not 16"):
+        load_adapter(build("linears")[0], folder)
+    # What says where it comes from, and how it is trained on, may be edited.
+    edit_config(save_adapter(adapted, folder), base_model_name_or_path="me/base", lora_dropout=0.1, task_type=None)
+    load_adapter(again := build("linears")[0], folder)
+    assert torch.equal(output(again, x), output(adapted, x))
+
+
+def test_tensors_that_another_program_wrote_into_a_folder_of_ours_are_read(folder, adapted):
+    edit_tensors(folder, lambda tensors: tensors[B].mul_(2))
+    load_adapter(base := build("linears")[0], folder)
+    assert torch.equal(trained(base)["fc.lora_B"], 2 * trained(adapted)["fc.lora_B"])

@@ -33,6 +33,7 @@ from lightning_lora.hub import background, calls
 from lightning_lora.testing import HubServer
 from lightning_lora.testing.plugin import hub
 
+from . import hub_soak
 from .lit import Lit, trainer
 
 __all__ = ["hub"]
@@ -479,3 +480,19 @@ def test_a_run_starts_from_an_adapter_on_the_hub_at_its_revision(
     assert all(t.equal(first[name]) for name, t in adapter_state_dict(started).items())
     with pytest.raises(HubNotFoundError):
         trainer(LoRACallback(adapter=f"{REPO}@nothing"), max_epochs=1).fit(Lit())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hub")  # the client is online with it; the Hub that fails is another
+def test_a_hub_that_fails_in_every_way_for_long_changes_no_loss_and_fills_nothing(tmp_path: Path) -> None:
+    outcome = hub_soak.run(tmp_path, epochs=120)
+    assert outcome.is_same
+    assert sum(count > 0 for count in outcome.faults.values()) > 5
+    # What hangs is let go of: at most so many calls at a time, each with its connection, and one that is made just now;
+    # the thread that pushes, and a connection or two that the client keeps.
+    most = calls._MOST_LEFT + 2
+    assert outcome.late.threads <= outcome.before.threads + most
+    assert outcome.late.files <= outcome.before.files + most + 8
+    # The copies that wait, that are on their way, and that are kept of those that the Hub refused: the newest, the best
+    # and the final one of each.
+    assert outcome.late.temporary <= 9 * len(FILES)

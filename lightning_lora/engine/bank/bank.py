@@ -16,6 +16,7 @@ from lightning_lora.checked import whole
 from lightning_lora.engine.bank.cells import LayerFactors
 from lightning_lora.engine.bank.copies import Rooms
 from lightning_lora.engine.bank.folding import Folded
+from lightning_lora.engine.bank.forking import survive_forks
 from lightning_lora.engine.bank.inside import Inside
 from lightning_lora.engine.bank.layers import attach, check_detachable, check_one_device, detach, new_cells
 from lightning_lora.engine.bank.layout import Index, Layout, Said, said
@@ -66,12 +67,13 @@ class Bank:
             )
         self._slots = Slots(self._allocated(self._device), capacity, HostStore(host_capacity, store))
         self._insides: list[Inside] = []
-        self._folded: str | None = None
+        self._folded: Folded | None = None
         self._is_open = True
         self._fetcher: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         for cell in self._cells.values():
             attach(cell.module, cell)
+        survive_forks(self)
 
     @property
     def plan(self) -> MemoryPlan:
@@ -142,7 +144,7 @@ class Bank:
             self._write(name, slot, factors)
             with self._slots.change:
                 old = self._slots.settled(name) if name in self else None
-                if old is not None and (not replace or self._folded == name):
+                if old is not None and (not replace or self._is_folded(old)):
                     raise BankError(
                         f"{name!r} was added by another thread at the same time, or is folded into the base: remove "
                         "it, or leave `with bank.folded(...)`, and add it again."
@@ -172,9 +174,12 @@ class Bank:
         """Remove the adapter. A batch that is using it goes on with it."""
         with self._slots.change:
             entry = self._slots.settled(name)
-            if self._folded == name:
+            if self._is_folded(entry):
                 raise BankError(f"{name!r} is folded into the base: leave `with bank.folded(...)` first.")
             self._slots.remove(entry)
+
+    def _is_folded(self, entry: Entry) -> bool:
+        return self._folded is not None and self._folded.entry is entry
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep the adapter in its slot when others need room; `pinned=False` undoes it."""
@@ -258,16 +263,21 @@ class Bank:
         self._insides.append(inside)
         return inside
 
-    def _enter(self, names: Names, said: Said) -> tuple[Routing | None, Sequence[Entry]]:
+    def _enter(self, use: Use) -> None:
         with self._slots.lock:
             self._check_open()
-            if isinstance(names, str):
-                if self._folded is not None:
-                    return self._enter_folded([names])
-                entry = self._slots.resident(names)
-                entry.users += 1
-                return self._one(entry), (entry,)
-            return self._enter_rows([None] if names is None else list(names), said)
+            use.routing, use.entries = self._routed(use.names, use.said)
+            use.is_open = True
+            self._slots.uses.add(use)
+
+    def _routed(self, names: Names, said: Said) -> tuple[Routing | None, Sequence[Entry]]:
+        if isinstance(names, str):
+            if self._folded is not None:
+                return self._enter_folded([names])
+            entry = self._slots.resident(names)
+            entry.users += 1
+            return self._one(entry), (entry,)
+        return self._enter_rows([None] if names is None else list(names), said)
 
     def _one(self, entry: Entry) -> One:
         if entry.one is None:
@@ -284,7 +294,6 @@ class Bank:
         for name in distinct:
             self._slots.entry(name)
         if not distinct:
-            self._slots.bare += 1
             return None, ()
         entries: list[Entry] = []
         try:
@@ -293,18 +302,20 @@ class Bank:
                 entry.users += 1  # an entry with users stays in its slot
                 entries.append(entry)
         except BaseException:
-            self._slots.leave(entries)
+            self._slots.release(entries)
             raise
         ones = {entry.name: self._one(entry) for entry in entries}
         of_rows = [None if name is None else ones[name] for name in names]
         return Rows(of_rows, self.capacity, self._device, self._rooms, said), entries
 
     def _enter_folded(self, names: Sequence[str | None]) -> tuple[Routing | None, Sequence[Entry]]:
-        if list(names) != [self._folded]:
+        assert self._folded is not None
+        if list(names) != [self._folded.name]:
             raise BankError(
-                f"{self._folded!r} is folded into the base, so nothing else can be used: {listed(map(str, names))}."
+                f"{self._folded.name!r} is folded into the base, so nothing else can be used: "
+                f"{listed(map(str, names))}."
             )
-        return self._routes.folded, ()
+        return self._folded, ()
 
     @contextmanager
     def folded(self, name: str) -> Iterator[None]:
@@ -319,21 +330,26 @@ class Bank:
         with self._slots.change:
             self._check_open()
             entry = self._slots.resident(name)
-            busy = listed(map(repr, self._slots.busy())) or "The bare base" * bool(self._slots.bare)
+            is_bare = any(use.routing is None for use in self._slots.uses)
+            busy = listed(map(repr, self._slots.busy())) or "The bare base" * is_bare
             if busy or self._folded is not None:
-                raise BankError(f"{busy or repr(self._folded)} is in use: fold an adapter when nothing else is in use.")
-            assert entry.slot is not None
-            use = Folded(name, self._routes)
-            use.begin(list(self._cells.values()), entry.slot)
+                what = busy or repr(self._folded and self._folded.name)
+                raise BankError(f"{what} is in use: fold an adapter when nothing else is in use.")
+            fold = Folded(entry, self._routes)
+            fold.begin(list(self._cells.values()))
             entry.users += 1
-            self._folded = name
+            self._folded = fold
         try:
             yield
         finally:
-            with self._slots.change:
-                use.end()
+            self._unfold(fold)
+
+    def _unfold(self, fold: Folded) -> None:
+        with self._slots.change:
+            if self._folded is fold:
+                fold.end()
                 self._folded = None
-                self._slots.leave([entry])
+                self._slots.release([fold.entry])
 
     def close(self) -> None:
         """Take the bank off the model, which is then as before. Raises BankError while an adapter is in use."""

@@ -42,7 +42,7 @@ class Rooms:
     def __init__(self, slab: Slab) -> None:
         self._slab = slab
         self._free: list[Tensor] = []
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def copies(self, count: int) -> Copies:
         """Memory for the copies of `count` adapters. Pass it to `give_back` when nothing reads the copies any more."""
@@ -50,7 +50,7 @@ class Rooms:
         if data.is_cuda:  # CUDA's allocator keeps memory by itself
             return Copies(None)
         size = count * self._slab.width
-        with self._lock:
+        with self.lock:
             fitting = next((i for i, room in enumerate(self._free) if len(room) >= size), None)
             if fitting is not None:
                 return Copies(self._free.pop(fitting))
@@ -61,14 +61,14 @@ class Rooms:
 
     def give_back(self, copies: Copies) -> None:
         if copies.room is not None:
-            with self._lock:
+            with self.lock:
                 if len(self._free) < MOST_KEPT:
                     self._free.append(copies.room)
 
     @property
     def bytes(self) -> int:
         """The bytes that are kept for the next batches."""
-        with self._lock:
+        with self.lock:
             return sum(room.nbytes for room in self._free)
 
     def __len__(self) -> int:

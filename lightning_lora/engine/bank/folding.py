@@ -8,6 +8,7 @@ when they are changed back gets an error, too.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,19 +18,23 @@ from torch import Tensor
 from lightning_lora.engine.bank.cells import Cell
 from lightning_lora.engine.bank.evidence import runs_elsewhere
 from lightning_lora.engine.bank.routing import Routes, Routing
+from lightning_lora.engine.bank.slots import Entry
 from lightning_lora.errors import AdapterStateError, BankError
 
 
 class Folded(Routing):
-    """The routing for an adapter `name` that is in the base's weights, from `begin` to `end`. Both are called with the
-    bank's lock held."""
+    """The routing for an adapter that is in the base's weights, from `begin` to `end`. Both are called with the bank's
+    lock held."""
 
-    def __init__(self, name: str, routes: Routes) -> None:
-        self.name, self._routes, self.is_open = name, routes, False
+    def __init__(self, entry: Entry, routes: Routes) -> None:
+        self.entry, self.name, self.thread = entry, entry.name, threading.get_ident()
+        self._routes, self.is_open = routes, False
         self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-    def begin(self, cells: Sequence[Cell], slot: int) -> None:
-        """Put the adapter in `slot` into the weights, and use it in this thread. If it raises, nothing is changed."""
+    def begin(self, cells: Sequence[Cell]) -> None:
+        """Put the adapter into the weights, and use it in this thread. If it raises, nothing is changed."""
+        slot = self.entry.slot
+        assert slot is not None
         self._routes.folded = self  # from now on, a forward outside bank.use raises at its first layer
         try:
             if runs_elsewhere(self._routes.served):
@@ -46,7 +51,7 @@ class Folded(Routing):
             self._before.append((cell.module._parameters, dict(cell.module._parameters)))
             cell.module._parameters.update(parameters)
         self.is_open = True
-        self._token = self._routes.enter(self, self)
+        self._routes.enter(self, self)
 
     def end(self) -> None:
         """Put the weights back as they were."""
@@ -54,7 +59,7 @@ class Folded(Routing):
         for parameters, before in self._before:
             parameters.update(before)
         self._routes.folded = None
-        self._routes.leave(self._token)
+        self._routes.leave(self)
 
     def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         if not self.is_open:

@@ -27,12 +27,13 @@ class Inside:
         routing = self._routes.current()
         if isinstance(routing, Rows | Within):  # with one adapter for all rows the layout does not matter
             within = Within(routing, checked_index(self._rows(*args, **kwargs), routing.count), self._name)
-            within.scope, within.token = self, self._routes.replace(within)
+            within.scope = self
+            self._routes.replace(within)
 
     def _end(self, *_: Any) -> None:
         routing = self._routes.current()
         if isinstance(routing, Within) and routing.scope is self:
-            self._routes.leave(routing.token)
+            self._routes.put_back(routing)
 
     def remove(self) -> None:
         """Take the hooks off: the rows lie in the module as in the rest of the model again."""

@@ -6,7 +6,7 @@ it when they run, also from inside a compiled graph, so a graph does not depend 
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from lightning_lora.engine.bank.cells import Cell, Factors
     from lightning_lora.engine.bank.folding import Folded
 
-InUse: TypeAlias = "tuple[tuple[Routes, Routing, Entered], ...]"
+InUse: TypeAlias = "tuple[tuple[Routes, Routing | None, Entered], ...]"
 _IN_USE: ContextVar[InUse] = ContextVar("lightning_lora_bank", default=())
-"""The routing in use here, for each bank that has one; there is rarely more than one bank."""
+"""What was entered in this thread or task and not left, for all banks, the last one first. A routing of None is the
+bare base."""
 
 FEW_POSITIONS = 4
 """Rows are grouped by adapter for at most so many positions (tokens) a row, as in decoding. With more positions the
@@ -48,11 +49,11 @@ class Routes:
         """The routing in use in this thread or task."""
         for routes, routing, use in _IN_USE.get():
             if routes is self:
-                if not use.is_open:
+                if routing is not None and not use.is_open:
                     raise AdapterStateError(
                         "This code runs in a copied context (an asyncio task's, for example) that was made inside a "
-                        "`with bank.use(...)` block which has ended. End such tasks first, or enter bank.use in the "
-                        "task."
+                        "`with bank.use(...)` block which has ended, or that another thread has left. End such tasks "
+                        "first, or enter bank.use in the task."
                     )
                 return routing
         return None
@@ -76,24 +77,29 @@ class Routes:
 
     def updates(self) -> bool:
         """True if layers that are called here add updates to their outputs."""
+        routing = next((routing for routes, routing, _ in _IN_USE.get() if routes is self), None)
+        return routing is not None and routing is not self.folded
+
+    def enter(self, routing: Routing | None, use: Entered) -> None:
+        """Use `routing` in this thread or task until `use` leaves."""
+        _IN_USE.set(((self, routing, use), *_IN_USE.get()))
+
+    def leave(self, use: Entered) -> bool:
+        """Use again, in this thread or task, what was in use before `use` was entered. Returns whether nothing was
+        entered after it; such a block stays in use."""
         in_use = _IN_USE.get()
-        return bool(in_use) and any(routes is self and routing is not self.folded for routes, routing, _ in in_use)
+        last = next((other for routes, _, other in in_use if routes is self), None)
+        _IN_USE.set(tuple(entry for entry in in_use if entry[2] is not use))
+        return last is use
 
-    def enter(self, routing: Routing | None, use: Entered) -> Token[InUse]:
-        """Use `routing` in this thread or task while `use` is open. Pass the returned token to `leave`."""
-        others = _IN_USE.get()
-        if others:
-            others = tuple(entry for entry in others if entry[0] is not self)
-        return _IN_USE.set(others if routing is None else ((self, routing, use), *others))
-
-    def replace(self, routing: Routing) -> Token[InUse]:
-        """Use `routing` in place of the one in use here, while the block that owns that one is open."""
-        (use,) = (use for routes, _, use in _IN_USE.get() if routes is self)
-        return self.enter(routing, use)
+    def replace(self, routing: Routing) -> None:
+        """Use `routing` in place of the one in use here, until `put_back` or until its block ends."""
+        self.enter(routing, next(use for routes, _, use in _IN_USE.get() if routes is self))
 
     @staticmethod
-    def leave(token: Token[InUse]) -> None:
-        _IN_USE.reset(token)
+    def put_back(routing: Routing) -> None:
+        """Use again what `routing` replaced."""
+        _IN_USE.set(tuple(entry for entry in _IN_USE.get() if entry[1] is not routing))
 
 
 class Routing:

@@ -7,7 +7,6 @@ known (the beams of `generate`), given by the user, or an error: a guess could u
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextvars import Token
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,8 +164,6 @@ class Within(Routing):
     device: torch.device
     scope: Any
     """The `Inside` that made this routing."""
-    token: Token[Any]
-    """`Routes.leave` takes it and puts the outer routing back."""
 
     def __init__(self, outside: Rows | Within, index: tuple[int, ...], where: str) -> None:
         self.ones, self.count, self.device = outside.ones, outside.count, outside.device

@@ -10,11 +10,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lightning_lora.engine.bank.routing import One
 from lightning_lora.engine.bank.slab import Slab
 from lightning_lora.engine.bank.tiers import HostStore
 from lightning_lora.errors import BankError, closest, listed
+
+if TYPE_CHECKING:
+    from lightning_lora.engine.bank.use import Use
 
 
 @dataclass(eq=False)
@@ -48,9 +52,11 @@ class Slots:
         self.lock = threading.RLock()
         self.change = threading.Condition(self.lock)
         """A condition on the same lock, notified when an entry has moved."""
-        self.bare = 0
-        """The number of open `with bank.use(None)` blocks."""
-        self._store = store
+        self.uses: set[Use] = set()
+        """The open `with bank.use(...)` blocks."""
+        self.taken: dict[int, int] = {}
+        """Slots that are being filled or emptied, each with the id of the thread that does it."""
+        self.store = store
         self._free = list(range(capacity))[::-1]
         self._written: set[int] = set()
 
@@ -80,7 +86,7 @@ class Slots:
             self.change.release()
             try:
                 self.move_out(leaving, slot, swaps=True)
-                self.slab.data[slot].copy_(self._store.take(name))
+                self.slab.data[slot].copy_(self.store.take(name))
                 entry.slot = slot
             finally:
                 self.change.acquire()
@@ -88,7 +94,7 @@ class Slots:
                 if entry.slot is None:
                     self.give_back(slot)
                 self._written.add(slot)
-                self.change.notify_all()
+                self._settle(slot)
         self.entries.move_to_end(name)
         return entry
 
@@ -99,20 +105,24 @@ class Slots:
         `makes_room`: `name` comes out of the store and so makes room in it. Raises BankError if no slot can be freed.
         """
         if self._free:
-            return self._free.pop(), None
+            slot = self._free.pop()
+            self.taken[slot] = threading.get_ident()
+            return slot, None
+        could_leave = False
         for other in self.entries.values():
             if other.slot is not None and not (other.users or other.pinned or other.moving):
-                if not makes_room and not self._store.has_room():
+                could_leave = not makes_room and not self.store.has_room()
+                if could_leave:
                     break
                 slot, other.slot, other.one, other.moving = other.slot, None, None, True
+                self.taken[slot] = threading.get_ident()
                 return slot, other
-        kept = sum(1 for other in self.entries.values() if other.users or other.pinned)
         raise BankError(
-            f"No room for {name!r}: of {self.capacity} slots, {kept} are in use or pinned, and adapters in the others "
-            "cannot move out: host_capacity is too small and no disk is given. Raise capacity or host_capacity, or "
-            "remove an adapter."
-            if kept < self.capacity
-            else f"No room for {name!r}: all of the {self.capacity} slots are in use or pinned. Raise capacity."
+            f"No room for {name!r}: an adapter that is not in use would have to move out of its slot, host_capacity is "
+            "too small and no disk is given. Raise capacity or host_capacity, or remove an adapter."
+            if could_leave
+            else f"No room for {name!r}: all of the {self.capacity} slots are in use, pinned or being filled. Raise "
+            "capacity."
         )
 
     def move_out(self, leaving: Entry | None, slot: int, *, swaps: bool = False) -> None:
@@ -121,7 +131,7 @@ class Slots:
         if leaving is None:
             return
         try:
-            self._store.put(leaving.name, self.slab.data[slot], swaps=swaps)
+            self.store.put(leaving.name, self.slab.data[slot], swaps=swaps)
         except BaseException:
             leaving.slot = slot  # it could not be stored, so it keeps its slot
             raise
@@ -140,30 +150,39 @@ class Slots:
         """Mark the slot as free, unless an adapter lies in it."""
         if all(entry.slot != slot for entry in self.entries.values()):
             self._free.append(slot)
+        self._settle(slot)
+
+    def _settle(self, slot: int) -> None:
+        self.taken.pop(slot, None)
+        self.change.notify_all()
 
     def add(self, entry: Entry, slot: int) -> None:
         """Add the entry, which lies in `slot`, as the last one used."""
         entry.slot, entry.moving = slot, False
         self.entries[entry.name] = entry
-        self.change.notify_all()
+        self._settle(slot)
 
     def remove(self, entry: Entry) -> None:
         """Remove the entry; its slot becomes free now, or when the last user leaves."""
         del self.entries[entry.name]
         entry.gone, entry.one = True, None
-        self._store.drop(entry.name)
+        self.store.drop(entry.name)
         if entry.slot is not None and not entry.users:
             self._free.append(entry.slot)
         self.change.notify_all()
 
-    def leave(self, entries: Sequence[Entry], bare: int = 0) -> None:
-        """Count one user less for each of `entries`, and `bare` users less for the bare base."""
+    def leave(self, use: Use) -> None:
+        """Count `use` as closed, and its adapters as used once less."""
         with self.lock:
-            self.bare -= bare
-            for entry in entries:
-                entry.users -= 1
-                if entry.gone and not entry.users and entry.slot is not None:
-                    self._free.append(entry.slot)
+            self.uses.discard(use)
+            self.release(use.entries)
+
+    def release(self, entries: Sequence[Entry]) -> None:
+        """Count one user less for each of `entries`."""
+        for entry in entries:
+            entry.users -= 1
+            if entry.gone and not entry.users and entry.slot is not None:
+                self._free.append(entry.slot)
 
     def busy(self) -> list[str]:
         """The names of the adapters that are in use or being moved."""

@@ -35,7 +35,7 @@ class HostStore:
         self._most, self._beyond = most, beyond
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
         self._written: set[str] = set()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def has_room(self) -> bool:
         return self._beyond is not None or self._most is None or len(self._rows) < self._most
@@ -43,7 +43,7 @@ class HostStore:
     def put(self, name: str, row: Tensor, *, swaps: bool = False) -> None:
         """Keep the row. `swaps`: another row comes out of here in exchange. Then a full `beyond` is no error: the row
         stays in memory above `most`, and is moved at a later `put`. The excess is bounded, since no adapter is new."""
-        with self._lock:
+        with self.lock:
             if name in self._written:
                 return
             try:
@@ -74,14 +74,14 @@ class HostStore:
 
     def take(self, name: str) -> Tensor:
         """Removes and returns the row; a row in `beyond` stays there until `drop`."""
-        with self._lock:
+        with self.lock:
             if name in self._rows:
                 return self._rows.pop(name)
         assert self._beyond is not None
         return self._beyond.take(name)
 
     def drop(self, name: str) -> None:
-        with self._lock:
+        with self.lock:
             self._rows.pop(name, None)
             if name in self._written:
                 assert self._beyond is not None

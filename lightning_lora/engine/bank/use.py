@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from lightning_lora.engine.bank.layout import Said
+from lightning_lora.engine.bank.routing import Routing
+from lightning_lora.engine.bank.slots import Entry
 from lightning_lora.errors import BankError
 
 if TYPE_CHECKING:
@@ -17,21 +20,35 @@ Names: TypeAlias = str | Sequence[str | None] | None
 class Use:
     """The context manager that `bank.use` returns. It can be entered again after it was left, not while it is open."""
 
-    __slots__ = ("_bank", "_entries", "_names", "_routing", "_said", "_token", "is_open")
+    __slots__ = ("bank", "entries", "is_open", "names", "routing", "said", "thread")
+
+    routing: Routing | None
+    entries: Sequence[Entry]
 
     def __init__(self, bank: Bank, names: Names, said: Said) -> None:
-        self._bank, self._names, self._said, self.is_open = bank, names, said, False
+        self.bank, self.names, self.said, self.is_open = bank, names, said, False
 
     def __enter__(self) -> None:
         if self.is_open:
             raise BankError("This bank.use(...) is entered already: call bank.use(...) again for another `with` block.")
-        self._routing, self._entries = self._bank._enter(self._names, self._said)
-        self.is_open = True
-        self._token = self._bank._routes.enter(self._routing, self)
+        self.thread = threading.get_ident()
+        self.bank._enter(self)
+        self.bank._routes.enter(self.routing, self)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
+        was_last = self.bank._routes.leave(self)
+        self.end()
+        if not was_last and raised in (None, GeneratorExit):
+            raise BankError(
+                f"`with bank.use({self.names!r:.80})` was left in another thread or task than it was entered in, or "
+                "while one that was entered after it is open: what the model computed meanwhile may have used what "
+                "that one names, or nothing. Leave first what was entered last, where it was entered; of generators "
+                "that yield inside of it, each runs in a thread, a task or a contextvars.Context of its own."
+            )
+
+    def end(self) -> None:
+        """End the use, in whichever thread this is called."""
         self.is_open = False
-        self._bank._routes.leave(self._token)
-        if self._routing is not None:
-            self._routing.close()
-        self._bank._slots.leave(self._entries, bare=self._routing is None)
+        if self.routing is not None:
+            self.routing.close()
+        self.bank._slots.leave(self)
