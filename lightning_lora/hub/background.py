@@ -87,6 +87,8 @@ class BackgroundPusher:
                 job.staged.discard()
                 return
             for other in [j for j in self._waiting if j.step == job.step]:
+                if other.is_best and other.staged.values != job.staged.values:
+                    continue  # weights were changed when training ended: the best is another adapter
                 job.is_best |= other.is_best
                 job.is_final |= other.is_final
                 self._drop(other)
