@@ -19,6 +19,7 @@ from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.cli.results import METRICS
 from lightning_lora.cli.signature import target
 from lightning_lora.errors import ConfigError
+from lightning_lora.hub.local import hub_address
 
 
 def start_from(settings: dict[str, Any], overrides: list[str]) -> None:
@@ -29,7 +30,12 @@ def start_from(settings: dict[str, Any], overrides: list[str]) -> None:
     """
     adapter = settings["adapter"]
     looks_like_a_folder = adapter.startswith((".", "/", "~")) or adapter.count("/") != 1
-    if looks_like_a_folder and not Path(adapter).is_dir() and settings["ckpt_path"] is None:
+    if (
+        hub_address(adapter) is None
+        and looks_like_a_folder
+        and not Path(adapter).is_dir()
+        and settings["ckpt_path"] is None
+    ):
         raise ConfigError(f"adapter={adapter}: there is no such folder.")
     nodes = [node for node in (settings["callbacks"] or {}).values() if node and _is_callback(node)]
     if not nodes:

@@ -134,7 +134,7 @@ def test_images_that_a_table_names_are_the_ones_that_are_read(vit, tmp_path, mon
 
 def test_an_image_that_a_table_names_and_that_is_not_there_is_named_before_training(vit, tmp_path):
     path = table(tmp_path / "mine", *pictures(tmp_path / "mine"), "pictures/none.png")
-    with pytest.raises(DataError, match="names the image 'pictures/none.png', and there is no such file"):
+    with pytest.raises(DataError, match=r"names the image 'pictures/none\.png', and there is no such file"):
         ImageClassificationData(vit, DataSource(str(path))).setup("fit")
     with pytest.raises(DataError, match="names no image in 'image', but"):
         ImageClassificationData(vit, Rows([{"image": name, "label": "a"} for name in ("", "b")])).setup("fit")
