@@ -80,6 +80,8 @@ def composed(config_name: str, arguments: list[str], but: str | None = None) -> 
                     space = OverridesParser.create(loader).parse_overrides([f"{k}={v}" for k, v in searched.items()])
                     first = [_first_of_sweep(o).input_line or "" for o in space if o.key_or_group not in given]
                     config = compose(args.config_name or config_name, [*first, *kept], return_hydra_config=True)
+                if args.multirun:
+                    directions(config)
                 groups = [group for group in _groups(loader) if group in config.hydra.runtime.choices]
                 return Composed(config, {group: loader.get_group_options(group) for group in groups})
             except ConfigCompositionException as error:
@@ -129,6 +131,35 @@ def search_space(config: DictConfig) -> dict[str, Any]:
     return {
         f"++{key}" if f"++{key}" in given or not _is_listed(config, key) else key: space[key] for key in map(str, space)
     }
+
+
+_DIRECTIONS = {
+    "direction": ("minimize", "maximize"),  # Optuna's
+    "optim.maximize": (False, True),  # Nevergrad's
+    "ax_config.experiment.minimize": (True, False),
+}
+"""Settings of Hydra's sweepers that say which values are good -> for mode=min, which is their default, and mode=max."""
+
+
+def directions(config: DictConfig) -> dict[str, Any]:
+    """What the sweeper of the composed `config` is to be told by `mode`. Raises ConfigError where it was told the
+    opposite."""
+    found = {}
+    for key, values in _DIRECTIONS.items():
+        given = OmegaConf.select(config, f"hydra.sweeper.{key}")
+        is_list = OmegaConf.is_list(given)  # of Optuna, for several values; a run has one
+        if given is None or (is_list and len(given) != 1) or config.get("mode") not in ("min", "max"):
+            continue
+        found[key] = wanted = values[config.mode == "max"]
+        given = given[0] if is_list else given
+        name = getattr(given, "name", given)
+        by_hand = any(o.startswith(f"hydra.sweeper.{key}=") for o in config.hydra.overrides.hydra) or name != values[0]
+        if (by_hand or is_list) and name != wanted:
+            raise ConfigError(
+                f"mode={config.mode} and hydra.sweeper.{key}={name} say the opposite of each other. Leave out the "
+                "second: the sweeper takes its direction from mode."
+            )
+    return found
 
 
 def _is_listed(config: DictConfig, key: str) -> bool:

@@ -34,7 +34,9 @@ def explain(error: Exception) -> str | None:
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         return f"{error}{cause}"
     if isinstance(error, LightningLoRAError) or _is_lightnings_own(error):
-        return str(error)
+        # A worker of a DataLoader hands over its error with the traceback in its message.
+        kind = type(error).__name__
+        return str(error).rpartition(f"{kind}: ")[2].strip() if str(error).startswith(f"Caught {kind}") else str(error)
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         return f"{error.strerror}: {error.filename or 'a file of the run'} could not be written."
     return None

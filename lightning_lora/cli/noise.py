@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning_lora
 
 POINTLESS = (
-    r".*Experiment logs directory .* exists and is not empty",  # the run's folder is new: it holds config.yaml
+    r".*(Experiment logs|Checkpoint) directory .* exists and is not empty",  # a used folder: see going_on
     r".*isinstance\(treespec, LeafSpec\)",  # between Lightning and torch
     r".*callbacks used to create the checkpoint need to be provided",  # not to evaluate or predict
     r".*The dirpath has changed",  # a resumed run has a folder of its own

@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, flag_override
+from omegaconf import DictConfig, OmegaConf, flag_override
 
-from lightning_lora.cli.composition import search_space
+from lightning_lora.cli.composition import directions, search_space
 from lightning_lora.cli.results import RESULTS, shown, write_json
 from lightning_lora.cli.table import table
+
+Version = tuple[int, int]
+"""Of a file: its inode and time. Results are replaced as a whole, never written to."""
 
 
 class SweepTable(Callback):
@@ -27,20 +31,27 @@ class SweepTable(Callback):
     failed: ClassVar[int] = 0
     """Jobs of the last sweep that failed."""
 
+    def __init__(self) -> None:
+        self._earlier: dict[Path, Version] = {}
+        """The results of other sweeps in the same folder."""
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         SweepTable.failed = 0
+        self._earlier = _results(Path(config.hydra.sweep.dir))
         # The sweeper is built from this very object.
-        if space := search_space(config):
-            with flag_override(config, ["struct", "readonly"], False):
+        with flag_override(config, ["struct", "readonly"], False):
+            if space := search_space(config):
                 config.hydra.sweeper.params = space
+            for key, value in directions(config).items():
+                OmegaConf.update(config.hydra.sweeper, key, value)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode.name == "MULTIRUN":
-            write_table(Path(config.hydra.sweep.dir))
+            write_table(Path(config.hydra.sweep.dir), self._earlier)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        if rows := write_table(folder):
+        if rows := write_table(folder, self._earlier):
             # The file has the errors in full.
             SweepTable.failed = sum(bool(row.get("error")) for row in rows)
             rows = [{name: _shortened(value) for name, value in row.items()} for row in rows]
@@ -62,9 +73,14 @@ def record_failure(error: Exception, message: str | None) -> None:
     write_json(folder / RESULTS, {"overrides": list(hydra.overrides.task), "error": message})
 
 
-def write_table(sweep: Path) -> list[dict[str, Any]]:
-    """Gather the results in the folders below `sweep` into its results.csv; returns the rows, the best first."""
-    jobs = [{"folder": p.parent.name, **json.loads(p.read_text(encoding="utf-8"))} for p in sweep.glob(f"*/{RESULTS}")]
+def write_table(sweep: Path, earlier: Mapping[Path, Version] | None = None) -> list[dict[str, Any]]:
+    """Gather the results in the folders below `sweep`, but for those that are as `earlier` has them, into its
+    results.csv; returns the rows, the best first."""
+    found = [path for path, version in _results(sweep).items() if (earlier or {}).get(path) != version]
+    jobs = [
+        {"folder": path.parent.relative_to(sweep).as_posix(), **json.loads(path.read_text(encoding="utf-8"))}
+        for path in found
+    ]
     jobs.sort(key=lambda job: (_rank(job), int(job["folder"]) if job["folder"].isdigit() else 0))
     settings = [_settings(job) for job in jobs]
     varied = [
@@ -89,6 +105,12 @@ def write_table(sweep: Path) -> list[dict[str, Any]]:
             writer.writeheader()
             writer.writerows(rows)
     return rows
+
+
+def _results(sweep: Path) -> dict[Path, Version]:
+    """The files of results in folders below `sweep`, of whatever depth."""
+    paths = (path for path in sweep.rglob(RESULTS) if path.parent != sweep)
+    return {path: ((stat := path.stat()).st_ino, stat.st_mtime_ns) for path in paths}
 
 
 def _settings(job: dict[str, Any]) -> dict[str, Any]:

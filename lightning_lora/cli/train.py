@@ -78,7 +78,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
     from lightning_lora import LoRACallback  # torch is slow to import
     from lightning_lora.cli.end import MeasuredEnd, end_of
-    from lightning_lora.cli.going_on import start_from
+    from lightning_lora.cli.going_on import EarlierMetrics, is_requeued, start_from
     from lightning_lora.cli.progress import shows_progress
     from lightning_lora.engine.storage import shape_of
     from lightning_lora.training.checkpoint import check_no_adapter_folder
@@ -102,13 +102,16 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     task: LightningModule = build(settings, "task")
     data: LightningDataModule = build(settings, "data")
     _train_new_heads(settings, task)
-    callbacks, bars = shows_progress(settings, [*build_each(settings, "callbacks"), MeasuredEnd()])
+    earlier = EarlierMetrics(folder)
+    callbacks, bars = shows_progress(settings, [*build_each(settings, "callbacks"), MeasuredEnd(), earlier])
     trainer: Trainer = build(settings, "trainer", callbacks=callbacks, logger=build_each(settings, "logger"), **bars)
     _check_processes(trainer)
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(settings), folder / CONFIG)
+    earlier.set_aside(trainer)
 
-    before = _validate(trainer, task, data, None) if settings["evaluate_before"] else {}
+    measures = settings["evaluate_before"] and (checkpoint is not None or not is_requeued(trainer))
+    earlier.before = before = _validate(trainer, task, data, None) if measures else {}
     if trainer.received_sigterm:  # fit would forget it
         raise SystemExit(TERMINATED)
     _check_monitor(settings, task, before)
@@ -133,7 +136,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     if not trainer.is_global_zero:
         return None
     results = {
-        "before": before,
+        "before": earlier.before,
         "after": after,
         "monitor": settings["monitor"],
         "mode": settings["mode"],

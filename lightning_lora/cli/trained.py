@@ -14,15 +14,17 @@ from lightning_lora.cli.build import build
 from lightning_lora.cli.cores import use_available_cores
 from lightning_lora.cli.noise import is_terminal, quieten
 from lightning_lora.errors import ConfigError
+from lightning_lora.hub.pull import adapter_folder
 
 
 class LoadedAdapter(pl.Callback):
-    """Puts the adapter in `folder` onto the model, right after the model is built and before it moves to its device."""
+    """Puts the adapter in a folder, or on the Hub, onto the model, right after the model is built and before it moves
+    to its device."""
 
-    def __init__(self, folder: str) -> None:
-        if not Path(folder).is_dir():
-            raise ConfigError(f"adapter={folder}: there is no such folder.")
-        self.folder = folder
+    def __init__(self, adapter: str) -> None:
+        self.folder = str(adapter_folder(adapter))
+        if not Path(self.folder).is_dir():
+            raise ConfigError(f"adapter={adapter}: there is no such folder.")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Layers may be built by the module's own hooks, which run after this one: load after the last of them.

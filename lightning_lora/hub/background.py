@@ -1,7 +1,8 @@
 """Pushes beside the training: a daemon thread with a short queue, in which the newest replaces what waits.
 
 Nothing here blocks or raises into the training. Of the jobs that wait, and of those that the Hub refused, the newest,
-the best and the final one are kept; a Hub that is away is tried again, later and later, until the end of the run.
+the best and the final one are kept; a Hub that is away is tried again, later and later, until the end of the run, and
+one that says no (401, 403, 404) with the next checkpoint and at the end, by the token that there is then.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Job:
     push: Push | None = field(default=None, repr=False)
     tries: int = 0
     not_before: float = 0.0
+    is_refused: bool = False
+    """Whether it waits for the next checkpoint, or for the end, to be tried again."""
 
 
 class BackgroundPusher:
@@ -66,8 +69,6 @@ class BackgroundPusher:
         self.repository = repository
         self.commits: list[CommitInfo] = []
         """Those made so far."""
-        self.refused: HubError | None = None
-        """Why the Hub will not take any more."""
         self._linger = LINGER if linger is None else linger
         self._change = threading.Condition()
         self._waiting: list[Job] = []
@@ -87,10 +88,14 @@ class BackgroundPusher:
                 job.staged.discard()
                 return
             for other in [j for j in self._waiting if j.step == job.step]:
+                if other.is_best and other.staged.values != job.staged.values:
+                    continue  # weights were changed when training ended: the best is another adapter
                 job.is_best |= other.is_best
                 job.is_final |= other.is_final
                 self._drop(other)
             job.not_before = time.monotonic() + self._linger
+            for other in self._waiting:
+                other.is_refused = False
             self._waiting.append(job)
             self._drop_superseded()
             self._change.notify_all()
@@ -127,7 +132,7 @@ class BackgroundPusher:
         with self._change:
             self._flushing, self._holding = True, False
             for job in self._waiting:
-                job.not_before, job.tries = 0.0, 0
+                job.not_before, job.tries, job.is_refused = 0.0, 0, False
             self._change.notify_all()
         try:
             # Asked again and again: Ctrl-C ends this wait, and inside of a condition's it may lose the lock.
@@ -141,7 +146,7 @@ class BackgroundPusher:
             self._flushing = False
 
     def _is_idle(self) -> bool:
-        return self._active is None and (not self._waiting or self.refused is not None)
+        return self._active is None and all(job.is_refused for job in self._waiting)
 
     def close(self) -> list[Job]:
         """Take no more; returns what is not on the Hub, oldest first. Its staged copies are the caller's."""
@@ -151,7 +156,7 @@ class BackgroundPusher:
             active = [] if self._active is None else [self._active]
             left = [*self._failed, *active, *self._waiting]
             for job in left:
-                job.error = job.error or self.refused or HubUnavailableError("There was no time left to push it.")
+                job.error = job.error or HubUnavailableError("There was no time left to push it.")
             self._waiting, self._failed = [], []
             return sorted(left, key=lambda job: job.step)
 
@@ -177,8 +182,8 @@ class BackgroundPusher:
         with self._change:
             while not self._closed:
                 # The oldest first, so that the history is in the order of the steps.
-                may = self._waiting and self.refused is None and not self._holding
-                job = self._waiting[0] if may else None
+                waiting = () if self._holding else self._waiting
+                job = next((job for job in waiting if not job.is_refused), None)
                 wait = None if job is None else job.not_before - time.monotonic()
                 if job is not None and wait is not None and (wait <= 0 or (self._flushing and job.tries == 0)):
                     self._waiting.remove(job)
@@ -216,16 +221,19 @@ class BackgroundPusher:
             self._waiting.append(job)
             self._drop_superseded()
         elif isinstance(error, (HubAccessError, HubNotFoundError)):
-            self.refused = error
-            log.warning("Nothing more is pushed to %s in this run: %s", self.repository, error)
+            self._say(job, error, " It is tried again with the next checkpoint, and at the end of the run.")
+            job.is_refused = True
             self._waiting.append(job)
             self._drop_superseded()
         else:
-            if str(error) != self._said:  # a Hub that refuses every commit says so once
-                log.warning("Step %d was not pushed to %s: %s", job.step, self.repository, error)
-                self._said = str(error)
+            self._say(job, error)
             self._failed.append(job)
             self._keep_few_failed()
+
+    def _say(self, job: Job, error: LightningLoRAError, more: str = "") -> None:
+        if str(error) != self._said:  # a Hub that refuses every commit says so once
+            log.warning("Step %d was not pushed to %s: %s%s", job.step, self.repository, error, more)
+            self._said = str(error)
 
     def _keep_few_failed(self) -> None:
         """Of those that the Hub refused, the newest, the best and the final one: the others' copies would fill the

@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -191,6 +192,14 @@ def pause(error: HubUnavailableError, wait: float | None) -> float | None:
     if wait is None or isinstance(error, StaleError):
         return wait and 0.0
     return max(wait, min(error.retry_after or 0.0, LONGEST_WAIT))
+
+
+def plain_token(token: str) -> str:
+    """`token` without spaces and newlines around it, as it comes out of a file. Raises HubAccessError, which does not
+    show it, for what is none: the client would, in an error about the header that it stands in."""
+    if not re.fullmatch(r"[\x21-\x7e]+", token.strip()):
+        raise HubAccessError("The token holds characters that no token has. Log in with `hf auth login`.")
+    return token.strip()
 
 
 def translated(error: BaseException, doing: str) -> LightningLoRAError:

@@ -6,12 +6,13 @@ matter that we do not set: `merge_cards` keeps both.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
@@ -80,12 +81,13 @@ def base_id(name: Any) -> str | None:
     return name
 
 
-def merge_cards(ours: str, *others: str | None) -> str:
-    """`ours`, with the text and the front matter that users wrote into `others`, of which the first come first."""
+def merge_cards(ours: str, *others: str | None, explicit: Collection[str] = ()) -> str:
+    """`ours`, with the text and the front matter that users wrote into `others`, of which the first come first. Of the
+    keys in `explicit`, which a user has just given a value, that of `ours` holds."""
     card = _split(ours)
     front, before, after = dict(card.front), card.before, card.after
     for other in reversed([_split(text) for text in others if text]):
-        front = _merge_front_matter(front, other.front)
+        front = _merge_front_matter(front, other, explicit)
         before = _with(other.before, before, known=other.before + other.after)
         after = _with(other.after, after, known=other.before + other.after)
     return _joined(front, before, card.section or "", after)
@@ -101,9 +103,10 @@ class _Card(NamedTuple):
 
 def _split(text: str) -> _Card:
     front: Any = {}
+    text = text.removeprefix("\ufeff")  # the mark that editors on Windows put before a text
     if found := _FRONT.match(text):
         try:
-            front = yaml.safe_load(found[1]) or {}
+            front = yaml.load(found[1], _FrontMatter) or {}
         except yaml.YAMLError:
             front = {}  # the Hub would refuse it as well
         text = text[found.end() :]
@@ -112,6 +115,18 @@ def _split(text: str) -> _Card:
     if marked is None:
         return _Card(front, text.strip(), None, "")
     return _Card(front, text[: marked.start()].strip(), marked[0], text[marked.end() :].strip())
+
+
+class _FrontMatter(yaml.SafeLoader):
+    """As the Hub reads it: `language: no` is Norwegian, and not false as in older YAML."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_FrontMatter.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$", re.IGNORECASE), list("tTfF"))
 
 
 def _joined(front: Mapping[str, Any], before: str, section: str, after: str) -> str:
@@ -127,11 +142,17 @@ def _with(theirs: str, ours: str, known: str) -> str:
     return f"{theirs}\n\n{ours}" if theirs else ours
 
 
-def _merge_front_matter(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**ours, **{key: value for key, value in theirs.items() if key not in ("base_model", *_OURS)}}
-    for key in _OURS:
+def _merge_front_matter(ours: Mapping[str, Any], other: _Card, explicit: Collection[str]) -> dict[str, Any]:
+    theirs = other.front
+    first = (*_OURS, *explicit)
+    merged = {**ours, **{key: value for key, value in theirs.items() if key not in ("base_model", *first)}}
+    for key in first:
         if key in ours or key in theirs:
             merged[key] = ours.get(key, theirs.get(key))
+    if "model-index" in merged:
+        merged["model-index"] = _merge_results(ours.get("model-index"), theirs.get("model-index"), other.section or "")
+        if not merged["model-index"]:
+            del merged["model-index"]
     base = ours.get("base_model", theirs.get("base_model"))
     named = [name for name in _list(base) if base_id(name) is not None]
     base = (named if isinstance(base, list) else named[0]) if named else None
@@ -145,6 +166,50 @@ def _merge_front_matter(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> d
     return merged
 
 
+def _merge_results(ours: Any, theirs: Any, section: str) -> list[Any] | None:
+    """The model-index of both, as huggingface_hub's `metadata_update` merges them: a value of the same measurement is
+    replaced, and what others measured stays. What an earlier push measured, which its `section` of the card says, is
+    not true of this adapter."""
+    try:
+        merged = copy.deepcopy(theirs or [])
+        for model in merged:
+            for result in model["results"]:
+                result["metrics"] = [m for m in result["metrics"] if not _is_said(result, m, section)]
+            model["results"] = [result for result in model["results"] if result["metrics"]]
+        merged = [model for model in merged if model["results"]]
+        for result in (result for model in ours or [] for result in model["results"] if merged):
+            results = merged[0]["results"]
+            same = next((other for other in results if _same(result, other, "metrics")), None)
+            if same is None:
+                results.append(result)
+                continue
+            for metric in result["metrics"]:
+                known = [m for m in same["metrics"] if _same(metric, m, "value", "verifyToken")]
+                for other in known:
+                    other["value"] = metric["value"]
+                same["metrics"] += [] if known else [metric]
+        return merged or ours
+    except (TypeError, KeyError, AttributeError):  # no model-index, of which the Hub would show nothing
+        return ours
+
+
+def _is_said(result: Mapping[str, Any], metric: Mapping[str, Any], section: str) -> bool:
+    """Whether `section`, of a card of ours, says this of the data that it names."""
+    name, value = metric.get("name"), metric.get("value")
+    if not isinstance(value, (int, float)) or _metric_row(str(name), value) not in section:
+        return False
+    data = re.search(r"^\| data \| (.*) \|$", section, re.MULTILINE)
+    return data is None or data[1] == _cell(str((result.get("dataset") or {}).get("name")))
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any], *but: str) -> bool:
+    return all(one.get(key) == other.get(key) for key in {*one, *other} - set(but))
+
+
+def _metric_row(name: str, value: float) -> str:
+    return f"| {_cell(name)} | {value:.6g} |"
+
+
 def _names_local_base(tag: Any) -> bool:
     """Whether a tag such as PEFT's "base_model:adapter:/home/me/base" tells a path of the machine that trained."""
     found = _BASE_TAG.fullmatch(tag) if isinstance(tag, str) else None
@@ -152,7 +217,7 @@ def _names_local_base(tag: Any) -> bool:
 
 
 # What we know better than the card that is there.
-_OURS = ("library_name", "base_model_relation", "model-index")
+_OURS = ("library_name", "base_model_relation")
 
 
 def _list(value: Any) -> list[Any]:
@@ -225,7 +290,7 @@ def _results(run: RunFacts) -> list[str]:
         return []
     lines = ["## Results"]
     if metrics:
-        lines += ["", "| metric | value |", "|---|---|", *(f"| {_cell(n)} | {v:.6g} |" for n, v in metrics.items())]
+        lines += ["", "| metric | value |", "|---|---|", *(_metric_row(name, value) for name, value in metrics.items())]
     if run.curve:
         lines += ["", f"![training curve]({run.curve})"]
     return lines

@@ -31,7 +31,7 @@ from lightning_lora.errors import (
     closest,
     listed,
 )
-from lightning_lora.hub.calls import retried, within
+from lightning_lora.hub.calls import plain_token, retried, within
 
 T = TypeVar("T")
 
@@ -64,9 +64,8 @@ class Remote:
         self.subfolder = subfolder
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self.timeout = timeout
-        self._token = get_token() if token in (None, True) else token or None
-        if self._token is not None and not re.fullmatch(r"[\x21-\x7e]+", str(self._token)):
-            raise HubAccessError("The token holds characters that no token has. Log in with `hf auth login`.")
+        given = get_token() if token in (None, True) else token or None
+        self._token = None if given is None else plain_token(str(given))
 
     def commit_of(self, revision: str) -> str:
         """The commit that `revision` means now. Raises a HubError that says why there is none."""

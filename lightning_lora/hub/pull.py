@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from lightning_lora.checked import number
 from lightning_lora.errors import (
     AdapterFormatError,
+    CheckpointError,
     ConfigError,
     HubNotFoundError,
     HubUnavailableError,
@@ -26,7 +27,7 @@ from lightning_lora.errors import (
 from lightning_lora.hub.cache import CachedRepository, copy_files, link_or_copy
 from lightning_lora.hub.download import Remote, RemoteFile, checksum
 from lightning_lora.hub.inspection import LARGEST_CONFIG, check_adapter, checked_config
-from lightning_lora.hub.local import local_path
+from lightning_lora.hub.local import hub_address, local_path
 from lightning_lora.hub.reading import CARD, CONFIG, TENSORS, foreign_layout
 
 MAX_BYTES = 4 << 30
@@ -112,6 +113,7 @@ def pull(
     ignore_fields: Collection[str] = (),
 ) -> Pulled:
     """`pull_adapter`, with what it did."""
+    repo_id, revision, subfolder = _addressed(repo_id, revision, subfolder)
     revision = "main" if revision is None else revision
     subfolder = subfolder or ""
     _check_arguments(repo_id, revision, subfolder, timeout)
@@ -144,8 +146,10 @@ def pull(
 
 
 def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
-    """A folder that exists as it is, what looks like an id on the Hub pulled with the `options` of `pull_adapter`; of
-    either, the `subfolder` among them."""
+    """A folder that exists as it is, what looks like an id on the Hub or its address pulled with the `options` of
+    `pull_adapter`; of either, the `subfolder` among them."""
+    if hub_address(folder_or_repo) is not None:
+        return pull_adapter(os.fspath(folder_or_repo), revision, **options)
     folder = local_path(folder_or_repo)
     if folder.exists():
         inside = options.get("subfolder") or ""
@@ -160,6 +164,16 @@ def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None 
         return pull_adapter(folder_or_repo, revision, **options)
     except (HubNotFoundError, HubUnavailableError) as error:
         raise type(error)(f"There is no folder {folder_or_repo!r} here, nor can it be pulled: {error}") from error
+
+
+def _addressed(repo_id: str, revision: str | None, subfolder: str | None) -> tuple[str, str | None, str | None]:
+    """The three, of which `repo_id` may be an address that names the others too."""
+    if (address := hub_address(repo_id)) is None:
+        return repo_id, revision, subfolder
+    for name, given, inside in (("revision", revision, address[1]), ("subfolder", subfolder, address[2])):
+        if given and inside and given != inside:
+            raise ConfigError(f"{name}={given!r}, and {repo_id!r} names {inside!r}: leave out one of the two.")
+    return address.repo_id, revision or address.revision, subfolder or address.subfolder
 
 
 def _check_arguments(repo_id: str, revision: str, subfolder: str, timeout: float) -> None:
@@ -211,6 +225,42 @@ def _fetch(
         raise AdapterFormatError(f"{_where(remote, commit)} lacks {' and '.join(missing)}. {_what(remote, commit)}")
     for file in files.values():
         _check_size(remote, file, max_bytes)
+    folder = cache.snapshot(commit)
+    there = _held(folder, files)
+    fetched = False
+    if there != list(files):
+        try:
+            fetched = _into_cache(remote, cache, commit, files, ignore_fields)
+            there = list(files)
+        except CheckpointError:
+            if not all(name in there for name in _REQUIRED):
+                raise
+            # A cache that others fill, often without the card, and that may only be read.
+    if not fetched:
+        check_adapter(folder, ignore_fields)
+    return Pulled(folder, remote.repo_id, commit, {n: files[n].size for n in _FILES if n in there}, fetched)
+
+
+def _held(folder: Path, files: Mapping[str, RemoteFile]) -> list[str]:
+    """Those of `files` that lie in `folder` as the Hub has them."""
+    try:
+        return [
+            name
+            for name, file in files.items()
+            if (folder / name).is_file() and checksum(folder / name, file.checksum) == file.checksum
+        ]
+    except OSError:
+        return []
+
+
+def _into_cache(
+    remote: Remote,
+    cache: CachedRepository,
+    commit: str,
+    files: Mapping[str, RemoteFile],
+    ignore_fields: Collection[str],
+) -> bool:
+    """Have all of `files` in the cache, checked; returns whether anything came over the network."""
     fetched = False
     with cache.staging() as staged:
         for name in (name for name in _FILES if name in files):
@@ -225,8 +275,8 @@ def _fetch(
                     checked_config(staged, ignore_fields)
         with _about(remote, commit, staged):
             check_adapter(staged, ignore_fields)
-        folder = cache.keep(staged, commit, {name: file.checksum for name, file in files.items()})
-    return Pulled(folder, remote.repo_id, commit, {name: files[name].size for name in _FILES if name in files}, fetched)
+        cache.keep(staged, commit, {name: file.checksum for name, file in files.items()})
+    return fetched
 
 
 def _where(remote: Remote, commit: str) -> str:

@@ -173,7 +173,7 @@ class Push:
         if self._sent is not None and (landed := self._landed(head, self._sent)):
             return landed
         theirs = repository.card_at(head) if head else None
-        card = merge_cards(self.staged.card(self.run), theirs)
+        card = merge_cards(self.staged.card(self.run), theirs, explicit=self.run.front_matter)
         repository.check_card(card)
         operations = [self._upload(name) for name in self.staged.digests]
         readme = CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode())

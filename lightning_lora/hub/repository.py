@@ -15,7 +15,8 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from lightning_lora.checked import flag, number
 from lightning_lora.errors import ConfigError, HubError
-from lightning_lora.hub.calls import DEADLINE, Api, retried, within
+from lightning_lora.hub.calls import DEADLINE, Api, plain_token, retried, within
+from lightning_lora.hub.local import hub_address
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,6 +45,9 @@ class Destination:
     def __post_init__(self) -> None:
         if not isinstance(self.repo_id, str) or not self.repo_id:
             raise ConfigError(f"repo_id is {self.repo_id!r}; give the repository's id, such as 'user/my-adapter'.")
+        if (address := hub_address(self.repo_id)) is not None:
+            object.__setattr__(self, "repo_id", address.repo_id)
+            object.__setattr__(self, "branch", self.branch or address.revision)
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
@@ -57,6 +61,8 @@ class Destination:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise ConfigError(f"{name} is empty, or no text; leave it out for the default.")
+        if self.token is not None:
+            object.__setattr__(self, "token", plain_token(self.token))
 
 
 class HubRepository:

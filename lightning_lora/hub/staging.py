@@ -74,7 +74,7 @@ class Staged:
         if PICTURE in self.digests:
             run = replace(run, curve=PICTURE)
         ours = model_card(self.config, modules=self.modules, parameters=self.parameters, module=self.module, run=run)
-        return merge_cards(ours, self.text)
+        return merge_cards(ours, self.text, explicit=run.front_matter)
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -415,8 +415,8 @@ class LoRACallback(Callback):
         if self._policy.watch is not None:
             self._policy.watch.check(pl_module)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._policy.push is not None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._policy.push is not None and stage == "fit":  # after all hooks that may still change weights
             self._policy.push.finish(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from huggingface_hub import constants
 
 from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injections, remove
 from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, CheckpointError, ConfigError, HubError
 from lightning_lora.hub import load_adapter
+from lightning_lora.hub.local import hub_address
 from lightning_lora.hub.pull import adapter_folder, pull
 from lightning_lora.training.checkpoint import checkpoint_adapter
 from lightning_lora.training.present import adapters_present
@@ -34,6 +38,10 @@ class AdapterToGoOnFrom:
                 f"adapter={str(adapter)!r} is a checkpoint: give it to the Trainer as ckpt_path, to resume its run "
                 "with its optimizer. To start another run from its adapter, give the folder beside it."
             )
+        if (address := hub_address(adapter)) is not None:
+            inside = f"/tree/{quote(address.revision or 'main', safe='')}/{address.subfolder}"
+            at = f"@{address.revision}" if address.revision else ""
+            adapter = f"{constants.ENDPOINT}/{address.repo_id}{inside}" if address.subfolder else address.repo_id + at
         self.adapter, self.config, self.fields = os.fspath(adapter), config, fields
         if config is None and fields:
             LoRAConfig(**fields)  # which raises for what cannot be

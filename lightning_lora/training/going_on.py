@@ -51,6 +51,8 @@ def restore(resume: ExactResume, trainer: Any, ranks: list[dict[str, Any] | None
         loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
     fit_loop._restart_stage, epoch_loop._restart_stage = FitStage.NONE, EpochStage.NONE
     resume.random_at = place["total"]
+    epoch_loop._batches_that_stepped = saved.get("stepped", epoch_loop._batches_that_stepped)
+    resume.stepped = (place["total"], epoch_loop._batches_that_stepped)
     if fit_loop._combined_loader_states_to_load and fit_loop._combined_loader is not None:
         # Lightning loads the state of stateful loaders after a checkpoint in mid-epoch only.
         fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
@@ -83,6 +85,8 @@ def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any
     for counts, value in ((batch.current, place["batches"]), (batch.total, place["total"])):
         counts.ready = counts.started = counts.processed = counts.completed = value
     batch.is_last_batch = place["is_last"]
+    if "stepped" in saved and not place["ended"] and not epoch_loop._should_accumulate():
+        epoch_loop._batches_that_stepped -= 1  # the end of the batch has to come, and counts it
     if not place["is_last"]:
         if all(knows_its_place(loader) for loader in fetcher.combined_loader.flattened):
             fetcher.fetched = place["batches"]

@@ -58,7 +58,8 @@ class Pushing:
         self._history: list[tuple[int, dict[str, float]]] = []
         self._held: Job | None = None
         self._best: Job | None = None
-        self._last: tuple[int, str, str | None] | None = None
+        self._last: tuple[Job, str | None] | None = None
+        """That of the last adapter folder, and the checkpoint that goes with it."""
         self._first_step = 0
         self._root = Path()
 
@@ -134,7 +135,7 @@ class Pushing:
             else:
                 staged = stage_model(pl_module, tensors=tensors)
             job = self._job(trainer, staged, adapter, is_best=is_best)
-            self._last = None if adapter is None else (job.step, str(adapter), checkpoint)
+            self._last = None if adapter is None else (job, checkpoint)
             if is_best:
                 self._best = job
             if self.settings.every == "end":
@@ -145,9 +146,16 @@ class Pushing:
                 self._queue.put(job)
 
     def _job(
-        self, trainer: Trainer, staged: Staged, source: Any, *, is_best: bool = False, is_final: bool = False
+        self,
+        trainer: Trainer,
+        staged: Staged,
+        source: Any,
+        *,
+        is_best: bool = False,
+        is_final: bool = False,
+        is_measured: bool = True,
     ) -> Job:
-        metrics, step = _metrics(trainer), trainer.global_step
+        metrics, step = _metrics(trainer) if is_measured else {}, trainer.global_step
         self._history.append((step, metrics))
         if is_final and (picture := curve_picture(self._history, _monitored(trainer))):
             staged = staged.with_file(PICTURE, picture)
@@ -189,24 +197,37 @@ class Pushing:
     # At the end.
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Push the final adapter, and wait for all that waits."""
-        queue = self._queue
-        if queue is None:
+        """Push what the run ended with, which is what `trainer.save_checkpoint` would hold now, and wait for all that
+        waits."""
+        if self._repository is None:
             return
-        queue.hold()  # the last checkpoint, if it waits, and the final adapter are one commit
+        queue, final = self._queue, None
+        if queue is not None:
+            queue.hold()  # the last checkpoint, if it waits, and the final adapter are one commit
         with _told():
             if self.settings.every != "best" and trainer.global_step > self._first_step:
-                step, folder, checkpoint = self._last or (-1, "", None)
-                if step == trainer.global_step and os.path.isdir(folder):
-                    kept = checkpoint if checkpoint and os.path.isfile(checkpoint) else None
-                    staged, source = stage(folder, checkpoint=kept), folder
-                else:
-                    staged, source = stage_model(pl_module), None
-                is_best = self._best is not None and self._best.step == trainer.global_step
-                queue.put(self._job(trainer, staged, source, is_best=is_best, is_final=True))
+                final = trainer.strategy.final_adapter()  # type: ignore[attr-defined]  # of a part in each process
+            if queue is not None and final is not None:
+                queue.put(self._final_job(trainer, stage_model(pl_module, **final)))
             if self._held is not None:
                 self._held.staged.discard()
-        self._end(queue, self.settings.wait + queue.size / 1e6, _soon_after_sigterm(trainer))
+        if queue is not None:
+            self._end(queue, self.settings.wait + queue.size / 1e6, _soon_after_sigterm(trainer))
+
+    def _final_job(self, trainer: Trainer, staged: Staged) -> Job:
+        """The last checkpoint's, where the run ended with its values; else callbacks have changed them when training
+        ended, and what was measured of it is not true of `staged`."""
+        last, checkpoint = self._last or (None, None)
+        if last is None or last.step != trainer.global_step:
+            return self._job(trainer, staged, None, is_final=True)
+        if last.staged.values != staged.values:
+            return self._job(trainer, staged, None, is_final=True, is_measured=False)
+        if os.path.isdir(last.source or ""):
+            staged.discard()
+            kept = checkpoint if checkpoint and os.path.isfile(checkpoint) else None
+            staged = stage(last.source or "", checkpoint=kept)
+        is_best = self._best is not None and self._best.step == last.step
+        return self._job(trainer, staged, last.source, is_best=is_best, is_final=True)
 
     def abort(self) -> None:
         """After an exception or a signal: push the checkpoints that wait, as far as the time allows."""

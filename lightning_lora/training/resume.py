@@ -75,6 +75,9 @@ class ExactResume:
         """What the run held when the running batch, or the running validation, began."""
         self.gradients: dict[str, Tensor] | None = None
         """Those that were there before the running batch added its own."""
+        self.stepped = (0, 0)
+        """When the last batch began: how many batches were done, and how many of them had stepped, by which loggers
+        count. Lightning counts a batch at its end, before some checkpoints and after others."""
         self.ended = -1
         """After how many batches the end of the last one, its validation, was through."""
         self.validated = -1
@@ -120,6 +123,7 @@ class ExactResume:
             "place": place,
             "before_run": self.random_before if place["total"] == 0 else None,
             "random": self.random if known else random_state(),
+            "stepped": self._stepped(),
             "own": held["own"],
             "start": self.start.epoch if place["kind"] == "inside" else None,
             "restarts": self.start.restarts if place["kind"] == "inside" else {},
@@ -206,6 +210,11 @@ class ExactResume:
             return True
         return self._in_batch() or (self.trainer.validating and self.validated != done and bool(self.before))
 
+    def _stepped(self) -> int:
+        """After how many batches, of those that are done, the optimizer has stepped."""
+        epoch_loop, (done, stepped) = self.trainer.fit_loop.epoch_loop, self.stepped
+        return stepped + int(epoch_loop.batch_progress.total.processed > done and not epoch_loop._should_accumulate())
+
     def _open_gradients(self) -> dict[str, Tensor]:
         """The gradients that the next batch adds to."""
         module = self.trainer.lightning_module
@@ -252,6 +261,7 @@ class ExactResume:
             val_loop.__class__ = _resumed(_ResumedValidationLoop, val_loop)
         epoch_loop.lora_resume = epoch_loop.val_loop.lora_resume = self
         self._watch_loaders()
+        self.stepped = (epoch_loop.batch_progress.total.processed, epoch_loop._batches_that_stepped)
         if ranks is not None:
             restore(self, trainer, ranks)
         else:
@@ -283,6 +293,7 @@ class ExactResume:
             self._note_random()
         self.extra = False
         self.ended = done = batch.total.processed
+        self.stepped = (done, trainer.fit_loop.epoch_loop._batches_that_stepped)
         self.fetched_at = {done: self.random, done - 1: self.fetched_at.get(done - 1, self.random)}
         self.before = self._held()
         self.before["version"] = self.trained.version()

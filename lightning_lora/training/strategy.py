@@ -164,12 +164,7 @@ class AdapterStrategy(_Host):
             return
         if self.lora.watch is not None:
             self.lora.watch.check(module)
-        # Other callbacks put whole models in: WeightAveraging its average, and the current one beside it.
-        own = {name: name for name in adapter_tensors(module)}
-        in_state_dict = {name: plain for name, plain in names_in_state_dict(module).items() if plain in own}
-        as_theirs = {name: name for name in own if name not in in_state_dict.values()} | in_state_dict
-        for names in (own, as_theirs) if in_state_dict else (own,):
-            checkpoint.update({key: without_base(value, names) for key, value in checkpoint.items()})
+        leave_out_base_weights(checkpoint, module)
         checkpoint[METADATA] = self._metadata(module)
         before = self.lora.resume.values_before_batch()
         for values in (checkpoint["state_dict"], checkpoint[METADATA].get("buffers", {})):
@@ -196,6 +191,15 @@ class AdapterStrategy(_Host):
             rank_zero_warn(f"No adapter folder was written beside {path}: it is not a local file.")
         if self.lora.push is not None:
             self.lora.push.on_checkpoint_saved(module, path, folder, checkpoint["state_dict"])
+
+    def final_adapter(self) -> dict[str, Any]:
+        """What `save_adapter` needs to write the adapter that `trainer.save_checkpoint` would hold now: `tensors` and
+        `known_base`. Called in every process: of sharded weights each has a part."""
+        module = self.lightning_module
+        assert module is not None
+        checkpoint = module.trainer._checkpoint_connector.dump_checkpoint()
+        leave_out_base_weights(checkpoint, module)
+        return {"tensors": checkpoint["state_dict"], "known_base": self._base(module, *adapter_root(module))}
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
@@ -274,6 +278,16 @@ def has_adapters(module: nn.Module) -> bool:
 def adapter_folder(checkpoint_path: str) -> Path:
     """The adapter folder that belongs to a checkpoint file: `best.ckpt` has `best-adapter`."""
     return Path(local_path(checkpoint_path).removesuffix(".ckpt") + "-adapter")
+
+
+def leave_out_base_weights(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Reduce every state dict of `module` in `checkpoint` to the adapter's. Other callbacks put whole models in:
+    WeightAveraging its average, and the current one beside it."""
+    own = {name: name for name in adapter_tensors(module)}
+    in_state_dict = {name: plain for name, plain in names_in_state_dict(module).items() if plain in own}
+    as_theirs = {name: name for name in own if name not in in_state_dict.values()} | in_state_dict
+    for names in (own, as_theirs) if in_state_dict else (own,):
+        checkpoint.update({key: without_base(value, names) for key, value in checkpoint.items()})
 
 
 def without_base(value: Any, own: Mapping[str, str]) -> Any:

@@ -68,6 +68,19 @@ class Terminated(Regression):
         return super().training_step(batch, batch_idx)
 
 
+class Requeued(Regression):
+    """Slurm announces the end of its time in the step of that number, and then ends it."""
+
+    def __init__(self, width: int = 8, at: int = 5):
+        super().__init__(width)
+        self.at = at
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_step == self.at:
+            self.trainer.save_checkpoint(f"{self.trainer.default_root_dir}/hpc_ckpt_1.ckpt")  # as its handler does
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class TerminatedEarly(Regression):
     """Somebody sends SIGTERM to its process while it validates."""
 

@@ -110,3 +110,47 @@ def test_jobs_that_failed_in_other_processes_are_counted_by_what_they_left(tmp_p
 def test_a_job_of_several_processes_is_told_what_works_under_every_launcher(cli):
     assert cli.train("-m", "task.width=4,5", "trainer.devices=2", "trainer.strategy=ddp") == 2
     assert "Use trainer.strategy=ddp_spawn, or trainer.devices=1." in cli.out
+
+
+SWEEPERS = {"optuna": "direction", "nevergrad": "optim.maximize", "ax": "ax_config.experiment.minimize"}
+GOOD_IS_SMALL = {"optuna": "minimize", "nevergrad": "false", "ax": "true"}
+GOOD_IS_LARGE = {"optuna": "maximize", "nevergrad": "true", "ax": "false"}
+
+
+def with_sweeper(name: str) -> list[str]:
+    """The arguments that choose a sweeper with the settings that the plugin `name` has, and its defaults."""
+    Path("mine/hydra/sweeper").mkdir(parents=True, exist_ok=True)
+    node = OmegaConf.create({"_target_": "a.plugin", "params": None})
+    OmegaConf.update(node, SWEEPERS[name], OmegaConf.create(f"value: {GOOD_IS_SMALL[name]}").value)
+    OmegaConf.save(node, f"mine/hydra/sweeper/{name}.yaml")
+    return ["-m", "--config-dir", "mine", f"hydra/sweeper={name}"]
+
+
+@pytest.mark.parametrize("name", SWEEPERS)
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_sweeper_is_told_by_mode_which_values_are_good(cli, name, mode):
+    config = composed("train", [*with_sweeper(name), f"mode={mode}"]).config
+    SweepTable().on_multirun_start(config)
+    good = (GOOD_IS_SMALL if mode == "min" else GOOD_IS_LARGE)[name]
+    assert str(OmegaConf.select(config.hydra.sweeper, SWEEPERS[name])).lower() == good
+
+
+@pytest.mark.parametrize("name", SWEEPERS)
+def test_a_sweeper_that_is_told_the_opposite_is_refused_before_the_first_job(cli, name):
+    key = f"hydra.sweeper.{SWEEPERS[name]}"
+    for mode, value in (("min", GOOD_IS_LARGE), ("max", GOOD_IS_SMALL)):
+        assert cli.train(*with_sweeper(name), f"mode={mode}", f"{key}={value[name]}", "task.width=4,5") == 2
+        assert f"mode={mode} and {key}=" in cli.err
+    if name == "optuna":
+        assert cli.train(*with_sweeper(name), "mode=max", f"{key}=[minimize]", "task.width=4,5") == 2
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("subdir", ["${hydra.job.num}", "by_width/width_${task.width}"])
+def test_a_sweep_in_a_used_folder_has_its_own_jobs_in_its_table(cli, subdir):
+    where = ["hydra.sweep.dir=runs/it/sweep", f"hydra.sweep.subdir={subdir}", "lora=none", "trainer.max_epochs=1"]
+    assert cli.train("-m", *where, "task.width=4,5,6") == 0
+    assert cli.train("-m", *where, "task.width=5,7") == 0
+    rows = list(csv.DictReader((cli.folder / "results.csv").read_text().splitlines()))
+    assert sorted(row["task.width"] for row in rows) == ["5", "7"]
+    assert all((cli.folder / row["folder"] / "results.json").is_file() for row in rows)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shlex
 import signal
@@ -153,6 +154,56 @@ def test_a_run_that_gets_sigterm_leaves_a_last_checkpoint_says_how_to_go_on_and_
     command = next(line for line in cli.out.splitlines() if line.startswith("Go on with: "))
     arguments = shlex.split(command.removeprefix("Go on with: "))[1:]
     assert cli(*arguments, "task.at=-1", "hydra.run.dir=resumed") == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")  # before the first validation
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        (5, []),
+        (1, ["trainer.accumulate_grad_batches=2"]),
+        (5, ["trainer.val_check_interval=2", "callbacks.checkpoint.every_n_train_steps=3", "evaluate_before=false"]),
+    ],
+)
+def test_a_run_resumed_in_its_own_folder_has_the_metrics_of_one_that_was_not_stopped(cli, step, more):
+    theirs = ["task._target_=standin.Terminated", "trainer.max_epochs=3", *more]
+    assert cli.train(*theirs, "task.at=-1", "hydra.run.dir=whole") == 0
+    assert cli.train(*theirs, f"task.at={step}", "hydra.run.dir=runs/it/cut") == 143
+    last = "ckpt_path=runs/it/cut/checkpoints/last.ckpt"
+    assert cli.train(*theirs, "task.at=-1", "hydra.run.dir=runs/it/cut", last) == 0
+    assert metrics(cli.folder) == metrics(Path("whole"))
+    assert cli.results["before"] == json.loads(Path("whole/results.json").read_text())["before"]
+    if not more:  # from the same checkpoint again: what came after it is not there twice
+        assert cli.train(*theirs, "task.at=-1", "hydra.run.dir=runs/it/cut", last) == 0
+        assert metrics(cli.folder) == metrics(Path("whole"))
+    assert [path.name for path in cli.folder.iterdir() if "earlier" in path.name] == []
+
+
+def test_a_new_run_in_a_used_folder_says_that_it_writes_its_metrics_anew(cli):
+    assert cli.train("hydra.run.dir=runs/it/one") == 0
+    first = metrics(cli.folder)
+    assert cli.train("hydra.run.dir=runs/it/one") == 0
+    assert metrics(cli.folder) == first
+    assert "it writes metrics.csv anew" in cli.out + cli.err
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+def test_a_job_that_slurm_starts_again_says_what_the_base_measured_and_goes_on_with_its_metrics(cli, monkeypatch):
+    slurm = {"NTASKS": "1", "JOB_NAME": "tune", "JOB_ID": "17", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    theirs = ["task._target_=standin.Requeued", "trainer.max_epochs=3"]
+    assert cli.train(*theirs, "task.at=-1", "hydra.run.dir=whole") == 0
+    before = json.loads(Path("whole/results.json").read_text())["before"]
+    assert cli.train(*theirs, "task.at=5", "hydra.run.dir=runs/it/job") == 143
+    assert list(cli.folder.glob("hpc_ckpt_*.ckpt"))
+    for path in (cli.folder / "checkpoints").iterdir():  # of Slurm's checkpoint alone
+        if path.is_file():
+            path.unlink()
+    assert cli.train(*theirs, "task.at=-1", "hydra.run.dir=runs/it/job") == 0
+    assert cli.results["before"] == before
+    assert cli.results["after"] != before
+    assert metrics(cli.folder) == metrics(Path("whole"))
 
 
 class Runs:

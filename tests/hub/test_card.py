@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_update
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.hub.card import RunFacts, merge_cards, model_card
@@ -156,3 +159,84 @@ def test_the_tag_of_a_base_on_the_hub_stays() -> None:
     data = ModelCard(merge_cards(card(base_model=None), theirs)).data
     assert data.base_model == ["user/base"]
     assert data.tags == ["lora", "lightning-lora", "base_model:adapter:user/base"]
+
+
+THEIR_RESULT = {
+    "task": {"type": "text-generation", "name": "Text Generation"},
+    "dataset": {"type": "hellaswag", "name": "HellaSwag", "config": "en", "split": "test"},
+    "metrics": [{"type": "acc", "value": 0.5, "name": "accuracy"}],
+    "source": {"name": "A leaderboard", "url": "https://example.org"},
+}
+
+
+def with_results(text: str, *results: Any, metric: Any = None) -> str:
+    """`text` as somebody edits it who adds to its model-index."""
+    data = ModelCard(text)
+    front = yaml.safe_load(text.split("---")[1])
+    index = front.setdefault("model-index", [{"name": "x", "results": []}])[0]["results"]
+    index += results
+    if metric is not None:
+        index[0]["metrics"].append(metric)
+    return f"---\n{yaml.safe_dump(front)}---\n{data.text}"
+
+
+def measured(text: str) -> set[Any]:
+    results = ModelCard(text).data.eval_results or []
+    return {(r.dataset_type, r.dataset_split, r.source_name, r.metric_name, r.metric_value) for r in results}
+
+
+def test_what_others_measured_stays_and_what_an_earlier_push_measured_goes() -> None:
+    first = card(replace(FACTS, metrics={"val_loss": 0.75, "old": 1 / 3}))
+    by_hand = {"type": "bleu", "value": 20, "name": "by hand"}
+    edited = with_results(first, THEIR_RESULT, metric=by_hand)
+    expected = {
+        ("hellaswag", "test", "A leaderboard", "accuracy", 0.5),
+        ("squad", None, None, "by hand", 20),
+        ("squad", None, None, "val_loss", 0.25),
+        ("squad", None, None, "val_acc", 0.9),
+    }
+    merged = merge_cards(card(FACTS), edited)
+    assert measured(merged) == expected
+    assert merge_cards(card(FACTS), merged) == merged
+    nothing = card(replace(FACTS, metrics={}))
+    assert measured(merge_cards(nothing, merged)) == {row for row in expected if not row[3].startswith("val")}
+    assert measured(merge_cards(nothing, first)) == set()
+
+
+def test_a_value_of_the_same_measurement_is_replaced_as_the_hubs_client_does() -> None:
+    """What `metadata_update` makes of the two, where the card that is there is not ours."""
+    theirs = "---\nlicense: mit\n---\nText.\n"
+    ours = ModelCard(card(FACTS)).data.to_dict()["model-index"]
+    stale = copy.deepcopy(ours[0]["results"][0])
+    stale["metrics"][0]["value"] = 9.0
+    theirs = with_results(theirs, stale, THEIR_RESULT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelCard, "load", classmethod(lambda cls, *args, **kwargs: ModelCard(theirs)))
+        patch.setattr(ModelCard, "push_to_hub", lambda self, *args, **kwargs: str(self))
+        updated = metadata_update("user/my-adapter", {"model-index": ours}, overwrite=True)
+    assert measured(merge_cards(card(FACTS), theirs)) == measured(updated)
+
+
+@pytest.mark.parametrize("index", ["text", [1], [{"name": "x"}], [{"results": [{"metrics": 1}]}], {"a": 1}])
+def test_what_is_no_model_index_does_not_stop_a_push(index: Any) -> None:
+    merged = merge_cards(card(FACTS), f"---\n{yaml.safe_dump({'model-index': index, 'license': 'mit'})}---\n")
+    assert {row[4] for row in measured(merged)} == {0.25, 0.9}
+
+
+def test_what_the_user_gives_now_is_stronger_than_what_the_card_says_and_no_more_than_that() -> None:
+    theirs = "---\nlicense: mit\nlanguage: [la]\ntags: [mine]\npipeline_tag: text-classification\n---\n"
+    facts = replace(FACTS, front_matter={"license": "apache-2.0", "tags": ["latin"]})
+    data = ModelCard(merge_cards(card(facts), theirs, explicit=facts.front_matter)).data
+    assert (data.license, data.language, data.pipeline_tag) == ("apache-2.0", ["la"], "text-classification")
+    assert {"latin", "mine"} <= set(data.tags)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_front_matter_of_editors_and_languages_is_kept(mark: str, end: str) -> None:
+    theirs = f"{mark}---\nlicense: mit\nlanguage:\n- no\n- en\ninference: false\n---\nText.\n".replace("\n", end)
+    merged = merge_cards(card(replace(FACTS, front_matter={})), theirs)
+    front = yaml.safe_load(merged.split("---")[1])
+    assert (front["license"], front["language"], front["inference"]) == ("mit", ["no", "en"], False)
+    assert "Text." in merged
+    assert "\ufeff" not in merged

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants, snapshot_download
 
-from lightning_lora import load_adapter, pull_adapter, save_adapter
+from lightning_lora import load_adapter, pull_adapter, push_adapter, save_adapter
 from lightning_lora.errors import (
     AdapterFormatError,
+    CheckpointError,
     ConfigError,
     HubAccessError,
     HubNotFoundError,
     HubUnavailableError,
+    LightningLoRAError,
 )
+from lightning_lora.hub.local import hub_address
 from lightning_lora.hub.pull import pull
 from tests.hub.models import Linears, by_peft, output
 
@@ -159,7 +163,7 @@ def test_a_cache_without_links_is_verified_too(hub, repository, monkeypatch):
         (ID, None, "stranger_token", HubNotFoundError, "'stranger' finds no repository.*or the repository is private"),
         (ID, None, "no_access_token", HubNotFoundError, "or the repository is private and this token may not read it"),
         (ID, None, "hf_wrong", HubAccessError, "token is wrong, expired or revoked"),
-        (ID, None, "hf_\n", HubAccessError, "characters that no token has"),
+        (ID, None, "hf_\n1", HubAccessError, "characters that no token has"),
         (ID, "v7", "token", HubNotFoundError, "has no revision 'v7'"),
         (ID, "0" * 40, "token", HubNotFoundError, "has no revision '000"),
         ("user/gated", None, False, HubAccessError, "is gated: its files need a token"),
@@ -210,3 +214,77 @@ def test_what_cannot_be_a_repository_is_a_folder_that_is_not_there(hub, name):
     with pytest.raises(AdapterFormatError, match="There is no folder"):
         load_adapter(Linears(), name)
     assert hub.requests == []
+
+
+ADDRESSES = [
+    "hf://user/adapter", "hf://models/user/adapter@main", "{endpoint}/user/adapter",
+    "{endpoint}/user/adapter/tree/main",
+    "{endpoint}/user/adapter/blob/main/adapter_config.json?download=true", " {endpoint}/user/adapter/discussions ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_that_was_pasted_is_read(hub, repository, source, address):
+    address = address.format(endpoint=hub.endpoint)
+    commit = hub.commits(ID)[0].oid
+    assert pull_adapter(address).name == commit
+    load_adapter(fresh(source), address)
+    with pytest.raises(ConfigError, match="datasets"):
+        pull_adapter(f"{hub.endpoint}/datasets/user/adapter")
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("https://huggingface.co/user/name/tree/refs%2Fpr%2F1/v2", ("user/name", "refs/pr/1", "v2")),
+        ("HTTPS://www.HuggingFace.co/user/name/", ("user/name", None, None)),
+        ("hf.co/user/name/blob/v1/sub/adapter_model.safetensors", ("user/name", "v1", "sub")),
+        ("hf://user/name@refs/pr/1/sub", ("user/name", "refs/pr/1", "sub")),
+        ("hf://user/name@v1/a/b", ("user/name", "v1", "a/b")),
+        ("https://huggingface.co/user/name/commit/abc", ("user/name", "abc", None)),
+        ("user/name", None),
+        ("s3://user/name", None),
+        ("./hf.co", None),
+    ],
+)
+def test_what_an_address_means(text, meant):
+    assert hub_address(text) == meant
+
+
+def test_an_address_and_what_is_said_besides_must_agree(hub, repository):
+    assert pull_adapter("hf://user/adapter@main", "main") == pull_adapter(ID)
+    with pytest.raises(ConfigError, match="leave out one of the two"):
+        pull_adapter("hf://user/adapter@v1", "v2")
+
+
+@pytest.mark.parametrize("card", [True, False])
+def test_a_cache_that_may_only_be_read_serves_what_it_holds(hub, repository, files, monkeypatch, card):
+    """As it is where one account fills the cache of a cluster; PEFT fetches no card."""
+    patterns = FILES if card else FILES[1:]
+    folder = snapshot_download(ID, allow_patterns=patterns)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    for owner, name in ((os, "symlink"), (os, "replace"), (Path, "mkdir"), (Path, "write_text"), (os, "mkdir")):
+        monkeypatch.setattr(owner, name, refuse)
+    pulled = pull(ID)
+    assert str(pulled.folder) == folder
+    assert list(pulled.files) == sorted(patterns, key=["adapter_config.json", "README.md", FILES[2]].index)
+    assert not pulled.fetched
+    hub.commit(ID, {"README.md": b"# new"})
+    with pytest.raises(CheckpointError, match="could not be written"):
+        pull(ID)
+
+
+@pytest.mark.parametrize("token", ["hf_secret\n", "hf_secret\nmore", " hf_secret", "hf_sec\x00ret", "hf_s\u00e9cret"])
+def test_no_error_shows_a_token(hub, repository, tmp_path, token, caplog):
+    for call in (
+        lambda: pull_adapter(ID, token=token),
+        lambda: push_adapter(pull_adapter(ID), ID, token=token, deadline=5),
+    ):
+        with pytest.raises(LightningLoRAError) as raised:
+            call()
+        said = f"{raised.value!r}{raised.value}{raised.value.__cause__}{caplog.text}"
+        assert "hf_s" not in said
+        assert "oken" in str(raised.value)

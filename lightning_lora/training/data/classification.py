@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -17,6 +19,9 @@ from lightning_lora.training.data.base import SourceData
 from lightning_lora.training.data.collate import PadRows
 from lightning_lora.training.data.source import Source, require_columns
 from lightning_lora.training.models import ModelSource
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TOO_MANY_LABELS = 1000
 
@@ -112,7 +117,9 @@ class ImageClassificationData(LabelledData):
     """Images with a label each, resized and normalised by the model's image processor when they are read.
 
     Batches have `pixel_values` (rows, channels, height, width) and `labels` (rows,). A folder with one folder of images
-    per label is a source too: DataSource(path=that folder).
+    per label is a source too: DataSource(path=that folder). So is a table (CSV, JSON) that names files in
+    `image_column`, from the table's folder on or from the current one. `background` is the colour behind images that
+    are transparent.
     """
 
     def __init__(
@@ -124,37 +131,121 @@ class ImageClassificationData(LabelledData):
         label_names: Sequence[str] | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
+        background: str = "white",
     ) -> None:
         super().__init__(source, label_column, label_names, batch_size, num_workers)
+        from PIL import ImageColor  # who trains on texts needs no Pillow
+
+        try:
+            ImageColor.getrgb(background)
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"background is a colour, such as white or #808080, not {background!r}.") from error
         self.processor = processor.image_processor()
         self.image_column = image_column
+        self.background = background
         self.collate = default_collate
 
     def encode(self, rows: Any, split: str) -> Dataset:
         require_columns(rows, [self.image_column], split)
-        feature = rows.features[self.image_column]
-        if not isinstance(feature, datasets.Image):
-            raise DataError(f"Column {self.image_column!r} holds no images but {feature}.")
         labels = None if split == "predict" else self.index_of_labels(rows, split)
-        return Images(rows.select_columns([self.image_column]), self.image_column, self.processor, labels)
+        images = rows.select_columns([self.image_column])
+        feature = images.features[self.image_column]
+        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+            images = self._named_files(images[self.image_column], split)
+        elif not isinstance(feature, datasets.Image):
+            raise DataError(f"Column {self.image_column!r} holds no images and no names of files, but {feature}.")
+        return Images(images, self.image_column, self.processor, labels, self.background)
+
+    def _named_files(self, names: Sequence[Any], split: str) -> datasets.Dataset:
+        """The images in the files `names`, which are found now rather than in the middle of training."""
+        places = [getattr(self.source, f"{kind}path", None) for kind in _TABLES[split]]
+        table = next((Path(place).expanduser() for place in places if place is not None), Path())
+        folders = [table if table.is_dir() else table.parent, Path()]
+        files: list[str] = []
+        for row, name in enumerate(names):
+            if not isinstance(name, str) or not name.strip():
+                raise DataError(f"Row {row} of the {split} data names no image in {self.image_column!r}, but {name!r}.")
+            found = (folder / Path(name.strip()).expanduser() for folder in folders)
+            file = name if "://" in name else next((str(path.absolute()) for path in found if path.is_file()), None)
+            if file is None:
+                raise DataError(
+                    f"Row {row} of the {split} data names the image {name!r}, and there is no such file, neither from "
+                    f"{folders[0].absolute()} on nor from {Path.cwd()}."
+                )
+            files.append(file)
+        features = datasets.Features({self.image_column: datasets.Image()})
+        return datasets.Dataset.from_dict({self.image_column: files}, features=features)
+
+
+_TABLES = {
+    "train": ("",),
+    "validation": ("validation_", ""),
+    "test": ("test_", ""),
+    "predict": ("test_", "validation_", ""),
+}
+"""Split -> which path of a DataSource it comes from: the first one that is set."""
 
 
 class Images(Dataset):
     """Decodes and prepares an image when it is asked for, so that a large set need not fit into memory."""
 
-    def __init__(self, rows: Any, column: str, processor: Any, labels: list[int] | None) -> None:
+    def __init__(
+        self, rows: Any, column: str, processor: Any, labels: list[int] | None, background: str = "white"
+    ) -> None:
         self.rows = rows
         self.column = column
         self.processor = processor
         self.labels = labels
+        self.background = background
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image = self.rows[index][self.column].convert("RGB")
+        from PIL.Image import DecompressionBombError
+
+        try:
+            image = self.rows[index][self.column]
+            if image is None:
+                raise DataError("there is none.")
+            with image:
+                image = in_rgb(image, self.background)
+        except (OSError, ValueError, SyntaxError, DecompressionBombError, DataError) as error:  # of Pillow's readers
+            raise DataError(f"The image {self._name(index)} cannot be read: {error}") from error
         item = {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0]}
         return item if self.labels is None else {**item, "labels": torch.tensor(self.labels[index])}
+
+    def _name(self, index: int) -> str:
+        row = self.rows.cast_column(self.column, datasets.Image(decode=False))[index][self.column]
+        return (row or {}).get("path") or f"in row {index}"
+
+
+def in_rgb(image: Image, background: str = "white") -> Image:
+    """`image` in 8 bits for each of red, green and blue, as a viewer shows it. Raises DataError where the range of its
+    values is not known, or nothing would be left to see."""
+    import PIL.Image
+
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, dtype=np.float64)
+        most = 1.0 if image.mode == "F" else 65535.0
+        # Of 16 bits in what Pillow calls "I"; in another format they are 32, and mean what a program measured.
+        is_known = image.mode != "I" or image.format in ("PNG", "PPM")
+        if not (is_known and values.min() >= 0 and values.max() <= most):
+            raise DataError(
+                f"its values are from {values.min():g} to {values.max():g}, in 32 bits, and which of them is white is "
+                "not known. Save it in 8 or 16 bits, or with values from 0.0 to 1.0."
+            )
+        return PIL.Image.fromarray(np.rint(values / most * 255).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    shown = PIL.Image.new("RGBA", image.size, background)
+    shown.alpha_composite(image)
+    lowest, highest = zip(*shown.convert("RGB").getextrema(), strict=True)
+    alpha = image.getchannel("A").getextrema()
+    if lowest == highest and alpha[0] != alpha[1]:
+        raise DataError(f"what is drawn on its transparent ground cannot be told from {background}: set background=.")
+    return shown.convert("RGB")
 
 
 def names_of_labels(rows: Any, column: str) -> list[str]:

@@ -115,9 +115,3 @@ def test_a_folder_of_images_by_label_is_trained_on_end_to_end(vit, trainer, tmp_
     assert next(iter(data.val_dataloader()))["pixel_values"].shape[1:] == (3, 16, 16)
     assert run.callback_metrics["val_accuracy"] == 1
     assert len(trainer().predict(task, data)) == 3
-
-
-def test_a_column_without_images_is_refused(vit):
-    rows = Rows([{"image": "a.png", "label": label} for label in "ab"])
-    with pytest.raises(DataError, match=r"holds no images"):
-        ImageClassificationData(vit, rows).setup("fit")
