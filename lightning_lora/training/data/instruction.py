@@ -6,20 +6,19 @@ import bisect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import DataCollatorWithFlattening
 
 from lightning_lora.errors import ConfigError, DataError, closest, listed
 from lightning_lora.training.data.base import SourceData
 from lightning_lora.training.data.chat import ChatEncoder, template_of
-from lightning_lora.training.data.collate import PadRows
+from lightning_lora.training.data.collate import PadPacked, PadRows
 from lightning_lora.training.data.shapes import Shape, shape_of
 from lightning_lora.training.data.source import Source
 from lightning_lora.training.data.text import Prompts
 from lightning_lora.training.models import ModelSource
-from lightning_lora.training.tasks.base import IGNORED
 
 _MESSAGES = "messages"
 _DEFAULT_COLUMNS = (_MESSAGES, "prompt", "response")
@@ -38,8 +37,9 @@ class InstructionData(SourceData):
     with a warning that counts them.
 
     `packing` puts several conversations into a row of `max_length` tokens. They do not see each other: `position_ids`
-    start again at each, which transformers' attention masks (eager, sdpa, flash, flex) take as a border. Models
-    without `position_ids` (ALiBi, state-space) would mix them: leave it off there.
+    start again at each, which transformers' masks for eager, sdpa and flex attention take as a border, and
+    `cu_seq_lens_q` and the like say the same to flash attention. CausalLM tries its model on the first packed batch,
+    and refuses one that mixes conversations all the same (ALiBi, state-space and some others).
 
     Batches have `input_ids`, `labels` (-100 where nothing is predicted) and `attention_mask`, or, when packed,
     `position_ids`; all (rows, tokens). For predicting, the prompt up to the last answer, padded on the left.
@@ -70,7 +70,7 @@ class InstructionData(SourceData):
         self.system_prompt = system_prompt
         self.max_length = max_length
         self.packing = packing
-        self.collate = PadRows(self.tokenizer.pad_token_id or 0)
+        self.collate = (PadPacked if packing else PadRows)(self.tokenizer.pad_token_id or 0)
         self.collate_prompts = PadRows(self.tokenizer.pad_token_id or 0, side="left")
 
     def encode(self, rows: Any, split: str) -> Dataset:
@@ -135,23 +135,16 @@ class PackedRows(Dataset):
     """Several rows as one: positions start at 0 in each, and the first token of each is not predicted."""
 
     def __init__(self, rows: Any, groups: list[list[int]]) -> None:
-        self.rows = rows
+        self.rows = rows.select_columns(["input_ids", "labels"])
         self.groups = groups
+        self.join = DataCollatorWithFlattening()
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        members = [self.rows[member] for member in self.groups[index]]
-        labels = [torch.tensor(member["labels"]) for member in members]
-        for of_one in labels:
-            # The model shifts labels over the whole row: the last token of one would predict the first of the next.
-            of_one[0] = IGNORED
-        return {
-            "input_ids": torch.cat([torch.tensor(member["input_ids"]) for member in members]),
-            "labels": torch.cat(labels),
-            "position_ids": torch.cat([torch.arange(len(member["input_ids"])) for member in members]),
-        }
+        joined = self.join([self.rows[member] for member in self.groups[index]], return_tensors="pt")
+        return {name: value[0] for name, value in joined.items()}
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
