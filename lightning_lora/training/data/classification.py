@@ -70,7 +70,8 @@ class LabelledData(SourceData):
 
 
 class TextClassificationData(LabelledData):
-    """Texts (or pairs of texts, with `pair_column`) with a label each, cut at `max_length` tokens.
+    """Texts (or pairs of texts, with `pair_column`) with a label each, cut at `max_length` tokens (or at the
+    model's own context, where that is less).
 
     Batches have `input_ids`, `attention_mask` (and `token_type_ids` where the model has them), (rows, tokens of the
     longest), and `labels` (rows,).
@@ -93,7 +94,7 @@ class TextClassificationData(LabelledData):
             raise ConfigError(f"max_length is {max_length}; it must be at least 1 token.")
         self.tokenizer = tokenizer.tokenizer()
         self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
-        self.max_length = max_length
+        self.max_length = min(max_length, tokenizer.context() or max_length)
         self.collate = PadRows(self.tokenizer.pad_token_id or 0)
 
     def encode(self, rows: Any, split: str) -> Any:

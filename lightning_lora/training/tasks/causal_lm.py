@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.training.models import ModelSource
+from lightning_lora.training.models import ModelSource, context_of
 from lightning_lora.training.tasks.base import IGNORED, OptimizerFactory, SchedulerFactory, Task, lengths_for_flash
 
 
@@ -105,6 +105,12 @@ class CausalLM(Task):
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature}
         prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        longest, context = int(batch["attention_mask"].sum(1).max()), context_of(model.config)
+        if context is not None and longest + self.max_new_tokens > context:
+            raise ConfigError(
+                f"A prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} are more than the {context} "
+                "tokens that the model can read. Lower task.max_new_tokens, or data.max_length (data.prompt_length)."
+            )
         ids = model.generate(
             **prompts, max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
         )
