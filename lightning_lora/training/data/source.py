@@ -9,9 +9,10 @@ import contextlib
 import glob
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import datasets
@@ -38,13 +39,18 @@ LISTS = ("data", "rows", "examples")
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
-class Splits(NamedTuple):
-    """Rows by use. `predict` is the test split, else the named validation split, else every row there is."""
-
+class _Parts(NamedTuple):
     train: Dataset
     validation: Dataset
     test: Dataset | None
     predict: Dataset
+
+
+class Splits(_Parts):
+    """Rows by use. `predict` is the test split, else the named validation split, else every row there is."""
+
+    made: Mapping[str, str] = MappingProxyType({})
+    """Splits that were held back from the training rows, and the setting by which."""
 
 
 @runtime_checkable
@@ -199,20 +205,22 @@ class DataSource:
         test = None if test_name is None else _named(found, test_name, self.path)
         predict = test or validation or train
         where = f"{self.path}{self._in_units(len(train))}"
+        made = {}
         if test is None and self.test_fraction > 0:
             train, test = _hold_back(train, self.test_fraction, self.seed, where)
+            made["test"] = f"test_fraction={self.test_fraction}"
         if validation is None:
             # The fraction is of all training rows, so of what is left now it is more.
             share = self.validation_fraction / (1 - (self.test_fraction if test_name is None else 0))
             train, validation = _hold_back(train, share, self.seed, where)
-        if self.limit is None:
-            return Splits(train, validation, test, predict)
-        return Splits(
-            _sample(train, self.limit, self.seed),
-            _sample(validation, self.limit, self.seed),
-            None if test is None else _sample(test, self.limit, self.seed),
-            predict.select(range(min(self.limit, len(predict)))),
-        )
+            made["validation"] = f"validation_fraction={self.validation_fraction}"
+        if self.limit is not None:
+            train, validation = (_sample(rows, self.limit, self.seed) for rows in (train, validation))
+            test = None if test is None else _sample(test, self.limit, self.seed)
+            predict = predict.select(range(min(self.limit, len(predict))))
+        splits = Splits(train, validation, test, predict)
+        splits.made = made
+        return splits
 
 
 def require_columns(rows: Dataset, columns: Iterable[str], split: str) -> None:
