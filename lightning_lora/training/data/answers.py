@@ -107,7 +107,14 @@ def _token_at(text: str, place: int, tokens: Collection[str]) -> str:
 
 def in_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How long the same start of both is."""
-    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    start, end = 0, min(len(one), len(other))
+    while start < end:  # by halves: slices are compared faster than items
+        middle = (start + end + 1) // 2
+        if one[start:middle] == other[start:middle]:
+            start = middle
+        else:
+            end = middle - 1
+    return start
 
 
 def _suffix(one: str, other: str) -> str:

@@ -7,6 +7,7 @@ weight of a message, and errors that name the row.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import json
 import re
@@ -40,10 +41,11 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 """How a template marks what the assistant says."""
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+def template_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | dict[str, str]:
     """The chat template to use: `template`, "plain", or the tokenizer's own. Raises DataError if it has none.
 
-    The plain one begins with the beginning-of-text token where the tokenizer puts it before every text.
+    Where it has several, transformers takes the one named tool_use for rows that have tools. The plain one begins with
+    the beginning-of-text token where the tokenizer puts it before every text.
     """
     if template == "plain":
         first = tokenizer("a")["input_ids"][:1]
@@ -51,13 +53,12 @@ def template_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str
         return ("{{- bos_token -}}" if begins else "") + PLAIN_TEMPLATE
     if template is not None:
         return template
-    own = tokenizer.chat_template
-    if not own:
+    if not tokenizer.chat_template:
         raise DataError(
             "This model's tokenizer has no chat template. Give chat_template: plain for the package's own one, "
             "or Jinja text."
         )
-    return own["default"] if isinstance(own, dict) else own
+    return tokenizer.chat_template
 
 
 @dataclass
@@ -84,7 +85,7 @@ class ChatEncoder:
         row = {name: _unfilled(value, self.features.get(name)) for name, value in row.items()}
         chat = _Chat(self.tokenizer, row)
         messages = self._messages(chat, row)
-        unread = chat.tools is not None and chat.render(messages) == _Chat(self.tokenizer, {}).render(messages)
+        unread = chat.tools is not None and not chat.reads_tools(messages)
         if self.prompts:
             while messages[-1]["role"] == "assistant":
                 messages.pop()
@@ -139,7 +140,7 @@ class ChatEncoder:
                 without = {name: value for name, value in message.items() if name != "tool_calls"}
                 if chat.render(messages[: index + 1]) == chat.render([*messages[:index], {"content": "", **without}]):
                     raise DataError(f"The chat template does not write the tool_calls of {message!r:.200}")
-        if GENERATION.search(self.tokenizer.chat_template):
+        if GENERATION.search(chat.template):
             text, spans = chat.render_marked(messages)
             if 0 in weights and len(spans) != len(weights):
                 raise DataError(
@@ -161,10 +162,11 @@ class ChatEncoder:
             ids = self._ids(text)
             places = [(index, index + 1) for index in range(len(ids))]
             spans = [(self._count(text[:start], ids), self._count(text[:stop], ids)) for start, stop in spans]
-        labels = [
-            token if any(start < end and left < end and start < right for left, right in spans) else IGNORED
-            for token, (start, end) in zip(ids, places, strict=True)
-        ]
+        starts, ends = [start for start, _ in places], [end for _, end in places]
+        labels = [IGNORED] * len(ids)
+        for start, stop in spans:  # all tokens that have a character of it
+            of_span = slice(bisect.bisect_right(ends, start), bisect.bisect_left(starts, stop))
+            labels[of_span] = ids[of_span]
         return ids, labels
 
     def _count(self, text: str, ids: list[int]) -> int:
@@ -191,6 +193,7 @@ class _Chat:
             raise DataError("The column functions is of an older format. Give tools, and tool_calls in the messages.")
         self.options = _parsed(row.get("chat_template_kwargs")) or {}
         self.arguments_as_text = False
+        self.template: str = tokenizer.get_chat_template(tools=self.tools)
 
     def render(self, messages: Messages, prompt: bool = False) -> str:
         return self._rendered(messages, add_generation_prompt=prompt)[0]
@@ -202,10 +205,9 @@ class _Chat:
     def _rendered(self, messages: Messages, **options: Any) -> tuple[str, list[Span]]:
         """As `apply_chat_template` does it, which does not show where in the text its mask comes from."""
         options |= {**self.tokenizer.special_tokens_map, **self.options}
-        template = self.tokenizer.chat_template
         try:
             given = _arguments_as_text(messages) if self.arguments_as_text else messages
-            rendered: Any = render_jinja_template([given], tools=self.tools, chat_template=template, **options)
+            rendered: Any = render_jinja_template([given], tools=self.tools, chat_template=self.template, **options)
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             if not self.arguments_as_text and any("tool_calls" in message for message in messages):
                 self.arguments_as_text = True  # some templates (DeepSeek) take the older form alone
@@ -237,6 +239,15 @@ class _Chat:
             if not self._reads_parts():
                 message["content"] = "".join(texts)
         return message
+
+    def reads_tools(self, messages: Messages) -> bool:
+        """Whether the text is another than without the tools; a template that needs them reads them."""
+        without = copy.copy(self)
+        without.tools = None
+        try:
+            return self.render(messages) != without.render(messages)
+        except DataError:
+            return True
 
     def _reads_parts(self) -> bool:
         """Whether the template takes a list of parts for what they say."""

@@ -172,6 +172,16 @@ def test_a_file_of_calls_is_read_with_its_schemas(tmp_path, llama):
         assert [row["input_ids"] for row in data._encoded["validation"]] == right * 2
 
 
+def test_the_template_for_tools_is_taken_for_rows_that_have_some():
+    tokenizer = tokenizer_of(TEMPLATES["zephyr"], marked=False)
+    with_tools = tokenizer_of(TEMPLATES["qwen2_5"], marked=False).chat_template
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": with_tools}
+    for messages, tools in ((CALLED[:4], TOOLS), ([USER, HELLO], None)):
+        row = encoded(tokenizer, messages, tools)
+        assert row["input_ids"] == tokenizer.apply_chat_template(messages, tools=tools)["input_ids"]
+        assert not row["unread_tools"]
+
+
 def test_tools_that_the_template_does_not_write_are_counted(llama):
     rows = Rows([{"messages": [USER, HELLO], "tools": TOOLS}] * 2 + [{"messages": [USER, HELLO], "tools": None}])
     data = InstructionData(llama, rows, chat_template=tokenizer_of(TEMPLATES["zephyr"], marked=False).chat_template)
