@@ -109,6 +109,10 @@ class ModelSource:
         with torch.device("meta"), _SaidClearly(self, auto_class):
             return getattr(transformers, auto_class).from_config(config, trust_remote_code=self.trust_remote_code)
 
+    def context(self) -> int | None:
+        """How many tokens the model can read at once; None where its config does not say."""
+        return context_of(self._from_pretrained("AutoConfig"))
+
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         """The model's tokenizer; without a padding token of its own, it pads with the end-of-text token."""
         tokenizer = self._from_pretrained("AutoTokenizer")
@@ -146,6 +150,14 @@ class ModelSource:
             raise ConfigError(f"{folder} is an adapter, not a model. Give the base that it was trained on.")
         found = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise ConfigError(f"{folder} has no config.json, so it is no model. It has: {found}.")
+
+
+def context_of(config: transformers.PreTrainedConfig) -> int | None:
+    """How many positions a model has, or was scaled to."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = int((rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 1))
+    return max(getattr(config, "max_position_embeddings", None) or 0, scaled) or None
 
 
 UNDERSTOOD = (OSError, ValueError, ImportError, KeyError, RuntimeError, HfHubHTTPError, SafetensorError)

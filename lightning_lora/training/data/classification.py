@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_lora.errors import ConfigError, DataError, listed
 from lightning_lora.training.data.base import SourceData
 from lightning_lora.training.data.collate import PadRows
-from lightning_lora.training.data.source import Source, require_columns
+from lightning_lora.training.data.source import Source, Splits, require_columns
 from lightning_lora.training.models import ModelSource
 
 if TYPE_CHECKING:
@@ -27,10 +27,11 @@ TOO_MANY_LABELS = 1000
 
 
 class LabelledData(SourceData):
-    """A source with a column of labels: text, whole numbers, booleans or `datasets.ClassLabel`.
+    """A source with a column of labels: text, whole numbers (1.0 is 1), booleans or `datasets.ClassLabel`.
 
     `label_names` are those of the train split, sorted, unless given; a label of another split that is not among them
-    is an error. Predicting needs no labels in the rows, but then `label_names` must be given.
+    is an error. Splits that were held back from the training rows leave these a row of each label. Predicting needs no
+    labels in the rows, but then `label_names` must be given.
     """
 
     def __init__(
@@ -38,9 +39,13 @@ class LabelledData(SourceData):
     ) -> None:
         super().__init__(source, batch_size, num_workers)
         self.label_column = label_column
-        self._given_names = None if label_names is None else [str(name) for name in label_names]
+        self._given_names = None if label_names is None else [str(name_of(name)) for name in label_names]
         if self._given_names is not None and len(set(self._given_names)) < len(self._given_names):
             raise ConfigError(f"label_names has a name twice: {self._given_names}.")
+
+    @cached_property
+    def splits(self) -> Splits:
+        return with_every_label_in_training(self.source.load(), self.label_column)
 
     @cached_property
     def label_names(self) -> list[str]:
@@ -65,17 +70,21 @@ class LabelledData(SourceData):
         if isinstance(feature, datasets.ClassLabel):
             values = [feature.names[value] if value is not None and value >= 0 else None for value in values]
         index = {name: place for place, name in enumerate(self.label_names)}
-        unknown = sorted({str(value) for value in values if str(value) not in index})
+        names = [name_of(value) for value in values]
+        unknown = sorted({"(none)" if name is None else name for name in names if name not in index})
         if unknown:
+            made = self.splits.made.get(split)
+            held_back = f", held back from the training rows by {made}," if made else ""
             raise DataError(
-                f"The {split} data has labels that are not among label_names: {listed(unknown)}. "
+                f"The {split} data{held_back} has labels that are not among label_names: {listed(unknown)}. "
                 f"Known are {listed(self.label_names)}."
             )
-        return [index[str(value)] for value in values]
+        return [index[name] for name in names if name is not None]
 
 
 class TextClassificationData(LabelledData):
-    """Texts (or pairs of texts, with `pair_column`) with a label each, cut at `max_length` tokens.
+    """Texts (or pairs of texts, with `pair_column`) with a label each, cut at `max_length` tokens (or at the
+    model's own context, where that is less).
 
     Batches have `input_ids`, `attention_mask` (and `token_type_ids` where the model has them), (rows, tokens of the
     longest), and `labels` (rows,).
@@ -98,7 +107,7 @@ class TextClassificationData(LabelledData):
             raise ConfigError(f"max_length is {max_length}; it must be at least 1 token.")
         self.tokenizer = tokenizer.tokenizer()
         self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
-        self.max_length = max_length
+        self.max_length = min(max_length, tokenizer.context() or max_length)
         self.collate = PadRows(self.tokenizer.pad_token_id or 0)
 
     def encode(self, rows: Any, split: str) -> Any:
@@ -255,12 +264,39 @@ def names_of_labels(rows: Any, column: str) -> list[str]:
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
     values = set(rows.unique(column)) if isinstance(feature, datasets.Value) else {None}
-    if not values or not all(isinstance(value, (str, int)) for value in values):
+    if not values or any(name_of(value) is None for value in values):
         found = f"{feature}" if None not in values or len(values) == 1 else "rows without a label"
         raise DataError(f"Column {column!r} must hold one label per row (text or whole numbers), but has {found}.")
     if len(values) > TOO_MANY_LABELS:
         raise DataError(f"Column {column!r} has {len(values)} different values: that is no column of labels.")
-    return [str(value) for value in sorted(values)]  # type: ignore[type-var]
+    return [str(name_of(value)) for value in sorted(values)]  # type: ignore[type-var]
+
+
+def name_of(label: Any) -> str | None:
+    """The name of a label, the same from every kind of file; None for what is no label."""
+    if isinstance(label, float):
+        return str(int(label)) if label.is_integer() else None
+    return str(label) if isinstance(label, (str, int)) else None
+
+
+def with_every_label_in_training(splits: Splits, column: str) -> Splits:
+    """`splits`, where those held back from the training rows give back a row of each label that these lack."""
+    train, parts = splits.train, {}
+    for name in splits.made:
+        rows = getattr(splits, name)
+        if not isinstance(rows.features.get(column), (datasets.Value, datasets.ClassLabel)):
+            continue
+        known = set(train.unique(column))
+        first: dict[Any, int] = {}
+        for place, label in enumerate(rows.with_format(None)[column]):
+            if label is not None and label not in known:
+                first.setdefault(label, place)
+        if first and len(first) < len(rows):
+            train = datasets.concatenate_datasets([train, rows.select(first.values())])
+            parts[name] = rows.select(sorted(set(range(len(rows))) - set(first.values())))
+    kept = splits._replace(train=train, **parts)
+    kept.made = splits.made
+    return kept
 
 
 def tokenise_rows(

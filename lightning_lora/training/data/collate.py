@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_lora.training.tasks.base import IGNORED
+from lightning_lora.training.tasks.base import IGNORED, lengths_for_flash
 
 FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": IGNORED}
 """What padding holds, by input; `input_ids` get the tokenizer's padding token. Position 0 starts a new example."""
@@ -23,7 +23,7 @@ class PadRows:
     pad_token_id: int
     side: Literal["left", "right"] = "right"
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {name: self._stack(name, [torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
     def _stack(self, name: str, values: list[Tensor]) -> Tensor:
@@ -37,3 +37,11 @@ class PadRows:
                 for value in values
             ]
         )
+
+
+class PadPacked(PadRows):
+    """PadRows for rows that hold several examples each, with the examples' lengths for flash attention."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        return {**batch, **lengths_for_flash(batch["position_ids"])}

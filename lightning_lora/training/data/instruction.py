@@ -6,23 +6,21 @@ import bisect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import DataCollatorWithFlattening
 
 from lightning_lora.errors import ConfigError, DataError, closest, listed
 from lightning_lora.training.data.base import SourceData
 from lightning_lora.training.data.chat import ChatEncoder, template_of
-from lightning_lora.training.data.collate import PadRows
+from lightning_lora.training.data.collate import PadPacked, PadRows
 from lightning_lora.training.data.shapes import Shape, shape_of
 from lightning_lora.training.data.source import Source
 from lightning_lora.training.data.text import Prompts
 from lightning_lora.training.models import ModelSource
-from lightning_lora.training.tasks.base import IGNORED
 
-_MESSAGES = "messages"
-_DEFAULT_COLUMNS = (_MESSAGES, "prompt", "response")
+_DEFAULT_COLUMNS = ("messages", "prompt", "response")
 
 
 class InstructionData(SourceData):
@@ -34,12 +32,17 @@ class InstructionData(SourceData):
     before conversations that have none. `chat_template` is the tokenizer's own (None), "plain" (the package's, for base
     models that have none), or Jinja text.
 
-    A conversation is cut at `max_length` tokens. One whose answers are cut away whole teaches nothing and is left out,
-    with a warning that counts them.
+    The template is given the columns `tools` (a list of JSON schemas, or its text) and `chat_template_kwargs`. Messages
+    may have `tool_calls`, text in parts, and `weight`: an answer of weight 0 is read and not learned. What a template
+    marks by {% generation %} is learned; of others it is each answer with the token that ends it.
+
+    A conversation is cut at `max_length` tokens, or at the model's own context where that is less. One that has no
+    answer to learn is left out. Both are counted in a warning.
 
     `packing` puts several conversations into a row of `max_length` tokens. They do not see each other: `position_ids`
-    start again at each, which transformers' attention masks (eager, sdpa, flash, flex) take as a border. Models
-    without `position_ids` (ALiBi, state-space) would mix them: leave it off there.
+    start again at each, which transformers' masks for eager, sdpa and flex attention take as a border, and
+    `cu_seq_lens_q` and the like say the same to flash attention. CausalLM tries its model on the first packed batch,
+    and refuses one that mixes conversations all the same (ALiBi, state-space and some others).
 
     Batches have `input_ids`, `labels` (-100 where nothing is predicted) and `attention_mask`, or, when packed,
     `position_ids`; all (rows, tokens). For predicting, the prompt up to the last answer, padded on the left.
@@ -69,49 +72,57 @@ class InstructionData(SourceData):
         self.response_column = response_column
         self.system_prompt = system_prompt
         self.max_length = max_length
+        self.limit = min(max_length, tokenizer.context() or max_length)
         self.packing = packing
-        self.collate = PadRows(self.tokenizer.pad_token_id or 0)
+        self.collate = (PadPacked if packing else PadRows)(self.tokenizer.pad_token_id or 0)
         self.collate_prompts = PadRows(self.tokenizer.pad_token_id or 0, side="left")
 
     def encode(self, rows: Any, split: str) -> Dataset:
-        columns = self._columns(rows.column_names, split)
-        if isinstance(columns, Shape):
-            rows = rows.map(_AsMessages(columns), remove_columns=rows.column_names, desc=f"Reading {split}")
-            columns = _MESSAGES, "", ""
-        encoder = ChatEncoder(self.tokenizer, self.max_length, self.system_prompt, *columns, prompts=split == "predict")
+        columns, shape = self._columns(rows.column_names, split)
+        encoder = ChatEncoder(
+            self.tokenizer, self.limit, self.system_prompt, *columns, split == "predict", shape, dict(rows.features)
+        )
         encoded = rows.map(encoder, remove_columns=rows.column_names, desc=f"Applying the chat template to {split}")
-        if split == "predict":
-            return Prompts(encoded, self.max_length)
         lengths, learned = encoded["length"], encoded["learned"]
+        cut, unread = sum(length > self.limit for length in lengths), sum(encoded["unread_tools"])
+        if unread:
+            rank_zero_warn(f"{split}: the chat template does not write the tools that {unread} conversations have.")
+        if split == "predict":
+            if cut:
+                rank_zero_warn(
+                    f"{split}: {cut} of {len(encoded)} prompts are longer than {self._why()}; their ends are answered."
+                )
+            return Prompts(encoded, self.limit)
         kept = [index for index, count in enumerate(learned) if count > 0]
-        cut = sum(length > self.max_length for length in lengths)
         if not kept:
             raise DataError(
-                f"None of the {len(encoded)} {split} conversations has an answer within max_length={self.max_length} "
-                f"tokens; the shortest is {min(lengths)} long. Raise max_length."
+                f"None of the {len(encoded)} {split} conversations has an answer to learn within {self._why()}; the "
+                f"shortest is {min(lengths)} tokens long. Raise max_length, or see whether all have weight 0."
             )
         if cut or len(kept) < len(encoded):
             rank_zero_warn(
-                f"{split}: {cut} of {len(encoded)} conversations are longer than max_length={self.max_length} tokens "
-                f"and were cut; {len(encoded) - len(kept)} have no answer left and were left out."
+                f"{split}: {cut} of {len(encoded)} conversations are longer than {self._why()} and were cut; "
+                f"{len(encoded) - len(kept)} have no answer to learn and were left out."
             )
         encoded = encoded.select(kept)
         if self.packing:
-            return PackedRows(encoded, pack([min(lengths[index], self.max_length) for index in kept], self.max_length))
+            return PackedRows(encoded, pack([min(lengths[index], self.limit) for index in kept], self.max_length))
         return encoded.select_columns(["input_ids", "labels", "attention_mask"])
 
-    def _columns(self, there: Sequence[str], split: str) -> tuple[str | None, str, str] | Shape:
+    def _why(self) -> str:
+        of_model = f", all that the model knows (max_length={self.max_length})" if self.limit < self.max_length else ""
+        return f"{'max_length=' * (not of_model)}{self.limit} tokens{of_model}"
+
+    def _columns(self, there: Sequence[str], split: str) -> tuple[tuple[str | None, str, str], Shape | None]:
         named = (self.messages_column, self.prompt_column, self.response_column)
         pair = None, self.prompt_column, self.response_column
         if self.messages_column in there:
-            return named
+            return named, None
         if {self.prompt_column, self.response_column} <= set(there):
-            return pair
+            return pair, None
         shape = shape_of(there, split) if named == _DEFAULT_COLUMNS else None
-        if shape is not None:
-            return shape
-        if split == "predict" and self.prompt_column in there:
-            return pair
+        if shape is not None or (split == "predict" and self.prompt_column in there):
+            return pair, shape
         meant = closest(self.messages_column, there, count=1)
         guess = f" Did you mean {meant[0]!r}?" if meant else ""
         raise DataError(
@@ -121,37 +132,20 @@ class InstructionData(SourceData):
         )
 
 
-class _AsMessages:
-    """A row of a shape as its messages; an object so that `datasets` can pickle it, and know it again in its cache."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {_MESSAGES: self.shape.messages(row)}
-
-
 class PackedRows(Dataset):
     """Several rows as one: positions start at 0 in each, and the first token of each is not predicted."""
 
     def __init__(self, rows: Any, groups: list[list[int]]) -> None:
-        self.rows = rows
+        self.rows = rows.select_columns(["input_ids", "labels"])
         self.groups = groups
+        self.join = DataCollatorWithFlattening()
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        members = [self.rows[member] for member in self.groups[index]]
-        labels = [torch.tensor(member["labels"]) for member in members]
-        for of_one in labels:
-            # The model shifts labels over the whole row: the last token of one would predict the first of the next.
-            of_one[0] = IGNORED
-        return {
-            "input_ids": torch.cat([torch.tensor(member["input_ids"]) for member in members]),
-            "labels": torch.cat(labels),
-            "position_ids": torch.cat([torch.arange(len(member["input_ids"])) for member in members]),
-        }
+        joined = self.join([self.rows[member] for member in self.groups[index]], return_tensors="pt")
+        return {name: value[0] for name, value in joined.items()}
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:

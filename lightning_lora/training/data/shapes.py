@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lightning_lora.errors import DataError, listed
 
 Row = dict[str, Any]
-Message = dict[str, str]
+Message = dict[str, Any]
 
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -68,7 +68,8 @@ def _sharegpt(row: Row) -> list[Message]:
                 f"A message of conversations has {who} (one of {listed(ROLES, 99)}) and {said} (a text), and not "
                 f"{message!r:.120}"
             )
-        messages.append({"role": role, "content": message[said]})
+        rest = {name: value for name, value in message.items() if name not in (who, said)}
+        messages.append({**rest, "role": role, "content": message[said]})
     return messages
 
 
@@ -77,7 +78,9 @@ def _completion(row: Row) -> list[Message]:
     messages = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.get(column), list):
-            messages += [{"role": str(m.get("role")), "content": _text(m, "content")} for m in _list(row, column)]
+            # What the prompt quotes of the assistant is not to be learned.
+            given = {"weight": 0} if column == "prompt" else {}
+            messages += [{**given, **m, "role": str(m.get("role"))} for m in _list(row, column)]
         elif row.get(column) is not None or column == "prompt":
             messages.append({"role": role, "content": _text(row, column)})
     return messages

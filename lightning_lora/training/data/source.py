@@ -5,11 +5,14 @@ A source is plain settings with one method, `load`. What the rows mean is the da
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import datasets
@@ -29,16 +32,25 @@ FORMATS = {
     ".text": "text",
     ".md": "text",
 }
+COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+"""Suffixes behind those of FORMATS that `datasets` reads too."""
+LISTS = ("data", "rows", "examples")
+"""Keys under which a JSON object may hold the rows."""
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
-class Splits(NamedTuple):
-    """Rows by use. `predict` is the test split, else the named validation split, else every row there is."""
-
+class _Parts(NamedTuple):
     train: Dataset
     validation: Dataset
     test: Dataset | None
     predict: Dataset
+
+
+class Splits(_Parts):
+    """Rows by use. `predict` is the test split, else the named validation split, else every row there is."""
+
+    made: Mapping[str, str] = MappingProxyType({})
+    """Splits that were held back from the training rows, and the setting by which."""
 
 
 @runtime_checkable
@@ -54,11 +66,14 @@ class Source(Protocol):
 class DataSource:
     """Rows from local files (json, jsonl, csv, tsv, parquet, txt), a folder that `datasets` reads, or a Hub dataset.
 
+    In CSV an empty cell is missing, and None, NA, null and nan are words. Files that were replaced are read anew.
+
     Raises ConfigError for settings that cannot be; files are looked for in `load`.
     """
 
     path: str
-    """A file, a pattern such as "data/*.jsonl", a folder (also of images by label), or a Hub dataset's id."""
+    """A file, a pattern such as "data/*.jsonl", a folder (also of images by label, or of `save_to_disk`), or a Hub
+    dataset's id."""
     validation_path: str | None = None
     """Local files of the validation split; None makes one, see `validation_fraction`."""
     test_path: str | None = None
@@ -113,7 +128,7 @@ class DataSource:
         if path.is_dir():
             return False
         looks_like_a_path = self.path.startswith(("/", "./", "../", "~")) or "*" in self.path
-        return path.exists() or looks_like_a_path or path.suffix.lower() in FORMATS
+        return path.exists() or looks_like_a_path or _suffix(path) in FORMATS
 
     def _load_files(self) -> DatasetDict:
         paths = {"train": self.path, "validation": self.validation_path, "test": self.test_path}
@@ -121,16 +136,27 @@ class DataSource:
         every = [file for group in files.values() for file in group]
         kind = self.format or _format_of(every)
         options: dict[str, Any] = {}
-        if kind == "csv" and every[0].suffix.lower() == ".tsv":
-            options["sep"] = "\t"
+        if kind == "csv":
+            options = {"sep": "\t" if _suffix(every[0]) == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
+        if kind == "json":
+            options["field"] = _field_of(every)
         if kind == "text":
             options["sample_by"] = self.text_unit
         try:
-            return datasets.load_dataset(
-                kind, data_files={split: [str(file) for file in group] for split, group in files.items()}, **options
+            found = datasets.load_dataset(
+                kind,
+                data_files={split: [str(file) for file in group] for split, group in files.items()},
+                cache_dir=_cache_for(every),
+                **options,
             )
         except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError, StopIteration) as error:
             raise DataError(_what_is_wrong(every, kind, error)) from error
+        if any("__index_level_0__" in rows.column_names for rows in found.values()):
+            raise DataError(
+                f"{listed(map(str, every))}: the rows have more cells than the header has names. A text that has a "
+                "comma in it needs quotes."
+            )
+        return found
 
     def _load_dataset(self) -> DatasetDict:
         if self.validation_path is not None or self.test_path is not None or self.format is not None:
@@ -139,8 +165,13 @@ class DataSource:
                 "the Hub. Give validation_split or test_split."
             )
         path = str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
+        folder = Path(path) if Path(path).is_dir() else None
         try:
-            found = datasets.load_dataset(path, self.name, revision=self.revision)
+            if folder is not None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+                saved = datasets.load_from_disk(path)
+                return saved if isinstance(saved, DatasetDict) else DatasetDict({self.train_split: saved})
+            cache = None if folder is None else _cache_for([file for file in folder.rglob("*") if file.is_file()])
+            found = datasets.load_dataset(path, self.name, revision=self.revision, cache_dir=cache)
         # OSError covers a dataset that is not there and a Hub that is out of reach.
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             said = " ".join(str(error).split())[:300]
@@ -157,7 +188,7 @@ class DataSource:
         if count > 1 or not self._is_local_file() or self.text_unit == "line":
             return ""
         files = _existing_files(self.path)
-        if (self.format or _format_of(files)) != "text":
+        if (self.format or _format_of(files)) != "text" or any(file.suffix in COMPRESSED for file in files):
             return ""
         if self.text_unit == "document":
             return ", read with text_unit=document, where a file is one row (text_unit=paragraph or line makes more),"
@@ -174,20 +205,22 @@ class DataSource:
         test = None if test_name is None else _named(found, test_name, self.path)
         predict = test or validation or train
         where = f"{self.path}{self._in_units(len(train))}"
+        made = {}
         if test is None and self.test_fraction > 0:
             train, test = _hold_back(train, self.test_fraction, self.seed, where)
+            made["test"] = f"test_fraction={self.test_fraction}"
         if validation is None:
             # The fraction is of all training rows, so of what is left now it is more.
             share = self.validation_fraction / (1 - (self.test_fraction if test_name is None else 0))
             train, validation = _hold_back(train, share, self.seed, where)
-        if self.limit is None:
-            return Splits(train, validation, test, predict)
-        return Splits(
-            _sample(train, self.limit, self.seed),
-            _sample(validation, self.limit, self.seed),
-            None if test is None else _sample(test, self.limit, self.seed),
-            predict.select(range(min(self.limit, len(predict)))),
-        )
+            made["validation"] = f"validation_fraction={self.validation_fraction}"
+        if self.limit is not None:
+            train, validation = (_sample(rows, self.limit, self.seed) for rows in (train, validation))
+            test = None if test is None else _sample(test, self.limit, self.seed)
+            predict = predict.select(range(min(self.limit, len(predict))))
+        splits = Splits(train, validation, test, predict)
+        splits.made = made
+        return splits
 
 
 def require_columns(rows: Dataset, columns: Iterable[str], split: str) -> None:
@@ -225,8 +258,42 @@ def _existing_files(path: str) -> list[Path]:
     return files
 
 
+def _suffix(file: Path) -> str:
+    """What a file is, whether compressed or not: ".jsonl" of "a.jsonl.gz"."""
+    name = file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
+    return name.suffix.lower()
+
+
+def _cache_for(files: list[Path]) -> str:
+    """The folder where `datasets` keeps what it read of `files`: by what is in them, since it goes by their times."""
+    seen = hashlib.sha256()
+    for file in sorted(files):
+        seen.update(f"{file.absolute()} {file.stat().st_size}\n".encode())
+        if _suffix(file) in FORMATS:  # others, such as images, are read again whenever they are used
+            with file.open("rb") as content:
+                while block := content.read(1 << 20):
+                    seen.update(block)
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"lightning-lora-{seen.hexdigest()[:16]}")
+
+
+def _field_of(files: list[Path]) -> str | None:
+    """The key of the rows where each file is one JSON object that holds them: {"data": [...]}; None where none is."""
+    found = set()
+    for file in files:
+        whole: Any = {}
+        if file.suffix.lower() == ".json":
+            with contextlib.suppress(ValueError), file.open(encoding="utf-8-sig") as opened:
+                # One object a line, or a fault, is found where it is read.
+                whole = json.load(opened) if opened.read(1) == "{" and not opened.seek(0) else {}
+        fields = [name for name in LISTS if isinstance(whole.get(name), list)]
+        found.add(fields[0] if len(fields) == 1 and all(isinstance(row, dict) for row in whole[fields[0]]) else None)
+    if len(found) > 1:
+        raise DataError(f"{listed(map(str, files))} hold their rows in different places: {listed(map(str, found))}.")
+    return found.pop()
+
+
 def _format_of(files: list[Path]) -> str:
-    kinds = {FORMATS.get(file.suffix.lower()) for file in files}
+    kinds = {FORMATS.get(_suffix(file)) for file in files}
     if len(kinds) == 1 and None not in kinds:
         return next(iter(kinds)) or ""
     suffixes = listed(sorted({file.suffix or "(none)" for file in files}))
@@ -239,7 +306,7 @@ def _format_of(files: list[Path]) -> str:
 def _what_is_wrong(files: list[Path], kind: str, error: BaseException) -> str:
     """`datasets` reports bad JSON as 'an error occurred': find the file and the line."""
     if kind == "json":
-        for file in files:
+        for file in (file for file in files if file.suffix.lower() not in COMPRESSED):
             fault = _json_fault(file)
             if fault is not None:
                 return f"{file}, {fault}"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Features, Sequence, Value
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -21,9 +22,10 @@ from lightning_lora.training.models import ModelSource
 class TextData(SourceData):
     """Blocks of `block_size` tokens cut from all texts in a row, an end-of-text token after each text.
 
-    Nothing is padded but the last block of a split, and no token is left out. A block may hold the end of one text
-    and the start of another, and attends across. Batches have `input_ids`, `labels` and `attention_mask`
-    (batch_size, block_size).
+    Each text is what `tokenizer(text)` gives, such as with a beginning-of-text token; empty ones are left out, and
+    counted in a warning. Nothing is padded but the last block of a split, and no token is left out. A block may hold
+    the end of one text and the start of another, and attends across. Batches have `input_ids`, `labels` and
+    `attention_mask` (batch_size, block_size).
 
     For predicting, each text is a prompt (its first `prompt_length` tokens), padded on the left.
     """
@@ -41,6 +43,12 @@ class TextData(SourceData):
         super().__init__(source, batch_size, num_workers)
         if block_size < 2 or prompt_length < 1:
             raise ConfigError(f"block_size {block_size} must be at least 2, prompt_length {prompt_length} at least 1.")
+        context = tokenizer.context()
+        if context is not None and max(block_size, prompt_length) > context:
+            raise ConfigError(
+                f"block_size {block_size} and prompt_length {prompt_length} must be at most {context}, the number of "
+                "tokens that the model can read."
+            )
         self.tokenizer = tokenizer.tokenizer()
         self.text_column = text_column
         self.block_size = block_size
@@ -58,12 +66,15 @@ class TextData(SourceData):
             fn_kwargs={
                 "tokenizer": self.tokenizer,
                 "column": self.text_column,
-                "end": None if split == "predict" else self.tokenizer.eos_token_id,
+                "ends": split != "predict",
             },
             # Said, since it cannot be inferred from a first batch of empty texts.
             features=Features({"input_ids": Sequence(Value("int32"))}),
             desc=f"Tokenising {split}",
         )
+        left_out = len(rows) - len(ids)
+        if left_out and len(ids):
+            rank_zero_warn(f"{split}: {left_out} of {len(rows)} texts are empty or missing, and were left out.")
         if split == "predict":
             if len(ids) == 0:
                 raise DataError(f"The texts in column {self.text_column!r} are all empty: nothing to continue.")
@@ -109,9 +120,9 @@ class Prompts(Dataset):
 
 
 def tokenise_texts(
-    batch: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase, column: str, end: int | None
+    batch: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase, column: str, ends: bool
 ) -> dict[str, list[list[int]]]:
-    """Token ids of each text that is not empty, with `end` after it."""
+    """Token ids of each text that is not empty, as the tokenizer gives them; the end-of-text token last, or not."""
     texts = [text for text in batch[column] if text]
     if not texts:
         return {"input_ids": []}
@@ -119,8 +130,11 @@ def tokenise_texts(
         if not isinstance(text, str):
             raise DataError(f"Column {column!r} must hold text, but there is {type(text).__name__}: {text!r:.80}")
     # verbose=False: texts longer than the model's context are meant to be, they are cut into blocks.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return {"input_ids": encoded if end is None else [[*ids, end] for ids in encoded]}
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    if end is not None:  # some tokenizers write it themselves
+        encoded = [ids[:-1] if ids[-1:] == [end] else ids for ids in encoded]
+    return {"input_ids": [[*ids, end] for ids in encoded] if ends and end is not None else encoded}
 
 
 def flat_tokens(rows: Any) -> Tensor:

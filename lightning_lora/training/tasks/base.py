@@ -16,6 +16,7 @@ from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from transformers import PreTrainedModel
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from lightning_lora.training.models import ModelSource
 from lightning_lora.training.tasks.window import WeighedWindow
@@ -122,3 +123,14 @@ class Task(WeighedWindow, ABC):
         metrics.update(**update)
         # The metrics gather their own state over processes when they are computed.
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val")
+
+
+def lengths_for_flash(position_ids: Tensor) -> dict[str, Any]:
+    """What flash attention is told of rows that hold several examples each, which start where `position_ids` are 0.
+
+    Without it transformers tells flash attention the borders in a batch of one row alone; in a larger one every example
+    of a row sees those before it. Other kinds of attention do not read it.
+    """
+    (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+    both = {"cu_seq_lens": starts, "max_length": int(longest)}
+    return {f"{name}_{of}": value for name, value in both.items() for of in "qk"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -11,8 +12,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.training.models import ModelSource
-from lightning_lora.training.tasks.base import IGNORED, OptimizerFactory, SchedulerFactory, Task
+from lightning_lora.training.models import ModelSource, context_of
+from lightning_lora.training.tasks.base import IGNORED, OptimizerFactory, SchedulerFactory, Task, lengths_for_flash
 
 
 class Perplexity(MeanMetric):
@@ -26,9 +27,11 @@ class CausalLM(Task):
     """Train a causal language model; `predict` continues prompts.
 
     Batches are dicts of `input_ids`, `labels` (the same ids, -100 where nothing is to be predicted; the model shifts
-    them) and maybe `attention_mask` or `position_ids`, all (rows, tokens). Logs train_loss, val_loss and
-    val_perplexity (test_...), every token counting the same over the whole epoch; so does it within an optimizer step,
-    over all its micro-batches and processes.
+    them) and maybe `attention_mask` or `position_ids`, all (rows, tokens). Where the positions start again within a
+    row, it holds several examples: a model that mixes them is refused (see `check_apart`).
+
+    Logs train_loss, val_loss and val_perplexity (test_...), every token counting the same over the whole epoch; so does
+    it within an optimizer step, over all its micro-batches and processes.
 
     `predict_step` gives one dict per row: `prompt` and `text`, its continuation of at most `max_new_tokens`;
     `temperature` 0 takes the likeliest token each time.
@@ -55,6 +58,8 @@ class CausalLM(Task):
         self.save_hyperparameters(ignore=["model", "optimizer", "scheduler"])
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self._apart = False
+        """Whether the model was seen to keep packed examples apart."""
 
     def build_model(self) -> PreTrainedModel:
         self.eval_metrics = nn.ModuleDict(
@@ -72,9 +77,12 @@ class CausalLM(Task):
         """The model's tokenizer, loaded when text is first generated."""
         return self.source.tokenizer()
 
-    def forward(self, batch: dict[str, Tensor]) -> Any:
+    def forward(self, batch: dict[str, Any]) -> Any:
         """The model's output on a batch: `loss` (the mean over predicted tokens) and `logits`."""
         assert self.model is not None
+        if not self._apart and is_packed(batch):
+            check_apart(self.model, batch)
+            self._apart = True
         # With a cache, transformers would not look at position_ids for where one packed example ends.
         return self.model(**batch, use_cache=False)
 
@@ -97,6 +105,12 @@ class CausalLM(Task):
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature}
         prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        longest, context = int(batch["attention_mask"].sum(1).max()), context_of(model.config)
+        if context is not None and longest + self.max_new_tokens > context:
+            raise ConfigError(
+                f"A prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} are more than the {context} "
+                "tokens that the model can read. Lower task.max_new_tokens, or data.max_length (data.prompt_length)."
+            )
         ids = model.generate(
             **prompts, max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
         )
@@ -117,3 +131,42 @@ class CausalLM(Task):
 def predicted_tokens(batch: dict[str, Tensor]) -> int:
     """How many tokens of `labels` (rows, tokens) are predicted: the first of a row has nothing before it."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether rows hold several examples: the positions start again within a row, and no mask says otherwise."""
+    positions = batch.get("position_ids")
+    return positions is not None and batch.get("attention_mask") is None and bool((positions.diff() != 1).any())
+
+
+@torch.no_grad()
+def check_apart(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless `model` gives an example the same output behind another one in a row as alone.
+
+    Tried, with a few tokens of `batch`, since no attribute tells: many models of transformers take `position_ids` and
+    mix examples all the same. Dropout is off meanwhile.
+    """
+    ids = batch["input_ids"].flatten()
+    first, tried, last = ids.repeat(-(-24 // len(ids)))[:24].chunk(3)
+    starting = torch.arange(8, device=ids.device).repeat(2, 2)
+    inputs = {"input_ids": torch.stack([torch.cat([first, tried]), torch.cat([tried, last])]), "position_ids": starting}
+    if "cu_seq_lens_q" in batch:
+        inputs |= lengths_for_flash(starting)
+    training = {module: module.training for module in model.modules()}
+    try:
+        logits = model.eval()(**inputs, use_cache=False).logits.float()
+    except ValueError as error:  # layers of transformers that know that they would mix them
+        raise ConfigError(f"{type(model).__name__} fails on packed examples (data.packing=true): {error}") from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    behind, alone = logits[0, 8:], logits[1, :8]
+    # By token, the two next to the border or most of all: 10 % and more in every model that mixed. Rounding to 16 bits
+    # makes some 1 %, and may send a single token to other experts.
+    changes = (behind - alone).std(-1) / alone.std(-1)
+    if not max(float(changes[:2].min()), float(changes.median())) <= 0.03:
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        raise ConfigError(
+            f"{type(model).__name__} (attention: {attention}) lets packed examples see each other, or does not count "
+            "their positions anew. Leave packing off (data.packing=false), or try another model.attn_implementation."
+        )

@@ -21,15 +21,60 @@ def labelled(*labels: object) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("labels", "names"),
-    [(["b", "a", "b"], ["a", "b"]), ([10, 9, 2], ["2", "9", "10"]), ([True, False], ["False", "True"])],
+    [
+        (["b", "a", "b"], ["a", "b"]),
+        ([10, 9, 2], ["2", "9", "10"]),
+        ([True, False], ["False", "True"]),
+        ([1.0, 0.0, 10.0], ["0", "1", "10"]),
+        (["NA", "None"], ["NA", "None"]),
+    ],
 )
 def test_labels_are_the_values_there_are_sorted(bert, labels, names):
     data = TextClassificationData(bert, Rows(labelled(*labels)))
     data.setup("fit")
     assert (data.label_names, data.num_labels) == (names, len(names))
     batch = next(iter(data.val_dataloader()))
-    assert [names[index] for index in batch["labels"]] == [str(label) for label in labels]
+    said = [int(label) if isinstance(label, float) else label for label in labels]
+    assert [names[index] for index in batch["labels"]] == [str(label) for label in said]
     assert batch["input_ids"].shape == batch["attention_mask"].shape
+
+
+@pytest.mark.parametrize("names", [["0", "1"], [0, 1], [0.0, 1.0]])
+def test_labels_and_given_names_are_compared_by_their_value(bert, names):
+    data = TextClassificationData(bert, Rows(labelled(1.0, 0.0)), label_names=names)
+    data.setup("validate")
+    assert next(iter(data.val_dataloader()))["labels"].tolist() == [1, 0]
+
+
+def test_a_row_without_a_label_is_not_one_of_the_label_none(bert):
+    data = TextClassificationData(bert, Rows(labelled("None", None)), label_names=["None", "x"])
+    with pytest.raises(DataError, match=r"not among label_names: .none.\. Known are None, x"):
+        data.setup("validate")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_label_of_a_single_row_stays_in_training(bert, tmp_path, seed):
+    path = tmp_path / "a.csv"
+    labels = ["a"] * 8 + ["b"] * 8 + ["rare", "once", "seldom", "seldom"]
+    path.write_text("text,label\n" + "".join(f"text {n},{label}\n" for n, label in enumerate(labels)))
+    source = DataSource(str(path), validation_fraction=0.4, test_fraction=0.3, seed=seed)
+    data = TextClassificationData(bert, source)
+    data.setup()
+    data.setup("test")
+    assert data.label_names == ["a", "b", "once", "rare", "seldom"]
+    assert set(data.splits.train["label"]) == set(data.label_names)
+    texts = [text for part in data.splits[:3] for text in part["text"]]
+    assert sorted(texts) == sorted(f"text {n}" for n in range(len(labels)))
+
+
+def test_a_split_that_was_held_back_is_named(bert, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"text {n},{'abc'[n % 3]}\n" for n in range(12)))
+    data = TextClassificationData(bert, DataSource(str(path), validation_fraction=0.5), label_names=["a", "b"])
+    with pytest.raises(
+        DataError, match=r"validation data, held back from the training rows by validation_fraction=0.5, has labels"
+    ):
+        data.setup("validate")
 
 
 def test_a_class_label_keeps_its_own_order(bert):

@@ -7,13 +7,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lightning_lora.errors import DataError
-from lightning_lora.training.data import InstructionData
+from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.training.data import InstructionData, TextData
 from lightning_lora.training.data.chat import PLAIN_TEMPLATE, ChatEncoder, template_of
 from lightning_lora.training.data.instruction import pack
+from lightning_lora.training.models import ModelSource
 from lightning_lora.training.tasks import CausalLM
 
 from .rows import Rows
@@ -45,7 +46,8 @@ def test_only_what_the_assistant_says_is_learned_in_every_turn(llama, kind):
     tokenizer.chat_template = PLAIN_TEMPLATE
     row = ChatEncoder(tokenizer, 1000, None, "messages", "", "", prompts=False)({"messages": CHAT})
     end = tokenizer.eos_token
-    assert tokenizer.decode(row["input_ids"]) == (
+    assert row["input_ids"] == tokenizer.apply_chat_template(CHAT[:5])["input_ids"]
+    assert tokenizer.apply_chat_template(CHAT[:5], tokenize=False) == (
         f"Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello – you{end}"
         f"\n\n### Instruction:\nBye\n\n### Response:\nSee you{end}"
     )
@@ -111,11 +113,11 @@ def test_packing_puts_each_row_into_one_group_that_has_room():
 def test_a_conversation_cut_before_its_answer_is_left_out_and_counted(llama):
     rows = [*PAIRS, {"prompt": "p" * 200, "response": "never read"}]
     data = InstructionData(llama, Rows(rows), chat_template="plain", max_length=100)
-    with pytest.warns(UserWarning, match=r"validation: 1 of 9 conversations are longer.*1 have no answer left"):
+    with pytest.warns(UserWarning, match=r"validation: 1 of 9 conversations are longer.*1 have no answer to learn"):
         data.setup("validate")
     assert len(data.val_dataloader().dataset) == len(PAIRS)
     nothing = InstructionData(llama, Rows(PAIRS), chat_template="plain", max_length=10)
-    with pytest.raises(DataError, match=r"None of the 8 .* conversations has an answer within max_length=10"):
+    with pytest.raises(DataError, match=r"None of the 8 .* conversations has an answer to learn within max_length=10"):
         nothing.setup("fit")
 
 
@@ -125,9 +127,9 @@ def test_nothing_is_said_where_nothing_is_cut(llama):
         InstructionData(llama, Rows(PAIRS), chat_template="plain").setup("fit")
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(llama):
-    template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(DataError, match=r"writes earlier turns differently"):
+def test_a_template_that_leaves_out_earlier_answers_is_refused(llama):
+    template = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match=r"does not write everything that the assistant says"):
         InstructionData(llama, Rows([{"messages": CHAT}]), chat_template=template).setup("fit")
 
 
@@ -216,3 +218,53 @@ def test_a_column_that_was_named_is_not_replaced_by_a_shape(llama):
     data = InstructionData(llama, Rows([ALPACA] * 4), messages_column="chat", chat_template="plain")
     with pytest.raises(DataError, match="no column 'chat'"):
         data.setup("fit")
+
+
+def short_llama(llama, tmp_path, context: int) -> ModelSource:
+    config = llama.load("AutoModelForCausalLM").config
+    config.max_position_embeddings = context
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    llama.tokenizer().save_pretrained(tmp_path)
+    return ModelSource(str(tmp_path))
+
+
+def test_conversations_longer_than_the_model_reads_are_cut_and_counted(llama, trainer, tmp_path):
+    short = short_llama(llama, tmp_path, context=60)
+    rows = [{"prompt": "Hi", "response": "x" * 20}, {"prompt": "Hi", "response": "x" * 99}]
+    said = r"1 of 2 conversations are longer than 60 tokens, all that the model knows .max_length=1024. and were cut"
+    for packing in (False, True):
+        data = InstructionData(short, Rows(rows), chat_template="plain", packing=packing)
+        with pytest.warns(UserWarning, match=said):
+            data.setup("validate")
+        trainer().validate(CausalLM(short), data.val_dataloader(), verbose=False)
+        positions = next(iter(data.val_dataloader())).get("position_ids")
+        assert positions is None or int(positions.max()) == 59
+    with pytest.raises(ConfigError, match=r"block_size 256 .* must be at most 60"):
+        TextData(short, Rows(rows))
+
+
+def test_prompts_longer_than_the_model_reads_are_cut_at_their_start(llama, trainer, tmp_path):
+    short = short_llama(llama, tmp_path, context=60)
+    data = InstructionData(short, Rows([{"prompt": "y" * 70 + "end"}]), chat_template="plain", max_length=50)
+    with pytest.warns(
+        UserWarning, match=r"1 of 1 prompts are longer than max_length=50 tokens; their ends are answered"
+    ):
+        data.setup("predict")
+    (rows,) = trainer().predict(CausalLM(short, max_new_tokens=10), data.predict_dataloader())
+    assert rows[0]["prompt"].endswith("end\n\n### Response:\n")
+    with pytest.raises(ConfigError, match=r"A prompt of 50 tokens and max_new_tokens=11 are more than the 60"):
+        trainer().predict(CausalLM(short, max_new_tokens=11), data.predict_dataloader())
+
+
+def test_the_plain_template_begins_as_the_tokenizer_begins_a_text():
+    tokenizer = fast_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    assert template_of(tokenizer, "plain") == PLAIN_TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<begin> $A", special_tokens=[("<begin>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = template_of(tokenizer, "plain")
+    row = ChatEncoder(tokenizer, 1000, None, "messages", "", "", prompts=False)({"messages": CHAT[1:3]})
+    text = "### Instruction:\nHi\n\n### Response:\nHello – you<end>"
+    assert row["input_ids"] == tokenizer(text)["input_ids"]
+    assert row["labels"][0] == -100

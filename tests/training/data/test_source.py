@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+import os
 from pathlib import Path
 
 import datasets
@@ -179,3 +183,62 @@ def test_a_text_that_is_one_row_says_which_unit_makes_several(tmp_path, text, un
     with pytest.raises(DataError, match="too few to hold back") as raised:
         DataSource(str(tmp_path / "a.txt"), text_unit=unit).load()
     assert said in str(raised.value)
+
+
+WORDS = ["None", "NA", "null", "nan", "N/A", "n/a", "NULL", "NaN", "<NA>", "#N/A", "fine", "1e5x"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz"])
+def test_words_of_a_table_stay_words_and_empty_cells_are_missing(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    separator = "\t" if suffix == "tsv" else ","
+    lines = [f"text{separator}label", *(f"{word}{separator}{word}" for word in WORDS), f"{separator}x"]
+    table = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(gzip.compress(table) if suffix.endswith("gz") else table)
+    rows = DataSource(str(path)).load().predict
+    assert rows["text"][:] == [*WORDS, None]
+    assert rows["label"][:] == [*WORDS, "x"]
+
+
+def test_rows_with_more_cells_than_the_header_are_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nhello, world,a\nbye, all,b\n")
+    with pytest.raises(DataError, match=r"a\.csv: the rows have more cells than the header has names"):
+        DataSource(str(path)).load()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "folder"])
+def test_a_file_that_was_replaced_is_read_anew_whatever_its_time(tmp_path, kind):
+    path = tmp_path / ("train.csv" if kind == "csv" else "train.jsonl")
+    for word in ("one", "two"):
+        path.write_text(f"text,n\n{word},1\n{word},2\n" if kind == "csv" else f'{{"text": "{word}"}}\n' * 2)
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+        source = DataSource(str(tmp_path if kind == "folder" else path), validation_fraction=0.5)
+        assert source.load().predict["text"][:] == [word] * 2
+
+
+@pytest.mark.parametrize("pack", [gzip, bz2, lzma])
+def test_compressed_files_are_read(tmp_path, pack):
+    path = tmp_path / f"a.jsonl.{ {gzip: 'gz', bz2: 'bz2', lzma: 'xz'}[pack] }"
+    path.write_bytes(pack.compress("".join(json.dumps(row) + "\n" for row in numbers(5)).encode()))
+    assert DataSource(str(path)).load().predict["number"][:] == list(range(5))
+
+
+@pytest.mark.parametrize("key", ["data", "rows", "examples"])
+def test_rows_below_a_key_are_read(tmp_path, key):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1", key: numbers(5)}, indent=1))
+    assert DataSource(str(path)).load().predict["number"][:] == list(range(5))
+    whole = tmp_path / "b.json"
+    whole.write_text(json.dumps(numbers(3)))
+    with pytest.raises(DataError, match=rf"hold their rows in different places: .*{key}"):
+        DataSource(str(tmp_path / "*.json")).load()
+
+
+def test_folders_of_save_to_disk_are_read(tmp_path):
+    rows = datasets.Dataset.from_list(numbers(5))
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "dev": rows.select([4])}).save_to_disk(tmp_path / "two")
+    assert DataSource(str(tmp_path / "one")).load().predict["number"][:] == list(range(5))
+    both = DataSource(str(tmp_path / "two")).load()
+    assert (both.train["number"][:], both.validation["number"][:]) == (list(range(5)), [4])

@@ -7,9 +7,12 @@ import pickle
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.training.data import DataSource, TextData
+from lightning_lora.training.models import ModelSource
 from lightning_lora.training.tasks import CausalLM
 
 from .rows import Rows
@@ -23,7 +26,8 @@ def text_rows(texts: list[str | None]) -> Rows:
 
 def test_every_token_is_in_a_block_once_with_an_end_after_each_text(llama):
     data = TextData(llama, text_rows(TEXTS), block_size=8, batch_size=3)
-    data.setup("fit")
+    with pytest.warns(UserWarning, match=r"1 of 5 texts are empty or missing, and were left out"):
+        data.setup("fit")
     tokens = [token for batch in data.val_dataloader() for row in batch["input_ids"] for token in row.tolist()]
     expected = [
         token for text in TEXTS if text for token in [*data.tokenizer(text, add_special_tokens=False).input_ids, 1]
@@ -36,9 +40,30 @@ def test_every_token_is_in_a_block_once_with_an_end_after_each_text(llama):
     assert (last["labels"][last["attention_mask"] == 0] == -100).all()
 
 
+@pytest.mark.parametrize(("around", "adds"), [("$A", ""), ("<s> $A", "<s>"), ("<s> $A </s>", "<s>")])
+def test_a_text_begins_as_the_tokenizer_begins_it_and_ends_once(llama, monkeypatch, around, adds):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="a")),
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [("<s>", 0), ("</s>", 1)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(around, special_tokens=special)
+    monkeypatch.setattr(ModelSource, "tokenizer", lambda _: tokenizer)
+    data = TextData(llama, text_rows(["a b", "b"]), block_size=100, prompt_length=2)
+    data.setup("validate")
+    (block,) = data._encoded["validation"]
+    assert tokenizer.convert_ids_to_tokens(block["input_ids"]) == f"{adds} a b </s> {adds} b </s>".split()
+    data.setup("predict")
+    prompts = [tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in data._encoded["predict"]]
+    assert prompts == [f"{adds} a b".split()[:2], f"{adds} b".split()[:2]]
+
+
 def test_many_empty_texts_before_the_first_full_one_do_no_harm(llama):
     data = TextData(llama, text_rows([""] * 250 + ["text"]), block_size=5)
-    data.setup("validate")
+    with pytest.warns(UserWarning, match=r"validation: 250 of 251 texts are empty"):
+        data.setup("validate")
     assert len(data.val_dataloader().dataset) == 1
 
 
@@ -85,7 +110,7 @@ def test_files_are_trained_on_and_continued_end_to_end(llama, trainer, tmp_path)
 
 
 def test_worker_processes_and_copies_get_the_same_batches(llama):
-    data = TextData(llama, text_rows(TEXTS), block_size=8)
+    data = TextData(llama, text_rows(TEXTS[2:]), block_size=8)
     data.setup("validate")
     here = next(iter(data.val_dataloader()))
     copy = pickle.loads(pickle.dumps(data))

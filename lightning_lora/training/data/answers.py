@@ -1,0 +1,128 @@
+"""Where in a conversation's text the assistant speaks, for templates that do not mark it by {% generation %}.
+
+The conversation is rendered again: up to an answer, and with another answer in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+from lightning_lora.errors import DataError
+
+Messages = list[dict[str, Any]]
+Span = tuple[int, int]
+
+UNHEARD = "\ue000"
+"""What nobody says: a character for private use."""
+OTHER_ANSWER = {"role": "assistant", "content": UNHEARD}
+QUESTION = {"role": "user", "content": UNHEARD}
+
+
+class Render(Protocol):
+    """The text of messages; with `prompt`, to where the assistant is to speak next."""
+
+    def __call__(self, messages: Messages, prompt: bool = False) -> str: ...
+
+
+def find_answers(
+    render: Render, messages: Messages, special: Collection[str], end: str | None
+) -> tuple[str, list[Span]]:
+    """The text of `messages`, of which the last is an answer; and where each answer is, with the token that ends it.
+
+    `special` are the tokenizer's special tokens. Where the template ends an answer by the marker of the next role
+    (GLM), that token is the answer's last, and the text has it after the last answer too. Where it writes no such
+    token at all, the text gets `end`, the end-of-text token. Raises DataError where an answer cannot be told apart.
+    """
+    text = render(messages)
+    spans: list[Span] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start, stop, ended = _answer(render, messages, index, text, spans[-1][1] if spans else 0, special)
+        if not ended:
+            mark = _token_at(text, stop, special)
+            if not mark and index == len(messages) - 1:
+                mark = _marker_of_next(render, messages, special) or end or ""
+                if not mark:
+                    raise DataError(
+                        "Nothing ends an answer: the chat template writes no special token after it, and the "
+                        "tokenizer has no end-of-text token. A model that learned this would never stop."
+                    )
+                text = text[:stop] + mark
+            stop += len(mark)
+        spans.append((start, stop))
+    return text, spans
+
+
+def _answer(
+    render: Render, messages: Messages, index: int, text: str, done: int, special: Collection[str]
+) -> tuple[int, int, bool]:
+    """Start and end of answer `index` in `text`, and whether the template ends it; the one before stops at `done`."""
+    history = messages[:index] or [QUESTION]
+    before, prompt = render(history), render(history, prompt=True)
+    whole, changed = render([*history, messages[index]]), render([*history, OTHER_ANSWER])
+    tail = _suffix(whole, changed)
+    # Less than the prompt, where that opens a <think> which the answer does not have.
+    start, said = in_common(prompt, whole), in_common(whole, changed)
+    if start < len(before) or not text.startswith(whole):
+        # Later turns change what is before it or how it is written (Qwen 3 leaves out what was thought): find it there.
+        if start < len(before):
+            before, prompt = render([QUESTION]), render([QUESTION], prompt=True)
+            whole, changed = render([QUESTION, messages[index]]), render([QUESTION, OTHER_ANSWER])
+            start, said = in_common(prompt, whole), in_common(whole, changed)
+        leads = [changed[start : max(start, changed.rfind(UNHEARD))], whole[start:said], prompt[len(before) :]]
+        whole, changed = text, render([*messages[:index], OTHER_ANSWER, *messages[index + 1 :]])
+        said = in_common(whole, changed)
+        lead = next((lead for lead in leads[:2] if text.endswith(lead, done, said)), None)
+        start = said - len(lead) if lead is not None else text.rfind(leads[2], done, said) + len(leads[2])
+        if start < max(done, len(leads[2])) or not prompt.startswith(before):
+            raise _rewritten(prompt)
+    if UNHEARD not in changed:
+        raise DataError(f"The chat template does not write everything that the assistant says: {changed[-120:]!r}")
+    said = len(whole) - len(_suffix(whole, changed))
+    stop, ended = said + len(tail.rstrip()), bool(tail.strip())
+    if not ended:
+        stop = said + len(tail)
+    elif not text.startswith(tail.rstrip(), said):  # the last answer ends otherwise (gpt-oss)
+        stop = said + len(_token_at(text, said, special))
+        if stop == said:
+            raise _rewritten(prompt)
+    return start, stop, ended
+
+
+def _marker_of_next(render: Render, messages: Messages, special: Collection[str]) -> str:
+    """The special token that begins what would follow the last message, or nothing."""
+    role = "tool" if messages[-1].get("tool_calls") else "user"
+    some = [*messages[:-1], OTHER_ANSWER]
+    try:
+        return _token_at(render([*some, {"role": role, "content": UNHEARD}]), len(render(some)), special)
+    except DataError:  # a template that takes no such message
+        return ""
+
+
+def _token_at(text: str, place: int, tokens: Collection[str]) -> str:
+    return max((token for token in tokens if text.startswith(token, place)), key=len, default="")
+
+
+def in_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How long the same start of both is."""
+    start, end = 0, min(len(one), len(other))
+    while start < end:  # by halves: slices are compared faster than items
+        middle = (start + end + 1) // 2
+        if one[start:middle] == other[start:middle]:
+            start = middle
+        else:
+            end = middle - 1
+    return start
+
+
+def _suffix(one: str, other: str) -> str:
+    return one[len(one) - in_common(one[::-1], other[::-1]) :]
+
+
+def _rewritten(prompt: str) -> DataError:
+    return DataError(
+        "The chat template writes earlier turns differently once later ones are there, so what the assistant says "
+        f"cannot be told apart. Give another chat_template, or one answer per row: {prompt!r:.120}"
+    )
