@@ -40,6 +40,7 @@ def quieten_imports() -> None:
     if not is_terminal():  # a bar that is drawn anew hundreds of times is no line of a log
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def quieten(is_adapted: bool = True) -> None:
