@@ -31,6 +31,7 @@ def converted(file: Path) -> Path:
         folder = cached_assets_path("lightning_lora", "gguf", "models") / name
         if folder.is_dir():
             return folder
+        rank_zero_info(f"{file.name} is converted for transformers, once, and kept in {folder}")
         remove_leftovers(folder.parent)
         staged = folder.with_name(own_name(f".{name}.", ".tmp"))
         try:
@@ -46,7 +47,6 @@ def converted(file: Path) -> Path:
             f"The model in {file} could not be converted: {error}. It is written to huggingface_hub's cache for "
             "assets: HF_ASSETS_CACHE or HF_HOME names another place."
         ) from error
-    rank_zero_info(f"{file.name}: converted once, to {folder}")
     return folder
 
 
@@ -63,9 +63,10 @@ def _convert(file: Path, folder: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The contexts of a Trainer, in which models are built, are not for what is kept in a cache.
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, **options
         )
+        model, info = loaded
         wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
         if wrong:
             raise ConfigError(f"{file} as a {type(model).__name__} lacks {listed(wrong)}: they would be random.")

@@ -159,7 +159,7 @@ class ModelSource:
         folder = self._folder
         if (folder / (self.gguf_file or "config.json")).is_file():
             return
-        if self.name == EMBEDDED:
+        if self.name == EMBEDDED and self.gguf_file is None:
             raise ConfigError(f"The embedded base is missing from this installation: {folder} has no config.json.")
         if not folder.exists():
             raise ConfigError(f"There is no folder {folder}. Without a leading '.' or '/' a name is taken as a Hub id.")
@@ -172,11 +172,10 @@ class ModelSource:
         if (folder / "adapter_config.json").is_file():
             raise ConfigError(f"{folder} is an adapter, not a model. Give the base that it was trained on.")
         found = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise ConfigError(
-            f"{folder} has no file {self.gguf_file}. It has: {found}."
-            if self.gguf_file is not None
-            else f"{folder} has no config.json, so it is no model. It has: {found}."
-        )
+        if self.gguf_file is not None:
+            raise ConfigError(f"{folder} has no file {self.gguf_file}. It has: {found}.")
+        hint = " Name a GGUF file as gguf_file." if ".gguf" in found else ""
+        raise ConfigError(f"{folder} has no config.json, so it is no model. It has: {found}.{hint}")
 
 
 def smollm2(
