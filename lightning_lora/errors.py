@@ -112,14 +112,15 @@ class HubUnavailableError(HubError):
 class MissingExtraError(LightningLoRAError, ImportError):
     """A feature whose optional dependency is not installed."""
 
-    def __init__(self, feature: str, package: str, extra: str) -> None:
+    def __init__(self, feature: str, package: str, extra: str, command: str | None = None) -> None:
+        """`command` installs what is missing where the extra alone does not."""
         super().__init__(
             f"{feature} needs the package {package!r}, which is not installed. "
-            f"Install it with: pip install 'lightning-lora[{extra}]'"
+            f"Install it with: " + (command or f"pip install 'lightning-lora[{extra}]'")
         )
-        self._arguments = (feature, package, extra)
+        self._arguments = (feature, package, extra, command)
 
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str, str | None]]:
         return type(self), self._arguments
 
 

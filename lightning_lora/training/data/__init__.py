@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_lora.training.data.base import SourceData
 from lightning_lora.training.data.classification import ImageClassificationData, TextClassificationData
-from lightning_lora.training.data.embedded import Shapes, StdlibDocstrings, StdlibSource
+from lightning_lora.training.data.embedded import Shapes, StdlibDocstrings, StdlibSource, pirate_chats
 from lightning_lora.training.data.instruction import InstructionData
 from lightning_lora.training.data.source import DataSource, Source, Splits
 from lightning_lora.training.data.text import TextData
@@ -21,4 +21,5 @@ __all__ = [
     "StdlibSource",
     "TextClassificationData",
     "TextData",
+    "pirate_chats",
 ]

@@ -1,4 +1,4 @@
-"""Data that every installation has: the standard library's source, its docstrings, and shapes drawn here.
+"""Data that every installation has: the standard library's source, its docstrings, a few chats, and shapes drawn here.
 
 Nothing of the standard library is imported or run, only read. Which split a text falls into depends on its own hash
 and the seed, not on its neighbours.
@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 
 from lightning_lora.errors import ConfigError, DataError
-from lightning_lora.training.data.source import Splits
+from lightning_lora.training.data.source import DataSource, Splits
 
 Row = TypeVar("Row")
 
@@ -52,6 +52,15 @@ PACKAGES = {
 }
 """Label to where it lies: packages and modules with many docstrings that every CPython from 3.10 on has."""
 SHAPES = ("circle", "cross", "square", "triangle")
+PIRATE_CHATS = Path(__file__).parents[2] / "embedded" / "pirate_chats.jsonl"
+
+
+def pirate_chats(validation_fraction: float = 0.1, seed: int = 0) -> DataSource:
+    """Sixty questions and short answers in the tongue of a pirate: enough to change how a language model talks.
+
+    Columns: `prompt`, `response`.
+    """
+    return DataSource(str(PIRATE_CHATS), validation_fraction=validation_fraction, seed=seed)
 
 
 @dataclass(frozen=True)

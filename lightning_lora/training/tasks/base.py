@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
@@ -27,6 +28,24 @@ IGNORED = -100
 
 OptimizerFactory = Callable[..., optim.Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
+
+
+class Mean(MeanMetric):
+    """A weighted mean that is kept in float32 where a Trainer's precision (bf16-true) turns all else into 16 bits: from
+    256 on, bfloat16 does not count single ones."""
+
+    def __init__(self) -> None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            super().__init__()
+        finally:
+            torch.set_default_dtype(before)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        moved = super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+        self._dtype = torch.float32  # torchmetrics takes the default there
+        return moved
 
 
 class Task(WeighedWindow, ABC):

@@ -8,15 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.training.models import ModelSource, context_of
-from lightning_lora.training.tasks.base import IGNORED, OptimizerFactory, SchedulerFactory, Task, lengths_for_flash
+from lightning_lora.training.tasks.base import (
+    IGNORED,
+    Mean,
+    OptimizerFactory,
+    SchedulerFactory,
+    Task,
+    lengths_for_flash,
+)
 
 
-class Perplexity(MeanMetric):
+class Perplexity(Mean):
     """exp of the mean loss per token; `update(value, weight)` takes a batch's mean loss and its count of tokens."""
 
     def compute(self) -> Tensor:
@@ -65,7 +72,7 @@ class CausalLM(Task):
         self.eval_metrics = nn.ModuleDict(
             {
                 stage: MetricCollection(
-                    {"loss": MeanMetric(), "perplexity": Perplexity()}, prefix=f"{stage}_", compute_groups=False
+                    {"loss": Mean(), "perplexity": Perplexity()}, prefix=f"{stage}_", compute_groups=False
                 )
                 for stage in ("val", "test")
             }

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PreTrainedModel
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.training.models import ModelSource
-from lightning_lora.training.tasks.base import IGNORED, OptimizerFactory, SchedulerFactory, Task
+from lightning_lora.training.tasks.base import IGNORED, Mean, OptimizerFactory, SchedulerFactory, Task
 
 
 class Classification(Task):
@@ -48,7 +48,7 @@ class Classification(Task):
             {
                 stage: MetricCollection(
                     {
-                        "loss": MeanMetric(),
+                        "loss": Mean(),
                         "accuracy": MulticlassAccuracy(classes, average="micro"),
                         "f1": MulticlassF1Score(classes, average="macro"),
                     },
