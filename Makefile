@@ -6,16 +6,21 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c .c
 
 SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test test-llama bench lint clean
 
 help:  ## Show this list.
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 demo: $(VENV)/.installed  ## Fine-tune the embedded language model on new text, and compare with full fine-tuning.
 	$(BIN)/lightning-lora demo
 
 test: $(VENV)/.installed-dev  ## Run the tests.
-	$(BIN)/python -m pytest -n auto --maxprocesses=4
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 -m "not llama"
+
+test-llama: $(VENV)/.installed-dev  ## Run what is exported for llama.cpp there: built once, in minutes, if there is a C++ compiler.
+	$(PIP) -e '.[llama]'
+	$(BIN)/python -m tests.hub.llama_cpp
+	$(BIN)/python -m pytest tests/hub/test_llama_cpp.py
 
 bench: $(VENV)/.installed-dev  ## Run the benchmarks beside their peers, one after the other (make bench-step: one alone).
 	for suite in $(SUITES); do $(BIN)/python benchmarks/$$suite.py || exit 1; done
