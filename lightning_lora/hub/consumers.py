@@ -47,6 +47,8 @@ class Consumer:
     """Last parts of the names of the embeddings that it adapts; empty where it adapts any."""
     latent: bool = True
     """Adapts the projections of latent attention (DeepSeek), and the head of a model that has it."""
+    experts_apart: bool = True
+    """Adapts some of the experts of a layer, or some of their matrices, or with different ranks."""
     tried: tuple[str, ...] = ()
     """transformers' classes on which it was run; empty where it does the same for all."""
 
@@ -90,10 +92,13 @@ CONSUMERS: dict[str, Consumer] = {
         tied=False,
         word_tables=("embed_tokens", "embed_in"),
         latent=False,
+        experts_apart=False,
         one_table=("GemmaForCausalLM", "Gemma2ForCausalLM", "CohereForCausalLM"),
-        tried=tuple(
-            f"{name}ForCausalLM"
-            for name in "Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe Gemma Gemma2 Gemma3 DeepseekV2".split()
+        tried=(
+            *("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "DeepseekV2ForCausalLM"),
+            *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+            *("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"),
+            *("GraniteForCausalLM", "Olmo2ForCausalLM", "Starcoder2ForCausalLM"),
         ),
     ),
     # tuners/lora: what it writes itself it also reads, but its own sort_keys reorders patterns that overlap.

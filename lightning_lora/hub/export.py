@@ -286,9 +286,9 @@ def _notes(
     if row.needs_base_id and config["base_model_name_or_path"] is None:
         notes.append(f"{CONFIG} names no base on the Hub: give {row.title}'s converter its folder, with --base")
     if row.tried and facts.architecture not in row.tried:
-        what = facts.architecture or "this base, which is not known (pass base=)"
-        names = ", ".join(name.removesuffix("ForCausalLM") for name in row.tried)
-        notes.append(f"not tried with {what}, but with {names}: compare a few answers before you rely on it")
+        names = listed([name.removesuffix("ForCausalLM") for name in row.tried])
+        what = f"not with {facts.architecture}" if facts.architecture else "and this base is not known (pass base=)"
+        notes.append(f"{row.title} was tried with {names}, {what}: compare a few answers before you rely on it")
     largest = max(m.rank for m in modules.values())
     if row.usual_limit is not None and largest > row.usual_limit:
         limit = next(rank for rank in row.limits if rank >= largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import torch
@@ -91,7 +92,25 @@ def left_out(parts: Parts, row: Consumer, base: BaseFacts) -> list[str]:
         if dropped:
             what = f"the head and the projections of latent attention ({listed(dropped)})"
             problems.append(f"{row.title} would silently leave out {what}: {MERGE}")
+    if not row.experts_apart and (layers := _uneven_experts(parts)):
+        what = "takes the experts of a layer all together, their three matrices with one rank"
+        problems.append(f"{row.title} {what} (in {listed(layers)} they are not): {MERGE}")
     return problems
+
+
+def _uneven_experts(parts: Parts) -> list[str]:
+    """The layers of which some experts, or some of their matrices, have no adapter or one of another rank."""
+    layers: dict[str, dict[int, list[int]]] = {}
+    for name, pair in parts.pairs.items():
+        if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.\w+", name):
+            layers.setdefault(found[1], {}).setdefault(int(found[2]), []).append(pair.rank)
+    return [
+        layer
+        for layer, ranks in layers.items()
+        if sorted(ranks) != list(range(len(ranks)))
+        or any(len(r) != 3 for r in ranks.values())
+        or len({rank for r in ranks.values() for rank in r}) > 1
+    ]
 
 
 def head_of(key: str) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import multiprocessing
 import os
 import runpy
@@ -88,7 +89,10 @@ def _call(*command: str) -> None:
 
 def convert(model: Path) -> Path:
     """The model that transformers saved in the folder `model`, as a GGUF of float32."""
-    gguf = model.with_suffix(".gguf")
+    gguf, words = model.with_suffix(".gguf"), model / "tokenizer.json"
+    if not words.exists():  # the converter of Gemma 3 counts the words in it
+        size = json.loads((model / "config.json").read_text())["vocab_size"]
+        words.write_text(json.dumps({"model": {"vocab": list(range(size))}, "added_tokens": []}))
     _in_a_process(_script, "convert_hf_to_gguf.py", str(model), "--outtype", "f32", "--outfile", str(gguf))
     return gguf
 
@@ -152,7 +156,7 @@ def _script(name: str, *arguments: str) -> None:
 
 
 def _run(model_file: str, adapter_file: str | None, tokens: list[int], out: str) -> None:
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(LIBRARY.parent)
+    os.environ |= {"LLAMA_CPP_LIB_PATH": str(LIBRARY.parent), "GGML_NO_BACKTRACE": "1"}
     # The module of the plain functions alone: the package around it imports more than is needed.
     package = types.ModuleType("llama_cpp")
     package.__path__ = [str(BINDINGS / "llama_cpp")]

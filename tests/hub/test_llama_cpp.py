@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, export_adapter, inject, save_adapter
+from lightning_lora import LoRAConfig, export_adapter, inject, load_adapter, save_adapter
 from lightning_lora.cli.merged_model import merge_adapter
 from lightning_lora.errors import AdapterFormatError
 from lightning_lora.training.models import ModelSource
@@ -24,7 +27,8 @@ pytestmark = [
     pytest.mark.llama,
     pytest.mark.skipif(not llama_cpp.LIBRARY.exists(), reason=llama_cpp.ABSENT),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'.*lora_B.bias"),
     pytest.mark.filterwarnings("ignore:.*tie"),
 ]
 
@@ -45,8 +49,9 @@ SIZES: dict[str, Any] = {
 }
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+EXPERTS |= {"norm_topk_prob": True}
 LATENT = {
-    "q_lora_rank": None,
+    "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
@@ -70,6 +75,10 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", GEMMA),
     "gemma3": ("Gemma3", GEMMA),
     "deepseek": ("DeepseekV2", LATENT),
+    "phi3": ("Phi3", {"original_max_position_embeddings": 64}),
+    "granite": ("Granite", {}),
+    "olmo2": ("Olmo2", {}),
+    "starcoder2": ("Starcoder2", {}),
 }
 
 
@@ -172,7 +181,11 @@ RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("llama-tied", {"target_modules": ALL, "r": 2}),
     **{
         kind: (kind, {"target_modules": ALL, "r": 3, "use_rslora": True})
-        for kind in ("mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "gemma", "gemma2", "gemma3")
+        for kind in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "granite", "olmo2", "starcoder2")
+    },
+    **{
+        kind: (kind, {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "r": 3, "use_rslora": True})
+        for kind in ("mixtral", "qwen3-moe")
     },
 }
 
@@ -191,11 +204,11 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "head-tied": ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}, "share one weight.*lm_head.*merge"),
     "embedding-tied": ("llama-tied", {"target_modules": ["embed_tokens"]}, "share one weight.*embed_tokens.*merge"),
     "head-gemma": ("gemma", {"target_modules": ["lm_head"]}, "no separate head for GemmaForCausalLM.*train without"),
-    "latent": ("deepseek", {"target_modules": ["q_proj"]}, "silently leave out.*latent.*q_proj.*merge"),
+    "latent": ("deepseek", {"target_modules": ["q_a_proj", "q_b_proj"]}, "silently leave out.*latent.*q_a_proj.*merge"),
     "latent-keys": ("deepseek", {"target_modules": ["kv_a_proj_with_mqa", "kv_b_proj"]}, "silently leave out"),
     "latent-head": ("deepseek", {"target_modules": ["lm_head"]}, "silently leave out.*lm_head"),
     "bias": ("qwen2", {"target_modules": QV, "bias": "lora_only"}, "trained biases"),
-    "lora-bias": ("llama", {"target_modules": QV, "lora_bias": True}, "lora_bias"),
+    "lora-bias": ("qwen2", {"target_modules": QV, "lora_bias": True}, "lora_bias"),
     "whole": ("llama", {"target_modules": QV, "modules_to_save": ["lm_head"]}, "lm_head.*merge"),
     "norms": ("llama", {"target_modules": QV, "modules_to_save": ["norm"]}, "norm.*merge"),
 }
@@ -217,6 +230,41 @@ def test_what_is_refused_it_refuses_or_gets_wrong(case, base_of, tmp_path):
     assert off(got, wanted) > 10 * base.bound
 
 
+def experts(folder: Path, kinds: dict[str, tuple[int, int]], rank_of: Callable[[int], int]) -> None:
+    """An adapter of Mixtral's experts as transformers 4 named them: `kinds` are the (out, in) of each matrix."""
+    tensors = {}
+    for layer, expert, (kind, (out, into)) in itertools.product(range(2), range(4), kinds.items()):
+        stem = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{kind}"
+        rank = rank_of(expert)
+        tensors |= {f"{stem}.lora_A.weight": torch.randn(rank, into), f"{stem}.lora_B.weight": torch.randn(out, rank)}
+    folder.mkdir()
+    save_file({key: 0.2 * tensor for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    ranks = {f"experts.{expert}.{kind}": rank_of(expert) for expert in range(4) for kind in kinds}
+    config = {"peft_type": "LORA", "target_modules": list(kinds), "r": 2, "lora_alpha": 4, "use_rslora": True}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": ranks}))
+
+
+KINDS = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32)}
+
+
+def test_experts_are_computed_there_all_together_or_refused(base_of, tmp_path):
+    base = base_of("mixtral")
+    experts(tmp_path / "a", KINDS, lambda expert: 2)
+    model = copy.deepcopy(base.model)
+    load_adapter(model, tmp_path / "a")
+    wanted = output(model, X)
+    assert float((wanted - output(base.model, X)).abs().max()) > 100 * base.bound
+    export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp", base=base.folder)
+    assert off(base.runs(tmp_path / "b"), wanted) <= base.bound
+    experts(tmp_path / "some", {"w1": KINDS["w1"]}, lambda expert: 2)
+    experts(tmp_path / "ranks", KINDS, lambda expert: 2 + expert)
+    for folder in (tmp_path / "some", tmp_path / "ranks"):
+        with pytest.raises(AdapterFormatError, match=r"experts of a layer .*merge"):
+            export_adapter(folder, tmp_path / "c", "llama.cpp", base=base.folder)
+        with pytest.raises(llama_cpp.LlamaError):
+            base.runs(folder)
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3"])
 def test_a_merged_model_is_computed_there(kind, targets, base_of, tmp_path):
@@ -225,3 +273,12 @@ def test_a_merged_model_is_computed_there(kind, targets, base_of, tmp_path):
     merge_adapter(tmp_path / "a", ModelSource(name=str(base.folder)), tmp_path / "merged")
     got = llama_cpp.logits(llama_cpp.convert(tmp_path / "merged"), TOKENS)
     assert off(torch.from_numpy(got), wanted) <= base.bound
+
+
+def test_a_merge_says_where_llama_cpp_would_leave_the_head_out(base_of, tmp_path):
+    base = base_of("gemma")
+    wanted = adapted(base, tmp_path / "a", target_modules=["lm_head"])
+    report = merge_adapter(tmp_path / "a", ModelSource(name=str(base.folder)), tmp_path / "merged")
+    assert "llama.cpp has no separate head for GemmaForCausalLM" in str(report)
+    got = llama_cpp.logits(llama_cpp.convert(tmp_path / "merged"), TOKENS)
+    assert off(torch.from_numpy(got), wanted) > 10 * base.bound
