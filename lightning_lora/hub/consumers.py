@@ -1,6 +1,7 @@
 """What each program that serves adapters can do, and what it gets wrong without a word: one row each.
 
-Read in their own sources: vLLM 0.33.0, LoRAX a7394ba, llama.cpp 0b03ada (converter) and 215841f (runtime), peft 0.21.2.
+Read in their own sources: vLLM 0.33.0, LoRAX a7394ba, peft 0.21.2. llama.cpp as of llama-cpp-python 0.3.36 was run
+(tests/hub/test_llama_cpp.py).
 """
 
 from __future__ import annotations
@@ -38,6 +39,18 @@ class Consumer:
     """Adapts transformers' Conv1D (GPT-2), whose weight is stored (in, out)."""
     needs_base_id: bool = False
     """Looks for the base under the id in the config."""
+    tied: bool = True
+    """Adapts an output head or an embedding that share one weight in the base."""
+    one_table: tuple[str, ...] = ()
+    """transformers' classes for which it has no head but the embedding, even where the base has one."""
+    word_tables: tuple[str, ...] = ()
+    """Last parts of the names of the embeddings that it adapts; empty where it adapts any."""
+    latent: bool = True
+    """Adapts the projections of latent attention (DeepSeek), and the head of a model that has it."""
+    experts_apart: bool = True
+    """Adapts some of the experts of a layer, or some of their matrices, or with different ranks."""
+    tried: tuple[str, ...] = ()
+    """transformers' classes on which it was run; empty where it does the same for all."""
 
 
 CONSUMERS: dict[str, Consumer] = {
@@ -69,8 +82,25 @@ CONSUMERS: dict[str, Consumer] = {
     ),
     # src/llama-adapter.h: the scale is lora_alpha / (the rank of the tensor), and 1 where lora_alpha is 0; rsLoRA and
     # alpha_pattern are dropped. convert_lora_to_gguf.py exits on what is no A or B, except for norms, which the runtime
-    # then skips. The converter transposes Conv1D's weights, and the adapter's A and B with them.
-    "llama.cpp": Consumer(title="llama.cpp", transposed=False, needs_base_id=True),
+    # then skips. The converter transposes Conv1D's weights, and the adapter's A and B with them. One tensor is head and
+    # embedding where they are tied: there is no place for an adapted head, and one of the embedding aborts the process.
+    # src/models/deepseek2.cpp and others multiply with the latent attention's weights and leave their adapters out.
+    "llama.cpp": Consumer(
+        title="llama.cpp",
+        transposed=False,
+        needs_base_id=True,
+        tied=False,
+        word_tables=("embed_tokens", "embed_in"),
+        latent=False,
+        experts_apart=False,
+        one_table=("GemmaForCausalLM", "Gemma2ForCausalLM", "CohereForCausalLM"),
+        tried=(
+            *("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "DeepseekV2ForCausalLM"),
+            *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+            *("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"),
+            *("GraniteForCausalLM", "Olmo2ForCausalLM", "Starcoder2ForCausalLM"),
+        ),
+    ),
     # tuners/lora: what it writes itself it also reads, but its own sort_keys reorders patterns that overlap.
     "peft": Consumer(title="PEFT", layout_of_peft=True),
 }

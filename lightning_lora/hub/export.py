@@ -18,17 +18,17 @@ from lightning_lora.engine.low_rank import Spectrum
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub import peft
-from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
+from lightning_lora.hub.base_weights import Base, BaseFacts, WeightOf, facts_of, size_of, weights_of
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.consumers import Consumer, consumer_called
 from lightning_lora.hub.export_report import ExportReport
 from lightning_lora.hub.local import local_path
 from lightning_lora.hub.lowering import Lowered, dora_spectra, lowered, with_every_layer, written_rank
-from lightning_lora.hub.obstacles import head_of, other_base, refuse, refuse_loss, unclear, unsupported
+from lightning_lora.hub.obstacles import head_of, left_out, other_base, refuse, refuse_loss, unclear, unsupported
 from lightning_lora.hub.parts import Parts, magnitude_key, parts_of
 from lightning_lora.hub.peft_config import to_peft
 from lightning_lora.hub.pull import adapter_folder
-from lightning_lora.hub.reading import CARD, CONFIG
+from lightning_lora.hub.reading import CARD, CONFIG, TENSORS
 from lightning_lora.hub.writing import write_adapter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -83,7 +83,8 @@ def export_adapter(
         what = f"{adapter} cannot be exported for {row.title}"
         raise AdapterFormatError(f"{what}: {str(error).rstrip('.')}. Nothing was written.") from error
     write_adapter(target, config, tensors, parts.note, _card(source, config, parts, tensors, row))
-    return report
+    sizes = [(folder / TENSORS).stat().st_size for folder in (source, target)]
+    return replace(report, size_before=sizes[0], size=sizes[1], size_merged=size_of(base))
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -139,7 +140,10 @@ def _for_server(
     tolerance: float,
     dtype: torch.dtype | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any], ExportReport]:
-    refuse([*unclear(parts), *unsupported(parts, row, weight), *other_base(parts, weight)])
+    named, revision = parts.data.get("base_model_name_or_path"), parts.data.get("revision")
+    facts = facts_of(base, named, revision) if row.tried else BaseFacts()
+    problems = [*unclear(parts), *unsupported(parts, row, weight), *left_out(parts, row, facts)]
+    refuse([*problems, *other_base(parts, weight)])
     transposed = bool(parts.data.get("fan_in_fan_out"))
     spectra = dora_spectra(parts.pairs, weight, transposed) if weight is not None else {}
     most = min(m for m in (row.most_rank, max_rank, math.inf) if m is not None)
@@ -170,7 +174,7 @@ def _for_server(
     if config["base_model_name_or_path"] is None and isinstance(base, str):
         config["base_model_name_or_path"] = base_id(base)
     changes = (*_changes(parts, row, modules, alpha, config), *_cleaned(parts, config))
-    report = ExportReport(row.title, target, modules, changes, tuple(_notes(parts, row, config, modules)))
+    report = ExportReport(row.title, target, modules, changes, tuple(_notes(parts, row, config, modules, facts)))
     return dict(sorted(tensors.items())), config, report
 
 
@@ -269,12 +273,16 @@ def _cleaned(parts: Parts, config: Mapping[str, Any]) -> list[str]:
     return changes
 
 
-def _notes(parts: Parts, row: Consumer, config: Mapping[str, Any], modules: Mapping[str, Lowered]) -> list[str]:
+def _notes(
+    parts: Parts, row: Consumer, config: Mapping[str, Any], modules: Mapping[str, Lowered], facts: BaseFacts
+) -> list[str]:
     notes = []
     if row.needs_base_id and config["base_model_name_or_path"] is None:
         notes.append(f"{CONFIG} names no base on the Hub: give {row.title}'s converter its folder, with --base")
-    if row.needs_base_id and any(m.is_embedding for m in modules.values()):
-        notes.append(f"{row.title} cannot run an adapted embedding that is tied to the output head")
+    if row.tried and facts.architecture not in row.tried:
+        names = listed([name.removesuffix("ForCausalLM") for name in row.tried])
+        what = f"not with {facts.architecture}" if facts.architecture else "and this base is not known (pass base=)"
+        notes.append(f"{row.title} was tried with {names}, {what}: compare a few answers before you rely on it")
     largest = max(m.rank for m in modules.values())
     if row.usual_limit is not None and largest > row.usual_limit:
         limit = next(rank for rank in row.limits if rank >= largest)

@@ -22,6 +22,12 @@ class ExportReport:
     changes: tuple[str, ...]
     notes: tuple[str, ...]
     """What the user has to see to."""
+    size_before: int = 0
+    """Bytes of the file of tensors that was read."""
+    size: int = 0
+    """Bytes of the one that was written."""
+    size_merged: int | None = None
+    """Bytes of the base, and so of the merged model; None where they are not known."""
 
     @property
     def error(self) -> float:
@@ -49,7 +55,19 @@ class ExportReport:
             off = f", an output is off by at most {max(worst):.2g} of what the adapter can change" if worst else ""
             exact = "none: every product is bit for bit the same"
             lines.append(f"error: {f'{self.error:.2g} of the update{off}' if self.largest_error else exact}")
+        lines.append(self._sizes())
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _sizes(self) -> str:
+        line = f"size: {_megabytes(self.size)}, before {_megabytes(self.size_before)}"
+        if self.size < 1.5 * self.size_before:
+            return line
+        merged = "no more than its base" if self.size_merged is None else _megabytes(self.size_merged)
+        return f"{line}; merged into its base (lightning-lora merge) it is {merged}, and nothing beside"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
 
 
 def _rows(modules: Mapping[str, Lowered]) -> list[tuple[str, ...]]:

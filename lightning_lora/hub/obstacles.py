@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import torch
@@ -10,10 +11,15 @@ import torch
 from lightning_lora.engine.low_rank import Spectrum
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub import peft
-from lightning_lora.hub.base_weights import WeightOf
+from lightning_lora.hub.base_weights import BaseFacts, WeightOf
 from lightning_lora.hub.consumers import Consumer
 from lightning_lora.hub.parts import Parts
 from lightning_lora.hub.reading import CONFIG
+
+MERGE = "merge the adapter into its base and serve that"
+
+_HEADS = ("lm_head", "embed_out", "output_layer", "output")
+_LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 
 
 def refuse(problems: list[str]) -> None:
@@ -39,7 +45,7 @@ def unsupported(parts: Parts, row: Consumer, weight: WeightOf | None) -> list[st
     shapes = [n for n, pair in parts.pairs.items() if not pair.is_matrix]
     words = [n for n, pair in parts.pairs.items() if pair.is_embedding]
     heads = {head_of(key) for key in parts.saved}
-    merge = "merge the adapter into its base and serve that"
+    merge = MERGE
     problems = []
     if shapes:
         problems.append(f"{row.title} has no adapters for convolutions ({listed(shapes)}): {merge}")
@@ -61,6 +67,50 @@ def unsupported(parts: Parts, row: Consumer, weight: WeightOf | None) -> list[st
     if parts.is_dora and weight is None:
         problems.append(f"{row.title} has no DoRA, and to rewrite it takes the base's weights: pass base=")
     return problems
+
+
+def left_out(parts: Parts, row: Consumer, base: BaseFacts) -> list[str]:
+    """Adapted modules for which `row` has no place, so that it refuses them, aborts or leaves them out silently."""
+    last = {name: name.rpartition(".")[2] for name in parts.pairs}
+    words = [n for n, pair in parts.pairs.items() if pair.is_embedding]
+    heads = [n for n in last if last[n] in _HEADS and not any(part.isdigit() for part in n.split("."))]
+    is_tied = True if base.architecture in row.one_table else base.is_tied
+    problems = []
+    if row.word_tables and (others := [n for n in words if last[n] not in row.word_tables]):
+        problems.append(f"{row.title} adapts no embedding but that of the tokens ({listed(others)}): {MERGE}")
+    elif not row.tied and (words or heads) and is_tied is not False:
+        what = f"share one weight, which {row.title} cannot adapt ({listed([*words, *heads])})"
+        if is_tied is None:
+            problems.append(f"head and embedding of the base may {what}: pass base=, so that this is known")
+        elif base.architecture in row.one_table:
+            no_other = f"{row.title} has no separate head for {base.architecture}, so merging does not help"
+            problems.append(f"head and embedding {what}; {no_other}: train without them")
+        else:
+            problems.append(f"head and embedding of the base {what}: {MERGE}")
+    if not row.latent and (base.is_latent or any(part in _LATENT for part in last.values())):
+        dropped = [n for n in last if last[n] in (*_LATENT, "q_proj") or n in heads]
+        if dropped:
+            what = f"the head and the projections of latent attention ({listed(dropped)})"
+            problems.append(f"{row.title} would silently leave out {what}: {MERGE}")
+    if not row.experts_apart and (layers := _uneven_experts(parts)):
+        what = "takes the experts of a layer all together, their three matrices with one rank"
+        problems.append(f"{row.title} {what} (in {listed(layers)} they are not): {MERGE}")
+    return problems
+
+
+def _uneven_experts(parts: Parts) -> list[str]:
+    """The layers of which some experts, or some of their matrices, have no adapter or one of another rank."""
+    layers: dict[str, dict[int, list[int]]] = {}
+    for name, pair in parts.pairs.items():
+        if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.\w+", name):
+            layers.setdefault(found[1], {}).setdefault(int(found[2]), []).append(pair.rank)
+    return [
+        layer
+        for layer, ranks in layers.items()
+        if sorted(ranks) != list(range(len(ranks)))
+        or any(len(r) != 3 for r in ranks.values())
+        or len({rank for r in ranks.values() for rank in r}) > 1
+    ]
 
 
 def head_of(key: str) -> str:

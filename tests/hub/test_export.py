@@ -101,7 +101,7 @@ def test_an_adapted_embedding_is_exported(consumer, tmp_path):
     base, x = build("llama")
     fields = {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"embed_tokens": 3}, "use_rslora": True}
     wanted = output(peft_folder(base, tmp_path / "a", **fields), x)
-    export_adapter(tmp_path / "a", tmp_path / "b", consumer)
+    export_adapter(tmp_path / "a", tmp_path / "b", consumer, base=base)
     for got in served(base, tmp_path / "b", consumer, x):
         torch.testing.assert_close(got, wanted, **CLOSE)
     with pytest.raises(AdapterFormatError, match="LoRAX would silently leave out the embeddings"):
@@ -314,6 +314,53 @@ def test_vllm_gets_the_head_of_a_classifier_and_the_others_refuse_it(tmp_path):
             export_adapter(tmp_path / "a", tmp_path / "c", consumer)
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_llama_cpp_gets_a_head_or_an_embedding_only_where_the_base_is_known_to_have_both(target, tmp_path):
+    tied, _ = build("llama-tied")
+    apart, _ = build("llama")
+    tied.save_pretrained(tmp_path / "tied")
+    peft_folder(apart, tmp_path / "a", target_modules=[target, "q_proj"])
+    for base in (tied, tmp_path / "tied"):
+        with pytest.raises(AdapterFormatError, match=rf"share one weight, which llama.cpp .*{target}.*: merge"):
+            export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp", base=base)
+    with pytest.raises(AdapterFormatError, match=r"may share one weight.*pass base="):
+        export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp")
+    edit_config(tmp_path / "a", base_model_name_or_path=str(tmp_path / "tied"))  # read where it lies here
+    with pytest.raises(AdapterFormatError, match=r"share one weight.*: merge"):
+        export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp")
+    assert not export_adapter(tmp_path / "a", tmp_path / "b", "vllm").notes
+    export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp", base=apart)
+
+
+def test_an_embedding_of_positions_is_refused_for_llama_cpp(tmp_path):
+    base, _ = build("gpt2")
+    peft_folder(base, tmp_path / "a", target_modules=["wpe"])
+    with pytest.raises(AdapterFormatError, match=r"no embedding but that of the tokens .*wpe"):
+        export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp", base=base)
+
+
+def test_an_architecture_on_which_llama_cpp_was_not_tried_is_said(folder, tmp_path):
+    base, _ = build("llama")
+    assert "tried" not in str(export_adapter(folder, tmp_path / "b", "llama.cpp", base=base))
+    assert "this base is not known (pass base=)" in str(export_adapter(folder, tmp_path / "b", "llama.cpp"))
+    base.__class__ = type("OtherForCausalLM", (type(base),), {})
+    assert "not with OtherForCausalLM: compare" in str(export_adapter(folder, tmp_path / "b", "llama.cpp", base=base))
+
+
+def test_the_size_is_said_and_that_merging_is_smaller_where_it_grows(folder, tmp_path):
+    base, _ = build("llama")
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    report = export_adapter(folder, tmp_path / "b", "vllm", base=base)
+    assert (report.size_before, report.size) == (size, (tmp_path / "b" / "adapter_model.safetensors").stat().st_size)
+    assert "merged" not in str(report)
+    peft_folder(base, tmp_path / "dora", target_modules=QV, use_dora=True)
+    report = export_adapter(tmp_path / "dora", tmp_path / "c", "vllm", base=base, tolerance=1e-6)
+    assert report.size > 1.5 * report.size_before
+    assert report.size_merged == 4 * sum(p.numel() for p in base.parameters())
+    said = f"merged into its base (lightning-lora merge) it is {report.size_merged / 1e6:.3g} MB"
+    assert said in str(report)
+
+
 # Refused, with nothing written.
 
 REFUSED = {
@@ -446,7 +493,7 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(folder, tmp_path):
 def test_the_config_has_every_field_of_peft_and_the_card_says_what_it_is_for(folder, tmp_path):
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\nMine.\n")
     edit_config(folder, base_model_name_or_path="user/base", task_type="CAUSAL_LM")
-    report = export_adapter(folder, tmp_path / "b", "llama.cpp")
+    report = export_adapter(folder, tmp_path / "b", "llama.cpp", base=build("llama")[0])
     assert config_of(tmp_path / "b").keys() == config_of(folder).keys()
     assert config_of(tmp_path / "b")["base_model_name_or_path"] == "user/base"
     card = (tmp_path / "b" / "README.md").read_text()
@@ -479,7 +526,7 @@ def test_every_key_is_one_that_vllm_and_the_converter_of_llama_cpp_read(tmp_path
     base, _ = build("llama")
     peft_folder(base, tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
     for consumer in ("vllm", "llama.cpp"):
-        export_adapter(tmp_path / "a", tmp_path / "b", consumer)
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer, base=base)
         keys = tensors_of(tmp_path / "b")
         assert all(re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", key) for key in keys)
         assert len(peft.adapted_names(keys)) == 3
