@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -247,14 +247,18 @@ def _parts(W: Tensor) -> list[Tensor]:
     return [getattr(W, part)() for part in _OF_SPARSE[W.layout]]
 
 
-def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, Any]:
-    """What `check_same_base` needs to know the base of `model` again (or of `root` in it), as plain values.
+def describe_base(
+    model: nn.Module, root: nn.Module | None = None, without: Collection[nn.Module] = ()
+) -> dict[str, Any]:
+    """What `check_same_base` needs to know the base of `model` again (or of `root` in it), as plain values; modules
+    `without` whose parameters an adapter that is not there yet will bring.
 
     It is remembered while the base is seen to be what it was (witness.py says how): reading all of it takes longer than
     reading or writing an adapter. `base_fingerprint` always reads it.
     """
     root = unwrapped(root or model)
-    base = base_parameters(model, root)
+    brought = {id(p) for module in without for p in module.parameters()}
+    base = [(name, p) for name, p in base_parameters(model, root) if id(p) not in brought]
     now = witness_of(base)
     if now is not None:
         now += tuple(
