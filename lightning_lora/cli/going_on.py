@@ -30,7 +30,7 @@ def start_from(settings: dict[str, Any], overrides: list[str]) -> None:
         config = node.pop("config", None) or {}
         known = {f.name: config[f.name] for f in fields(LoRAConfig) if f.name in config}
         asked = {name: value for name, value in known.items() if name in named or value != defaults[name]}
-        node.update(asked, adapter=adapter)
+        node.update(asked, adapter=adapter, **{name: settings[name] for name in ("subfolder", "ignore_fields")})
 
 
 def _is_callback(node: dict[str, Any]) -> bool:

@@ -29,6 +29,8 @@ class Settings:
     output: str
     model: Node
     revision: str | None
+    subfolder: str | None
+    ignore_fields: list[str]
     check_base: bool
 
 
@@ -57,7 +59,6 @@ def run(settings: dict[str, Any]) -> None:
 
     source = None if settings["model"] is None else build(settings, "model")
     output = Path(settings["output"]).expanduser()
-    report = merge_adapter(
-        settings["adapter"], source, output, revision=settings["revision"], check_base=settings["check_base"]
-    )
+    options = {name: settings[name] for name in ("revision", "subfolder", "ignore_fields", "check_base")}
+    report = merge_adapter(settings["adapter"], source, output, **options)
     print(f"{report}\nfolder: {shown(output)}")

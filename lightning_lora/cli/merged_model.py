@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,8 @@ def merge_adapter(
     output: Path,
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
+    ignore_fields: Collection[str] = (),
     check_base: bool = True,
 ) -> MergeReport:
     """Merge the adapter (a folder or an id on the Hub) into the model of `source` (None: the base that the adapter
@@ -84,13 +86,13 @@ def merge_adapter(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output={output} is there already. Choose a folder that is not, or that is empty.")
-    folder = adapter_folder(os.path.expanduser(adapter), revision)
+    folder = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
     check_folder(folder)
     config = read_config(folder)
     source = source or _named_base(config, folder)
     model = _loaded(source, config, folder)
     was_tied = _is_tied(model)  # an adapted layer shows another weight
-    load_adapter(model, folder, check_base=check_base)
+    load_adapter(model, folder, check_base=check_base, ignore_fields=ignore_fields)
     kept = shares_kept(model)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -57,6 +57,8 @@ class Settings:
     mode: Literal["min", "max"]
     evaluate_before: bool
     adapter: str | None
+    subfolder: str | None
+    ignore_fields: list[str]
     ckpt_path: str | None
     run_dir: str
 

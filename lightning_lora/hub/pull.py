@@ -143,8 +143,8 @@ def pull(
 
 
 def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
-    """A folder that exists as it is, what looks like an id on the Hub pulled with the `options` of `pull_adapter`; of
-    either, the `subfolder` among them."""
+    """A folder that exists as it is, what looks like an id on the Hub ("user/name", or "user/name@revision") pulled with
+    the `options` of `pull_adapter`; of either, the `subfolder` among them."""
     folder = local_path(folder_or_repo)
     if folder.exists():
         inside = options.get("subfolder") or ""
@@ -153,10 +153,13 @@ def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None 
         if revision is not None:
             raise ConfigError(f"{str(folder)!r} is a folder here, which has no revision {revision!r}. Leave it out.")
         return folder / inside
-    if not isinstance(folder_or_repo, str) or not _ID.fullmatch(folder_or_repo):
+    repo_id, at, named = str(folder_or_repo).partition("@")
+    if not isinstance(folder_or_repo, str) or not _ID.fullmatch(repo_id):
         return folder
+    if at and revision is not None:
+        raise ConfigError(f"{folder_or_repo!r} names its revision, and revision={revision!r} another: leave one out.")
     try:
-        return pull_adapter(folder_or_repo, revision, **options)
+        return pull_adapter(repo_id, named if at else revision, **options)
     except (HubNotFoundError, HubUnavailableError) as error:
         raise type(error)(f"There is no folder {folder_or_repo!r} here, nor can it be pulled: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,8 @@ class LoRACallback(Callback):
         config: LoRAConfig | None = None,
         *,
         adapter: str | os.PathLike[str] | None = None,
+        subfolder: str | None = None,
+        ignore_fields: Collection[str] = (),
         rank: int | None = None,
         alpha: float | None = None,
         dropout: float | None = None,
@@ -93,6 +95,8 @@ class LoRACallback(Callback):
             adapter: Start from this adapter, with a fresh optimizer: a folder in PEFT's format, or
                 "user/repo@revision" on the Hub. Its config is the file's; what is given besides must say the same. A
                 run that is resumed (ckpt_path) does not need it any more.
+            subfolder, ignore_fields: Where in `adapter` it lies, and which unknown fields of its config are passed over,
+                as in `load_adapter`.
             rank, alpha, dropout, target_modules, exclude_modules, modules_to_save, bias, use_rslora, use_dora, init:
                 The fields of a LoRAConfig that are set most, instead of `config`; None leaves one as it is there.
             lora_plus_ratio: The learning rate of every B as a multiple of its group's (LoRA+, arXiv:2402.12354).
@@ -133,7 +137,7 @@ class LoRACallback(Callback):
             check_strength(product_decay)
         if isinstance(init_batches, bool) or not isinstance(init_batches, int) or init_batches < 1:
             raise ConfigError(f"init_batches is a whole number from 1 on, not {init_batches!r}.")
-        self._origin = None if adapter is None else AdapterToGoOnFrom(adapter, config, given)
+        self._origin = None if adapter is None else AdapterToGoOnFrom(adapter, config, given, subfolder, ignore_fields)
         self.config = config if config is not None or adapter is not None else LoRAConfig(**given)
         """None where it is that of `adapter`, until that was read."""
         self.report: InjectionReport | None = None
