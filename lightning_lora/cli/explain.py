@@ -6,7 +6,7 @@ import errno
 import sys
 
 import yaml
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,6 +30,11 @@ PLUGINS = {
 
 def explain(error: Exception) -> str | None:
     """The message for `error`; None where it is no error of the user's, and its traceback is wanted."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read. A setting is written key=value; a value with brackets, commas, quotes "
+            "or = in it is quoted twice: 'key=\"value\"'."
+        )
     if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         return f"{error}{cause}"

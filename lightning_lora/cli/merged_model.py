@@ -122,21 +122,18 @@ def _loaded(source: ModelSource, config: Mapping[str, Any], folder: Path) -> Any
     Raises ConfigError where the base lacks weights that the adapter does not bring: they would be random.
     """
     task = config.get("task_type") or ""
-    options: dict[str, Any] = {"output_loading_info": True}
+    options: dict[str, Any] = {}
     if task in HEADS:
         name = HEADS[task]
         labels = _labels(config, folder)
         options |= {} if labels is None else {"num_labels": labels}
     else:
-        own = transformers.AutoConfig.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-        name = next(iter(own.architectures or []), "")
+        name = next(iter(source.config().architectures or []), "")
         name = name if hasattr(transformers, name) else OTHERS.get(task, "AutoModel")
-    loaded: Any = source.load(name, **options)
-    model, info = loaded
+    loaded: Any = source.load_and_random(name, **options)
+    model, missing = loaded
     brought = tuple(config.get("modules_to_save") or ())
-    random = [key for key in info["missing_keys"] if not any(f".{part}." in f".{key}" for part in brought)]
+    random = [key for key in missing if not any(f".{part}." in f".{key}" for part in brought)]
     if random:
         raise ConfigError(
             f"{source.name} as a {type(model).__name__} lacks {listed(random)}, and the adapter in {folder} does not "

@@ -143,7 +143,7 @@ def pull(
 
 
 def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
-    """A folder that exists as it is, what looks like an id on the Hub ("user/name", or "user/name@revision") pulled with
+    """A folder that exists as it is, what looks like an id on the Hub ("user/name", "user/name@revision") pulled with
     the `options` of `pull_adapter`; of either, the `subfolder` among them."""
     folder = local_path(folder_or_repo)
     if folder.exists():
