@@ -84,6 +84,9 @@ def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
     name = ours_for(name, names if parent else {k.rpartition(".")[2] for k in known})
     beside = [f"{parent}.{n}" if parent else n for n in closest(name, names, count=1)]
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]  # rank for lora.rank
+    if not elsewhere and not beside:  # settings that no file lists, such as callbacks.lora.check_base
+        nodes = [k.removesuffix("._target_") for k in known if k.endswith("._target_")]
+        elsewhere = [f"{k}.{name}" for k in nodes if name in parameter_names(OmegaConf.select(config, k))]
     meant = [*elsewhere, *beside] or ([] if names else closest(key, known, count=1))
     hint = f" Did you mean {meant[0]}?" if meant else ""
     if key in groups:

@@ -127,6 +127,8 @@ def _check_flags(arguments: list[str]) -> None:
         raise ConfigError("see --help, and --hydra-help for Hydra's own flags.") from None
     if unknown:
         raise ConfigError(f"there is no flag {unknown[0]}. See --help, and --hydra-help for Hydra's own.")
+    if args.config_dir and not os.path.isdir(args.config_dir):
+        raise ConfigError(f"--config-dir {args.config_dir}: there is no such folder.")
     if args.resolve and not args.cfg:
         raise ConfigError("--resolve goes with --cfg: --cfg job --resolve shows the settings without references.")
     if args.package and not args.cfg:

@@ -74,7 +74,7 @@ def write_table(sweep: Path) -> list[dict[str, Any]]:
         {name: s.get(name) for name in varied}
         | job.get("after", {})
         | {"seconds": job.get("seconds"), "folder": job["folder"]}
-        | ({"error": job["error"].splitlines()[0]} if "error" in job else {})
+        | ({"error": _first_said(job["error"])} if "error" in job else {})
         for job, s in zip(jobs, settings, strict=True)
     ]
     # A job that failed has fewer values: what came first in any row must not decide the order.
@@ -89,6 +89,12 @@ def write_table(sweep: Path) -> list[dict[str, Any]]:
             writer.writeheader()
             writer.writerows(rows)
     return rows
+
+
+def _first_said(error: str) -> str:
+    """The first line of an error; below a heading, the first line that it stands over."""
+    first, *others = error.splitlines()
+    return others[0].strip() if first.endswith(":") and others else first
 
 
 def _settings(job: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from omegaconf import OmegaConf
 
-from lightning_lora.cli.build import build, build_each
+from lightning_lora.cli.build import build, build_each, task_and_data
 from lightning_lora.cli.cores import use_available_cores
 from lightning_lora.cli.noise import quieten
 from lightning_lora.cli.results import CONFIG, METRICS, RESULTS, metrics_of, read_metrics, shown, write_json
@@ -101,8 +101,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         raise ConfigError(f"run_dir={folder} cannot be made: {error.strerror}.") from error
     _seed(settings)
     _check_optimizer(settings)
-    task: LightningModule = build(settings, "task")
-    data: LightningDataModule = build(settings, "data")
+    task, data = task_and_data(settings)
     _train_new_heads(settings, task)
     callbacks, bars = shows_progress(settings, [*build_each(settings, "callbacks"), MeasuredEnd()])
     trainer: Trainer = build(settings, "trainer", callbacks=callbacks, logger=build_each(settings, "logger"), **bars)

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora import load_adapter
-from lightning_lora.cli.build import build
+from lightning_lora.cli.build import build, task_and_data
 from lightning_lora.cli.cores import use_available_cores
 from lightning_lora.cli.noise import is_terminal, quieten
 from lightning_lora.errors import ConfigError
@@ -58,7 +58,7 @@ def trained(
     use_available_cores()
     if settings["seed"] is not None:
         pl.seed_everything(settings["seed"], workers=True, verbose=False)
-    task, data = build(settings, "task"), build(settings, "data")
+    task, data = task_and_data(settings)
     if settings["adapter"] is not None and not callbacks:
         reading = (settings[name] for name in ("adapter", "subfolder", "ignore_fields", "check_base"))
         callbacks = (LoadedAdapter(*reading),)

@@ -64,13 +64,14 @@ def pull_adapter(
 ) -> Path:
     """Fetch the adapter in the repository `repo_id` and check it; returns the folder that it lies in.
 
-    `revision` (a branch, a tag or a commit; by default "main") is resolved to a commit first, which everything comes
-    from; in it the adapter lies in `subfolder`, by default at the top. Only adapter_config.json,
-    adapter_model.safetensors and README.md are fetched, into the cache of huggingface_hub (`cache_dir`), and copied to
-    `local_dir` where that is given. Checked are: sizes before the download (tensors: `max_bytes`), checksums after it,
-    the config (types, ranges, no field that changes the base, no regular expression that hangs), and the tensors
-    (names, types, ranks, finite values). Whether it fits a model is checked by `load_adapter`. Fields of the config
-    that are not known here, and are not empty, are passed over where `ignore_fields` names them.
+    `revision` (a branch, a tag or a commit; "user/name@v1" says it too; by default "main") is resolved to a commit
+    first, which everything comes from; in it the adapter lies in `subfolder`, by default at the top. Only
+    adapter_config.json, adapter_model.safetensors and README.md are fetched, into the cache of huggingface_hub
+    (`cache_dir`), and copied to `local_dir` where that is given. Checked are: sizes before the download (tensors:
+    `max_bytes`), checksums after it, the config (types, ranges, no field that changes the base, no regular
+    expression that hangs), and the tensors (names, types, ranks, finite values). Whether it fits a model is checked by
+    `load_adapter`. Fields of the config that are not known here, and are not empty, are passed over where
+    `ignore_fields` names them.
 
     Offline (`local_files_only`, HF_HUB_OFFLINE, or a Hub that is out of reach) what was pulled before is checked again
     and handed out. `token` and `endpoint` are those of huggingface_hub unless given. `timeout` is in seconds, for an
@@ -111,6 +112,10 @@ def pull(
     ignore_fields: Collection[str] = (),
 ) -> Pulled:
     """`pull_adapter`, with what it did."""
+    if isinstance(repo_id, str) and "@" in repo_id:
+        if revision is not None:
+            raise ConfigError(f"{repo_id!r} names its revision, and revision={revision!r} another: leave one out.")
+        repo_id, _, revision = repo_id.partition("@")
     revision = "main" if revision is None else revision
     subfolder = subfolder or ""
     _check_arguments(repo_id, revision, subfolder, timeout)
@@ -153,13 +158,10 @@ def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None 
         if revision is not None:
             raise ConfigError(f"{str(folder)!r} is a folder here, which has no revision {revision!r}. Leave it out.")
         return folder / inside
-    repo_id, at, named = str(folder_or_repo).partition("@")
-    if not isinstance(folder_or_repo, str) or not _ID.fullmatch(repo_id):
+    if not isinstance(folder_or_repo, str) or not _ID.fullmatch(folder_or_repo.partition("@")[0]):
         return folder
-    if at and revision is not None:
-        raise ConfigError(f"{folder_or_repo!r} names its revision, and revision={revision!r} another: leave one out.")
     try:
-        return pull_adapter(repo_id, named if at else revision, **options)
+        return pull_adapter(folder_or_repo, revision, **options)
     except (HubNotFoundError, HubUnavailableError) as error:
         raise type(error)(f"There is no folder {folder_or_repo!r} here, nor can it be pulled: {error}") from error
 
