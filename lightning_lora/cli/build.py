@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule
 
 OTHERS = ("lightning", "torch", "transformers")
 """Packages whose constructors say in an error what is wrong with a setting; elsewhere it may be a fault in code."""
@@ -40,6 +43,21 @@ def build(settings: dict[str, Any], where: str, **arguments: Any) -> Any:
         if isinstance(cause, REFUSALS) and node["_target_"].partition(".")[0] in OTHERS:
             raise ConfigError(f"{where}: {cause}") from cause
         raise cause if isinstance(cause, Exception) else error from None
+
+
+def task_and_data(settings: dict[str, Any]) -> tuple[LightningModule, LightningDataModule]:
+    """The objects that `task` and `data` describe. Raises ConfigError where they are of another kind."""
+    from lightning.pytorch import LightningDataModule, LightningModule
+
+    built: list[Any] = []
+    for where, kind in (("task", LightningModule), ("data", LightningDataModule)):
+        it = build(settings, where)
+        if not isinstance(it, kind):
+            made = f"{settings[where]['_target_']} makes a {type(it).__name__}"
+            raise ConfigError(f"{where}._target_: {made}, and a {kind.__name__} is needed.")
+        built.append(it)
+    task, data = built
+    return task, data
 
 
 def build_each(settings: dict[str, Any], where: str) -> list[Any]:

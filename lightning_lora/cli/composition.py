@@ -6,6 +6,9 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_module
@@ -20,7 +23,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_lora.cli.signature import parameter_names
-from lightning_lora.errors import ConfigError, listed
+from lightning_lora.errors import ConfigError, closest, listed
 
 CONFIG_MODULE = "lightning_lora.conf"
 
@@ -89,6 +92,8 @@ def composed(config_name: str, arguments: list[str], but: str | None = None) -> 
                 if but is None or key is None or key in left_out:
                     raise
                 left_out.add(key)
+            except ValueError as error:  # of Hydra's own code, for what it cannot take apart
+                raise ConfigError(f"{error}. The settings: {' '.join(kept)}") from error
 
 
 def with_pluses(config_name: str, arguments: list[str]) -> list[str]:
@@ -111,6 +116,26 @@ def with_pluses(config_name: str, arguments: list[str]) -> list[str]:
                 raise
             # Two, since a job of a sweep may have the setting from its option of a group.
             arguments = [f"++{a}" if a.startswith(f"{key}=") else a for a in arguments]
+
+
+def with_model_names(arguments: list[str]) -> list[str]:
+    """`arguments` with `model=NAME`, where NAME is no option of the group nor close to one, as the settings meant."""
+    result = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        name = value.strip("'\"")
+        if key != "model" or name in ("", "null") or "," in name or _is_near_an_option(name, arguments):
+            result.append(argument)
+        else:
+            result += ["model=pretrained", f"model.name='{name}'"]
+    return result
+
+
+def _is_near_an_option(name: str, arguments: list[str]) -> bool:
+    folder = next((a for flag, a in pairwise(arguments) if flag in ("--config-dir", "-cd")), None)
+    own = folder is not None and (Path(folder) / "model" / f"{name}.yaml").is_file()
+    options = [p.name.removesuffix(".yaml") for p in files(CONFIG_MODULE).joinpath("model").iterdir()]
+    return own or name in options or (bool(closest(name, options)) and not Path(name).exists())
 
 
 def keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

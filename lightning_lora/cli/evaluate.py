@@ -29,6 +29,9 @@ class Settings:
     optimizer: Node
     scheduler: Node
     adapter: str | None = field(metadata={"missing": ADAPTER_MISSING})
+    subfolder: str | None
+    ignore_fields: list[str]
+    check_base: bool
     ckpt_path: str | None
     split: Literal["validation", "test"]
     seed: int | None

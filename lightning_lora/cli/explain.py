@@ -6,7 +6,7 @@ import errno
 import sys
 
 import yaml
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,6 +30,11 @@ PLUGINS = {
 
 def explain(error: Exception) -> str | None:
     """The message for `error`; None where it is no error of the user's, and its traceback is wanted."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read. A setting is written key=value; a value with brackets, commas, quotes "
+            "or = in it is quoted twice: 'key=\"value\"'."
+        )
     if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         return f"{error}{cause}"
@@ -81,6 +86,9 @@ def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
     name = ours_for(name, names if parent else {k.rpartition(".")[2] for k in known})
     beside = [f"{parent}.{n}" if parent else n for n in closest(name, names, count=1)]
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]  # rank for lora.rank
+    if not elsewhere and not beside:  # settings that no file lists, such as callbacks.lora.check_base
+        nodes = [k.removesuffix("._target_") for k in known if k.endswith("._target_")]
+        elsewhere = [f"{k}.{name}" for k in nodes if name in parameter_names(OmegaConf.select(config, k))]
     meant = [*elsewhere, *beside] or ([] if names else closest(key, known, count=1))
     hint = f" Did you mean {meant[0]}?" if meant else ""
     if key in groups:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_lora.cli.commands import docstring
-from lightning_lora.cli.composition import CONFIG_MODULE, rehearsal, with_pluses
+from lightning_lora.cli.composition import CONFIG_MODULE, rehearsal, with_model_names, with_pluses
 from lightning_lora.cli.cores import wait_without_spinning
 from lightning_lora.cli.explain import explain, explain_composition
 from lightning_lora.cli.finished_run import with_finished_run
@@ -47,6 +48,8 @@ def launch(command: str, arguments: list[str]) -> int:
     module = import_module(f"lightning_lora.cli.{command}")
     if hasattr(module, "overrides"):  # of a command with flags of its own
         arguments = module.overrides(arguments)
+    if any(field.name == "model" for field in fields(module.Settings)):
+        arguments = with_model_names(arguments)
     arguments = flags_first(arguments)
     program = str(Path(sys.argv[0]).absolute())
     SweepTable.failed = status = 0
@@ -55,6 +58,7 @@ def launch(command: str, arguments: list[str]) -> int:
 
     def job(config: DictConfig) -> Any:
         nonlocal status, failure
+        quieten_imports()  # once more, where a launcher has begun another process
         with _process(_job_argv(program, command, arguments), full_error=before):
             try:
                 return module.run(_settings(config, module.Settings))
@@ -123,6 +127,8 @@ def _check_flags(arguments: list[str]) -> None:
         raise ConfigError("see --help, and --hydra-help for Hydra's own flags.") from None
     if unknown:
         raise ConfigError(f"there is no flag {unknown[0]}. See --help, and --hydra-help for Hydra's own.")
+    if args.config_dir and not os.path.isdir(args.config_dir):
+        raise ConfigError(f"--config-dir {args.config_dir}: there is no such folder.")
     if args.resolve and not args.cfg:
         raise ConfigError("--resolve goes with --cfg: --cfg job --resolve shows the settings without references.")
     if args.package and not args.cfg:

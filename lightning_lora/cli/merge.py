@@ -10,13 +10,10 @@ It says how much of the update survives the base's precision; model.dtype=float3
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lightning_lora.cli.build import build
-from lightning_lora.cli.composition import CONFIG_MODULE
 from lightning_lora.cli.results import shown
 from lightning_lora.cli.schema import Node
 
@@ -29,26 +26,9 @@ class Settings:
     output: str
     model: Node
     revision: str | None
+    subfolder: str | None
+    ignore_fields: list[str]
     check_base: bool
-
-
-def overrides(arguments: list[str]) -> list[str]:
-    """`arguments` with `model=NAME`, where NAME is no option of the group, as the setting that it means."""
-    result = []
-    for argument in arguments:
-        key, _, name = argument.partition("=")
-        if key != "model" or name in ("", "null") or _is_option(name, arguments):
-            result.append(argument)
-        else:
-            quoted = name if name[:1] in "'\"" else f"'{name}'"
-            result += ["model=pretrained", f"model.name={quoted}"]
-    return result
-
-
-def _is_option(name: str, arguments: list[str]) -> bool:
-    folder = next((a for flag, a in pairwise(arguments) if flag in ("--config-dir", "-cd")), None)
-    own = folder is not None and (Path(folder) / "model" / f"{name}.yaml").is_file()
-    return own or files(CONFIG_MODULE).joinpath("model", f"{name}.yaml").is_file()
 
 
 def run(settings: dict[str, Any]) -> None:
@@ -57,7 +37,6 @@ def run(settings: dict[str, Any]) -> None:
 
     source = None if settings["model"] is None else build(settings, "model")
     output = Path(settings["output"]).expanduser()
-    report = merge_adapter(
-        settings["adapter"], source, output, revision=settings["revision"], check_base=settings["check_base"]
-    )
+    options = {name: settings[name] for name in ("revision", "subfolder", "ignore_fields", "check_base")}
+    report = merge_adapter(settings["adapter"], source, output, **options)
     print(f"{report}\nfolder: {shown(output)}")

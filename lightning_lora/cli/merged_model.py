@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ def merge_adapter(
     output: Path,
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
+    ignore_fields: Collection[str] = (),
     check_base: bool = True,
 ) -> MergeReport:
     """Merge the adapter (a folder or an id on the Hub) into the model of `source` (None: the base that the adapter
@@ -85,13 +87,13 @@ def merge_adapter(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output={output} is there already. Choose a folder that is not, or that is empty.")
-    folder = adapter_folder(os.path.expanduser(adapter), revision)
+    folder = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
     check_folder(folder)
     config = read_config(folder)
     source = source or _named_base(config, folder)
     model = _loaded(source, config, folder)
     was_tied = _is_tied(model)  # an adapted layer shows another weight
-    load_adapter(model, folder, check_base=check_base)
+    load_adapter(model, folder, check_base=check_base, ignore_fields=ignore_fields)
     kept = shares_kept(model)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -123,21 +125,18 @@ def _loaded(source: ModelSource, config: Mapping[str, Any], folder: Path) -> Any
     Raises ConfigError where the base lacks weights that the adapter does not bring: they would be random.
     """
     task = config.get("task_type") or ""
-    options: dict[str, Any] = {"output_loading_info": True}
+    options: dict[str, Any] = {}
     if task in HEADS:
         name = HEADS[task]
         labels = _labels(config, folder)
         options |= {} if labels is None else {"num_labels": labels}
     else:
-        own = transformers.AutoConfig.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-        name = next(iter(own.architectures or []), "")
+        name = next(iter(source.config().architectures or []), "")
         name = name if hasattr(transformers, name) else OTHERS.get(task, "AutoModel")
-    loaded: Any = source.load(name, **options)
-    model, info = loaded
+    loaded: Any = source.load_and_random(name, **options)
+    model, missing = loaded
     brought = tuple(config.get("modules_to_save") or ())
-    random = [key for key in info["missing_keys"] if not any(f".{part}." in f".{key}" for part in brought)]
+    random = [key for key in missing if not any(f".{part}." in f".{key}" for part in brought)]
     if random:
         raise ConfigError(
             f"{source.name} as a {type(model).__name__} lacks {listed(random)}, and the adapter in {folder} does not "

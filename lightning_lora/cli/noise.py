@@ -19,7 +19,7 @@ POINTLESS = (
     r".*does not have many workers",  # the data's own setting, right for data in memory
     r".*The number of training batches .* is smaller than the logging interval",  # epochs are logged all the same
 )
-LOADED = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+LOADED = ("torchao", "torch.utils._pytree", "alembic", "bitsandbytes")
 """Loggers that complain while their modules are imported, of libraries for other processors and of each other."""
 REPEATED = ("huggingface_hub", "datasets")
 """Loggers that write to the screen themselves and pass the same line on to the root logger, which writes it again."""
@@ -48,10 +48,13 @@ def quieten(is_adapted: bool = True) -> None:
     this package says."""
     from lightning.pytorch.utilities import rank_zero
 
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for message in (*POINTLESS, *([NOT_WITH_LORA] if is_adapted else [])):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if logging.root.handlers:  # in a process of joblib's or submitit's, Lightning's own handler says all once more
+        logging.getLogger("lightning").handlers.clear()
     said = logging.getLogger(rank_zero.__name__)
     said.setLevel(logging.INFO)
     if _is_ours not in said.filters:

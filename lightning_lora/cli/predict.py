@@ -34,6 +34,9 @@ class Settings:
     optimizer: Node
     scheduler: Node
     adapter: str | None = field(metadata={"missing": ADAPTER_MISSING})
+    subfolder: str | None
+    ignore_fields: list[str]
+    check_base: bool
     adapter_column: str | None
     ckpt_path: str | None
     seed: int | None
@@ -50,7 +53,7 @@ def run(settings: dict[str, Any]) -> None:
     if column is None:
         trainer, task, data = trained(settings)
     else:
-        trainer, task, data = trained(settings, _each_by(column, settings["adapter"]))
+        trainer, task, data = trained(settings, _each_by(column, settings))
         if isinstance(data, SourceData):
             data.adapter_column = column
     with fetched(settings["ckpt_path"]) as checkpoint:
@@ -84,12 +87,14 @@ def _short(row: Any) -> str:
     return "{" + ", ".join(f"{json.dumps(str(key))}: {line}" for key, line in zip(row, lines, strict=True)) + "}"
 
 
-def _each_by(column: str, folder: str | None) -> Any:
+def _each_by(column: str, settings: dict[str, Any]) -> Any:
     from lightning_lora.training.adapter_column import AdapterColumn
 
+    folder, inside = settings["adapter"], settings["subfolder"]
     if folder is None:
         raise ConfigError(f"adapter_column={column} needs adapter=FOLDER, the folder in which the adapters lie.")
-    return AdapterColumn(folder, column)
+    options = {name: settings[name] for name in ("check_base", "ignore_fields")}
+    return AdapterColumn(Path(folder, inside or ""), column, **options)
 
 
 def rows(batch: Any) -> Iterator[Any]:

@@ -102,7 +102,12 @@ def type_problem(function: Callable[..., Any], name: str, value: Any) -> str | N
             adapter = TypeAdapter(annotation)
         adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError:
-        return f"{json.dumps(value)} is not of the type {_written(parameter, annotation)}."
+        try:
+            adapter.validate_json(json.dumps([value]), strict=True)
+            hint = f" Write {name}=[{value}]."
+        except ValidationError:
+            hint = ""
+        return f"{json.dumps(value)} is not of the type {_written(parameter, annotation)}.{hint}"
     except (PydanticUserError, PydanticUndefinedAnnotation, TypeError, NameError):
         return None  # an annotation that only a type checker understands
     return None

@@ -90,7 +90,7 @@ def write_table(sweep: Path, earlier: Mapping[Path, Version] | None = None) -> l
         {name: s.get(name) for name in varied}
         | job.get("after", {})
         | {"seconds": job.get("seconds"), "folder": job["folder"]}
-        | ({"error": job["error"].splitlines()[0]} if "error" in job else {})
+        | ({"error": _first_said(job["error"])} if "error" in job else {})
         for job, s in zip(jobs, settings, strict=True)
     ]
     # A job that failed has fewer values: what came first in any row must not decide the order.
@@ -111,6 +111,12 @@ def _results(sweep: Path) -> dict[Path, Version]:
     """The files of results in folders below `sweep`, of whatever depth."""
     paths = (path for path in sweep.rglob(RESULTS) if path.parent != sweep)
     return {path: ((stat := path.stat()).st_ino, stat.st_mtime_ns) for path in paths}
+
+
+def _first_said(error: str) -> str:
+    """The first line of an error; below a heading, the first line that it stands over."""
+    first, *others = error.splitlines()
+    return others[0].strip() if first.endswith(":") and others else first
 
 
 def _settings(job: dict[str, Any]) -> dict[str, Any]:

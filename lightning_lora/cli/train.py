@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from omegaconf import OmegaConf
 
-from lightning_lora.cli.build import build, build_each
+from lightning_lora.cli.build import build, build_each, task_and_data
 from lightning_lora.cli.cores import use_available_cores
 from lightning_lora.cli.noise import quieten
 from lightning_lora.cli.results import CONFIG, METRICS, RESULTS, metrics_of, read_metrics, shown, write_json
@@ -57,6 +57,8 @@ class Settings:
     mode: Literal["min", "max"]
     evaluate_before: bool
     adapter: str | None
+    subfolder: str | None
+    ignore_fields: list[str]
     ckpt_path: str | None
     run_dir: str
 
@@ -99,8 +101,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         raise ConfigError(f"run_dir={folder} cannot be made: {error.strerror}.") from error
     _seed(settings)
     _check_optimizer(settings)
-    task: LightningModule = build(settings, "task")
-    data: LightningDataModule = build(settings, "data")
+    task, data = task_and_data(settings)
     _train_new_heads(settings, task)
     earlier = EarlierMetrics(folder)
     callbacks, bars = shows_progress(settings, [*build_each(settings, "callbacks"), MeasuredEnd(), earlier])

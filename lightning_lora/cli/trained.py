@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora import load_adapter
-from lightning_lora.cli.build import build
+from lightning_lora.cli.build import build, task_and_data
 from lightning_lora.cli.cores import use_available_cores
 from lightning_lora.cli.noise import is_terminal, quieten
 from lightning_lora.errors import ConfigError
@@ -18,19 +19,21 @@ from lightning_lora.hub.pull import adapter_folder
 
 
 class LoadedAdapter(pl.Callback):
-    """Puts the adapter in a folder, or on the Hub, onto the model, right after the model is built and before it moves
-    to its device."""
+    """Puts the adapter onto the model, right after the model is built and before it moves to its device."""
 
-    def __init__(self, adapter: str) -> None:
-        self.folder = str(adapter_folder(adapter))
-        if not Path(self.folder).is_dir():
-            raise ConfigError(f"adapter={adapter}: there is no such folder.")
+    def __init__(self, adapter: str, subfolder: str | None, ignore_fields: list[str], check_base: bool) -> None:
+        folder = adapter_folder(os.path.expanduser(adapter), subfolder=subfolder, ignore_fields=ignore_fields)
+        if not folder.is_dir():
+            raise ConfigError(f"adapter={adapter}: there is no such folder ({folder}).")
+        self.load = functools.partial(
+            load_adapter, folder_or_repo=folder, check_base=check_base, ignore_fields=ignore_fields
+        )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Layers may be built by the module's own hooks, which run after this one: load after the last of them.
         last = next((hook for hook in ("configure_model", "setup") if is_overridden(hook, pl_module)), None)
         if last is None:
-            load_adapter(pl_module, self.folder)
+            self.load(pl_module)
             return
         build_layers = getattr(pl_module, last)
 
@@ -38,7 +41,7 @@ class LoadedAdapter(pl.Callback):
         def build_and_load(*args: Any, **kwargs: Any) -> None:
             setattr(pl_module, last, build_layers)
             build_layers(*args, **kwargs)
-            load_adapter(pl_module, self.folder)
+            self.load(pl_module)
 
         setattr(pl_module, last, build_and_load)
 
@@ -55,9 +58,10 @@ def trained(
     use_available_cores()
     if settings["seed"] is not None:
         pl.seed_everything(settings["seed"], workers=True, verbose=False)
-    task, data = build(settings, "task"), build(settings, "data")
+    task, data = task_and_data(settings)
     if settings["adapter"] is not None and not callbacks:
-        callbacks = (LoadedAdapter(settings["adapter"]),)
+        reading = (settings[name] for name in ("adapter", "subfolder", "ignore_fields", "check_base"))
+        callbacks = (LoadedAdapter(*reading),)
     bars = {} if is_terminal() else {"enable_progress_bar": False}
     trainer = build(settings, "trainer", callbacks=list(callbacks), logger=False, enable_checkpointing=False, **bars)
     return trainer, task, data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -284,14 +284,18 @@ def _parts(W: Tensor) -> list[Tensor]:
     return [getattr(W, part)() for part in _OF_SPARSE[W.layout]]
 
 
-def describe_base(model: nn.Module, root: nn.Module | None = None) -> dict[str, Any]:
-    """A description of the base of `model` (or of `root` in it), as plain values, for `check_same_base`.
+def describe_base(
+    model: nn.Module, root: nn.Module | None = None, without: Collection[nn.Module] = ()
+) -> dict[str, Any]:
+    """A description of the base of `model` (or of `root` in it), as plain values, for `check_same_base`. It leaves out
+    the modules `without`, whose parameters an adapter will bring.
 
     It is cached while the base is seen to be unchanged (witness.py says how), since to read the whole base takes longer
     than to read or write an adapter. `base_fingerprint` always reads the base.
     """
     root = unwrapped(root or model)
-    base = base_parameters(model, root)
+    brought = {id(p) for module in without for p in module.parameters()}
+    base = [(name, p) for name, p in base_parameters(model, root) if id(p) not in brought]
     now = witness_of(base)
     if now is not None:
         now += tuple(

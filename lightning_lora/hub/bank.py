@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from lightning_lora.engine import LoRAConfig, adapters
 from lightning_lora.engine.bank import Bank, LayerFactors
 from lightning_lora.engine.layers import FACTORS
 from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE, START
-from lightning_lora.engine.state import compare_bases, describe_base
+from lightning_lora.engine.state import adapter_tensors, compare_bases, describe_base
+from lightning_lora.engine.storage import can_be_dense, dense
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.errors import AdapterFormatError, ConfigError, TargetError, listed
 from lightning_lora.hub import peft
@@ -26,6 +27,8 @@ from lightning_lora.hub.local import local_path
 from lightning_lora.hub.matching import Fit, fit
 from lightning_lora.hub.reading import CONFIG, Header, check_folder, open_tensors
 from lightning_lora.hub.roots import adapter_root, place_of
+
+USUAL_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,28 @@ class _Part:
     scale: float
     magnitude: str | None
     bias: str | None
+
+    def factors(self, tensors: Any) -> LayerFactors:
+        magnitude, bias = (None if key is None else tensors[key] for key in (self.magnitude, self.bias))
+        return LayerFactors(tensors[self.A], tensors[self.B], self.scale, magnitude, bias)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A linear layer that was trained whole, such as a head: W' x + b' = W x + b + (W' - W) x + (b' - b) is an update
+    of the rank that W can have."""
+
+    layer: nn.Linear
+    weight: str
+    bias: str | None
+
+    def factors(self, tensors: Any) -> LayerFactors:
+        W, b = self.layer._parameters["weight"], self.layer._parameters["bias"]
+        assert W is not None
+        change = _less(tensors[self.weight], dense(self.layer, W))
+        one = torch.eye(min(change.shape), dtype=change.dtype, device=change.device)
+        A, B = (change, one) if change.shape[0] <= change.shape[1] else (one, change)
+        return LayerFactors(A, B, 1.0, None, None if self.bias is None or b is None else _less(tensors[self.bias], b))
 
 
 class AdapterBank(Bank):
@@ -56,7 +81,7 @@ class AdapterBank(Bank):
         self,
         model: nn.Module,
         capacity: int = 64,
-        max_rank: int = 16,
+        max_rank: int = USUAL_RANK,
         *,
         target_modules: str | list[str] = "all-linear",
         exclude_modules: str | list[str] | None = None,
@@ -90,8 +115,8 @@ class AdapterBank(Bank):
             store=store,
         )
         self._names = {id(cell.module): name for name, cell in self._cells.items()}
-        self._fits: dict[Any, tuple[Fit, dict[str, _Part]]] = {}
-        self._bases: dict[int, dict[str, Any]] = {}
+        self._fits: dict[Any, tuple[Fit, dict[str, _Part | _Whole]]] = {}
+        self._bases: dict[tuple[int, ...], dict[str, Any]] = {}
 
     @classmethod
     def from_folders(
@@ -110,7 +135,7 @@ class AdapterBank(Bank):
         those of AdapterBank. Raises as AdapterBank and `add` do; `model` is then as it was.
         """
         named = _named_folders(folders)
-        modules, rank = _adapted(model, named, ignore_fields)
+        modules, rank = _adapted(model, named, ignore_fields, settings.get("max_rank"))
         targets = "|".join(map(re.escape, modules))  # as a list, "fc" would mean every module that ends so
         bank = cls(model, min(capacity, len(named)), **{"max_rank": rank, "target_modules": targets, **settings})
         try:
@@ -137,6 +162,9 @@ class AdapterBank(Bank):
         of `pull_adapter`), a state dict of PEFT's keys or of `adapter_state_dict` (with its `config`), or a model that
         has adapters, such as one that was just trained. Fields of a folder's config that are not known here, and are
         not empty, are passed over where `ignore_fields` names them.
+
+        A linear head that was trained whole is an update of the rank that its weight can have, and is served where the
+        bank has that layer as a target and that rank.
 
         With `replace` it takes the place of one of the same name; batches that run with that one end as they began.
         Raises AdapterFormatError for what does not fit the model or the bank, BaseMismatchError where it was trained on
@@ -171,7 +199,8 @@ class AdapterBank(Bank):
         with open_tensors(folder) as file:
             plan, parts = self._parts(config, file.header, str(folder))
             if check_base and "base_fingerprint" in file.header.note:
-                self._check_base(file.header.note, plan.root, str(folder))
+                heads = [part.layer for part in parts.values() if isinstance(part, _Whole)]
+                self._check_base(file.header.note, plan.root, heads, str(folder))
             return _read(plan, parts, file.at_once() if not plan.base else file)
 
     def _of_state_dict(self, tensors: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, LayerFactors]:
@@ -203,25 +232,27 @@ class AdapterBank(Bank):
 
         _, injection = only_injection(model)
         _check_acts_everywhere(injection.config, "The model")
-        if injection.trained_whole:
-            raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(injection.trained_whole)))
         prefix, _ = adapter_root(model)
+        own = adapter_tensors(model)
+        tensors = {name.removeprefix(f"{prefix}.") if prefix else name: tensor for name, tensor in own.items()}
         adapted = {name.removeprefix(f"{prefix}.") if prefix else name: module for name, module in adapters(model)}
         place = place_of(self.model, adapted.keys(), prefix)
-        ours, _ = place or adapter_root(self.model)
+        ours, root = place or adapter_root(self.model)
+        keys = {name: name for name in tensors if name.rpartition(".")[2] not in START}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         factors = {}
-        for relative, module in adapted.items():
-            foreign = [f"{relative}.{part}" for part in module.lora_names if part not in (*_PARTS, *START)]
-            if foreign:
-                raise AdapterFormatError(_NOT_SERVED.format(what="The model", names=listed(foreign)))
+        for relative, parts in _by_module(keys, shapes, root, self.max_rank, "The model").items():
+            name = f"{ours}.{relative}" if ours else relative
+            if relative not in adapted:
+                factors[name] = _whole(submodule(root, relative), parts).factors(tensors)
+                continue
+            module = adapted[relative]
             A, B = module.factors(dropped=False)
             magnitude, bias = (getattr(module, part, None) for part in (MAGNITUDE, BIAS))
-            factors[f"{ours}.{relative}" if ours else relative] = LayerFactors(
-                A.detach(), B.detach(), module.lora.scale, magnitude, bias
-            )
+            factors[name] = LayerFactors(A.detach(), B.detach(), module.lora.scale, magnitude, bias)
         return factors
 
-    def _parts(self, config: LoRAConfig, header: Header, where: str) -> tuple[Fit, dict[str, _Part]]:
+    def _parts(self, config: LoRAConfig, header: Header, where: str) -> tuple[Fit, dict[str, _Part | _Whole]]:
         """How the file lies on the model, and which keys are which layer's. Files of one kind are matched once."""
         key = _kind(config, header)
         found = self._fits.get(key)
@@ -232,35 +263,84 @@ class AdapterBank(Bank):
             self._fits[key] = found = (plan, self._layers(plan, config))
         return replace(found[0], where=where), found[1]
 
-    def _layers(self, plan: Fit, config: LoRAConfig) -> dict[str, _Part]:
-        tensors: dict[str, dict[str, str]] = {}
-        for name, (key, *_) in plan.sources.items():
-            module, _, last = name.rpartition(".")
-            tensors.setdefault(module, {})[last] = key
-        whole = [f"{module}.{part}" for module, parts in tensors.items() for part in parts if part not in _PARTS]
-        if whole or plan.kept:
-            raise AdapterFormatError(_NOT_SERVED.format(what=plan.where, names=listed([*whole, *plan.kept])))
-        layers = {}
-        for module, parts in tensors.items():
+    def _layers(self, plan: Fit, config: LoRAConfig) -> dict[str, _Part | _Whole]:
+        layers: dict[str, _Part | _Whole] = {}
+        for module, parts in _parts_in(plan, self.max_rank).items():
             target = submodule(plan.root, module)
             name = self._names.get(id(target), module)
+            if "weight" in parts:
+                layers[name] = _whole(target, parts)
+                continue
             A, B, magnitude, bias = (parts.get(part) for part in _PARTS)
             assert A is not None
             assert B is not None, "`fit` has found both"
             layers[name] = _Part(A, B, config.scale_of(module), magnitude, bias)
         return layers
 
-    def _check_base(self, note: Mapping[str, Any], root: nn.Module, where: str) -> None:
-        if id(root) not in self._bases:  # read once: the weights do not change while the bank serves
-            self._bases[id(root)] = describe_base(self.model, root)
-        compare_bases(note, self._bases[id(root)], what=f"The adapter in {where}", model=type(root).__name__)
+    def _check_base(self, note: Mapping[str, Any], root: nn.Module, heads: list[nn.Linear], where: str) -> None:
+        key = (id(root), *map(id, heads))
+        if key not in self._bases:  # read once: the weights do not change while the bank serves
+            self._bases[key] = describe_base(self.model, root, without=heads)
+        compare_bases(note, self._bases[key], what=f"The adapter in {where}", model=type(root).__name__)
 
 
 _PARTS = (*FACTORS, MAGNITUDE, BIAS)
 _NOT_SERVED = (
-    "{what} has {names}. A bank serves low-rank updates of its layers, not what was trained whole (modules_to_save, "
-    "biases, tokens) nor parameters that a layer has beside its weight: use load_adapter for this one."
+    "{what} has {names}. A bank serves low-rank updates of its layers and linear heads that were trained whole, not "
+    "other modules_to_save, biases or tokens, nor parameters that a layer has beside its weight: use load_adapter for "
+    "this one."
 )
+_TOO_WIDE = (
+    "{what} has {name}, which was trained whole. A bank serves it as an update of rank {rank}, and has max_rank="
+    "{max_rank}: make the bank with max_rank={rank} (its memory grows with it), or use load_adapter for this one."
+)
+
+
+def _parts_in(plan: Fit, max_rank: int) -> dict[str, dict[str, str]]:
+    keys = {name: key for name, (key, *_) in plan.sources.items()}
+    return _by_module(keys, plan.shapes, plan.root, max_rank, plan.where, plan.kept)
+
+
+def _by_module(
+    keys: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    root: nn.Module,
+    max_rank: int,
+    what: str,
+    refused: Iterable[str] = (),
+) -> dict[str, dict[str, str]]:
+    """Module of `root` -> what an adapter has of it by its own name -> its key. Raises AdapterFormatError for what a
+    bank has no place for."""
+    modules: dict[str, dict[str, str]] = {}
+    for name, key in keys.items():
+        module, _, last = name.rpartition(".")
+        modules.setdefault(module, {})[last] = key
+    refused = list(refused)
+    for module, parts in modules.items():
+        if parts.keys() <= {"weight", "bias"} and "weight" in parts and _is_head(submodule(root, module)):
+            rank = min(shapes[parts["weight"]])
+            if rank > max_rank:
+                raise AdapterFormatError(_TOO_WIDE.format(what=what, name=module, rank=rank, max_rank=max_rank))
+        else:
+            refused += [f"{module}.{part}" for part in parts if part not in _PARTS]
+    if refused:
+        raise AdapterFormatError(_NOT_SERVED.format(what=what, names=listed(refused)))
+    return modules
+
+
+def _whole(layer: nn.Module, parts: Mapping[str, str]) -> _Whole:
+    assert isinstance(layer, nn.Linear)
+    return _Whole(layer, parts["weight"], parts.get("bias"))
+
+
+def _is_head(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and layer._parameters.get("weight") is not None and can_be_dense(layer.weight)
+
+
+def _less(trained: Tensor, base: Tensor) -> Tensor:
+    """trained - base, in no less than float32."""
+    dtype = torch.promote_types(torch.promote_types(trained.dtype, base.dtype), torch.float32)
+    return trained.detach().to(base.device, dtype) - base.detach().to(dtype)
 
 
 def _named_folders(folders: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str]) -> dict[str, Path]:
@@ -278,27 +358,31 @@ def _named_folders(folders: Mapping[str, str | os.PathLike[str]] | str | os.Path
     return named
 
 
-def _adapted(model: nn.Module, named: Mapping[str, Path], ignore_fields: Collection[str]) -> tuple[list[str], int]:
-    """Which modules of `model` the adapters in these folders adapt, and their largest rank."""
+def _adapted(
+    model: nn.Module, named: Mapping[str, Path], ignore_fields: Collection[str], max_rank: int | None
+) -> tuple[list[str], int]:
+    """Which modules of `model` the adapters in these folders adapt, and their largest rank. A head that was trained
+    whole counts with its own, unless that is larger than `max_rank` or, where it is None, than is usual."""
     names = {id(module): name for name, module in Tree.of(model).modules}
-    modules: dict[str, None] = {}
-    rank, kinds = 1, set()
+    plans: dict[Any, Fit] = {}
+    rank = 1
     for folder in named.values():
         check_folder(folder)
         config = checked_config(folder, ignore_fields)
         with open_tensors(folder) as file:
             header = file.header
-        if (kind := _kind(config, header)) in kinds:
+        if (kind := _kind(config, header)) in plans:
             continue
-        kinds.add(kind)
-        plan = _fitting(model, config, header, str(folder))
-        for source in plan.sources:
-            layer, _, part = source.rpartition(".")
-            if part in FACTORS:
-                modules[names[id(submodule(plan.root, layer))]] = None
-                rank = max(rank, config.rank_of(layer))
-    if not modules:
-        raise AdapterFormatError(_NOT_SERVED.format(what=listed(map(str, named.values())), names="no low-rank update"))
+        plans[kind] = plan = _fitting(model, config, header, str(folder))
+        adapted = [source.rpartition(".") for source in plan.sources]
+        rank = max([rank, *(config.rank_of(layer) for layer, _, part in adapted if part in FACTORS)])
+    modules: dict[str, None] = {}
+    widest = max(rank, USUAL_RANK) if max_rank is None else max_rank
+    for plan in plans.values():
+        for layer, parts in _parts_in(plan, widest).items():
+            modules[names[id(submodule(plan.root, layer))]] = None
+            if "weight" in parts:
+                rank = max(rank, min(plan.shapes[parts["weight"]]))
     return list(modules), rank
 
 
@@ -323,17 +407,8 @@ def _fitting(model: nn.Module, config: LoRAConfig, header: Header, where: str) -
         raise AdapterFormatError(f"{where} does not fit {type(model).__name__}: {error}") from error
 
 
-def _read(plan: Fit, parts: Mapping[str, _Part], tensors: Any) -> dict[str, LayerFactors]:
+def _read(plan: Fit, parts: Mapping[str, _Part | _Whole], tensors: Any) -> dict[str, LayerFactors]:
     """The factors out of an open file, or a state dict."""
     if plan.base or any(len(keys) > 1 for keys in plan.sources.values()):
         plan.read(tensors)  # raises where what is in it twice, or in the model as well, is not the same
-    return {
-        name: LayerFactors(
-            tensors[part.A],
-            tensors[part.B],
-            part.scale,
-            None if part.magnitude is None else tensors[part.magnitude],
-            None if part.bias is None else tensors[part.bias],
-        )
-        for name, part in parts.items()
-    }
+    return {name: part.factors(tensors) for name, part in parts.items()}

@@ -44,13 +44,14 @@ class BaseFacts:
 
 def facts_of(base: Base | None, named: str | None, revision: str | None) -> BaseFacts:
     """Of `base`, or else of the base that an adapter names where it lies in a folder here or in the Hub's cache."""
+    config: Any
     if isinstance(base, nn.Module):
         root = adapter_root(base)[1]
         name, config = type(root).__name__, getattr(root, "config", None)
     else:
         from transformers import AutoConfig
 
-        where = named if base is None else str(local_path(base)) if local_path(base).exists() else base
+        where: Any = named if base is None else str(local_path(base)) if local_path(base).exists() else base
         try:
             config = AutoConfig.from_pretrained(where, revision=revision, local_files_only=base is None)
         except Exception:  # not there, not fetched, another format, code that is not trusted: not known

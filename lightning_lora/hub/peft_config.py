@@ -140,7 +140,9 @@ def from_peft(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoR
         hint = " It looks like an adapter of mlx-lm." if "lora_parameters" in data else ""
         raise AdapterFormatError(f"{where} has no field peft_type, so it is not a config of PEFT's.{hint}")
     if data["peft_type"] != "LORA":
-        raise AdapterFormatError(f"{where}: peft_type is {data['peft_type']!r}; only 'LORA' can be loaded.")
+        raise AdapterFormatError(
+            f"{where}: peft_type is {data['peft_type']!r}; only 'LORA' can be loaded here. PEFT loads it."
+        )
     ours: dict[str, Any] = {}
     passed_over = []
     for key, value in data.items():
@@ -157,7 +159,8 @@ def from_peft(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoR
             passed_over.append(f"{key} ({_shown(value)})")
         elif value:
             raise AdapterFormatError(
-                f"{where}: {key} is {value!r}. That changes what the adapter computes, and is not supported."
+                f"{where}: {key} is {value!r}. That changes what the adapter computes, and is not supported here. PEFT "
+                "loads it; its merge_and_unload() makes a plain model of the two."
             )
     if passed_over:
         log.debug("%s: fields that are not known here are passed over: %s", where, ", ".join(passed_over))

@@ -27,7 +27,7 @@ from lightning_lora.errors import (
 from lightning_lora.hub.cache import CachedRepository, copy_files, link_or_copy
 from lightning_lora.hub.download import Remote, RemoteFile, checksum
 from lightning_lora.hub.inspection import LARGEST_CONFIG, check_adapter, checked_config
-from lightning_lora.hub.local import hub_address, local_path
+from lightning_lora.hub.local import HubAddress, hub_address, local_path
 from lightning_lora.hub.reading import CARD, CONFIG, TENSORS, foreign_layout
 
 MAX_BYTES = 4 << 30
@@ -66,13 +66,14 @@ def pull_adapter(
 ) -> Path:
     """Fetch the adapter in the repository `repo_id` and check it; returns the folder that it lies in.
 
-    `revision` (a branch, a tag or a commit; by default "main") is resolved to a commit first, which everything comes
-    from; in it the adapter lies in `subfolder`, by default at the top. Only adapter_config.json,
-    adapter_model.safetensors and README.md are fetched, into the cache of huggingface_hub (`cache_dir`), and copied to
-    `local_dir` where that is given. Checked are: sizes before the download (tensors: `max_bytes`), checksums after it,
-    the config (types, ranges, no field that changes the base, no regular expression that hangs), and the tensors
-    (names, types, ranks, finite values). Whether it fits a model is checked by `load_adapter`. Fields of the config
-    that are not known here, and are not empty, are passed over where `ignore_fields` names them.
+    `revision` (a branch, a tag or a commit; "user/name@v1" says it too; by default "main") is resolved to a commit
+    first, which everything comes from; in it the adapter lies in `subfolder`, by default at the top. Only
+    adapter_config.json, adapter_model.safetensors and README.md are fetched, into the cache of huggingface_hub
+    (`cache_dir`), and copied to `local_dir` where that is given. Checked are: sizes before the download (tensors:
+    `max_bytes`), checksums after it, the config (types, ranges, no field that changes the base, no regular
+    expression that hangs), and the tensors (names, types, ranks, finite values). Whether it fits a model is checked by
+    `load_adapter`. Fields of the config that are not known here, and are not empty, are passed over where
+    `ignore_fields` names them.
 
     Offline (`local_files_only`, HF_HUB_OFFLINE, or a Hub that is out of reach) what was pulled before is checked again
     and handed out. `token` and `endpoint` are those of huggingface_hub unless given. `timeout` is in seconds, for an
@@ -146,8 +147,8 @@ def pull(
 
 
 def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
-    """A folder that exists as it is, what looks like an id on the Hub or its address pulled with the `options` of
-    `pull_adapter`; of either, the `subfolder` among them."""
+    """A folder that exists as it is; what looks like an id on the Hub ("user/name", "user/name@revision") or its
+    address is pulled with the `options` of `pull_adapter`. Returns it, or the `subfolder` in it."""
     if hub_address(folder_or_repo) is not None:
         return pull_adapter(os.fspath(folder_or_repo), revision, **options)
     folder = local_path(folder_or_repo)
@@ -158,7 +159,7 @@ def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None 
         if revision is not None:
             raise ConfigError(f"{str(folder)!r} is a folder here, which has no revision {revision!r}. Leave it out.")
         return folder / inside
-    if not isinstance(folder_or_repo, str) or not _ID.fullmatch(folder_or_repo):
+    if not isinstance(folder_or_repo, str) or not _ID.fullmatch(folder_or_repo.partition("@")[0]):
         return folder
     try:
         return pull_adapter(folder_or_repo, revision, **options)
@@ -168,7 +169,11 @@ def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None 
 
 def _addressed(repo_id: str, revision: str | None, subfolder: str | None) -> tuple[str, str | None, str | None]:
     """The three, of which `repo_id` may be an address that names the others too."""
-    if (address := hub_address(repo_id)) is None:
+    address = hub_address(repo_id)
+    if address is None and isinstance(repo_id, str) and "@" in repo_id:
+        name, _, at = repo_id.partition("@")
+        address = HubAddress(name, at, None)
+    if address is None:
         return repo_id, revision, subfolder
     for name, given, inside in (("revision", revision, address[1]), ("subfolder", subfolder, address[2])):
         if given and inside and given != inside:

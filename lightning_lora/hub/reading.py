@@ -101,6 +101,10 @@ def check_folder(folder: Path) -> None:
     if not missing or _is_mlx(folder):
         return
     there = sorted(path.name for path in folder.iterdir())
+    inside = [name for name in there if (folder / name / CONFIG).is_file()]
+    if inside:
+        near = listed((repr(str(folder / name)) for name in inside), 3)
+        raise AdapterFormatError(f"{str(folder)!r} lacks {' and '.join(missing)}. Did you mean {near}?")
     others = (_foreign_file(folder / name) for name in there if name.endswith(".safetensors"))
     foreign = next(filter(None, others), None) or foreign_layout(there)
     what = f" It looks like {foreign}." if foreign else f" It holds: {listed(there) or 'nothing'}."

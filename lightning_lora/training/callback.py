@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,8 @@ class LoRACallback(Callback):
         config: LoRAConfig | None = None,
         *,
         adapter: str | os.PathLike[str] | None = None,
+        subfolder: str | None = None,
+        ignore_fields: Collection[str] = (),
         rank: int | None = None,
         alpha: float | None = None,
         dropout: float | None = None,
@@ -94,6 +96,8 @@ class LoRACallback(Callback):
             adapter: Start from this adapter, with a fresh optimizer: a folder in PEFT's format, or
                 "user/repo@revision" on the Hub. Its config is the file's; what is given besides must say the same. A
                 run that is resumed (ckpt_path) does not need it any more.
+            subfolder, ignore_fields: Where in `adapter` it lies, and unknown fields of its config to pass over, as in
+                `load_adapter`.
             rank, alpha, dropout, target_modules, exclude_modules, modules_to_save, bias, use_rslora, use_dora, init:
                 The fields of a LoRAConfig that are set most, instead of `config`; None leaves one as it is there.
             lora_plus_ratio: The learning rate of every B as a multiple of its group's (LoRA+, arXiv:2402.12354).
@@ -133,7 +137,7 @@ class LoRACallback(Callback):
         if product_decay is not None:
             check_strength(product_decay)
         whole("init_batches", init_batches)
-        self._origin = None if adapter is None else AdapterToGoOnFrom(adapter, config, given)
+        self._origin = None if adapter is None else AdapterToGoOnFrom(adapter, config, given, subfolder, ignore_fields)
         self.config = config if config is not None or adapter is not None else LoRAConfig(**given)
         """None where it is that of `adapter`, until that was read."""
         self.report: InjectionReport | None = None
@@ -153,6 +157,7 @@ class LoRACallback(Callback):
         self._first_step = 0
         self._goes_on: str | None = None
         self._was_launched = False
+        self._is_as_loaded = False
         self._absent: Exception | None = None
         self._savers: list[Any] = []
         if self._origin is not None:
@@ -231,6 +236,7 @@ class LoRACallback(Callback):
 
     def _adapt_as_in(self, checkpoint: Mapping[str, Any], pl_module: LightningModule) -> None:
         """A checkpoint will be loaded: what it says of its adapters holds, not the one that a run began with."""
+        self._is_as_loaded = False
         if (report := adapted_as_in(checkpoint, pl_module)) is not None:
             self._absent, self.report = None, report
             ((_, injection),) = injections(pl_module)
@@ -257,7 +263,7 @@ class LoRACallback(Callback):
             self._was_launched = False
             return  # adapted by this very callback, in the process that launched this one
         is_fresh = not shards(trainer.strategy) and all(pair.is_fresh for pair in pairs(pl_module))
-        if is_fresh and not is_new:
+        if not is_new and (is_fresh or self._is_as_loaded):
             return
         size = f"{len(report.modules)} modules, rank {self.config.rank}"
         what = f"{type(pl_module).__name__} has adapters already ({size})"
@@ -288,6 +294,7 @@ class LoRACallback(Callback):
                 return
             ((_, injection),) = injections(pl_module)
             self.config = injection.config
+            self._is_as_loaded = True
             rank_zero_info(f"Training goes on from {self._origin.adapter}.\n{self.report}")
             return
         assert self.config is not None
@@ -378,6 +385,7 @@ class LoRACallback(Callback):
         if self._goes_on is not None and trainer.ckpt_path is None:  # which would have brought all of them
             rank_zero_info(self._goes_on)
         self._goes_on = None
+        self._is_as_loaded = False
         self._first_step = trainer.global_step
         self._resume.on_train_start(trainer)
 

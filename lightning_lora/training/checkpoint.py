@@ -165,10 +165,13 @@ def check_given(cls: type[LightningModule], checkpoint: Mapping[str, Any], given
 
 
 def check_no_adapter_folder(path: Any) -> None:
-    """Raise CheckpointError where `path`, given as a checkpoint to resume from, is an adapter folder."""
+    """Raise CheckpointError where `path`, given as a checkpoint to resume from, is an adapter folder, or one that
+    holds checkpoints."""
     if path is None:
         return
     folder = Path(str(path))
+    if folder.is_dir() and (inside := sorted(str(file) for file in folder.glob("*.ckpt"))):
+        raise CheckpointError(f"ckpt_path={folder} is a folder of checkpoints. Give one of them: {listed(inside)}.")
     if not (folder / CONFIG).is_file():
         return
     beside = folder.with_name(f"{folder.name.removesuffix('-adapter')}.ckpt")

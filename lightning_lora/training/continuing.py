@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -29,7 +29,14 @@ class AbsentError(Exception):
 class AdapterToGoOnFrom:
     """A folder, or "user/repo@revision" on the Hub, and what the user says of its config besides."""
 
-    def __init__(self, adapter: str | os.PathLike[str], config: LoRAConfig | None, fields: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        adapter: str | os.PathLike[str],
+        config: LoRAConfig | None,
+        fields: dict[str, Any],
+        subfolder: str | None = None,
+        ignore_fields: Collection[str] = (),
+    ) -> None:
         """Raises ConfigError for what can be neither; nothing is read yet."""
         if not isinstance(adapter, (str, os.PathLike)) or not str(adapter):
             raise ConfigError(f"adapter is a folder, or 'user/repo@revision' on the Hub, not {adapter!r}.")
@@ -43,6 +50,7 @@ class AdapterToGoOnFrom:
             at = f"@{address.revision}" if address.revision else ""
             adapter = f"{constants.ENDPOINT}/{address.repo_id}{inside}" if address.subfolder else address.repo_id + at
         self.adapter, self.config, self.fields = os.fspath(adapter), config, fields
+        self.reading: dict[str, Any] = {"subfolder": subfolder, "ignore_fields": ignore_fields}
         if config is None and fields:
             LoRAConfig(**fields)  # which raises for what cannot be
 
@@ -51,13 +59,13 @@ class AdapterToGoOnFrom:
         a config that was given besides differs; `module` is then as it was."""
         try:
             place, revision = self._place(trainer)
-            if not os.path.exists(place):
-                place, revision = str(adapter_folder(place, revision)), None
+            folder = adapter_folder(place, revision, **self.reading)
         except HubError as error:
             raise AbsentError(error) from error
-        if not os.path.exists(place):
-            raise AbsentError(AdapterFormatError(f"adapter={self.adapter}: there is no such folder."))
-        report = load_adapter(module, place, revision=revision, check_base=check_base)
+        if not folder.exists():
+            raise AbsentError(AdapterFormatError(f"adapter={self.adapter}: there is no such folder ({folder})."))
+        ignored = self.reading["ignore_fields"]
+        report = load_adapter(module, folder, check_base=check_base, ignore_fields=ignored)
         try:
             adapters_present(module, self.config, self.fields, adapter=self.adapter)
         except AdapterStateError:
@@ -75,7 +83,7 @@ class AdapterToGoOnFrom:
         commit, error = None, None
         if trainer.is_global_zero:
             try:
-                commit = pull(path, revision or None).commit
+                commit = pull(path, revision or None, **self.reading).commit
             except Exception as raised:
                 error = raised
         if not _is_distributed():  # in the process that launches the others

@@ -6,6 +6,7 @@ A `ModelSource` is plain settings. The weights come into being where they are as
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 
@@ -102,18 +104,36 @@ class ModelSource:
             return self._folder / name
         return Path(hf_hub_download(self.name, name, revision=self.revision))
 
-    def load(self, auto_class: str, **options: Any) -> transformers.PreTrainedModel:
+    def load(self, auto_class: str, *, new_head: bool = False, **options: Any) -> transformers.PreTrainedModel:
         """Load the pretrained model by `transformers.<auto_class>.from_pretrained`, in evaluation mode.
 
-        `options` go to `from_pretrained`. The model's `name_or_path` is `location`. Raises ConfigError if there is no
-        such model, it cannot be reached, or it is of a kind that `auto_class` does not know.
+        `options` go to `from_pretrained`. The model's `name_or_path` is `location`. Weights that are not in its files,
+        and so are random, are warned of; not those of a `new_head`. Raises ConfigError if there is no such model, it
+        cannot be reached, or it is of a kind that `auto_class` does not know.
         """
+        model, random = self.load_and_random(auto_class, **options)
+        if new_head:
+            random = [name for name in random if name.startswith(f"{model.base_model_prefix}.")]
+        if random:
+            rank_zero_warn(
+                f"{self.name!r} as a {type(model).__name__} lacks {listed(random)}: these weights are random. Is it a "
+                "model of that kind, and complete?"
+            )
+        return model
+
+    def load_and_random(self, auto_class: str, **options: Any) -> tuple[transformers.PreTrainedModel, list[str]]:
+        """As `load`, and the names of the weights that are random, of which nothing is said."""
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.quantization is not None:
             options["quantization_config"] = self._bitsandbytes_config(self.quantization)
-        model: transformers.PreTrainedModel = self._from_pretrained(auto_class, dtype=self.dtype, **options)
-        return model
+        model, info = self._from_pretrained(auto_class, dtype=self.dtype, output_loading_info=True, **options)
+        return model, sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+
+    def config(self) -> transformers.PretrainedConfig:
+        """The model's config.json."""
+        config: transformers.PretrainedConfig = self._from_pretrained("AutoConfig")
+        return config
 
     def _bitsandbytes_config(self, quantization: str) -> transformers.BitsAndBytesConfig:
         if quantization == "int8":
@@ -128,7 +148,7 @@ class ModelSource:
 
     def skeleton(self, auto_class: str) -> nn.Module:
         """The model's modules without their weights (on the meta device): for names and shapes, at no cost."""
-        config = self._from_pretrained("AutoConfig")
+        config = self.config()
         with torch.device("meta"), _SaidClearly(self, auto_class):
             return getattr(transformers, auto_class).from_config(config, trust_remote_code=self.trust_remote_code)
 
@@ -207,6 +227,7 @@ def context_of(config: transformers.PreTrainedConfig) -> int | None:
     return max(getattr(config, "max_position_embeddings", None) or 0, scaled) or None
 
 
+_LOADING = logging.getLogger("transformers.modeling_utils")
 UNDERSTOOD = (OSError, ValueError, ImportError, KeyError, RuntimeError, HfHubHTTPError, SafetensorError)
 
 
@@ -217,9 +238,22 @@ class _SaidClearly:
         self.source = source
         self.auto_class = auto_class
 
-    def __enter__(self) -> None: ...
+        self.reports: list[logging.LogRecord] = []
+
+    def __enter__(self) -> None:
+        _LOADING.addFilter(self._is_no_report)
+
+    def _is_no_report(self, record: logging.LogRecord) -> bool:
+        """Keeps transformers' table of weights that are in the file or in the model alone."""
+        is_report = "LOAD REPORT" in record.getMessage()
+        self.reports += [record] * is_report
+        return not is_report
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        _LOADING.removeFilter(self._is_no_report)
+        if error is not None:
+            for record in self.reports:  # to which the error refers
+                _LOADING.handle(record)
         if isinstance(error, LightningLoRAError) or not isinstance(error, UNDERSTOOD):
             return
         said = " ".join(str(error).split())

@@ -249,7 +249,8 @@ class Pushing:
             self.unpushed = queue.close()
             self._pushed = list(queue.commits)
             if queue.commits:
-                rank_zero_info(f"Pushed {len(queue.commits)} commits, the last one is {queue.commits[-1].commit_url}")
+                count, last = len(queue.commits), queue.commits[-1].commit_url
+                rank_zero_info(f"Pushed {count} commit{'' if count == 1 else 's'}, the last one is {last}")
             for job in self.unpushed:
                 command = self._command(self._kept(job))
                 log.error(

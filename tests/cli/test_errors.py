@@ -33,7 +33,11 @@ from tests.cli.conftest import THEIRS
         (["model=pretrained"], "model.name: a value is missing. Give it with model.name=..."),
         (["data=text"], "data.source.path: a value is missing."),
         (["task=custom"], "task._target_: a value is missing."),
-        (["lora=[x"], "no viable alternative at input '[x'"),
+        (["lora.modules_to_save=head"], "is not of the type list[str] | None. Write modules_to_save=[head]."),
+        (["lora=[x"], "'lora=[x' cannot be read. A setting is written key=value"),
+        (["evaluate"], "'evaluate' cannot be read. A setting is written key=value"),
+        (["=3"], "must be a string or a list"),
+        (["model=./nothere"], "There is no folder"),
         (["lora.rank=4,8"], "add --multirun"),
         (["monitor=${lora.rnak}"], "Interpolation key 'lora.rnak' not found"),
         (["lora=null"], "lora=null: a group takes the name of an option. Options of lora: alora,"),
@@ -43,6 +47,8 @@ from tests.cli.conftest import THEIRS
         (["lora_dropout=0.1"], "Did you mean lora.dropout?"),
         (["--resolve"], "--resolve goes with --cfg"),
         (["--package", "lora"], "--package goes with --cfg"),
+        (["check_base=false"], "Did you mean callbacks.lora.check_base?"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere: there is no such folder"),
         (["--verbose"], "there is no flag --verbose"),
         (["--cfg"], "see --help"),
         (["hydra/launcher=joblib"], "pip install hydra-joblib-launcher"),
@@ -159,3 +165,9 @@ def test_a_missing_extra_is_named(cli, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
     assert cli.train("logger=wandb") == 2
     assert "pip install 'lightning-lora[wandb]'" in cli.err
+
+
+def test_a_task_that_is_no_module_is_said_by_its_setting(cli):
+    for where, said in (("task", "LightningModule"), ("data", "LightningDataModule")):
+        assert cli.train(f"{where}._target_=os.getcwd") == 2
+        assert f"{where}._target_: os.getcwd makes a str, and a {said} is needed" in cli.err

@@ -31,6 +31,26 @@ def test_the_adapter_is_what_makes_the_difference_to_the_bare_base(cli):
         assert abs(metrics["val_loss"] - loss) < 1e-6 * max(1, loss)
 
 
+def test_an_adapter_of_a_later_peft_in_a_folder_of_a_folder_is_taken_by_every_command_alike(cli, tmp_path):
+    assert cli.train("trainer.max_epochs=5", "optimizer.lr=0.05") == 0
+    run, after = cli.folder, cli.results["after"]["val_loss"]
+    place = tmp_path / "many" / "one"
+    shutil.copytree(run / "adapter", place)
+    config = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps({**config, "of_tomorrow": 3}))
+    at = ["adapter=many", "subfolder=one"]
+    for command in ("evaluate", "predict"):
+        assert cli(command, f"run={run}", *at) == 2
+        assert "ignore_fields=['of_tomorrow']" in cli.err
+        assert cli(command, f"run={run}", *at, "ignore_fields=[of_tomorrow]") == 0, cli.err
+        if command == "evaluate":
+            measured = json.loads((cli.folder / "metrics.json").read_text())
+            assert measured["val_loss"] == pytest.approx(after, rel=1e-6)
+    assert cli.train(*at) == 2
+    assert cli.train(*at, "ignore_fields=[of_tomorrow]") == 0, cli.err
+    assert cli.results["before"]["val_loss"] == pytest.approx(after, rel=1e-6)
+
+
 def test_each_row_is_predicted_with_the_adapter_that_a_column_names(cli, tmp_path):
     assert cli.train("trainer.max_epochs=5", "optimizer.lr=0.05") == 0
     run = cli.folder

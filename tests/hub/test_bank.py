@@ -198,7 +198,7 @@ def test_what_a_bank_does_not_serve_is_refused_by_name(tmp_path):
     bank = AdapterBank(model, 2, 4)
     for i, (fields, what) in enumerate(
         (
-            ({"modules_to_save": ["head"]}, r"head\."),
+            ({"bias": "all"}, r"bias.*A bank serves low-rank updates"),
             ({"bias": "lora_only"}, r"fc\.bias"),
             ({"rank": 8}, r"rank 8, and the bank has max_rank=4"),
             ({"target_modules": ["head"]}, r"adapts head, which this bank does not serve .* name 'head' too"),
@@ -239,7 +239,7 @@ def test_adapters_without_a_low_rank_update_make_no_bank(tmp_path):
     inject(trained, LoRAConfig(target_modules=None, trainable_token_indices={"embed": [1, 2]}))
     shake(trained)
     save_adapter(trained, tmp_path / "a")
-    with pytest.raises(AdapterFormatError, match="has no low-rank update"):
+    with pytest.raises(AdapterFormatError, match="A bank serves low-rank updates"):
         AdapterBank.from_folders(build("words")[0], tmp_path)
 
 
@@ -405,20 +405,41 @@ def test_peft_loads_what_the_bank_serves(tmp_path):
         torch.testing.assert_close(output(model, x), output(by_peft(build("linears")[0], tmp_path / "a"), x), **CLOSE)
 
 
-def test_an_adapter_with_a_head_is_refused_by_its_name(tmp_path):
-    torch.manual_seed(0)
+def test_a_head_that_was_trained_whole_is_served_row_by_row_as_peft_does(tmp_path):
     model, x = build("linears")
-    trained = build("linears")[0]
-    inject(trained, LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["head"]))
-    save_adapter(trained, tmp_path / "it")
-    bank = AdapterBank(model, 2, 2, target_modules=["fc"])
-    said = r"head.*A bank serves low-rank updates of its layers, not what was trained whole \(modules_to_save"
-    for source in (tmp_path / "it", trained):
-        with pytest.raises(AdapterFormatError, match=said):
-            bank.add("it", source)
-    assert len(bank) == 0
-    with bank.use(None):
-        output(model, x)
-    bank.close()
-    with pytest.raises(AdapterFormatError, match=said):
-        AdapterBank.from_folders(model, {"it": tmp_path / "it"})
+    fields = {"one": {"modules_to_save": ["head"]}, "none": {}, "other": {"modules_to_save": ["head"]}}
+    alone = {n: peft_folder(model, tmp_path / n, target_modules=["fc"], **given) for n, given in fields.items()}
+    exact = torch.stack([output(alone[name], x)[i] for i, name in enumerate(alone)])
+    bank = AdapterBank.from_folders(model, tmp_path)
+    for name, peft_s in alone.items():
+        with bank.use(name):
+            torch.testing.assert_close(output(model, x), output(peft_s, x), **CLOSE)
+    with bank.use(list(alone)):
+        torch.testing.assert_close(output(model, x[:3]), exact, **CLOSE)
+    trained = ours(tmp_path / "ours", seed=3, modules_to_save=["head"])
+    for source in (tmp_path / "ours", trained):  # the folder knows its base, of which the head is no part
+        bank.add("ours", source, replace=True)
+        with bank.use("ours"):
+            torch.testing.assert_close(output(model, x), output(trained, x), **CLOSE)
+
+
+def test_a_head_for_which_a_bank_has_no_room_is_refused_with_the_way_out(tmp_path):
+    trained = ours(tmp_path / "it", modules_to_save=["head"])
+    model, x = build("linears")
+    plain = output(model, x)
+    for settings, said in (
+        ({"target_modules": ["fc"]}, r"adapts head, which this bank does not serve .* name 'head' too"),
+        (
+            {"target_modules": ["fc", "head"], "max_rank": 2},
+            r"head, which was trained whole.*make the bank with max_rank=3",
+        ),
+    ):
+        bank = AdapterBank(model, 2, **settings)
+        for source in (tmp_path / "it", trained):
+            with pytest.raises(AdapterFormatError, match=said):
+                bank.add("it", source)
+        assert len(bank) == 0
+        bank.close()
+    with pytest.raises(AdapterFormatError, match="make the bank with max_rank=3"):
+        AdapterBank.from_folders(model, {"it": tmp_path / "it"}, max_rank=2)
+    assert torch.equal(output(model, x), plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, load_adapter, save_adapter
 from lightning_lora.engine import adapter_state_dict
@@ -65,6 +67,21 @@ def test_a_run_starts_from_it_wherever_layers_are_built(folder: Path, style: Any
     assert same(module, expected)
     assert callback.config.rank == 2
     assert callback.report is not None
+
+
+def test_a_run_that_measures_first_does_not_say_that_it_has_adapters_already(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    module, callback = Lit(), LoRACallback(adapter=folder)
+    trainer(callback, max_epochs=1).validate(module, DataLoader(module.train_dataloader().dataset))
+    trainer(callback, max_epochs=1).fit(module)
+    assert "Training goes on from" in caplog.text
+    assert "has adapters already" not in caplog.text
+    trainer(callback, max_epochs=1).fit(module)  # from what it has learned
+    assert "has adapters already" in caplog.text
 
 
 @pytest.mark.parametrize("more", [{}, {"modules_to_save": ["5"]}, {"bias": "all"}, {"use_dora": True}], ids=str)

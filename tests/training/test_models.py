@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -116,6 +117,17 @@ def test_a_model_of_another_kind_is_refused(vit, llama):
         llama.image_processor()
     with pytest.raises(ConfigError, match=r"has no AutoModelForNothing"):
         llama.load("AutoModelForNothing")
+
+
+def test_only_what_is_random_and_no_new_head_is_warned_of(llama, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = llama.load("AutoModelForSequenceClassification", new_head=True, num_labels=2)
+    assert model.score.out_features == 2
+    with pytest.warns(
+        UserWarning, match=r"LlamaForSequenceClassification lacks score\.weight: these weights are random"
+    ):
+        llama.load("AutoModelForSequenceClassification")
+    assert "LOAD REPORT" not in caplog.text
 
 
 def test_truncated_weights_are_refused(llama, tmp_path):

@@ -195,7 +195,10 @@ class DataSource:
         lines = sum(bool(line.strip()) for file in files for line in file.read_text(encoding="utf-8").splitlines())
         if lines > 1:
             return f" has no empty line, and so is one paragraph; its {lines} lines are rows with text_unit=line. It"
-        return " is one line, and so one paragraph: text_unit can part a text at empty lines or at line ends only. It"
+        return (
+            " is one line, and so one row: put each row on a line of its own (text_unit=line), or empty lines between "
+            "them. It"
+        )
 
     def _split(self, found: DatasetDict) -> Splits:
         train = _named(found, self.train_split, self.path)

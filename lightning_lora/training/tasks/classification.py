@@ -60,6 +60,7 @@ class Classification(Task):
         )
         return self.source.load(
             self.auto_class,
+            new_head=True,
             num_labels=classes,
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
