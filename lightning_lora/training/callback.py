@@ -387,7 +387,7 @@ class LoRACallback(Callback):
         self._goes_on = None
         self._is_as_loaded = False
         self._first_step = trainer.global_step
-        self._resume.on_train_start(trainer)
+        self._resume.on_train_start(trainer, self)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resume.on_train_epoch_start(trainer)
@@ -407,17 +407,12 @@ class LoRACallback(Callback):
             self._policy.watch.after_batch(pl_module, trainer.global_step > self._first_step)
         self._resume.on_train_batch_end()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._resume.on_train_epoch_end(trainer)
-
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
         self._resume.on_before_backward(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._resume.on_validation_end(trainer)
-            if self._policy.push is not None:
-                self._policy.push.record(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._policy.push is not None:
+            self._policy.push.record(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._policy.watch is not None:

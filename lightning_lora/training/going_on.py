@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as EpochStage
+from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lightning_lora.errors import TrainingError
+from lightning_lora.errors import TrainingError, listed
 from lightning_lora.training.randomness import set_random_state
+from lightning_lora.training.rounds import have_round, named
 from lightning_lora.training.watched_loader import LoaderStart, knows_its_place
 
 if TYPE_CHECKING:
@@ -67,11 +70,6 @@ def restore(resume: ExactResume, trainer: Any, ranks: list[dict[str, Any] | None
         fit_loop._resuming_from_checkpoint = True  # or the epoch would start with an iterator that nobody uses
         resume.entry = saved
         return
-    if place["kind"] == "end":
-        epoch_loop.batch_progress.is_last_batch = True
-        epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-        for counts in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
-            counts.ready = counts.started = counts.processed = counts.completed = place["epoch"] + 1
     if not (every and fit_loop.epoch_progress.current.completed % every == 0):
         resume.own.load(saved["own"])
     resume.trained.set_gradients(saved["gradients"])
@@ -87,11 +85,10 @@ def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any
     batch.is_last_batch = place["is_last"]
     if "stepped" in saved and not place["ended"] and not epoch_loop._should_accumulate():
         epoch_loop._batches_that_stepped -= 1  # the end of the batch has to come, and counts it
-    if not place["is_last"]:
-        if all(knows_its_place(loader) for loader in fetcher.combined_loader.flattened):
-            fetcher.fetched = place["batches"]
-        elif saved["start"] is not None:
-            _skip(resume.start, saved, fetcher)
+    rest = saved["round"] or {"hook": ""}
+    last = None
+    if not place["is_last"] or rest["hook"] == "on_train_batch_end":
+        last = _skip(resume.start, saved, fetcher)
     resume.own.load(saved["own"])
     resume.metrics.load(saved["metrics"])
     resume.trained.set_gradients(saved["gradients"])
@@ -100,37 +97,90 @@ def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any
     for callback in trainer.callbacks:
         if isinstance(callback, GradientAccumulationScheduler):  # it acts when an epoch starts, and this one has
             callback.on_train_epoch_start(trainer)
-    resume.fetched_at = {place["total"] - 1: saved["fetched_at"] or resume.random}
+    for i, state in enumerate(saved["fetched_at"], 1):
+        resume.fetched_at[place["total"] - i] = state or saved["random"]
     resume.validated = place["total"] if place["validated"] else -1
     epoch_loop._skip_next_val = place["validated"] and not place["ended"]
     resume.random, resume.random_at = saved["random"], place["total"]
+    if rest["hook"] == "on_train_epoch_end":
+        resume.rest = rest["of"]
+    elif rest["hook"]:
+        _have_rest(resume, trainer, rest, last)
     set_random_state(resume.random)
     if saved["stopped_early"]:
         rank_zero_info("EarlyStopping had stopped the run when the checkpoint was saved: it stops here as well.")
         trainer.should_stop = True
 
 
-def _skip(start: LoaderStart, saved: dict[str, Any], fetcher: Any) -> None:
-    """Past the batches of the epoch that were trained on."""
+def _skip(start: LoaderStart, saved: dict[str, Any], fetcher: Any) -> Any:
+    """Past the batches of the epoch that were trained on. Returns the last one, where it is read on the way."""
+    place, rest = saved["place"], saved["round"]
+    last = None
+    if all(knows_its_place(loader) for loader in fetcher.combined_loader.flattened):
+        fetcher.fetched = place["batches"]
+        if rest is not None and rest["hook"] == "on_train_batch_end":  # the loaders' state is from before it
+            fetcher.fetched -= 1
+            set_random_state(saved["fetched_at"][0])
+            last = next(fetcher)
+        return last
+    if saved["start"] is None:
+        return last
     start.set(saved["start"])
     start.replayed = saved["restarts"]
     iter(fetcher)
     items = fetcher
     if isinstance(fetcher, _DataLoaderIterDataFetcher):
         items = fetcher.iterator_wrapper
-    count = saved["fetched"] if saved["fetched"] is not None else saved["place"]["batches"]
+    count = saved["fetched"] if saved["fetched"] is not None else place["batches"]
     for i in range(count):
-        if i == count - 1 and saved["fetched_at"] is not None:  # the batch that comes after it is fetched with it
-            set_random_state(saved["fetched_at"])
+        for state in saved["fetched_at"][count - 1 - i : count - i]:  # this batch or the next one is fetched from it
+            if state is not None:
+                set_random_state(state)
         try:
-            next(items)
+            last = next(items)
         except StopIteration:
             raise TrainingError(
-                f"The checkpoint was saved after batch {count} of epoch {saved['place']['epoch']}, and this run's data "
-                f"ends after batch {i}. Go on with the data and the batch size that it was saved with."
+                f"The checkpoint was saved after batch {count} of epoch {place['epoch']}, and this run's data ends "
+                f"after batch {i}. Go on with the data and the batch size that it was saved with."
             ) from None
     start.replayed = {}
     start.epoch = saved["start"]
+    return last
+
+
+def _have_rest(resume: ExactResume, trainer: Any, rest: dict[str, Any], last: Any) -> None:
+    """The hooks that had still to come when the checkpoint was saved."""
+    module, index = trainer.lightning_module, trainer.fit_loop.epoch_loop.batch_idx
+    args: tuple[Any, ...] = ()
+    if rest["hook"] == "on_validation_end":
+        trainer.validating = True
+    elif last is None or not rest["is_whole"]:  # the latter of outputs that no checkpoint can hold
+        names = [
+            name for name, one in named(trainer) if name in rest["of"] and getattr(one, "_resume", 0) is not resume
+        ]
+        if names:
+            rank_zero_warn(
+                f"Not exactly the run that was interrupted: the checkpoint was saved before on_train_batch_end of "
+                f"{listed(names)} was called for batch {index}, whose batch or outputs cannot be had again, so it is "
+                "not called for it."
+            )
+        return
+    else:
+        batch = trainer.precision_plugin.convert_input(last[0])
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        trainer._logger_connector.on_batch_start(batch)
+        args = (move_data_to_device(rest["outputs"], module.device), batch, index)
+    if rest["torn"]:
+        rank_zero_warn(
+            f"Not exactly the run that was interrupted: it ended in {rest['hook']} of {rest['torn']}, which is called "
+            f"again for batch {index}. What it had done already is done twice."
+        )
+    set_random_state(rest["random"])
+    have_round(trainer, rest["hook"], rest["of"], *args)
+    trainer.training = True
+    if args:
+        trainer._logger_connector.on_batch_end()
 
 
 def _say_what_is_not_exact(resume: ExactResume, trainer: Any, saved: dict[str, Any]) -> None:
@@ -156,11 +206,24 @@ def _say_what_is_not_exact(resume: ExactResume, trainer: Any, saved: dict[str, A
                 "persistent workers, whose state nobody can read. Draw from the global generators of torch, numpy "
                 "or random, which are seeded anew each epoch, or use persistent_workers=False."
             )
-    if saved["changed_in_batch"]:
+    batch, epoch = place["batches"], place["epoch"]
+    where = {
+        "epoch start": f"the start of epoch {epoch}",
+        "batch": f"batch {batch} of epoch {epoch}",
+        "validation": f"the validation after batch {batch} of epoch {epoch}",
+        "epoch end": f"the end of epoch {epoch}",
+        "": f"the schedules' step after batch {batch} of epoch {epoch}",
+    }[saved["amid"]]
+    if saved["changed"]:
         rank_zero_warn(
-            f"Not exactly the run that was interrupted: the checkpoint was saved in the middle of batch "
-            f"{place['batches']} of epoch {place['epoch']}, when an optimizer had changed weights already, and the "
-            "batch is trained on again. Take an earlier checkpoint for the same run."
+            f"Not exactly the run that was interrupted: the checkpoint was saved in the middle of {where}, in which "
+            "weights or schedules had changed already. Take an earlier checkpoint for the same run."
+        )
+    if saved["unread"]:
+        rank_zero_warn(
+            f"The checkpoint was saved in the middle of {where}, from whose start this run goes on. What "
+            f"on_save_checkpoint of {listed(saved['unread'])} wrote into it is of the middle: where that had changed "
+            "since the start, this is not exactly the run that was interrupted."
         )
 
 

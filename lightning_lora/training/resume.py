@@ -6,23 +6,28 @@ one and the same place. Here a checkpoint says where the run is in these words:
 
     between   the next thing is the start of an epoch
     inside    in an epoch, `batches` of it trained on; the end of the last one (its validation) has to come or has been
-    end       all batches of an epoch and the hooks of its end are through, its plateau schedules are not
 
 A batch that a checkpoint was saved in the middle of counts as not begun: it is trained on again, from what the run held
-when the batch began. What hooks draw between the end of a batch and the start of the next one does not count, nor what
-validation draws: the random state goes back to where the batch left it.
+when the batch began. So do a validation and the start and the end of an epoch; but where a ModelCheckpoint saves, at
+their end, all other callbacks have had it, and the run goes on from there. What hooks draw between the end of a batch
+and the start of the next one does not count, nor what validation draws: the random state goes back to where the batch
+left it.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_lora.engine.swap import swapped_class
@@ -30,9 +35,11 @@ from lightning_lora.training.buffers import BufferWatch
 from lightning_lora.training.epoch_metrics import EpochMetrics, plain
 from lightning_lora.training.going_on import enter, restore, tensors
 from lightning_lora.training.gradients import Trained
+from lightning_lora.training.held import Holders
 from lightning_lora.training.loader_state import state_of
 from lightning_lora.training.processes import of_all_ranks
 from lightning_lora.training.randomness import RandomState, random_state, set_random_state
+from lightning_lora.training.rounds import Round, only, running_round, saved_outputs
 from lightning_lora.training.watched_loader import (
     LoaderStart,
     is_watched,
@@ -45,10 +52,11 @@ from lightning_lora.training.watched_loader import (
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+    _FitHost = _FitLoop
     _LoopHost = _TrainingEpochLoop
     _ValidationHost = _EvaluationLoop
 else:
-    _LoopHost = _ValidationHost = object
+    _FitHost = _LoopHost = _ValidationHost = object
 
 
 class ExactResume:
@@ -70,9 +78,14 @@ class ExactResume:
         self.random_at = -1
         """After how many batches, of all epochs, `random` was the random state."""
         self.fetched_at: dict[int, RandomState] = {}
-        """The random state when the last two batches were fetched, by the number of batches before them."""
+        """The random state when the last three batches began, by the number of batches before them: each is fetched
+        then, or the one after it."""
+        self.amid = ""
+        """Which is running of "epoch start", "batch", "validation" and "epoch end": a run goes back to its start."""
         self.before: dict[str, Any] = {}
-        """What the run held when the running batch, or the running validation, began."""
+        """What the run held when that began."""
+        self.rest: list[str] | None = None
+        """Who has to have the hook of the epoch's end still, where the checkpoint was saved when others had had it."""
         self.gradients: dict[str, Tensor] | None = None
         """Those that were there before the running batch added its own."""
         self.stepped = (0, 0)
@@ -118,9 +131,12 @@ class ExactResume:
             return self.entry
         place = self.place()
         known = self.random_at == trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        held = self.before if self._is_amid() else self._held()
+        amid, running = self._is_amid(), running_round(trainer)
+        held = self.before if amid else self._held()
+        rest = self._rest_of(running) if running is not None and not amid else None
         return {
             "place": place,
+            "round": rest,
             "before_run": self.random_before if place["total"] == 0 else None,
             "random": self.random if known else random_state(),
             "stepped": self._stepped(),
@@ -128,14 +144,34 @@ class ExactResume:
             "start": self.start.epoch if place["kind"] == "inside" else None,
             "restarts": self.start.restarts if place["kind"] == "inside" else {},
             "fetched": held["fetched"],
-            "fetched_at": self.fetched_at.get(place["total"] - 1) if self._fetches_ahead() else None,
+            "fetched_at": self._fetched_at(place["total"]) if rest or self._fetches_ahead() else [],
             "metrics": plain(held["metrics"]) if place["kind"] == "inside" else None,
             "gradients": self._open_gradients(),
             "callback_metrics": tensors(trainer.callback_metrics),
             "stopped_early": trainer.should_stop and any(_has_stopped(c) for c in trainer.callbacks),
             "seeds": self.own.seeds(),
-            "changed_in_batch": self._in_batch() and self.before["version"] != self.trained.version(),
+            "amid": self.amid if amid else "",
+            "changed": self._has_changed(),
+            "unread": self.holders.unread if amid else [],
         }
+
+    def _has_changed(self) -> bool:
+        """Whether weights or schedules are other ones than the place that a checkpoint will name."""
+        batch = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        if self._is_amid():
+            return bool(self.before["version"] != self._version())
+        was_raised = self.trainer.state.status == TrainerStatus.INTERRUPTED
+        between = was_raised and self.amid == "batch" and batch.processed > batch.completed
+        return between and running_round(self.trainer) is None  # an exception in a schedule's step
+
+    def _rest_of(self, running: Round) -> dict[str, Any] | None:
+        if not running.rest and running.hook != "on_train_epoch_end":
+            return None
+        rest: dict[str, Any] = {"hook": running.hook, "of": running.rest, "torn": running.torn}
+        rest["random"] = random_state()
+        if running.hook == "on_train_batch_end":
+            rest["outputs"], rest["is_whole"] = saved_outputs(running.args[0])
+        return rest
 
     def place(self) -> dict[str, Any]:
         """Where the run is."""
@@ -144,7 +180,7 @@ class ExactResume:
         fit_loop = self.trainer.fit_loop
         epoch, batch = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress
         done = batch.total.processed
-        if self.cut or epoch.started > epoch.processed:
+        if self.cut or epoch.started > epoch.completed:
             started = epoch.started - 1
             return {
                 "kind": "inside",
@@ -154,19 +190,20 @@ class ExactResume:
                 "of": self.trainer.num_training_batches,
                 "is_last": batch.is_last_batch and not self._in_batch(),
                 "ended": self.cut or self.ended == done,
-                "validated": self.validated == done,
+                "validated": self.validated == done and not (self.amid == "validation" and self._is_amid()),
             }
-        kind = "end" if epoch.processed > epoch.completed else "between"
-        return {"kind": kind, "epoch": epoch.completed, "batches": batch.current.processed, "total": done}
+        return {"kind": "between", "epoch": epoch.completed, "batches": batch.current.processed, "total": done}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Have Lightning's counters say where the run is, in the one way for which there is a way on from there."""
         if self.trainer is None or "loops" not in checkpoint:
             return
         place, loops = self.place(), checkpoint["loops"]["fit_loop"]
-        if place["kind"] != "end":
-            begun = int(place["kind"] == "inside")
-            _set_counts(loops["epoch_progress"], place["epoch"], place["epoch"] + begun)
+        _set_counts(loops["epoch_progress"], place["epoch"], place["epoch"] + int(place["kind"] == "inside"))
+        amid = self.entry is None and self._is_amid()
+        if amid:
+            self.holders.put(self.before["others"], checkpoint)
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] = self.before["stepped"]
         if place["kind"] == "inside":
             batch = loops["epoch_loop.batch_progress"]
             for counts, value in ((batch["current"], place["batches"]), (batch["total"], place["total"])):
@@ -179,7 +216,7 @@ class ExactResume:
             loader = self.trainer.fit_loop._combined_loader
             if loader is not None and not all(map(knows_its_place, loader.flattened)):
                 del loops["state_dict"]["combined_loader"]
-            elif self._in_batch():
+            elif amid or self._is_at_batch_end():
                 loops["state_dict"]["combined_loader"] = self.before["loaders"]
 
     def values_before_batch(self) -> dict[str, Tensor]:
@@ -204,11 +241,17 @@ class ExactResume:
         return epoch.started > epoch.processed and batch.current.ready > batch.current.processed
 
     def _is_amid(self) -> bool:
-        """Whether the run is in the middle of a batch, or of a validation that has to be done again from its start."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        if (self.extra or self.cut) and self.before:
-            return True
-        return self._in_batch() or (self.trainer.validating and self.validated != done and bool(self.before))
+        """Whether a run that goes on from here goes back to what this one held `before`."""
+        if not self.amid or self.extra or self.cut:
+            return bool(self.before) and (self.extra or self.cut)
+        if self.amid == "batch":
+            return bool(self.before["total"] == self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        running = running_round(self.trainer)
+        return running is None or not running.is_saved_last
+
+    def _is_at_batch_end(self) -> bool:
+        running = running_round(self.trainer) if self.amid == "batch" and not self._is_amid() else None
+        return running is not None and bool(running.rest)
 
     def _stepped(self) -> int:
         """After how many batches, of those that are done, the optimizer has stepped."""
@@ -245,22 +288,24 @@ class ExactResume:
                 set_random_state(saved["before_run"])
         self.random = self.random_before = random_state()
 
-    def on_train_start(self, trainer: Any) -> None:
+    def on_train_start(self, trainer: Any, own: Callback) -> None:
         """Go on where the checkpoint was saved, or start so that a later checkpoint can."""
-        self.trainer = trainer
+        self.trainer, self.holders = trainer, Holders(trainer, own)
         ranks, self.saved, self.entry = self.saved, None, None
-        self.before, self.gradients, self.fetched_at = {}, None, {}
+        self.amid, self.before, self.rest = "", {}, None
+        self.gradients, self.fetched_at = None, {}
         self.ended = self.validated = -1
         self.cut = self.extra = False
         self.buffers, self.trained = BufferWatch(trainer.lightning_module), Trained(trainer.lightning_module)
         self.metrics = EpochMetrics(trainer)
-        epoch_loop = trainer.fit_loop.epoch_loop
-        if not hasattr(epoch_loop, "lora_resume"):
-            epoch_loop.__class__ = _resumed(_ResumedEpochLoop, epoch_loop)
-            val_loop = epoch_loop.val_loop
-            val_loop.__class__ = _resumed(_ResumedValidationLoop, val_loop)
-        epoch_loop.lora_resume = epoch_loop.val_loop.lora_resume = self
+        fit_loop = trainer.fit_loop
+        mixins = (_ResumedFitLoop, _ResumedEpochLoop, _ResumedValidationLoop)
+        for loop, mixin in zip((fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop), mixins):
+            if not hasattr(loop, "lora_resume"):
+                loop.__class__ = swapped_class("Resumed", mixin, type(loop))
+            loop.lora_resume = self
         self._watch_loaders()
+        epoch_loop = fit_loop.epoch_loop
         self.stepped = (epoch_loop.batch_progress.total.processed, epoch_loop._batches_that_stepped)
         if ranks is not None:
             restore(self, trainer, ranks)
@@ -268,7 +313,6 @@ class ExactResume:
             self._note_random()
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:
-        self.cut = False
         fetcher = trainer.fit_loop._data_fetcher
         if fetcher is not None and not is_watched(fetcher.combined_loader):  # loaders are made anew for each epoch
             self._watch_loaders()
@@ -294,9 +338,8 @@ class ExactResume:
         self.extra = False
         self.ended = done = batch.total.processed
         self.stepped = (done, trainer.fit_loop.epoch_loop._batches_that_stepped)
-        self.fetched_at = {done: self.random, done - 1: self.fetched_at.get(done - 1, self.random)}
-        self.before = self._held()
-        self.before["version"] = self.trained.version()
+        self.fetched_at = {done: self.random} | {n: self.fetched_at.get(n, self.random) for n in (done - 1, done - 2)}
+        self.begin("batch")
         self.gradients = None
         return True
 
@@ -306,7 +349,6 @@ class ExactResume:
 
     def on_train_batch_end(self) -> None:
         self._note_random()
-        self.before = {}
 
     def begin_validation(self) -> None:
         """Before its iterator is made."""
@@ -314,7 +356,7 @@ class ExactResume:
         epoch_loop = trainer.fit_loop.epoch_loop
         if epoch_loop.val_loop._combined_loader is not self.validated_on:
             self._find_state()
-        self.before = self._held()
+        self.begin("validation")
         stopping, trainer.should_stop = trainer.should_stop, False
         self.extra = stopping and not epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         trainer.should_stop = stopping
@@ -322,16 +364,23 @@ class ExactResume:
         if self.validated_on is not None:
             seed_persistent_workers(self.validated_on)
 
-    def on_validation_end(self, trainer: Any) -> None:
-        self.validated = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    def end_validation(self) -> None:
+        """Before the hooks of its end."""
+        self.validated = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
-    def on_train_epoch_end(self, trainer: Any) -> None:
-        epoch_loop = trainer.fit_loop.epoch_loop
-        stopped = trainer.should_stop or 0 <= epoch_loop.max_steps <= epoch_loop.global_step
+    def end_epoch(self) -> None:
+        """Before the hooks of its end."""
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        stopped = self.trainer.should_stop or 0 <= epoch_loop.max_steps <= epoch_loop.global_step
         self.ended = epoch_loop.batch_progress.total.processed
         self.cut = stopped and not epoch_loop._num_ready_batches_reached()
-        if self.cut and not self.extra:  # Lightning ends the epoch's metrics, and the longer run goes on with them
-            self.before = self._held()
+        if not self.extra:  # which began before
+            self.begin("epoch end")
+
+    def begin(self, amid: str) -> None:
+        """Note what the run holds: a checkpoint from the middle of what begins counts as saved here."""
+        self.amid = amid
+        self.before = self._held()
 
     def _note_random(self) -> None:
         self.random = random_state()
@@ -347,7 +396,20 @@ class ExactResume:
             "metrics": self.metrics.state(),
             "loaders": loader._state_dicts() if loader is not None else [],
             "fetched": fetcher.fetched if isinstance(fetcher, _DataLoaderIterDataFetcher) else None,
+            "others": self.holders.state(in_batch=self.amid == "batch"),
+            "total": fit_loop.epoch_loop.batch_progress.total.processed,
+            "stepped": fit_loop.epoch_loop._batches_that_stepped,
+            "version": self._version(),
         }
+
+    def _version(self) -> tuple[int, ...]:
+        """Numbers that change when weights or schedules do."""
+        schedules = (config.scheduler for config in self.trainer.lr_scheduler_configs)
+        return (self.trained.version(), *(getattr(schedule, "last_epoch", 0) for schedule in schedules))
+
+    def _fetched_at(self, done: int) -> list[RandomState | None]:
+        """The random state when the last two of so many batches began, the later one first."""
+        return [self.fetched_at.get(done - 1), self.fetched_at.get(done - 2)]
 
     def _fetches_ahead(self) -> bool:
         """Whether Lightning fetches each batch before the one ahead of it is trained on, to know which is the last."""
@@ -365,6 +427,28 @@ class ExactResume:
         self.own = self.start.own = state_of(self.trainer)
 
 
+class _ResumedFitLoop(_FitHost):
+    """Mixin in front of Lightning's loop over epochs."""
+
+    lora_resume: ExactResume
+
+    def on_advance_start(self) -> None:
+        resume = self.lora_resume
+        if resume.entry is None:
+            resume.extra = resume.cut = False
+            resume.begin("epoch start")
+        super().on_advance_start()
+        resume.amid = ""
+
+    def on_advance_end(self) -> None:
+        resume = self.lora_resume
+        rest, resume.rest = resume.rest, None
+        resume.end_epoch()
+        with only(self.trainer, "on_train_epoch_end", rest) if rest is not None else nullcontext():
+            super().on_advance_end()
+        resume.amid = ""
+
+
 class _ResumedEpochLoop(_LoopHost):
     """Mixin in front of Lightning's loop over the batches of an epoch."""
 
@@ -373,6 +457,14 @@ class _ResumedEpochLoop(_LoopHost):
     def advance(self, data_fetcher: Any) -> None:
         if self.lora_resume.begin_batch(data_fetcher):
             super().advance(data_fetcher)
+            self.lora_resume.amid = ""
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        try:
+            super().on_advance_end(data_fetcher)
+        except SIGTERMException:  # Lightning's last act there
+            self.lora_resume.ended = self.total_batch_idx + 1
+            raise
 
 
 class _ResumedValidationLoop(_ValidationHost):
@@ -381,14 +473,22 @@ class _ResumedValidationLoop(_ValidationHost):
     lora_resume: ExactResume
 
     def reset(self) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+        if self._is_of_training():
             self.lora_resume.begin_validation()
         super().reset()
 
+    def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._is_of_training():
+            self.lora_resume.end_validation()
+        super()._on_evaluation_end(*args, **kwargs)
 
-def _resumed(mixin: Any, loop: Any) -> Any:
-    base: Any = type(loop)
-    return swapped_class("Resumed", mixin, base)
+    def on_run_end(self) -> Any:
+        outputs = super().on_run_end()
+        self.lora_resume.amid = ""
+        return outputs
+
+    def _is_of_training(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
 
 
 def _set_counts(progress: dict[str, Any], completed: int, ready: int) -> None:

@@ -5,6 +5,7 @@ python kills.py [KILLS] [SEED] [NAME...]    kills runs of all settings, or of th
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import tempfile
@@ -174,6 +175,7 @@ class Lit(pl.LightningModule):
         self.net = net()
         self.noise = seeded()
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("ends", torch.zeros(()))
         self.mean = MeanMetric()
         self.log_: dict[Any, Any] = {}
         self.automatic_optimization = setting.optimizers == "one"
@@ -190,7 +192,7 @@ class Lit(pl.LightningModule):
         self.log("train_loss", loss, on_epoch=True, on_step=True, batch_size=4)
         self.log("mean", self.mean, on_epoch=True)
         rates = [group["lr"] for o in self.trainer.optimizers for group in o.param_groups]
-        self.log_["step", self.current_epoch, batch_idx] = (loss.item(), self.seen.item(), *rates)
+        self.log_["step", self.current_epoch, batch_idx] = (loss.item(), self.seen.item(), self.ends.item(), *rates)
         if self.automatic_optimization:
             return loss
         optimizers = self.optimizers()
@@ -202,7 +204,9 @@ class Lit(pl.LightningModule):
                 optimizer.zero_grad()
         return None
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        first = batch[0][0] if isinstance(batch[0], (list, tuple)) else batch[0]
+        self.ends.mul_(0.5).add_(first.sum() + batch_idx + (outputs["loss"].detach() if outputs else 0))
         torch.rand(2), random.random(), np.random.rand()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -210,6 +214,10 @@ class Lit(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         torch.rand(1)
+
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.ends += 1
 
     def on_train_start(self) -> None:
         torch.rand(3)
@@ -219,6 +227,7 @@ class Lit(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         torch.rand(1)
+        self.ends += 1
         metrics = self.trainer.callback_metrics
         self.log_["epoch", self.current_epoch] = tuple(
             metrics[k].item() for k in ("train_loss_epoch", "mean", "val_loss") if k in metrics
@@ -246,6 +255,8 @@ class Setting:
     stopping: dict[str, Any] | None = None
     by_hand: tuple[str, ...] = ()
     """Hooks in which the Trainer's save_checkpoint is called, at every third call."""
+    by_hand_first: bool = False
+    """Whether that callback comes before all others, which then have not had the hook."""
     on_exception: bool = False
     windows: dict[int, int] | None = None
     validation: str = "rows"
@@ -269,6 +280,14 @@ SETTINGS: dict[str, Setting] = {
     "time": Setting(saver=TIME, trainer={"accumulate_grad_batches": 4}),
     "exceptions": Setting(on_exception=True, trainer={"accumulate_grad_batches": 4, "val_check_interval": 2}),
     "by hand": Setting(by_hand=HOOKS, trainer={"accumulate_grad_batches": 4, "val_check_interval": 2}),
+    "by hand, first": Setting(
+        by_hand=HOOKS,
+        by_hand_first=True,
+        on_exception=True,
+        schedule="epoch val_loss",
+        stopping={"monitor": "val_loss", "patience": 9, "min_delta": 0.02},
+        trainer={"accumulate_grad_batches": 4, "val_check_interval": 2},
+    ),
     "windows by epoch": Setting(by_hand=HOOKS[:8], windows={0: 4, 1: 3, 2: 2}),
     "every other step": Setting(saver={"every_n_train_steps": 2}),
     "an epoch's steps": Setting(saver={"every_n_train_steps": BATCHES}),
@@ -372,6 +391,25 @@ class Killer(Callback):
             raise Killed
 
 
+class Counts(Callback):
+    """Has a state that every hook changes."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        for hook in HOOKS[1:]:
+            setattr(self, hook, functools.partial(self.count, hook))
+
+    def count(self, hook: str, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if not trainer.sanity_checking:
+            self.calls[hook] = self.calls.get(hook, 0) + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.calls
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state
+
+
 NAMES = iter(range(10**9))
 
 
@@ -384,9 +422,9 @@ def fit(setting: Setting, folder: Path, at: int | None = None, ckpt: Path | None
     pl.seed_everything(1 if ckpt is None else 99, verbose=False)
     module, killer = Lit(setting), Killer(at)
     saver = ModelCheckpoint(folder, **{"filename": "{step}-{epoch}", "save_top_k": -1, **setting.saver})
-    callbacks: list[Callback] = [LoRACallback(rank=2, dropout=0.1, save_adapter=False), saver, killer]
+    callbacks: list[Callback] = [LoRACallback(rank=2, dropout=0.1, save_adapter=False), saver, killer, Counts()]
     if setting.by_hand:
-        callbacks.append(ByHand(folder, setting.by_hand))
+        callbacks.insert(0 if setting.by_hand_first else len(callbacks), ByHand(folder, setting.by_hand))
     if setting.on_exception:
         callbacks.append(OnExceptionCheckpoint(folder, f"exception-{random_name()}"))
     if setting.stopping:
@@ -414,10 +452,12 @@ def end(module: Lit, run: pl.Trainer) -> dict[str, Any]:
         for j, values in optimizer.state_dict()["state"].items():
             state |= {f"optimizer {i} {j} {name}": value for name, value in values.items() if isinstance(value, Tensor)}
     stopping = run.early_stopping_callback
+    (counts,) = (c for c in run.callbacks if isinstance(c, Counts))  # type: ignore[attr-defined]
     return {
         **adapter_state_dict(module),
         **state,
-        **({} if module.setting.average else {"seen": module.seen}),
+        **({} if module.setting.average else {"seen": module.seen, "ends": module.ends}),
+        **{f"calls of {hook}": torch.tensor(number) for hook, number in counts.calls.items()},
         "global_step": torch.tensor(run.global_step),
         "waited": torch.tensor(stopping.wait_count if stopping else 0),
         "stepped": torch.tensor(run.fit_loop.epoch_loop._batches_that_stepped),
@@ -457,12 +497,12 @@ def check(setting: Setting, chance: random.Random, kills: int, folder: Path) -> 
         newest = chance.random() < 0.7 or not was_killed
         ckpt = saved[-1] if newest else chance.choice(saved)
         story.append(f"{f'killed at call {at}' if was_killed else f'ended by {limits}'}, resumed from {ckpt.name}")
-    last = end(module, run)
-    return [
-        f"{story}: {k} {last.get(k)} {v}"
-        for k, v in expected.items()
-        if not torch.equal(v, last.get(k, torch.zeros(0)))
-    ]
+    return [f"{story}: {difference}" for difference in differences(end(module, run), expected)]
+
+
+def differences(last: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    absent = torch.zeros(0)
+    return [f"{k} {last.get(k)} {v}" for k, v in expected.items() if not torch.equal(v, last.get(k, absent))]
 
 
 if __name__ == "__main__":

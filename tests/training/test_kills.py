@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .kills import SETTINGS, check
+from .kills import HOOKS, SETTINGS, Setting, check, differences, end, fit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ckpt_path=None.*was called without a model", "ignore:.*no last checkpoint"),
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),
     pytest.mark.filterwarnings("ignore:Resuming in mid-epoch, but an IterableDataset"),
-    pytest.mark.filterwarnings("ignore:Not exactly the run that was interrupted.*an optimizer had changed weights"),
+    pytest.mark.filterwarnings("ignore:Not exactly the run that was interrupted.*weights or schedules had changed"),
 ]
 
 IN_SECONDS = [
@@ -38,6 +38,7 @@ IN_SECONDS = [
     "validation saves",
     "time",
     "exceptions",
+    "by hand, first",
     "windows by epoch",
     "an epoch's steps",
     "best of training",
@@ -57,3 +58,22 @@ IN_SECONDS = [
 @pytest.mark.parametrize("name", IN_SECONDS)
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(name: str, tmp_path: Path) -> None:
     assert check(SETTINGS[name], random.Random(name), 4, tmp_path) == []
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_checkpoint_saved_before_others_had_their_turn_gives_the_run_that_was_left_alone(
+    hook: str, tmp_path: Path
+) -> None:
+    setting = Setting(
+        saver={"every_n_epochs": 9},
+        by_hand=(hook,),
+        by_hand_first=True,
+        schedule="epoch val_loss",
+        stopping={"monitor": "val_loss", "patience": 9, "min_delta": 0.02},
+        trainer={"accumulate_grad_batches": 2, "val_check_interval": 3},
+    )
+    whole, run, _, _ = fit(setting, tmp_path / "whole")
+    saved = sorted((tmp_path / "whole").glob("by-hand*"))
+    for path in saved[:1] + saved[1:][-1:]:
+        resumed, its_run, _, _ = fit(setting, tmp_path / path.stem, ckpt=path)
+        assert differences(end(resumed, its_run), end(whole, run)) == []

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -232,8 +233,71 @@ def test_a_checkpoint_from_the_middle_of_a_batch_that_has_changed_weights_is_sai
     module.fails_at = 7
     with pytest.raises(ValueError, match="stop"):
         trainer(LoRACallback(rank=2), OnExceptionCheckpoint(tmp_path), max_epochs=2).fit(module)
-    with pytest.warns(UserWarning, match="in the middle of batch 2 of epoch 1, when an optimizer had changed weights"):
+    with pytest.warns(UserWarning, match="in the middle of batch 2 of epoch 1, in which weights or schedules"):
         trainer(LoRACallback(rank=2), max_epochs=2).fit(ByHand(), ckpt_path=tmp_path / "on_exception.ckpt")
+
+
+class Ends(Resumed):
+    """Is ended once its hook has done its work, and writes into checkpoints what nobody else can read."""
+
+    ends_in = ""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.ends_in == "on_train_batch_end":
+            raise KeyError("stop")
+
+    def on_after_backward(self) -> None:
+        if self.ends_in == "on_after_backward":
+            raise KeyError("stop")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["own"] = 1
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=None.*was called without a model", "ignore:.*no last checkpoint")
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        ("on_train_batch_end", "ended in on_train_batch_end of the LightningModule, which is called again for batch 0"),
+        ("on_after_backward", "in the middle of batch 0 of epoch 0.*What on_save_checkpoint of Ends wrote"),
+    ],
+)
+def test_what_may_be_done_twice_after_an_exception_is_said(hook: str, said: str, tmp_path: Path) -> None:
+    module = Ends()
+    module.ends_in = hook
+    with pytest.raises(KeyError, match="stop"):
+        trainer(LoRACallback(rank=2), OnExceptionCheckpoint(tmp_path), max_epochs=2).fit(module)
+    with pytest.warns(UserWarning, match=said):
+        trainer(LoRACallback(rank=2), max_epochs=1).fit(Ends(), ckpt_path=tmp_path / "on_exception.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=None.*was called without a model", "ignore:.*no last checkpoint")
+def test_a_run_that_sigterm_ended_steps_its_schedules_as_often_as_one_that_it_did_not(tmp_path: Path) -> None:
+    class Plateau(Resumed):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=9.0)
+            return [optimizer], [{"scheduler": schedule, "interval": "step", "monitor": "loss"}]
+
+    class Ended(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer._signal_connector.received_sigterm = trainer.global_step == 3
+
+    def run(*callbacks: Callback) -> pl.Trainer:
+        pl.seed_everything(1, verbose=False)
+        return trainer(LoRACallback(rank=2), *callbacks, max_epochs=2)
+
+    whole, resumed = Plateau(), Plateau()
+    run().fit(whole)
+    with pytest.raises(SIGTERMException):
+        run(Ended(), OnExceptionCheckpoint(tmp_path)).fit(Plateau())
+    run().fit(resumed, ckpt_path=tmp_path / "on_exception.ckpt")
+    assert_same_end(whole, resumed, 3)
 
 
 class OwnGenerator(Augmented):

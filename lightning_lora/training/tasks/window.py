@@ -12,7 +12,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
+
+from lightning_lora.training.processes import of_all_ranks
 
 _KEY = "window_weight"
 
@@ -77,9 +80,12 @@ class WeighedWindow(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        window = self._before if progress.ready > progress.processed else self._window
-        if window is not None:  # a checkpoint inside of the window, beside whose gradients this belongs
-            checkpoint[_KEY] = window
+        own = self._before if progress.ready > progress.processed else self._window
+        interrupted = self.trainer.state.status == TrainerStatus.INTERRUPTED
+        windows = of_all_ranks(own, may_be_alone=interrupted)
+        if any(window is not None for window in windows):  # inside of the window, whose gradients are beside them
+            checkpoint[_KEY] = windows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed = checkpoint.get(_KEY)
+        windows = checkpoint.get(_KEY, [None])
+        self._resumed = windows[self.trainer.global_rank % len(windows)]

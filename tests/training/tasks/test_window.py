@@ -207,6 +207,34 @@ def test_processes_with_unequal_answers_step_as_one(llama: Any, trainer: Any, si
     torch.testing.assert_close(trained(2, size), trained(1, 2 * size), **CLOSE)
 
 
+class SavesInWindow(pl.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx == 1:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_each_process_resumes_its_own_part_of_a_window(llama: Any, trainer: Any, tmp_path: Path) -> None:
+    def trained(saved: Path, ckpt: Path | None = None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        task = Shared(llama, optimizer=lambda parameters, **_: torch.optim.SGD(parameters, lr=0.5))
+        trainer(
+            callbacks=[LoRACallback(rank=2), SavesInWindow(saved)],
+            max_epochs=1,
+            accumulate_grad_batches=4,
+            use_distributed_sampler=False,
+            strategy="ddp_fork",
+            devices=2,
+        ).fit(task, ckpt_path=ckpt)
+        return {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad}
+
+    whole, resumed = trained(tmp_path / "1.ckpt"), trained(tmp_path / "2.ckpt", tmp_path / "1.ckpt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def label_rows(count: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 259, (count, 12), generator=generator)

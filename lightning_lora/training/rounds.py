@@ -1,0 +1,129 @@
+"""Rounds of hooks: Lightning calls a hook of one callback after another, then the module's.
+
+Where one of them saves a checkpoint, those after it have not had the hook. What they would have done belongs to the
+run: after resuming, they have it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+MODULE = "the LightningModule"
+_HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end")
+_ABSENT = object()
+
+
+@dataclass
+class Round:
+    """One that is running while a checkpoint is saved, or in which the exception came that ends the run."""
+
+    hook: str
+    by: Any
+    """Whose hook runs; None where an exception ended it."""
+    torn: str
+    """Whose it was then, if that has a state of its own."""
+    rest: list[str]
+    """The names of those who still have to have it."""
+    args: tuple[Any, ...]
+
+    @property
+    def is_saved_last(self) -> bool:
+        """Whether a ModelCheckpoint saves, which Lightning calls after all other callbacks."""
+        return isinstance(self.by, Checkpoint)
+
+
+def running_round(trainer: Any) -> Round | None:
+    """The one that is running in this thread."""
+    for frame, was_raised in _frames(trainer):
+        known, hook = frame.f_locals, frame.f_locals.get("hook_name")
+        if hook not in _HOOKS or frame.f_code not in (_CALLBACKS, _OF_MODULE):
+            continue
+        if frame.f_code is _OF_MODULE:
+            by, later = trainer.lightning_module, []
+        else:
+            by, turn = known.get("callback"), known["callbacks"]
+            later = turn[next((i for i, c in enumerate(turn) if c is by), -1) + 1 :]
+        if was_raised:  # it did not get to its end
+            later = [by, *later]
+        if frame.f_code is _CALLBACKS and known["monitoring_callbacks"] is None:
+            later = [*later, trainer.lightning_module]
+        rest = [name for name, one in named(trainer) if any(one is x for x in later) and _has(one, hook)]
+        has_state = by is trainer.lightning_module or is_overridden("state_dict", by)
+        torn = rest[0] if was_raised and rest and has_state and not isinstance(by, Checkpoint) else ""
+        return Round(hook, None if was_raised else by, torn, rest, known["args"])
+    return None
+
+
+def named(trainer: Any) -> Iterator[tuple[str, Any]]:
+    """All callbacks and the module, in the order of a round, each under a name that another run has for it too."""
+    counts: dict[str, int] = {}
+    for callback in trainer.callbacks:
+        number = counts[callback.state_key] = counts.get(callback.state_key, 0) + 1
+        yield f"{callback.state_key} {number}" if number > 1 else callback.state_key, callback
+    yield MODULE, trainer.lightning_module
+
+
+@contextmanager
+def only(trainer: Any, hook: str, rest: list[str]) -> Iterator[None]:
+    """Inside, `hook` is called of those that `rest` names alone."""
+    silenced = [one for name, one in named(trainer) if name not in rest]
+    own = [(one, vars(one).get(hook, _ABSENT)) for one in silenced]
+    for one in silenced:
+        setattr(one, hook, None)  # Lightning passes over what cannot be called
+    try:
+        yield
+    finally:
+        for one, value in own:
+            delattr(one, hook) if value is _ABSENT else setattr(one, hook, value)
+
+
+def have_round(trainer: Any, hook: str, rest: list[str], *args: Any) -> None:
+    """Call `hook` of those that `rest` names, as Lightning does."""
+    with only(trainer, hook, rest):
+        call._call_callback_hooks(trainer, hook, *args)
+        call._call_lightning_module_hook(trainer, hook, *args)
+
+
+def saved_outputs(value: Any) -> tuple[Any, bool]:
+    """What a training_step returned as values that a checkpoint can hold, and whether that is all of it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone(), True
+    if isinstance(value, dict):
+        parts = {key: saved_outputs(inner) for key, inner in value.items()}
+        return {key: part for key, (part, _) in parts.items()}, all(whole for _, whole in parts.values())
+    if isinstance(value, (list, tuple)):
+        several = [saved_outputs(inner) for inner in value]
+        return type(value)(part for part, _ in several), all(whole for _, whole in several)
+    return (value, True) if isinstance(value, (int, float, str, bool, type(None))) else (None, False)
+
+
+def _frames(trainer: Any) -> Iterator[tuple[FrameType, bool]]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame, False
+        frame = frame.f_back
+    if trainer.state.status == TrainerStatus.INTERRUPTED:
+        error = sys.exc_info()[1]
+        trace = error.__traceback__ if error is not None else None
+        while trace is not None:
+            yield trace.tb_frame, True
+            trace = trace.tb_next
+
+
+def _has(one: Any, hook: str) -> bool:
+    return callable(getattr(one, hook)) and is_overridden(hook, one, Callback if isinstance(one, Callback) else None)
+
+
+_CALLBACKS, _OF_MODULE = call._call_callback_hooks.__code__, call._call_lightning_module_hook.__code__
