@@ -51,8 +51,11 @@ def facts_of(base: Base | None, named: str | None, revision: str | None) -> Base
     else:
         from transformers import AutoConfig
 
-        where: Any = named if base is None else str(local_path(base)) if local_path(base).exists() else base
-        try:
+        where = named or "" if base is None else str(local_path(base)) if local_path(base).exists() else str(base)
+        if not where:
+            return BaseFacts()
+        try:  # the revision is that of the base that the adapter names
+            revision = revision if base is None else None
             config = AutoConfig.from_pretrained(where, revision=revision, local_files_only=base is None)
         except Exception:  # not there, not fetched, another format, code that is not trusted: not known
             return BaseFacts()

@@ -91,7 +91,7 @@ def left_out(parts: Parts, row: Consumer, base: BaseFacts) -> list[str]:
         dropped = [n for n in last if last[n] in (*_LATENT, "q_proj") or n in heads]
         if dropped:
             what = f"the head and the projections of latent attention ({listed(dropped)})"
-            problems.append(f"{row.title} would silently leave out {what}: {MERGE}")
+            problems.append(f"{row.title} applies no adapters of {what}: {MERGE}")
     if not row.experts_apart and (layers := _uneven_experts(parts)):
         what = "takes the experts of a layer all together, their three matrices with one rank"
         problems.append(f"{row.title} {what} (in {listed(layers)} they are not): {MERGE}")

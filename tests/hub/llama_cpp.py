@@ -54,6 +54,8 @@ def build() -> None:
     """Build the library, where it is not built. Raises LlamaError where that cannot be."""
     if LIBRARY.exists():
         return
+    if sys.platform != "linux":
+        raise LlamaError("the build is written for Linux")
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         raise LlamaError("there is no C++ compiler here")
     if not SOURCE.exists():
