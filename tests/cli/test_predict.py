@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from lightning_lora.cli.predict import rows
+from lightning_lora.cli.predict import _short, rows
 
 
 def test_predictions_of_a_run_are_one_line_of_json_for_each_input(cli):
@@ -76,3 +76,11 @@ def test_whatever_a_predict_step_returns_becomes_rows():
     assert list(rows([{"text": "a"}, {"text": "b"}])) == [{"text": "a"}, {"text": "b"}]
     assert list(rows({"x": torch.tensor([1, 2]), "y": ["a", "b"]})) == [{"x": 1, "y": "a"}, {"x": 2, "y": "b"}]
     assert list(rows((torch.tensor([1, 2]), torch.tensor([3])))) == [[1, 2], [3]]
+
+
+def test_of_a_long_prompt_the_end_is_shown_and_all_of_a_short_answer():
+    row = {"prompt": "<system>" + 500 * "x" + "Why is the sky blue?", "text": "Scattering."}
+    shown = _short(row)
+    assert shown.startswith('{"prompt": "<system>')
+    assert shown.endswith('Why is the sky blue?", "text": "Scattering."}')
+    assert len(shown) < 300
