@@ -38,8 +38,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes | tuple[bytes, memoryvi
         made = _make(folder.parent)
         staged.mkdir()
         for name, content in files.items():
-            with (staged / name).open("wb") as file:
-                file.writelines([content] if isinstance(content, bytes) else content)
+            _write(staged / name, content)
         _sync_all([*(staged / name for name in files), staged])
         if not folder.exists():
             os.rename(staged, folder)
@@ -66,6 +65,11 @@ def write_folder(folder: Path, files: Mapping[str, bytes | tuple[bytes, memoryvi
         for parent in reversed(made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def _write(path: Path, content: bytes | tuple[bytes, memoryview]) -> None:
+    with path.open("wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
 
 
 def _discard(staged: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_full_folder_for_temporary_files_is_named(tmp_path: Path, monkeypatch:
         with pytest.raises(CheckpointError, match=r"temporary files, .*/tmp, is full .*set TMPDIR"):
             stage(adapter)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr("lightning_lora.hub.atomic._write", full)
         with pytest.raises(CheckpointError, match=r"temporary files, .*/tmp, is full .*set TMPDIR"):
             stage_model(model())
     with monkeypatch.context() as patch:
