@@ -112,7 +112,8 @@ def merged(model: nn.Module) -> Iterator[None]:
     """Merge the adapters of `model` inside a `with` block, where its layers are the base's and as fast as those.
 
     The merged weights are new tensors. After the block the model is as before, bit for bit. It warns of lost precision
-    as `merge` does.
+    as `merge` does. No other thread may call the model while the block is entered or left: it would find some layers
+    merged and others not. Threads that share a model take `AdapterBank.folded`, which keeps them apart.
 
     Args:
         model: The module that `inject` was called on, or a module around it.
