@@ -191,6 +191,7 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._resume.setup(stage)
+        self._policy.only_launched = False
         self._absent = None
         self._savers = list(trainer.checkpoint_callbacks)
         self._policy.folder = None
@@ -329,9 +330,13 @@ class LoRACallback(Callback):
                 raise
             # Its layers are built in setup(), which only the children run; they adapt it then.
 
+    def launch_failed(self) -> None:
+        """In that process, where one of those that it launched has failed."""
+        self._policy.only_launched = True
+
     def after_launch(self, trainer: Trainer) -> None:
         """Back in that process: the module has its trained adapters, and the Trainer saves no more than them."""
-        self._was_launched = False
+        self._was_launched = self._policy.only_launched = False
         pl_module = trainer.strategy.lightning_module
         if pl_module is None or not has_adapters(pl_module):
             rank_zero_warn(

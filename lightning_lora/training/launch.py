@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
 
 
 def adapt_before_launch() -> None:
@@ -24,10 +25,28 @@ def adapt_before_launch() -> None:
         ours = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "before_launch")]
         for callback in ours:
             callback.before_launch(trainer)
-        result = original(self, function, *args, trainer=trainer, **kwargs)
+        if ours:
+            function = functools.partial(_save_on_exception, function, trainer)
+        try:
+            result = original(self, function, *args, trainer=trainer, **kwargs)
+        except BaseException:
+            for callback in ours:
+                callback.launch_failed()
+            raise
         for callback in ours:
             callback.after_launch(trainer)
         return result
 
     launch.adapts_before = True  # type: ignore[attr-defined]
     _MultiProcessingLauncher.launch = launch  # type: ignore[method-assign]
+
+
+def _save_on_exception(function: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """In a launched process, which has the weights. Lightning calls on_exception in the launching one alone."""
+    try:
+        return function(*args, **kwargs)
+    except BaseException as error:
+        trainer.state.status = TrainerStatus.INTERRUPTED
+        for callback in trainer.checkpoint_callbacks:
+            callback.on_exception(trainer, trainer.lightning_module, error)
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -34,7 +35,8 @@ def _left_in_store(own: Any, ranks: list[Any]) -> list[Any]:
     rank, store = distributed.get_rank(), _get_default_store()
     ranks[rank] = own
     if rank != 0:
-        store.set(f"lightning_lora/{_exchanges}/{rank}", pickle.dumps(own))  # type: ignore[arg-type]
+        with suppress(RuntimeError):  # the first process has ended, and the store with it
+            store.set(f"lightning_lora/{_exchanges}/{rank}", pickle.dumps(own))  # type: ignore[arg-type]
         return ranks
     for other in range(1, len(ranks)):
         key = f"lightning_lora/{_exchanges}/{other}"

@@ -203,7 +203,8 @@ class ExactResume:
         amid = self.entry is None and self._is_amid()
         if amid:
             self.holders.put(self.before["others"], checkpoint)
-            loops["epoch_loop.state_dict"]["_batches_that_stepped"] = self.before["stepped"]
+            if not (self.extra and place.get("ended")):  # or the last batch's end is through, which came after `before`
+                loops["epoch_loop.state_dict"]["_batches_that_stepped"] = self.before["stepped"]
         if place["kind"] == "inside":
             batch = loops["epoch_loop.batch_progress"]
             for counts, value in ((batch["current"], place["batches"]), (batch["total"], place["total"])):

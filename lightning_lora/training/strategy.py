@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -79,6 +79,8 @@ class AdapterPolicy:
     watch: BaseWatch | None = None
     """What the base was when training started."""
     resume: ExactResume = field(default_factory=ExactResume)
+    only_launched: bool = False
+    """Whether training went on in processes that this one launched, and failed: here it never began."""
     folder: Path | None = None
     """The adapter folder that was written last."""
     adapt_as_in: Callable[[Mapping[str, Any], LightningModule], None] | None = None
@@ -102,7 +104,17 @@ class AdapterStrategy(_Host):
         wrapped: nn.Module = super()._setup_model(model)
         return wrapped
 
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self._may_be_alone() else super().broadcast(obj, src)  # type: ignore[safe-super]
+
+    def _may_be_alone(self) -> bool:
+        """Whether this process saves on an exception, which the others may not have had: it would wait for ever."""
+        trainer = getattr(self.lightning_module, "_trainer", None)  # its property raises where there is none
+        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
     def barrier(self, name: str | None = None) -> None:
+        if self._may_be_alone():
+            return
         super().barrier(name)  # type: ignore[safe-super]
         module = self.lightning_module
         if name == "run-stage" and module is not None and module.trainer.state.fn == TrainerFn.FITTING:
@@ -161,6 +173,12 @@ class AdapterStrategy(_Host):
         module = self.lightning_module
         if module is None or not has_adapters(module):
             super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if self.lora.only_launched:
+            rank_zero_warn(
+                f"{filepath} was not written by this process, whose model is the one from before training. The process "
+                "that failed has saved its own, if it was the first one."
+            )
             return
         if self.lora.watch is not None:
             self.lora.watch.check(module)

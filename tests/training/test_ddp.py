@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from hanging import no_hang
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import Tensor
+from torch.multiprocessing import ProcessRaisedException
 
+from lightning_lora import LoRACallback
 from lightning_lora.engine import adapter_state_dict, adapters
 from lightning_lora.training.checkpoint import METADATA
 
 from . import ddp_run
 from .ddp_run import Shared, SharedInConfigureModel, SharedInSetup, WithDropout, fit
+from .lit import trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
@@ -83,6 +88,27 @@ def test_a_checkpoint_of_two_processes_resumes_in_one_and_says_what_differs(tmp_
         resumed, _ = fit(Shared, tmp_path / "resumed", ckpt=str(tmp_path / "two" / "step=3.ckpt"))
     # Nothing random is left in this run, so it ends where the others do.
     torch.testing.assert_close(adapter_state_dict(resumed), adapter_state_dict(one), **CLOSE)
+
+
+class FailsInOne(Shared):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.global_rank == 0 and batch_idx == 3:
+            raise ValueError("stop")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+def test_a_forked_process_that_fails_leaves_a_checkpoint_of_what_it_trained(tmp_path: Path) -> None:
+    """Lightning alone writes one of the process that forked it, where nothing was trained."""
+    saver = OnExceptionCheckpoint(tmp_path)
+    run = trainer(LoRACallback(rank=2), saver, strategy="ddp_fork", devices=2, use_distributed_sampler=False)
+    with (
+        no_hang(),
+        pytest.raises(ProcessRaisedException, match="stop"),
+        pytest.warns(UserWarning, match="was not written by this process"),
+    ):
+        run.fit(FailsInOne())
+    first, _ = torch.load(saver.ckpt_path)["callbacks"]["LoRACallback"]["random"]["ranks"]
+    assert first["place"]["batches"] == 3
 
 
 def test_a_module_built_in_setup_is_said_to_stay_behind(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ IN_SECONDS = [
     "manual, exceptions, validation",
     "two optimizers",
     "max_steps in windows",
+    "stopped in an epoch, validation saves",
     "max_steps in the last epoch",
     "more epochs, generator",
     "reloaded, generator",
