@@ -203,8 +203,6 @@ class ExactResume:
         amid = self.entry is None and self._is_amid()
         if amid:
             self.holders.put(self.before["others"], checkpoint)
-            if not (self.extra and place.get("ended")):  # or the last batch's end is through, which came after `before`
-                loops["epoch_loop.state_dict"]["_batches_that_stepped"] = self.before["stepped"]
         if place["kind"] == "inside":
             batch = loops["epoch_loop.batch_progress"]
             for counts, value in ((batch["current"], place["batches"]), (batch["total"], place["total"])):
@@ -399,7 +397,6 @@ class ExactResume:
             "fetched": fetcher.fetched if isinstance(fetcher, _DataLoaderIterDataFetcher) else None,
             "others": self.holders.state(in_batch=self.amid == "batch"),
             "total": fit_loop.epoch_loop.batch_progress.total.processed,
-            "stepped": fit_loop.epoch_loop._batches_that_stepped,
             "version": self._version(),
         }
 
