@@ -71,12 +71,13 @@ def _answer(
             before, prompt = render([QUESTION]), render([QUESTION], prompt=True)
             whole, changed = render([QUESTION, messages[index]]), render([QUESTION, OTHER_ANSWER])
             start, said = in_common(prompt, whole), in_common(whole, changed)
-        leads = [changed[start : max(start, changed.rfind(UNHEARD))], whole[start:said], prompt[len(before) :]]
+        leads = [changed[start : max(start, changed.rfind(UNHEARD))], whole[start:said]]
+        opening = prompt[len(before) :] if prompt.startswith(before) else UNHEARD
         whole, changed = text, render([*messages[:index], OTHER_ANSWER, *messages[index + 1 :]])
         said = in_common(whole, changed)
-        lead = next((lead for lead in leads[:2] if text.endswith(lead, done, said)), None)
-        start = said - len(lead) if lead is not None else text.rfind(leads[2], done, said) + len(leads[2])
-        if start < max(done, len(leads[2])) or not prompt.startswith(before):
+        starts = [said - len(lead) for lead in leads if text.endswith(lead, done, said)]
+        start = starts[0] if starts else text.rfind(opening, done, said) + len(opening)
+        if not starts and start < len(opening):
             raise _rewritten(prompt)
     if UNHEARD not in changed:
         raise DataError(f"The chat template does not write everything that the assistant says: {changed[-120:]!r}")

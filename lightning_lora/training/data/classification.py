@@ -107,7 +107,8 @@ class TextClassificationData(LabelledData):
             raise ConfigError(f"max_length is {max_length}; it must be at least 1 token.")
         self.tokenizer = tokenizer.tokenizer()
         self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
-        self.max_length = min(max_length, tokenizer.context() or max_length)
+        # RoBERTa's config counts two positions more than a text may have; its tokenizer knows.
+        self.max_length = min(max_length, tokenizer.context() or max_length, self.tokenizer.model_max_length)
         self.collate = PadRows(self.tokenizer.pad_token_id or 0)
 
     def encode(self, rows: Any, split: str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_lora.engine import injections
 from lightning_lora.errors import ConfigError
 from lightning_lora.training.models import ModelSource, context_of
 from lightning_lora.training.tasks.base import (
@@ -153,6 +154,8 @@ def check_apart(model: nn.Module, batch: Mapping[str, Any]) -> None:
     Tried, with a few tokens of `batch`, since no attribute tells: many models of transformers take `position_ids` and
     mix examples all the same. Dropout is off meanwhile.
     """
+    if any(injection.config.alora_invocation_tokens for _, injection in injections(model)):
+        raise ConfigError("An activated LoRA acts from one place of a row on: it goes with packing=false alone.")
     ids = batch["input_ids"].flatten()
     first, tried, last = ids.repeat(-(-24 // len(ids)))[:24].chunk(3)
     starting = torch.arange(8, device=ids.device).repeat(2, 2)

@@ -53,6 +53,7 @@ CASES = [
     *((name, CALLED[:n], TOOLS) for name in TEMPLATES if "if tools" in TEMPLATES[name] for n in (2, 4, 6)),
     *((name, THOUGHT[:n], None) for name in ("qwen3", "gpt_oss") for n in (2, 4)),
     ("qwen3", [CALLED[0], {**CALLED[1], "reasoning_content": "Ask."}, *CALLED[2:]], TOOLS),
+    *((name, [HELLO, USER, SEEN], None) for name in ("chatml", "deepseek_r1", "qwen3")),
     ("deepseek_r1", [USER, {**HELLO, "content": "<think>\nThey greet.\n</think>\n\nHello"}, BYE, SEEN], None),
 ]  # fmt: skip
 

@@ -102,6 +102,13 @@ def test_pairs_of_texts_and_long_texts_are_tokenised_as_the_model_wants(bert):
     assert batch["input_ids"].shape == (2, 6)
 
 
+def test_texts_are_cut_at_what_the_model_reads(bert, trainer):
+    data = TextClassificationData(bert, Rows([{"text": "x" * 900, "label": label} for label in "ab"]), max_length=2000)
+    data.setup("validate")
+    assert next(iter(data.val_dataloader()))["input_ids"].shape == (2, 512)
+    trainer().validate(SequenceClassification(bert), data, verbose=False)
+
+
 def test_a_label_that_training_never_saw_is_an_error(bert):
     class Other(Rows):
         def load(self) -> Splits:

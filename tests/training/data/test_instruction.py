@@ -268,3 +268,15 @@ def test_the_plain_template_begins_as_the_tokenizer_begins_a_text():
     text = "### Instruction:\nHi\n\n### Response:\nHello – you<end>"
     assert row["input_ids"] == tokenizer(text)["input_ids"]
     assert row["labels"][0] == -100
+
+
+def test_of_a_prompt_with_earlier_answers_the_completion_alone_is_learned(llama):
+    rows = [
+        {"prompt": CHAT[1:4], "completion": [CHAT[4]]},
+        {"conversations": [*CHAT[1:2], {"from": "gpt", "value": "Hello", "weight": 0}, *CHAT[3:5]]},
+    ]
+    for row in rows:
+        data = InstructionData(llama, Rows([row]), chat_template="plain")
+        data.setup("validate")
+        labels = next(iter(data.val_dataloader()))["labels"]
+        assert data.tokenizer.decode(labels[labels != -100]) == "See you</s>"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import modeling_flash_attention_utils as flash
 
+from lightning_lora import LoRAConfig, inject
 from lightning_lora.errors import ConfigError
 from lightning_lora.training.data import InstructionData
 from lightning_lora.training.tasks import CausalLM
@@ -144,6 +145,13 @@ def test_a_model_that_mixes_packed_examples_is_refused(llama, trainer, name):
     with pytest.raises(ConfigError, match=r"packed examples"):
         trainer().validate(task, loader(batches_of(llama, True)), verbose=False)
     trainer().validate(task, loader(batches_of(llama, False)), verbose=False)
+
+
+def test_an_activated_lora_is_refused(llama):
+    model = model_of("Llama")
+    inject(model, LoRAConfig(rank=2, alora_invocation_tokens=[5, 6]))
+    with pytest.raises(ConfigError, match=r"activated LoRA .* packing=false"):
+        check_apart(model, batches_of(llama, True)[0])
 
 
 def test_the_trial_leaves_modes_and_random_numbers_as_they_were(llama):
