@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import re
+import shlex
 import sys
 
 import yaml
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,7 +35,7 @@ def explain(error: Exception) -> str | None:
     """The message for `error`; None where it is no error of the user's, and its traceback is wanted."""
     if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        return f"{error}{cause}"
+        return f"{error}{cause}{_quoted(error)}"
     if isinstance(error, LightningLoRAError) or _is_lightnings_own(error):
         # A worker of a DataLoader hands over its error with the traceback in its message.
         kind = type(error).__name__
@@ -40,6 +43,21 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         return f"{error.strerror}: {error.filename or 'a file of the run'} could not be written."
     return None
+
+
+def _quoted(error: Exception) -> str:
+    """How to write an override that Hydra's grammar stumbles over, where quotes make it one."""
+    if not isinstance(error, OverrideParseException) or "=" not in error.override:
+        return ""
+    key, _, value = error.override.partition("=")
+    quoted = f"{key}='{value}'"
+    try:
+        OverridesParser.create().parse_override(quoted)
+    except OverrideParseException:
+        return ""
+    is_plain = re.search(r"""[`"]|\$[\w{(]|\\[\\$`]""", quoted) is None  # to a shell, between double quotes
+    in_shell = f'"{quoted}"' if is_plain else shlex.quote(quoted)
+    return f"\nA value with such characters stands in quotes: {in_shell}"
 
 
 def explain_composition(error: ConfigCompositionException, config_name: str, overrides: list[str]) -> str:

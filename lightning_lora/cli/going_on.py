@@ -121,7 +121,7 @@ def _logs_after(trainer: pl.Trainer) -> int:
     """How many rows Lightning logs of a batch after the hooks at its end, in which a checkpoint may be saved; a resumed
     run does not log them again."""
     epoch_loop = trainer.fit_loop.epoch_loop
-    batches = epoch_loop.batch_progress.total
+    batches: Any = epoch_loop.batch_progress.total
     if batches.completed == batches.processed or not trainer._logger_connector.should_update_logs:
         return 0
     return int(bool(epoch_loop._results.metrics(on_step=True)["log"]))
