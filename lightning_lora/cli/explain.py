@@ -40,6 +40,10 @@ def explain(error: Exception) -> str | None:
         # A worker of a DataLoader hands over its error with the traceback in its message.
         kind = type(error).__name__
         return str(error).rpartition(f"{kind}: ")[2].strip() if str(error).startswith(f"Caught {kind}") else str(error)
+    if isinstance(error, RuntimeError) and "`--ntasks=" in str(
+        error
+    ):  # Lightning's, of how the Slurm job was asked for
+        return str(error)
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         return f"{error.strerror}: {error.filename or 'a file of the run'} could not be written."
     return None

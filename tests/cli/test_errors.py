@@ -159,3 +159,11 @@ def test_a_missing_extra_is_named(cli, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
     assert cli.train("logger=wandb") == 2
     assert "pip install 'lightning-lora[wandb]'" in cli.err
+
+
+def test_a_slurm_job_that_was_asked_for_in_another_way_than_lightning_wants_is_one_line(cli, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "tune")
+    assert cli.train() == 2
+    assert "--ntasks-per-node=2" in cli.err
+    assert "Traceback" not in cli.err
