@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError
@@ -33,7 +34,8 @@ def build(settings: dict[str, Any], where: str, **arguments: Any) -> Any:
     if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError(f"{where} has no _target_: name the class or function that it describes.")
     try:
-        return instantiate(node, **arguments, _convert_="all")
+        # Twice: Hydra resolves what it is given, and reads the outcome once more.
+        return instantiate({"_convert_": "all", **literal(literal(node))}, **arguments)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and not isinstance(cause, LightningLoRAError):
@@ -58,6 +60,15 @@ def task_and_data(settings: dict[str, Any]) -> tuple[LightningModule, LightningD
         built.append(it)
     task, data = built
     return task, data
+
+
+def literal(value: Any) -> Any:
+    """`value` so that OmegaConf, which reads "${...}" in a text as a reference, reads what is there."""
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [literal(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def build_each(settings: dict[str, Any], where: str) -> list[Any]:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, OverrideTy
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lightning_lora.cli.signature import parameter_names
+from lightning_lora.cli.signature import HYDRA_KEYS, parameter_names
 from lightning_lora.errors import ConfigError, closest, listed
 
 CONFIG_MODULE = "lightning_lora.conf"
@@ -66,16 +66,19 @@ def composed(config_name: str, arguments: list[str], but: str | None = None) -> 
     args = get_args_parser().parse_args(arguments)
     left_out = {but}
     GlobalHydra.instance().clear()
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
+    start = initialize_config_module if args.config_path is None else initialize_config_dir
+    with start(args.config_path or CONFIG_MODULE, version_base="1.3"):
+        loader: Any = GlobalHydra.instance().config_loader()
+        if args.config_dir:
+            path = f"file://{os.path.abspath(args.config_dir)}"
+            loader.get_search_path().append("command-line", path, anchor="main")
+            loader.repository.initialize_sources(loader.get_search_path())
         overrides = OverridesParser.create(loader).parse_overrides(args.overrides)
         if args.multirun:
             overrides = [_first_of_sweep(override) for override in overrides]
         _check_options(overrides, loader)
         while True:
             kept = [o.input_line or "" for o in overrides if o.key_or_group not in left_out]
-            if args.config_dir:
-                kept.append(f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]")
             try:
                 config = compose(args.config_name or config_name, kept, return_hydra_config=True)
                 if args.multirun and (searched := search_space(config)):
@@ -112,7 +115,8 @@ def with_pluses(config_name: str, arguments: list[str]) -> list[str]:
                 raise
             *parents, name = key.split(".")
             node = OmegaConf.select(composed(config_name, arguments, but=key).config, ".".join(parents))
-            if not parents or not isinstance(node, DictConfig) or name not in parameter_names(node):
+            known = [*parameter_names(node), *HYDRA_KEYS] if isinstance(node, DictConfig) and "_target_" in node else []
+            if not parents or name not in known:
                 raise
             # Two, since a job of a sweep may have the setting from its option of a group.
             arguments = [f"++{a}" if a.startswith(f"{key}=") else a for a in arguments]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
+import shlex
 import sys
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,10 +34,7 @@ PLUGINS = {
 def explain(error: Exception) -> str | None:
     """The message for `error`; None where it is no error of the user's, and its traceback is wanted."""
     if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override!r} cannot be read. A setting is written key=value; a value with brackets, commas, quotes "
-            "or = in it is quoted twice: 'key=\"value\"'."
-        )
+        return f"{error.override!r} cannot be read. A setting is written key=value.{_quoted(error)}"
     if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         return f"{error}{cause}"
@@ -42,9 +42,28 @@ def explain(error: Exception) -> str | None:
         # A worker of a DataLoader hands over its error with the traceback in its message.
         kind = type(error).__name__
         return str(error).rpartition(f"{kind}: ")[2].strip() if str(error).startswith(f"Caught {kind}") else str(error)
+    if isinstance(error, RuntimeError) and "`--ntasks=" in str(
+        error
+    ):  # Lightning's, on how a Slurm job asked for tasks
+        return str(error)
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         return f"{error.strerror}: {error.filename or 'a file of the run'} could not be written."
     return None
+
+
+def _quoted(error: OverrideParseException) -> str:
+    """How to write an override that Hydra's grammar cannot read, where quotes make it one that it can."""
+    if "=" not in error.override:
+        return ""
+    key, _, value = error.override.partition("=")
+    quoted = f"{key}='{value}'"
+    try:
+        OverridesParser.create().parse_override(quoted)
+    except OverrideParseException:
+        return ""
+    is_plain = re.search(r"""[`"]|\$[\w{(]|\\[\\$`]""", quoted) is None  # to a shell, between double quotes
+    in_shell = f'"{quoted}"' if is_plain else shlex.quote(quoted)
+    return f"\nA value with such characters stands in quotes: {in_shell}"
 
 
 def explain_composition(error: ConfigCompositionException, config_name: str, overrides: list[str]) -> str:

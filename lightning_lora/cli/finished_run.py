@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -45,10 +46,27 @@ def _configuration(command: str, folder: Path, taken: list[str]) -> dict[str, An
     config: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     config["defaults"] = [d for d in config["defaults"] if d == "_self_" or next(iter(d)) not in taken]
     run: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=False)
+    hydra = folder / ".hydra" / "hydra.yaml"
+    if hydra.is_file() and (cwd := OmegaConf.select(OmegaConf.load(hydra), "hydra.runtime.cwd")) is not None:
+        run = _from(Path(cwd), run)
     for name in taken:
         config[name] = _linked(run[name], run)
     config.update(_trained(folder, adapted=run.get("lora") is not None))
     return config
+
+
+def _from(started_in: Path, node: Any) -> Any:
+    """`node` with the files and folders that it names from where the run was started, wherever this is."""
+    if isinstance(node, list):
+        return [_from(started_in, value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    moved = {}
+    for key, value in node.items():
+        is_place = isinstance(value, str) and value and "://" not in value and (key == "name" or key.endswith("path"))
+        place = str(started_in / value) if is_place else ""  # an absolute path stays itself
+        moved[key] = place if place and glob.glob(place, recursive=True) else _from(started_in, value)
+    return moved
 
 
 def _linked(node: Any, run: dict[str, Any]) -> Any:

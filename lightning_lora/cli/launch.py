@@ -30,6 +30,7 @@ from lightning_lora.cli.schema import checked
 from lightning_lora.cli.sweep import SweepTable, record_failure
 from lightning_lora.errors import ConfigError
 
+CONFIG_PATH = ("--config-path", "-cp")
 WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c"),
     *("--experimental-rerun", "--info", "-i"),
@@ -100,16 +101,20 @@ def _settings(config: DictConfig, known: type) -> dict[str, Any]:
 
 
 def flags_first(arguments: list[str]) -> list[str]:
-    """`arguments` with Hydra's flags ahead: argparse, which Hydra reads with, takes none between two overrides."""
+    """`arguments` with Hydra's flags ahead: argparse, which Hydra reads with, takes none between two overrides. A
+    --config-path is taken from the current folder on; Hydra takes it from that of the program's code."""
     flags, overrides = [], []
     left = iter(arguments)
     for argument in left:
         if not argument.startswith("-"):
             overrides.append(argument)
-        else:
-            flags.append(argument)
-            if argument in WITH_VALUE and (value := next(left, None)) is not None:
-                flags.append(value)
+            continue
+        flag, equals, value = argument.partition("=")
+        flags.append(flag if equals and flag in CONFIG_PATH else argument)
+        if argument in WITH_VALUE or flags[-1] != argument:
+            following = value if equals else next(left, None)
+            if following is not None:
+                flags.append(os.path.abspath(following) if flag in CONFIG_PATH else following)
     return [*flags, *overrides]
 
 

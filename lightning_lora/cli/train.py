@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from omegaconf import OmegaConf
 
-from lightning_lora.cli.build import build, build_each, task_and_data
+from lightning_lora.cli.build import build, build_each, literal, task_and_data
 from lightning_lora.cli.cores import use_available_cores
 from lightning_lora.cli.noise import quieten
 from lightning_lora.cli.results import CONFIG, METRICS, RESULTS, metrics_of, read_metrics, shown, write_json
@@ -108,7 +108,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     trainer: Trainer = build(settings, "trainer", callbacks=callbacks, logger=build_each(settings, "logger"), **bars)
     _check_processes(trainer)
     if trainer.is_global_zero:
-        OmegaConf.save(OmegaConf.create(settings), folder / CONFIG)
+        OmegaConf.save(OmegaConf.create(literal(settings)), folder / CONFIG)
     earlier.set_aside(trainer)
 
     measures = settings["evaluate_before"] and (checkpoint is not None or not is_requeued(trainer))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import Unpack
 
 from lightning_lora.checked import whole
-from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injections
+from lightning_lora.engine import InjectionReport, LoRAConfig, adapter_tensors, inject, injections
 from lightning_lora.engine.config import Bias, FurtherFields, check_is_config
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
@@ -160,6 +160,7 @@ class LoRACallback(Callback):
         self._is_as_loaded = False
         self._absent: Exception | None = None
         self._savers: list[Any] = []
+        self._trains: set[str] = set()
         if self._origin is not None:
             self._policy.adapt_as_in = self._adapt_as_in
         adapt_before_launch()
@@ -246,6 +247,7 @@ class LoRACallback(Callback):
 
     def _is_adapted(self, trainer: Trainer, pl_module: LightningModule) -> None:
         accept_adapters(pl_module)
+        self._trains = {name for name, t in adapter_tensors(pl_module).items() if t.requires_grad}
         if trainer.state.fn == TrainerFn.FITTING:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -354,6 +356,16 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_present(trainer, pl_module)
+        frozen = [
+            name for name, t in adapter_tensors(pl_module).items() if name in self._trains and not t.requires_grad
+        ]
+        finetuning = [type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning)]  # type: ignore[attr-defined]
+        if frozen and finetuning:
+            raise TrainingError(
+                f"{listed(finetuning)} has frozen {listed(frozen, 4)} after the model was adapted, so they would not "
+                "train; later it would train weights of the base, which are not saved with an adapter. Leave it out: "
+                "LoRACallback freezes the base by itself. Name what is to be trained whole in modules_to_save."
+            )
         if self._policy.push is not None:
             self._policy.push.start(trainer, pl_module)
         check_averages(pl_module)

@@ -171,3 +171,11 @@ def test_a_task_that_is_no_module_is_said_by_its_setting(cli):
     for where, said in (("task", "LightningModule"), ("data", "LightningDataModule")):
         assert cli.train(f"{where}._target_=os.getcwd") == 2
         assert f"{where}._target_: os.getcwd makes a str, and a {said} is needed" in cli.err
+
+
+def test_a_slurm_job_that_was_asked_for_in_another_way_than_lightning_wants_is_one_line(cli, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "tune")
+    assert cli.train() == 2
+    assert "--ntasks-per-node=2" in cli.err
+    assert "Traceback" not in cli.err

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 import lightning_lora
+from lightning_lora.cli import launch
+from lightning_lora.cli.build import build, literal
 from lightning_lora.cli.commands import COMMANDS, docstring
 from lightning_lora.cli.completion import suggestions
+from lightning_lora.cli.composition import composed, with_pluses
+from lightning_lora.cli.finished_run import with_finished_run
 
 
 def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -125,3 +132,75 @@ def test_the_configuration_can_be_shown_without_running(cli):
 def test_a_program_error_keeps_its_traceback(cli):
     with pytest.raises(RuntimeError, match="negative dimension"):
         cli.train("task.width=-1")
+
+
+def test_settings_are_read_from_folders_as_plain_hydra_does(cli):
+    """The settings of an earlier run, a file of one's own, and one's own folder beside a search path."""
+    Path("mine/lora").mkdir(parents=True)
+    Path("theirs/lora").mkdir(parents=True)
+    Path("mine/ours.yaml").write_text("defaults: [train, _self_]\nseed: 7\n")
+    for folder, rank in (("mine", 3), ("theirs", 5)):
+        Path(folder, "lora", f"{folder}.yaml").write_text(f"defaults: [default]\nrank: {rank}\n")
+    given = ["--config-dir", "mine", f"hydra.searchpath=[file://{Path('theirs').absolute()}]"]
+    for option, rank in (("mine", 3), ("theirs", 5)):
+        assert composed("train", launch.flags_first([*given, f"lora={option}"])).config.lora.rank == rank
+    own = launch.flags_first(["--config-dir", "mine", "seed=8", "--config-name", "ours"])
+    assert own[-1] == "seed=8"
+    assert composed("train", own[:-1]).config.seed == 7
+    assert composed("train", own).config.seed == 8
+    OmegaConf.save(OmegaConf.create({"seed": 9}), "config.yaml")
+    for flags in (["--config-path", "."], ["--config-path=."], ["-cp", "."]):
+        assert composed("train", launch.flags_first([*flags, "--config-name", "config"])).config.seed == 9
+
+
+def test_a_node_may_say_how_hydra_builds_it_and_a_text_may_hold_what_looks_like_a_reference(cli):
+    texts = ["a${b}", r"a\${b}", r"a\\${b}", "$", r"\d+$"]
+    node = {"_target_": "builtins.dict", "inner": {"texts": texts}}
+    assert build({"node": node}, "node") == {"inner": {"texts": texts}}
+    as_hydras = build({"node": {**node, "_convert_": "none"}}, "node")
+    assert isinstance(as_hydras["inner"], DictConfig)
+    assert OmegaConf.to_container(OmegaConf.create({"texts": literal(texts)}), resolve=True) == {"texts": texts}
+    assert with_pluses("train", ["lora._convert_=all"]) == ["++lora._convert_=all"]
+
+
+def test_a_value_that_needs_quotes_is_shown_with_them(cli):
+    assert cli.train(r"lora.target_modules=.*\.(q|v)_proj$") == 2
+    (command,) = [line for line in cli.err.splitlines() if "stands in quotes" in line]
+    (override,) = shlex.split(command.partition("quotes: ")[2])
+    assert composed("train", [override]).config.lora.target_modules == r".*\.(q|v)_proj$"
+
+
+def test_the_places_that_a_finished_run_names_are_those_from_where_it_was_started(cli, tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("text")
+    run = {
+        "model": {"name": "base"},
+        "data": {
+            "tokenizer": {"name": "base"},
+            "path": "data/*.txt",
+            "test_path": "./data/a.txt",
+            "text_column": "data",
+        },
+        "task": {"model": {"name": "base"}, "name": "user/of-the-hub", "other_path": "hf://data"},
+        "lora": {},
+    }
+    folder = tmp_path / "run"
+    (folder / "adapter").mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(run), folder / "config.yaml")
+    (folder / ".hydra").mkdir()
+    hydra = OmegaConf.create({"hydra": {"runtime": {"cwd": str(tmp_path)}}})
+    OmegaConf.save(hydra, folder / ".hydra" / "hydra.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    name, _ = with_finished_run("evaluate", ["run=../run"])
+    config = composed(name, []).config
+    assert config.model.name == str(tmp_path / "base")
+    assert config.data.tokenizer == config.model == config.task.model
+    assert Path(config.data.path) == tmp_path / "data" / "*.txt"
+    assert Path(config.data.test_path) == tmp_path / "data" / "a.txt"
+    assert (config.data.text_column, config.task.name, config.task.other_path) == (
+        "data",
+        "user/of-the-hub",
+        "hf://data",
+    )

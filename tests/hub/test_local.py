@@ -52,8 +52,13 @@ ENTRANCES: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("url", [URLS[0], Path(URLS[0]), URLS[3]])
-@pytest.mark.parametrize("entrance", ENTRANCES)
+READS_THE_HUB = ("load_adapter", "export_adapter from", "combine_adapters from")
+
+
+@pytest.mark.parametrize(
+    ("entrance", "url"),
+    [(e, u) for e in ENTRANCES for u in (URLS[0], Path(URLS[0]), URLS[3]) if e not in READS_THE_HUB or u != URLS[3]],
+)
 def test_a_url_is_refused_wherever_a_folder_is_taken(
     entrance: str, url: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,3 +274,17 @@ def test_product_decay_keeps_the_updates_small_in_a_run(ratio: float | None) -> 
 def test_a_product_decay_that_cannot_be_is_refused(strength: Any) -> None:
     with pytest.raises(ConfigError, match="product_decay is a finite number above 0"):
         LoRACallback(product_decay=strength)
+
+
+def test_a_callback_that_freezes_what_was_adapted_says_what_it_means(tmp_path):
+    class Split(Lit):
+        def build(self, seed):
+            self.backbone, self.head = net(seed), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.head(self.backbone(x))
+
+    for config in ({}, {"modules_to_save": ["head"]}):
+        callbacks = [LoRACallback(rank=2, **config), BackboneFinetuning(unfreeze_backbone_at_epoch=1)]
+        with pytest.raises(TrainingError, match=r"BackboneFinetuning has frozen backbone\.0\.lora_A.* Leave it out"):
+            trainer(*callbacks, max_epochs=3).fit(Split())
