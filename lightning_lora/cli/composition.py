@@ -123,13 +123,20 @@ def with_pluses(config_name: str, arguments: list[str]) -> list[str]:
 
 
 def with_model_names(arguments: list[str]) -> list[str]:
-    """`arguments` with `model=NAME`, where NAME is no option of the group nor close to one, as the settings meant."""
+    """`arguments` with `model=NAME`, where NAME is no option of the group nor close to one, as the settings meant.
+
+    Raises ConfigError for a path at which nothing lies, before the run has a folder.
+    """
     result = []
     for argument in arguments:
         key, _, value = argument.partition("=")
         name = value.strip("'\"")
         if key != "model" or name in ("", "null") or "," in name or _is_near_an_option(name, arguments):
             result.append(argument)
+        elif (
+            name.startswith((".", "/", "~")) and not Path(name).expanduser().exists()
+        ):  # said before a run has a folder
+            raise ConfigError(f"model={name}: There is no folder {name}.")
         else:
             result += ["model=pretrained", f"model.name='{name}'"]
     return result

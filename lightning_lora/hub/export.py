@@ -28,7 +28,7 @@ from lightning_lora.hub.obstacles import head_of, left_out, other_base, refuse, 
 from lightning_lora.hub.parts import Parts, magnitude_key, parts_of
 from lightning_lora.hub.peft_config import to_peft
 from lightning_lora.hub.pull import adapter_folder
-from lightning_lora.hub.reading import CARD, CONFIG, TENSORS
+from lightning_lora.hub.reading import CARD, CONFIG
 from lightning_lora.hub.writing import write_adapter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -83,7 +83,7 @@ def export_adapter(
         what = f"{adapter} cannot be exported for {row.title}"
         raise AdapterFormatError(f"{what}: {str(error).rstrip('.')}. Nothing was written.") from error
     write_adapter(target, config, tensors, parts.note, _card(source, config, parts, tensors, row))
-    sizes = [(folder / TENSORS).stat().st_size for folder in (source, target)]
+    sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (source, target)]
     return replace(report, size_before=sizes[0], size=sizes[1], size_merged=size_of(base))
 
 

@@ -115,9 +115,10 @@ class ModelSource:
         if new_head:
             random = [name for name in random if name.startswith(f"{model.base_model_prefix}.")]
         if random:
+            hint = " Name their modules in modules_to_save to train them as well." if new_head else ""
             rank_zero_warn(
                 f"{self.name!r} as a {type(model).__name__} lacks {listed(random)}: these weights are random. Is it a "
-                "model of that kind, and complete?"
+                f"model of that kind, and complete?{hint}"
             )
         return model
 

@@ -506,7 +506,7 @@ def test_a_model_without_adapters_says_so():
 def test_a_part_of_an_adapted_model_is_told_which_to_pass():
     model = nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 6))
     inject(model, LoRAConfig(rank=2, modules_to_save=["1"], target_modules=["0.0"]))
-    with pytest.raises(AdapterStateError, match="pass the one that inject was called on"), disabled(model[0]):
+    with pytest.raises(AdapterStateError, match="pass the module that inject was called on"), disabled(model[0]):
         pass
 
 

@@ -30,7 +30,7 @@ def test_an_adapter_in_a_folder_of_a_repository_is_pulled_and_loaded(place, sour
     assert all(torch.equal(t, trained(source)[name]) for name, t in adapter_state_dict(model).items())
     bank = AdapterBank(Linears())
     bank.add("it", "user/many@main", subfolder=place, check_base=False)
-    with pytest.raises(ConfigError, match="leave one out"):
+    with pytest.raises(ConfigError, match="leave out one"):
         bank.add("other", "user/many@main", revision="v2", subfolder=place)
     export_adapter("user/many", tmp_path / "exported", "vllm", subfolder=place)
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
+    BertForPreTraining,
     ByT5Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -49,7 +49,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     """An encoder over bytes, without a classifier."""
     tokenizer = ByT5Tokenizer(extra_ids=0)
     config = BertConfig(**SIZES, vocab_size=len(tokenizer), pad_token_id=0)
-    return _saved(BertForMaskedLM(config), tokenizer, tmp_path_factory.mktemp("bert"))
+    return _saved(BertForPreTraining(config), tokenizer, tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")

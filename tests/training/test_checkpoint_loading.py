@@ -100,7 +100,7 @@ def test_what_holds_no_state_dict_is_refused(tmp_path: Path) -> None:
     assert_refused(path, CheckpointError, r"holds no adapter \(its weights are 0\.weight")
     torch.save([1, 2], path)
     assert_refused(path, CheckpointError, "holds a list, not a checkpoint")
-    assert_refused(tmp_path, CheckpointError, "is not a whole checkpoint")
+    assert_refused(tmp_path, CheckpointError, r"is a folder of checkpoints\. Give one of them: .*x\.ckpt")
 
 
 class Opaque:

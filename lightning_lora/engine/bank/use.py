@@ -35,7 +35,7 @@ class Use:
         self.bank._enter(self)
         self.bank._routes.enter(self.routing, self)
 
-    def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, raised: type[BaseException] | None = None, *_: object) -> None:
         was_last = self.bank._routes.leave(self)
         self.end()
         if not was_last and raised in (None, GeneratorExit):

@@ -87,5 +87,5 @@ class WeighedWindow(pl.LightningModule):
             checkpoint[_KEY] = windows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        windows = checkpoint.get(_KEY, [None])
-        self._resumed = windows[self.trainer.global_rank % len(windows)]
+        windows, trainer = checkpoint.get(_KEY, [None]), self._trainer
+        self._resumed = windows[trainer.global_rank % len(windows)] if trainer is not None else None
