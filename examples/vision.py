@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, save_adapter
-from lightning_lora.training.data import Shapes
+from lightning_lora.recipes.data import Shapes
 
 
 class Classifier(pl.LightningModule):

@@ -28,9 +28,9 @@ _HOME = {
     "load_adapter": "lightning_lora.hub",
     "AdapterBank": "lightning_lora.hub.bank",
     "combine_adapters": "lightning_lora.hub.combine",
-    "export_adapter": "lightning_lora.hub.export",
+    "export_adapter": "lightning_lora.hub.export.rewrite",
     "pull_adapter": "lightning_lora.hub.pull",
-    "push_adapter": "lightning_lora.hub.push",
+    "push_adapter": "lightning_lora.hub.push.commit",
     "AdapterColumn": "lightning_lora.training.adapter_column",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
@@ -78,9 +78,9 @@ if TYPE_CHECKING:
     from lightning_lora.hub import load_adapter, save_adapter
     from lightning_lora.hub.bank import AdapterBank
     from lightning_lora.hub.combine import combine_adapters
-    from lightning_lora.hub.export import export_adapter
+    from lightning_lora.hub.export.rewrite import export_adapter
     from lightning_lora.hub.pull import pull_adapter
-    from lightning_lora.hub.push import push_adapter
+    from lightning_lora.hub.push.commit import push_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
     from lightning_lora.training.push import HubPush

@@ -13,7 +13,7 @@ import pytest
 import lightning_lora
 
 PACKAGE = Path(lightning_lora.__file__).parent
-FLOORS = ["errors", "checked", "engine", "hub", "training", "cli"]
+FLOORS = ["errors", "checked", "engine", "hub", "training", "recipes", "cli"]
 HEAVY = ("lightning", "pytorch_lightning", "transformers", "peft", "huggingface_hub", "datasets", "hydra", "matplotlib")
 
 
@@ -55,9 +55,9 @@ def test_no_import_goes_up():
 
 def test_an_import_that_goes_up_is_seen():
     assert going_up("from lightning_lora.hub import files", "lightning_lora.engine.state")
-    assert going_up("def f():\n    from ..training import callback", "lightning_lora.hub.files")
+    assert going_up("def f():\n    from ..training import callback", "lightning_lora.hub.adapters")
     assert going_up("import lightning_lora.cli.main", "lightning_lora.training.callback")
-    assert not going_up("from ..engine import inject", "lightning_lora.hub.files")
+    assert not going_up("from ..engine import inject", "lightning_lora.hub.adapters")
 
 
 def test_the_top_imports_the_floors_only_when_asked():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,3 +32,78 @@ def docstring(command: str) -> str:
     assert spec is not None
     assert spec.origin is not None
     return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+
+
+# Tab completion: the commands' names, and after one Hydra's own for its groups, options and settings.
+
+PROGRAM = "lightning-lora"
+SCRIPTS = {
+    "bash": """\
+_lightning_lora() {
+    local IFS=$' \\n'
+    local line=${COMP_LINE:0:COMP_POINT}
+    local word=${line##*[[:space:]]}
+    COMPREPLY=($(compgen -W "$(COMP_LINE="$line" command lightning-lora -sc query=bash 2>/dev/null)" -- "$word"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _lightning_lora lightning-lora""",
+    "zsh": """\
+_lightning_lora() {
+    local word=${LBUFFER##*[[:space:]]}
+    compadd -S '' -- ${(f)"$(COMP_LINE="$LBUFFER" command lightning-lora -sc query=zsh 2>/dev/null | tr ' ' '\\n')"}
+}
+compdef _lightning_lora lightning-lora""",
+    "fish": """\
+complete -c lightning-lora -e
+function __lightning_lora
+    COMP_LINE=(commandline -cp) command lightning-lora -sc query=fish 2>/dev/null | string split " "
+end
+complete -c lightning-lora -f -a '(__lightning_lora)'""",
+}
+UNINSTALL = {
+    "bash": "complete -r lightning-lora; unset -f _lightning_lora",
+    "zsh": "compdef -d lightning-lora; unfunction _lightning_lora",
+    "fish": "complete -c lightning-lora -e",
+}
+
+
+def complete(arguments: list[str]) -> int:
+    """Do what `-sc install=bash`, `-sc uninstall=bash` or, from a shell, `-sc query=bash` asks for."""
+    what, _, shell = arguments[-1].partition("=")
+    if shell not in SCRIPTS or what not in ("install", "uninstall", "query"):
+        print(
+            f'{PROGRAM}: tab completion is for {", ".join(SCRIPTS)}. In bash: eval "$({PROGRAM} -sc install=bash)"',
+            file=sys.stderr,
+        )
+        return 2
+    if what == "query":
+        print(" ".join(suggestions(os.environ.get("COMP_LINE", ""))))
+    else:
+        print((SCRIPTS if what == "install" else UNINSTALL)[shell])
+    return 0
+
+
+def suggestions(line: str) -> list[str]:
+    """What the last word of `line`, which starts with the program's name, could become."""
+    words = line.split()[1:] + ([""] if not line or line[-1].isspace() else [])
+    if len(words) < 2:
+        return [command for command in COMMANDS if command.startswith(words[0] if words else "")]
+    command, *rest = words
+    return _settings(command, rest) if command in COMMANDS else []
+
+
+def _settings(command: str, words: list[str]) -> list[str]:
+    from hydra import initialize_config_module
+    from hydra._internal.core_plugins.bash_completion import BashCompletion
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lightning_lora.cli.composition import CONFIG_MODULE, composed
+
+    config, groups = composed(command, [])
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        # Hydra's answer does not depend on the shell.
+        found = BashCompletion(loader)._query(config_name=command, line=" ".join(words))
+    # Hydra offers the groups of all commands.
+    return [word for word in found if re.split(r"[.=/]", word)[0] in (*groups, *config)]

@@ -15,9 +15,8 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 
 from lightning_lora.cli import train
-from lightning_lora.cli.results import METRICS, read_metrics, shown, write_json
-from lightning_lora.cli.schema import checked
-from lightning_lora.cli.table import table
+from lightning_lora.cli.results import METRICS, read_metrics, shown, table, write_json
+from lightning_lora.cli.settings import checked
 from lightning_lora.errors import MissingExtraError
 
 METHODS = {"LoRA": "demo", "full fine-tuning": "demo_full"}
@@ -80,7 +79,7 @@ def _train(folder: Path, experiment: str, overrides: list[str]) -> dict[str, Any
 
 def _pirate(folder: Path) -> list[dict[str, str]]:
     """Train the language model in `folder`; prints and returns its answers. None where it is not installed."""
-    from lightning_lora.training.models import smollm2
+    from lightning_lora.recipes.models import smollm2
 
     try:
         smollm2()
@@ -113,8 +112,8 @@ def _answers(adapter: Path) -> list[dict[str, str]]:
     import torch
 
     from lightning_lora import disabled, load_adapter
-    from lightning_lora.training.models import smollm2
-    from lightning_lora.training.tasks import CausalLM
+    from lightning_lora.recipes.models import smollm2
+    from lightning_lora.recipes.tasks import CausalLM
 
     task = CausalLM(smollm2(dtype="float32"), max_new_tokens=40)
     task.configure_model()

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_lora.cli.finished_run import ADAPTER_MISSING
-from lightning_lora.cli.results import metrics_of, shown, write_json
-from lightning_lora.cli.schema import Node
-from lightning_lora.cli.table import table
+from lightning_lora.cli.composition import ADAPTER_MISSING
+from lightning_lora.cli.results import metrics_of, shown, table, write_json
+from lightning_lora.cli.settings import Node
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Settings:
 
 def run(settings: dict[str, Any]) -> None:
     """Measure as `settings` say, print the metrics and write them to metrics.json in `run_dir`."""
-    from lightning_lora.cli.trained import trained
+    from lightning_lora.cli.runs import trained
     from lightning_lora.training.checkpoint_file import fetched
 
     trainer, task, data = trained(settings)

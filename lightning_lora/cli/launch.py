@@ -19,14 +19,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_lora.cli.commands import docstring
-from lightning_lora.cli.composition import CONFIG_MODULE, rehearsal, with_model_names, with_pluses
-from lightning_lora.cli.cores import wait_without_spinning
-from lightning_lora.cli.explain import explain, explain_composition
-from lightning_lora.cli.finished_run import with_finished_run
-from lightning_lora.cli.help import FLAGS, help_of
-from lightning_lora.cli.noise import quieten_imports
-from lightning_lora.cli.pairing import check_pairing
-from lightning_lora.cli.schema import checked
+from lightning_lora.cli.composition import (
+    CONFIG_MODULE,
+    check_pairing,
+    rehearsal,
+    with_finished_run,
+    with_model_names,
+    with_pluses,
+)
+from lightning_lora.cli.explain import FLAGS, explain, explain_composition, help_of
+from lightning_lora.cli.process import quieten_imports, wait_without_spinning
+from lightning_lora.cli.settings import checked
 from lightning_lora.cli.sweep import SweepTable, record_failure
 from lightning_lora.errors import ConfigError
 

@@ -49,7 +49,7 @@ def _main(arguments: list[str]) -> int:
         return 0
     command, *rest = arguments
     if any(argument in COMPLETION for argument in arguments):
-        from lightning_lora.cli.completion import complete
+        from lightning_lora.cli.commands import complete
 
         return complete(arguments)
     if command not in COMMANDS:

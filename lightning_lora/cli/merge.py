@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.cli.build import build
 from lightning_lora.cli.results import shown
-from lightning_lora.cli.schema import Node
+from lightning_lora.cli.settings import Node, build
 
 
 @dataclass(frozen=True)

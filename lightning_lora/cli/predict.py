@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.cli.finished_run import ADAPTER_MISSING
+from lightning_lora.cli.composition import ADAPTER_MISSING
 from lightning_lora.cli.results import shown
-from lightning_lora.cli.schema import Node
+from lightning_lora.cli.settings import Node
 from lightning_lora.errors import ConfigError
 
 SHOWN, WIDTH = 3, 200
@@ -45,9 +45,9 @@ class Settings:
 
 def run(settings: dict[str, Any]) -> None:
     """Predict as `settings` say; writes predictions.jsonl to `run_dir`."""
-    from lightning_lora.cli.trained import trained
+    from lightning_lora.cli.runs import trained
+    from lightning_lora.recipes.data.base import SourceData
     from lightning_lora.training.checkpoint_file import fetched
-    from lightning_lora.training.data.base import SourceData
 
     column = settings["adapter_column"]
     if column is None:

@@ -15,8 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from lightning_lora.cli.composition import directions, search_space
-from lightning_lora.cli.results import RESULTS, shown, write_json
-from lightning_lora.cli.table import table
+from lightning_lora.cli.results import RESULTS, shown, table, write_json
 
 Version = tuple[int, int]
 """Of a file: its inode and time. Results are replaced as a whole, never written to."""

@@ -24,12 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from omegaconf import OmegaConf
 
-from lightning_lora.cli.build import build, build_each, literal, task_and_data
-from lightning_lora.cli.cores import use_available_cores
-from lightning_lora.cli.noise import quieten
-from lightning_lora.cli.results import CONFIG, METRICS, RESULTS, metrics_of, read_metrics, shown, write_json
-from lightning_lora.cli.schema import Node
-from lightning_lora.cli.table import table
+from lightning_lora.cli.process import quieten, use_available_cores
+from lightning_lora.cli.results import CONFIG, METRICS, RESULTS, metrics_of, read_metrics, shown, table, write_json
+from lightning_lora.cli.settings import Node, build, build_each, literal, task_and_data
 from lightning_lora.errors import ConfigError, closest, listed
 
 if TYPE_CHECKING:
@@ -79,10 +76,8 @@ def run(settings: dict[str, Any]) -> float | None:
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
     from lightning_lora import LoRACallback  # torch is slow to import
-    from lightning_lora.cli.end import MeasuredEnd, end_of
-    from lightning_lora.cli.going_on import EarlierMetrics, is_requeued, start_from
-    from lightning_lora.cli.progress import shows_progress
-    from lightning_lora.engine.storage import shape_of
+    from lightning_lora.cli.runs import EarlierMetrics, MeasuredEnd, end_of, is_requeued, shows_progress, start_from
+    from lightning_lora.engine.weights import shape_of
     from lightning_lora.training.checkpoint import check_no_adapter_folder
     from lightning_lora.training.checkpoint_file import fetched
 
@@ -180,7 +175,7 @@ def _check_optimizer(settings: dict[str, Any]) -> None:
 
 def _check_monitor(settings: dict[str, Any], task: LightningModule, before: dict[str, float]) -> None:
     """Raises ConfigError where a task of this package logs no metric of the name that is monitored."""
-    from lightning_lora.training.tasks.base import Task
+    from lightning_lora.recipes.tasks.base import Task
 
     known = [*before, "train_loss", "train_loss_step", "train_loss_epoch"]
     if before and isinstance(task, Task) and settings["monitor"] not in known:

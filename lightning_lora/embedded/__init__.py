@@ -1,7 +1,7 @@
 """The base model that ships in the package, so that the first command works with no network.
 
 `BASE` is an ordinary transformers folder: a byte-level causal language model of 2.8 million parameters with its
-tokenizer. `train_base` is the script that made it; `base/README.md` is its model card.
+tokenizer. tools/train_base.py in the repository is the script that made it; `base/README.md` is its model card.
 """
 
 from __future__ import annotations
@@ -11,4 +11,7 @@ from pathlib import Path
 BASE: Path = Path(__file__).parent / "base"
 """Folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`."""
 
-__all__ = ["BASE"]
+NAME = "embedded"
+"""What settings call it."""
+
+__all__ = ["BASE", "NAME"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -11,8 +12,15 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args
 from lightning_lora.checked import flag, number, one_of, probability, whole
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.peft_names import in_our_names, unknown_name
-from lightning_lora.engine.scaling import scale_of
 from lightning_lora.errors import ConfigError
+
+# The scale s in W x + s * B A x.
+
+
+def scale_of(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float:
+    """alpha / rank (Hu et al. 2021, section 4.1); rank-stabilised: alpha / sqrt(rank) (arXiv:2312.03732, section 3)."""
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+
 
 Bias = Literal["none", "all", "lora_only"]
 AdapterDtype = Literal["float32", "base"]

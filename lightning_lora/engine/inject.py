@@ -26,22 +26,21 @@ from lightning_lora.engine.layers.frozen import (
     freeze_statistics,
     has_running_statistics,
     may_have_running_statistics,
+    read_as_held,
     release_statistics,
 )
 from lightning_lora.engine.layers.quantized import is_kept, keep_in_place, let_go, may_be_kept
 from lightning_lora.engine.layers.swapping import check_removable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
-from lightning_lora.engine.layers.whole import read_as_held
 from lightning_lora.engine.memory import Memory
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import planned, variants_of
 from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours
 from lightning_lora.engine.report import InjectionReport, rows
-from lightning_lora.engine.sharded import check_unsharded
-from lightning_lora.engine.storage import is_plain, shape_of
 from lightning_lora.engine.targets import Selection, select
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import Vocabulary, token_tensors, vocabulary
+from lightning_lora.engine.weights import check_unsharded, is_plain, shape_of
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
 

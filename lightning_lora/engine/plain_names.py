@@ -8,10 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lightning_lora.engine.candidates import entry_matches
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
-from lightning_lora.engine.tree import Tree
-from lightning_lora.engine.wrappers import NAMES
+from lightning_lora.engine.tree import NAMES, Tree, entry_matches
 
 _MENTIONED = re.compile(rf"(?<![^.(|])(?:{'|'.join(sorted(NAMES))})(?:\\?\.|$)")
 

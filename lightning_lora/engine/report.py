@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_lora.engine.candidates import Target
 from lightning_lora.engine.layers.pair import TENSORS, AdapterSpec
 from lightning_lora.engine.plan import Kind, Plan
-from lightning_lora.engine.storage import shape_of
+from lightning_lora.engine.tree import Target
+from lightning_lora.engine.weights import shape_of
 from lightning_lora.errors import listed
 
 

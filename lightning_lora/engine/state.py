@@ -12,19 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.as_injected import check_as_injected
-from lightning_lora.engine.foreign import foreign_layout_of
 from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.layers.base import is_adapter
 from lightning_lora.engine.layers.pair import FACTORS
 from lightning_lora.engine.layers.tokens import TokenRows
-from lightning_lora.engine.overflow import largest, largest_in, too_large
-from lightning_lora.engine.present import check_some_of_ours
-from lightning_lora.engine.sharded import check_complete, fill, is_sharded, whole
-from lightning_lora.engine.storage import dtype_of, is_quantized
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.memory import largest, largest_in, too_large
+from lightning_lora.engine.present import check_some_of_ours, foreign_layout_of
+from lightning_lora.engine.tree import Tree, unwrapped
+from lightning_lora.engine.weights import check_complete, dtype_of, fill, is_quantized, is_sharded, whole
 from lightning_lora.engine.witness import witness_of
-from lightning_lora.engine.wrappers import unwrapped
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
 
 _SAMPLE = 1 << 20

@@ -14,12 +14,11 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.engine.all_linear import all_linear, is_linear, left_out_weights, parameters_of
-from lightning_lora.engine.candidates import Candidates, Target, entry_matches, last_part, name_in
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
 from lightning_lora.engine.layers import Adapter, geometry_of, register_conv1d
 from lightning_lora.engine.layers.quantized import register_bitsandbytes
 from lightning_lora.engine.present import check_none_of_others
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.tree import Candidates, Target, Tree, entry_matches, last_part, name_in
 from lightning_lora.errors import TargetError, closest, listed
 
 

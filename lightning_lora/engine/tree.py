@@ -6,14 +6,84 @@ compiled, put into DDP, or set up by Fabric.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from lightning_lora.engine.wrappers import around, unwrapped
+# Knows wrappers: modules that torch, Lightning and others put around a module (DDP, torch.compile, FSDP).
+#
+# Our names never mention wrappers, since a file that is written with them is read where they are not. Wrappers are
+# known by their classes, not by names: a user's own child may be called "module".
+
+_INSIDE = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "lightning.fabric.wrappers._FabricModule": "_original_module",
+    "lightning_fabric.wrappers._FabricModule": "_original_module",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
+    "timm.utils.model_ema.ModelEmaV2": "module",
+    "timm.utils.model_ema.ModelEmaV3": "module",
+}
+"""Class of a wrapper -> the name of the child that it wraps."""
+
+_AVERAGES = (
+    "torch.optim.swa_utils.AveragedModel",
+    "timm.utils.model_ema.ModelEmaV2",
+    "timm.utils.model_ema.ModelEmaV3",
+)
+
+NAMES = frozenset((*_INSIDE.values(), "_forward_module"))
+"""The parts that wrappers put into the names of parameters."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside all wrappers, if `module` is a wrapper; else `module` itself."""
+    while (inner := _inside(module)) is not None:
+        module = inner
+    return module
+
+
+def around(module: nn.Module) -> list[nn.Module]:
+    """`module` and the wrappers inside it, the outermost first; empty if `module` is no wrapper."""
+    found: list[nn.Module] = []
+    while (inner := _inside(module)) is not None:
+        found.append(module)
+        forward = module._modules.get("_forward_module")  # a second wrapper of Fabric's around the same module
+        if forward is not None:
+            found += around(forward)
+        module = inner
+    return found
+
+
+def is_average(module: nn.Module) -> bool:
+    """True if `module` is a wrapper whose inner module holds an average of another module's weights."""
+    return any(f"{cls.__module__}.{cls.__qualname__}" in _AVERAGES for cls in type(module).__mro__)
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    cls: Any = type(module)
+    name = _held_as(cls)
+    return None if name is None else module._modules.get(name)
+
+
+def _held_as(cls: Any) -> str | None:
+    if cls not in _KNOWN:
+        names = (f"{parent.__module__}.{parent.__qualname__}" for parent in cls.__mro__)
+        _KNOWN[cls] = next((_INSIDE[name] for name in names if name in _INSIDE), None)
+    return _KNOWN[cls]
+
+
+_KNOWN: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -125,3 +195,95 @@ def _descend(
                 _descend(inner, f"{name}.", every, wrappers)
             else:
                 every.append((name, child))
+
+
+# Finds the modules of a model that a config names; a `Target` is made only for those that are asked for.
+
+
+class Target(NamedTuple):
+    """A module to adapt."""
+
+    name: str
+    module: nn.Module
+    parent: nn.Module
+    aliases: tuple[str, ...] = ()
+    """Further names under which the same module is registered."""
+    parameters: tuple[str, ...] = ()
+    """Names of its parameters that are adapted one by one; empty if its output is adapted."""
+    within: str | None = None
+    """The name of the target whose companion it is, if it is one."""
+
+    def names_of(self, parameter: str | None = None) -> tuple[str, ...]:
+        """The names by which patterns match the module, or one of its parameters; its own name comes first."""
+        own = (self.name,) if self.within is None else (self.name, self.within)
+        return (name_in(self.name, parameter), *own) if parameter else own
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The modules that can be targets, in the model's order: all except those that are trained whole."""
+
+    tree: Tree
+    trained_whole: Set[int] = frozenset()
+    """The ids of the modules that are trained whole."""
+
+    @cached_property
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        if not self.trained_whole:
+            return self.tree.modules
+        return [entry for entry in self.tree.modules if id(entry[1]) not in self.trained_whole]
+
+    @cached_property
+    def all(self) -> list[Target]:
+        """All candidates as targets. It costs time, since there are far more of them than are adapted."""
+        return [self.target(name, module) for name, module in self.modules]
+
+    def target(self, name: str, module: nn.Module) -> Target:
+        parent = self.tree.by_name[name.rpartition(".")[0]]
+        return Target(name, module, parent, self.tree.aliases.get(id(module), ()))
+
+    def of_classes(self, wanted: Callable[[type[nn.Module]], bool]) -> list[Target]:
+        """The candidates whose class is `wanted`, as targets."""
+        classes = {cls for cls in self.tree.classes if wanted(cls)}
+        named, aliases = self.tree.by_name, self.tree.aliases
+        return [
+            Target(name, module, named[name.rpartition(".")[0]], aliases.get(id(module), ()) if aliases else ())
+            for name, module in self.modules
+            if type(module) in classes
+        ]
+
+    def matching(self, pattern: str, *, is_regex: bool) -> list[int]:
+        """The indices in `modules` of those that the entry `pattern` matches, under any of their names."""
+        if not is_regex:
+            return sorted({at for at, name in self._ending_in[last_part(pattern)] if entry_matches(pattern, name)})
+        matches = re.compile(pattern).fullmatch
+        aliases = self.tree.aliases
+        return [
+            at
+            for at, (name, module) in enumerate(self.modules)
+            if matches(name) or (aliases and any(map(matches, aliases.get(id(module), ()))))
+        ]
+
+    @cached_property
+    def _ending_in(self) -> Mapping[str, list[tuple[int, str]]]:
+        """Last part of a name -> the names that end in it, each with its module's index in `modules`."""
+        names: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for at, (name, module) in enumerate(self.modules):
+            for known in (name, *self.tree.aliases.get(id(module), ())):
+                names[last_part(known)].append((at, known))
+        return names
+
+
+def entry_matches(entry: str, name: str) -> bool:
+    """PEFT's rule for an entry of a list: it equals the whole name, or the end of the name after a dot."""
+    return name == entry or name.endswith(f".{entry}")
+
+
+def last_part(name: str) -> str:
+    """The part of a name after the last dot: the parent's name for the module."""
+    return name.rpartition(".")[2]
+
+
+def name_in(module: str, parameter: str) -> str:
+    """The name of a parameter of the module called `module`."""
+    return f"{module}.{parameter}" if module else parameter

@@ -12,8 +12,7 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.layers.tokens import TokenLogits, TokenRows, TokenSpec
 from lightning_lora.engine.targets import Selection, name_matches
-from lightning_lora.engine.tree import Tree
-from lightning_lora.engine.wrappers import unwrapped
+from lightning_lora.engine.tree import Tree, unwrapped
 from lightning_lora.errors import TargetError, closest, listed
 
 Vocabulary = list[tuple[str, nn.Module, type[TokenRows], TokenSpec]]

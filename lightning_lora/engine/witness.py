@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.storage import is_quantized
+from lightning_lora.engine.weights import is_quantized
 
 _FEWEST = 64
 

@@ -17,16 +17,16 @@ from lightning_lora.engine.bank import Bank, LayerFactors
 from lightning_lora.engine.layers import FACTORS
 from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE, START
 from lightning_lora.engine.state import adapter_tensors, compare_bases, describe_base
-from lightning_lora.engine.storage import can_be_dense, dense
 from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.weights import can_be_dense, dense
 from lightning_lora.errors import AdapterFormatError, ConfigError, TargetError, listed
-from lightning_lora.hub import peft
-from lightning_lora.hub.disk import DiskStore
-from lightning_lora.hub.inspection import checked_config
-from lightning_lora.hub.local import local_path
-from lightning_lora.hub.matching import Fit, fit
-from lightning_lora.hub.reading import CONFIG, Header, check_folder, open_tensors
-from lightning_lora.hub.roots import adapter_root, place_of
+from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.inspection import checked_config
+from lightning_lora.hub.format.layout import adapter_root, place_of
+from lightning_lora.hub.format.matching import Fit, fit
+from lightning_lora.hub.format.reading import CONFIG, Header, check_folder, open_tensors
+from lightning_lora.hub.format.writing import local_path
+from lightning_lora.hub.store import DiskStore
 
 USUAL_RANK = 16
 
@@ -228,7 +228,7 @@ class AdapterBank(Bank):
         return renamed
 
     def _of_model(self, model: nn.Module) -> dict[str, LayerFactors]:
-        from lightning_lora.hub.files import only_injection
+        from lightning_lora.hub.adapters import only_injection
 
         _, injection = only_injection(model)
         _check_acts_everywhere(injection.config, "The model")

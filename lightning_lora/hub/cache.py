@@ -23,7 +23,7 @@ from huggingface_hub import constants
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.hub.download import checksum
-from lightning_lora.hub.local import local_path
+from lightning_lora.hub.format.writing import local_path
 
 
 class CachedRepository:

@@ -20,19 +20,24 @@ from lightning_lora.checked import number, one_of, share, whole
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine
 from lightning_lora.engine.low_rank import product_change
-from lightning_lora.engine.overflow import largest
+from lightning_lora.engine.memory import largest
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
-from lightning_lora.hub import peft
 from lightning_lora.hub.card import RunFacts, base_id, model_card
-from lightning_lora.hub.combine_report import CombinedModule, CombineReport, shown_error
-from lightning_lora.hub.compatibility import check_bases, check_combinable, groups_of
-from lightning_lora.hub.inspection import LARGEST_SCALE
-from lightning_lora.hub.local import local_path
-from lightning_lora.hub.parts import Pair, Parts, parts_of
-from lightning_lora.hub.peft_config import to_peft
+from lightning_lora.hub.combinable import (
+    CombinedModule,
+    CombineReport,
+    check_bases,
+    check_combinable,
+    groups_of,
+    shown_error,
+)
+from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.config import to_peft
+from lightning_lora.hub.format.inspection import LARGEST_SCALE
+from lightning_lora.hub.format.parts import Pair, Parts, parts_of
+from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.pull import adapter_folder
-from lightning_lora.hub.writing import write_adapter
 
 # What PEFT and others call them -> what to say.
 _ELSEWHERE = {

@@ -31,7 +31,7 @@ from lightning_lora.errors import (
     closest,
     listed,
 )
-from lightning_lora.hub.calls import plain_token, retried, within
+from lightning_lora.hub.client import plain_token, retried, within
 
 T = TypeVar("T")
 

@@ -26,9 +26,9 @@ from lightning_lora.errors import (
 )
 from lightning_lora.hub.cache import CachedRepository, copy_files, link_or_copy
 from lightning_lora.hub.download import Remote, RemoteFile, checksum
-from lightning_lora.hub.inspection import LARGEST_CONFIG, check_adapter, checked_config
-from lightning_lora.hub.local import HubAddress, hub_address, local_path
-from lightning_lora.hub.reading import CARD, CONFIG, TENSORS, foreign_layout
+from lightning_lora.hub.format.inspection import LARGEST_CONFIG, check_adapter, checked_config
+from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS, foreign_layout
+from lightning_lora.hub.format.writing import HubAddress, hub_address, local_path
 
 MAX_BYTES = 4 << 30
 """An adapter of rank 64 for every linear layer of a model with 70 billion parameters has about 3 GB."""

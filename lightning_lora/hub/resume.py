@@ -20,8 +20,8 @@ from urllib.request import Request, urlopen
 
 from lightning_lora.errors import CheckpointError, HubNotFoundError, listed
 from lightning_lora.hub.download import SLOWEST, Remote
-from lightning_lora.hub.staging import CHECKPOINT
-from lightning_lora.hub.temporary import FULL, within_temporary_folder
+from lightning_lora.hub.format.writing import FULL, within_temporary_folder
+from lightning_lora.hub.push.staging import CHECKPOINT
 
 # Of other kinds of repositories fsspec knows what to do.
 _REFERENCE = re.compile(

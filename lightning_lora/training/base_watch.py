@@ -11,9 +11,8 @@ from torch import nn
 
 from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.state import base_parameters, check_same_base, describe_base
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.tree import Tree, is_average
 from lightning_lora.engine.witness import marks_of
-from lightning_lora.engine.wrappers import is_average
 from lightning_lora.errors import BaseMismatchError, TrainingError, listed
 
 

@@ -18,16 +18,17 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_lora.embedded import BASE
+from lightning_lora.embedded import NAME as EMBEDDED
 from lightning_lora.engine import LoRAConfig, adapter_tensors, injections, start_adapters
 from lightning_lora.engine.calibration import calibrate, residuals
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.sharded import is_sharded
 from lightning_lora.engine.tree import submodule
+from lightning_lora.engine.weights import is_sharded
 from lightning_lora.errors import ConfigError, TrainingError
 from lightning_lora.hub.base_weights import weights_of
-from lightning_lora.hub.roots import adapter_root
-from lightning_lora.training.models import EMBEDDED, EMBEDDED_FOLDER
-from lightning_lora.training.randomness import random_state, set_random_state
+from lightning_lora.hub.format.layout import adapter_root
+from lightning_lora.training.run_state import random_state, set_random_state
 
 
 def start_waiting(module: LightningModule, batches: int) -> None:
@@ -166,6 +167,6 @@ def _original(module: LightningModule, root: str, config: LoRAConfig) -> Any:
             f"{type(base).__name__} does not say where they are, as a transformers model does. Give them to "
             "inject(module, config, measured=residuals(module, config, weight_of)) before you fit."
         )
-    weight_of = weights_of(EMBEDDED_FOLDER if source == EMBEDDED else source)
+    weight_of = weights_of(BASE if source == EMBEDDED else source)
     prefix, inside = f"{root}." if root else "", f"{name}." if name else ""
     return lambda weight: weight_of((prefix + weight).removeprefix(inside))

@@ -26,13 +26,17 @@ from lightning_lora.engine.peft_names import unknown_name
 from lightning_lora.engine.product_decay import check_strength
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, listed
 from lightning_lora.training.base_watch import BaseWatch, check_averages
-from lightning_lora.training.buffers import watch_buffers
 from lightning_lora.training.checkpoint import accept_adapters
-from lightning_lora.training.continuing import AbsentError, AdapterToGoOnFrom, adapted_as_in
-from lightning_lora.training.launch import adapt_before_launch
-from lightning_lora.training.present import adapters_present
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
+from lightning_lora.training.run_state import watch_buffers
+from lightning_lora.training.starting import (
+    AbsentError,
+    AdapterToGoOnFrom,
+    adapt_before_launch,
+    adapted_as_in,
+    adapters_present,
+)
 from lightning_lora.training.strategy import (
     AdapterPolicy,
     adapter_folder,
@@ -44,7 +48,7 @@ from lightning_lora.training.strategy import (
 )
 
 if TYPE_CHECKING:
-    from lightning_lora.hub.background import Job
+    from lightning_lora.hub.push.background import Job
 
 # They put layers of their own in the place of a model's.
 _REPLACES_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)

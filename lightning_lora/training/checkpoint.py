@@ -24,9 +24,9 @@ from lightning_lora.engine.state import (
 )
 from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
-from lightning_lora.hub.reading import CONFIG
-from lightning_lora.training.buffers import restore_buffers
+from lightning_lora.hub.format.reading import CONFIG
 from lightning_lora.training.checkpoint_file import read_checkpoint
+from lightning_lora.training.run_state import restore_buffers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lightning_lora.errors import TrainingError, listed
-from lightning_lora.training.randomness import set_random_state
+from lightning_lora.training.loaders import LoaderStart, knows_its_place
 from lightning_lora.training.rounds import have_round, named
-from lightning_lora.training.watched_loader import LoaderStart, knows_its_place
+from lightning_lora.training.run_state import set_random_state
 
 if TYPE_CHECKING:
     from lightning_lora.training.resume import ExactResume

@@ -16,47 +16,41 @@ left it.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_lora.engine.swap import swapped_class
-from lightning_lora.training.buffers import BufferWatch
-from lightning_lora.training.epoch_metrics import EpochMetrics, plain
 from lightning_lora.training.going_on import enter, restore, tensors
-from lightning_lora.training.gradients import Trained
-from lightning_lora.training.held import Holders
-from lightning_lora.training.loader_state import state_of
-from lightning_lora.training.processes import of_all_ranks
-from lightning_lora.training.randomness import RandomState, random_state, set_random_state
-from lightning_lora.training.rounds import Round, only, running_round, saved_outputs
-from lightning_lora.training.watched_loader import (
+from lightning_lora.training.loaders import (
     LoaderStart,
     is_watched,
     knows_its_place,
     may_start_again,
     seed_persistent_workers,
+    state_of,
     watch,
+)
+from lightning_lora.training.loops import ResumedEpochLoop, ResumedFitLoop, ResumedValidationLoop
+from lightning_lora.training.rounds import Holders, Round, running_round, saved_outputs
+from lightning_lora.training.run_state import (
+    BufferWatch,
+    EpochMetrics,
+    RandomState,
+    Trained,
+    of_all_ranks,
+    plain,
+    random_state,
+    set_random_state,
 )
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-
-    _FitHost = _FitLoop
-    _LoopHost = _TrainingEpochLoop
-    _ValidationHost = _EvaluationLoop
-else:
-    _FitHost = _LoopHost = _ValidationHost = object
 
 
 class ExactResume:
@@ -298,7 +292,7 @@ class ExactResume:
         self.buffers, self.trained = BufferWatch(trainer.lightning_module), Trained(trainer.lightning_module)
         self.metrics = EpochMetrics(trainer)
         fit_loop = trainer.fit_loop
-        mixins = (_ResumedFitLoop, _ResumedEpochLoop, _ResumedValidationLoop)
+        mixins = (ResumedFitLoop, ResumedEpochLoop, ResumedValidationLoop)
         for loop, mixin in zip((fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop), mixins):
             if not hasattr(loop, "lora_resume"):
                 loop.__class__ = swapped_class("Resumed", mixin, type(loop))
@@ -423,70 +417,6 @@ class ExactResume:
     def _find_state(self) -> None:
         self.validated_on = self.trainer.fit_loop.epoch_loop.val_loop._combined_loader
         self.own = self.start.own = state_of(self.trainer)
-
-
-class _ResumedFitLoop(_FitHost):
-    """Mixin in front of Lightning's loop over epochs."""
-
-    lora_resume: ExactResume
-
-    def on_advance_start(self) -> None:
-        resume = self.lora_resume
-        if resume.entry is None:
-            resume.extra = resume.cut = False
-            resume.begin("epoch start")
-        super().on_advance_start()
-        resume.amid = ""
-
-    def on_advance_end(self) -> None:
-        resume = self.lora_resume
-        rest, resume.rest = resume.rest, None
-        resume.end_epoch()
-        with only(self.trainer, "on_train_epoch_end", rest) if rest is not None else nullcontext():
-            super().on_advance_end()
-        resume.amid = ""
-
-
-class _ResumedEpochLoop(_LoopHost):
-    """Mixin in front of Lightning's loop over the batches of an epoch."""
-
-    lora_resume: ExactResume
-
-    def advance(self, data_fetcher: Any) -> None:
-        if self.lora_resume.begin_batch(data_fetcher):
-            super().advance(data_fetcher)
-            self.lora_resume.amid = ""
-
-    def on_advance_end(self, data_fetcher: Any) -> None:
-        try:
-            super().on_advance_end(data_fetcher)
-        except SIGTERMException:  # Lightning's last act there
-            self.lora_resume.ended = self.total_batch_idx + 1
-            raise
-
-
-class _ResumedValidationLoop(_ValidationHost):
-    """Mixin in front of Lightning's loop over the batches of a validation."""
-
-    lora_resume: ExactResume
-
-    def reset(self) -> None:
-        if self._is_of_training():
-            self.lora_resume.begin_validation()
-        super().reset()
-
-    def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._is_of_training():
-            self.lora_resume.end_validation()
-        super()._on_evaluation_end(*args, **kwargs)
-
-    def on_run_end(self) -> Any:
-        outputs = super().on_run_end()
-        self.lora_resume.amid = ""
-        return outputs
-
-    def _is_of_training(self) -> bool:
-        return self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
 
 
 def _set_counts(progress: dict[str, Any], completed: int, ready: int) -> None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_lora.engine import adapter_tensors, injections
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.sharded import is_sharded, shard_like, whole
+from lightning_lora.engine.weights import is_sharded, shard_like, whole
 from lightning_lora.errors import TrainingError, listed
 from lightning_lora.training.calibrate import start_waiting
 

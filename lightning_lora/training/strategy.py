@@ -31,17 +31,16 @@ from lightning_lora.engine import adapter_state_dict, adapter_tensors, adapters,
 from lightning_lora.engine.layers.frozen import freeze_statistics, has_running_statistics
 from lightning_lora.engine.optim import fit_optimizers, lora_plus
 from lightning_lora.engine.product_decay import product_decay
-from lightning_lora.engine.sharded import whole
 from lightning_lora.engine.shown import base_parameter
 from lightning_lora.engine.state import describe_base, load_adapter_state_dict, names_in_state_dict
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.weights import whole
 from lightning_lora.errors import TrainingError, listed
 from lightning_lora.hub import adapter_root, save_adapter
-from lightning_lora.hub.atomic import remove_folder
+from lightning_lora.hub.format.writing import remove_folder
 from lightning_lora.hub.resume import is_local, local_path
 from lightning_lora.training.base_watch import BaseWatch
-from lightning_lora.training.buffers import changed_buffers, restore_buffers
 from lightning_lora.training.calibrate import start_waiting
 from lightning_lora.training.checkpoint import (
     LEFT_OUT,
@@ -51,9 +50,9 @@ from lightning_lora.training.checkpoint import (
     checkpoint_adapter,
     checkpoint_metadata,
 )
-from lightning_lora.training.checkpoint_file import read_checkpoint, write_whole_files
-from lightning_lora.training.hyperparameters import leave_out_base
+from lightning_lora.training.checkpoint_file import leave_out_base, read_checkpoint, write_whole_files
 from lightning_lora.training.resume import ExactResume
+from lightning_lora.training.run_state import changed_buffers, restore_buffers
 from lightning_lora.training.sharding import WholeCheckpoints
 
 if TYPE_CHECKING:

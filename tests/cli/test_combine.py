@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from hub_server.plugin import hub  # noqa: F401
 from safetensors.torch import load_file
 
 from lightning_lora import LoRAConfig, inject, save_adapter
-from lightning_lora.testing.plugin import hub  # noqa: F401
 from tests.hub.models import Linears, shake
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.cli.composition import rehearsal
-from lightning_lora.cli.schema import checked
+from lightning_lora.cli.settings import checked
 from lightning_lora.cli.train import Settings
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lightning_lora.cli.cores import available_cores
+from lightning_lora.cli.process import available_cores
 
 BOUND = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

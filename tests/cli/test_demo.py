@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from lightning_lora.training import models
+from lightning_lora.recipes import models
 
 SHORT = [
     "trainer.max_steps=2",

@@ -15,6 +15,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from hub_server import HubServer
+from hub_server.plugin import hub
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,11 +34,9 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.cli.demo import QUESTIONS, _answers
-from lightning_lora.testing import HubServer
-from lightning_lora.testing.plugin import hub
-from lightning_lora.training.data import InstructionData, pirate_chats
-from lightning_lora.training.models import READS_GGUF, ModelSource, smollm2
-from lightning_lora.training.tasks import CausalLM
+from lightning_lora.recipes.data import InstructionData, pirate_chats
+from lightning_lora.recipes.models import READS_GGUF, ModelSource, smollm2
+from lightning_lora.recipes.tasks import CausalLM
 
 __all__ = ["hub"]
 

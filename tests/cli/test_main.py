@@ -11,11 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import lightning_lora
 from lightning_lora.cli import launch
-from lightning_lora.cli.build import build, literal
-from lightning_lora.cli.commands import COMMANDS, docstring
-from lightning_lora.cli.completion import suggestions
-from lightning_lora.cli.composition import composed, with_pluses
-from lightning_lora.cli.finished_run import with_finished_run
+from lightning_lora.cli.commands import COMMANDS, docstring, suggestions
+from lightning_lora.cli.composition import composed, with_finished_run, with_pluses
+from lightning_lora.cli.settings import build, literal
 
 
 def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -98,7 +98,7 @@ def test_the_share_that_survives_the_bases_precision_is_said(cli):
 
 
 def test_an_adapter_of_a_run_merges_into_the_base_that_ships_and_keeps_its_tokenizer(cli):
-    from lightning_lora.training.models import ModelSource
+    from lightning_lora.recipes.models import ModelSource
 
     model = ModelSource().load("AutoModelForCausalLM")
     inject(model, LoRAConfig(rank=2))

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from hub_server.plugin import hub  # noqa: F401
 
 from lightning_lora import LoRAConfig, inject, save_adapter
-from lightning_lora.testing.plugin import hub  # noqa: F401
 from tests.hub.models import Linears, edit_config
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from lightning_lora.testing import HubServer
-from lightning_lora.testing.plugin import hub
+from hub_server import HubServer
+from hub_server.plugin import hub
 
 __all__ = ["hub"]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -34,7 +34,7 @@ def test_a_base_in_4_bits_is_trained_saved_and_evaluated(cli, tmp_path):
 def test_without_bitsandbytes_the_extra_is_named(cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    from lightning_lora.cli import signature
+    from lightning_lora.cli import settings as signature
 
     signature.target.cache_clear()
     assert "pip install 'lightning-lora[quantized]'" in cli.error("train", *QLORA)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_base
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from lightning_lora.embedded import BASE, train_base
+from lightning_lora.embedded import BASE
 from lightning_lora.embedded.corpus import SOURCE_FILES, Topics, documentation_topics, source_sample
 
 FILES = {

@@ -12,16 +12,7 @@ from cases import randomise
 from snapshot import assert_same, snapshot
 from torch import nn
 
-from lightning_lora.engine import (
-    LoRAConfig,
-    adapter_state_dict,
-    adapters,
-    inject,
-    injection_of,
-    merge,
-    merged,
-    remove,
-)
+from lightning_lora.engine import LoRAConfig, adapter_state_dict, adapters, inject, injection_of, merge, merged, remove
 from lightning_lora.engine.inits import INITS, Init
 from lightning_lora.errors import AdapterStateError
 

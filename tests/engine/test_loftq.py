@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig, adapter_state_dict, inject, remove, start_adapters
 from lightning_lora.engine.calibration import residuals
-from lightning_lora.engine.storage import dense
+from lightning_lora.engine.weights import dense
 from lightning_lora.errors import TargetError
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -24,7 +24,7 @@ from lightning_lora.engine import (
     merged,
     remove,
 )
-from lightning_lora.engine.storage import dense, is_rearranged
+from lightning_lora.engine.weights import dense, is_rearranged
 
 bnb = pytest.importorskip("bitsandbytes")
 functional = bnb.functional

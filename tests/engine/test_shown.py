@@ -16,15 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.engine import (
-    LoRAConfig,
-    adapters,
-    base_fingerprint,
-    inject,
-    merge,
-    merged,
-    remove,
-)
+from lightning_lora.engine import LoRAConfig, adapters, base_fingerprint, inject, merge, merged, remove
 from lightning_lora.engine.layers.base import Adapter as Base
 from lightning_lora.engine.layers.base import pairs
 from lightning_lora.errors import AdapterStateError

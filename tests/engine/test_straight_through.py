@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig, adapter_tensors, inject, remove
-from lightning_lora.engine.storage import dense
+from lightning_lora.engine.weights import dense
 from lightning_lora.errors import TargetError
 
 torchao = pytest.importorskip("torchao.quantization")

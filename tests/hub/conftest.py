@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server.plugin import hub, xet
 from huggingface_hub import constants
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
-from lightning_lora.hub import calls
-from lightning_lora.testing.plugin import hub, xet
+from lightning_lora.hub import client as calls
 from tests.hub.models import Linears
 
 __all__ = ["hub", "xet"]

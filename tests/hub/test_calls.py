@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import HubServer
 from huggingface_hub.utils import get_session
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.errors import HubError, HubUnavailableError
-from lightning_lora.hub import background, calls
-from lightning_lora.hub.background import BackgroundPusher, Job
+from lightning_lora.hub import client as calls
 from lightning_lora.hub.card import RunFacts
-from lightning_lora.hub.repository import Destination, HubRepository
-from lightning_lora.hub.staging import stage
-from lightning_lora.testing import HubServer
+from lightning_lora.hub.push import background
+from lightning_lora.hub.push.background import BackgroundPusher, Job
+from lightning_lora.hub.push.repository import Destination, HubRepository
+from lightning_lora.hub.push.staging import stage
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # httpx, of the client's way to upload

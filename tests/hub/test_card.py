@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_update
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.hub.card import RunFacts, merge_cards, model_card
 from lightning_lora.hub.curve import curve_picture
-from lightning_lora.hub.peft_config import to_peft
+from lightning_lora.hub.format.config import to_peft
 
 
 def config(**changes: Any) -> dict[str, Any]:

@@ -28,7 +28,9 @@ from lightning_lora import (
 )
 from lightning_lora.engine.state import describe_base
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
-from lightning_lora.hub import adapter_root, atomic, files
+from lightning_lora.hub import adapter_root
+from lightning_lora.hub import adapters as files
+from lightning_lora.hub.format import writing as atomic
 from tests.hub.models import (
     Linears,
     assert_same,

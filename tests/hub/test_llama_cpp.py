@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, export_adapter, inject, load_adapter, save_adapter
 from lightning_lora.cli.merged_model import merge_adapter
 from lightning_lora.errors import AdapterFormatError
-from lightning_lora.training.models import ModelSource
+from lightning_lora.recipes.models import ModelSource
 from tests.hub import llama_cpp
 from tests.hub.models import output, peft_folder, shake
 

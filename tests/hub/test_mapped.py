@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_lora.errors import AdapterFormatError
-from lightning_lora.hub import reading
-from lightning_lora.hub.mapped import DTYPES, MappedTensors
-from lightning_lora.hub.reading import TENSORS, open_tensors
+from lightning_lora.hub.format import reading
+from lightning_lora.hub.format.mapped import DTYPES, MappedTensors
+from lightning_lora.hub.format.reading import TENSORS, open_tensors
 
 
 def test_tensors_of_every_kind_and_shape_are_those_that_safetensors_reads(tmp_path):

@@ -15,7 +15,8 @@ from hanging import PATIENCE, no_hang
 
 from lightning_lora import pull_adapter
 from lightning_lora.errors import HubIntegrityError, HubNotFoundError, HubUnavailableError
-from lightning_lora.hub import calls, download
+from lightning_lora.hub import client as calls
+from lightning_lora.hub import download
 from tests.hub.models import changed_tensors
 
 pytestmark = [

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hanging import no_hang
+from hub_server import HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file
@@ -26,9 +27,8 @@ from lightning_lora.errors import (
     HubNotFoundError,
     HubUnavailableError,
 )
-from lightning_lora.hub import calls
-from lightning_lora.hub.push import DryRun
-from lightning_lora.testing import HubServer
+from lightning_lora.hub import client as calls
+from lightning_lora.hub.push.commit import DryRun
 from tests.hub.models import edit_config, edit_tensors
 
 pytestmark = [

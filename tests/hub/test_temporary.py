@@ -16,16 +16,22 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.errors import CheckpointError
-from lightning_lora.hub import atomic, temporary
-from lightning_lora.hub.atomic import remove_folder, write_folder
-from lightning_lora.hub.push import stage_model
-from lightning_lora.hub.staging import stage
-from lightning_lora.hub.temporary import own_name, remove_leftovers, within_temporary_folder
+from lightning_lora.hub.format import writing as atomic
+from lightning_lora.hub.format import writing as temporary
+from lightning_lora.hub.format.writing import (
+    own_name,
+    remove_folder,
+    remove_leftovers,
+    within_temporary_folder,
+    write_folder,
+)
+from lightning_lora.hub.push.commit import stage_model
+from lightning_lora.hub.push.staging import stage
 
 DIES = """
 import sys
 from pathlib import Path
-from lightning_lora.hub.temporary import own_name
+from lightning_lora.hub.format.writing import own_name
 for prefix, suffix in (("last.ckpt.", ".partial"), (".best-adapter.", ".tmp"), ("lightning-lora-push-", "")):
     path = Path(sys.argv[1]) / own_name(prefix, suffix)
     path.write_text("half") if suffix == ".partial" else (path.mkdir(), (path / "half").write_text("x"))
@@ -121,11 +127,11 @@ def test_a_full_folder_for_temporary_files_is_named(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.hub.staging.shutil.copyfile", full)
+        patch.setattr("lightning_lora.hub.push.staging.shutil.copyfile", full)
         with pytest.raises(CheckpointError, match=r"temporary files, .*/tmp, is full .*set TMPDIR"):
             stage(adapter)
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.hub.atomic._write", full)
+        patch.setattr("lightning_lora.hub.format.writing._write", full)
         with pytest.raises(CheckpointError, match=r"temporary files, .*/tmp, is full .*set TMPDIR"):
             stage_model(model())
     with monkeypatch.context() as patch:
@@ -177,7 +183,7 @@ def test_ctrl_c_at_any_moment_of_saving_is_ctrl_c_and_leaves_a_whole_folder(tmp_
 SAVES = """
 import os, random, signal, sys, threading, time
 from pathlib import Path
-from lightning_lora.hub.atomic import write_folder
+from lightning_lora.hub.format.writing import write_folder
 end, interrupts = time.monotonic() + 5, 0
 def pest():
     while time.monotonic() < end - 0.5:

@@ -21,7 +21,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from lightning_lora.training.models import ModelSource
+from lightning_lora.recipes.models import ModelSource
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -38,7 +38,7 @@ from lightning_lora.engine import (
     remove,
     start_adapters,
 )
-from lightning_lora.engine.sharded import whole
+from lightning_lora.engine.weights import whole
 from lightning_lora.errors import AdapterStateError, TargetError, TrainingError
 
 from .ddp_run import BATCH, Share, Shared, fit

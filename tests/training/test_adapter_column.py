@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_lora import AdapterBank, AdapterColumn, LoRAConfig, inject, save_adapter
 from lightning_lora.engine import adapter_tensors
 from lightning_lora.errors import BankError, ConfigError, DataError
-from lightning_lora.training.data.base import SourceData
-from tests.training.data.rows import Rows
+from lightning_lora.recipes.data.base import SourceData
+from tests.recipes.data.rows import Rows
 from tests.training.lit import WIDTH, net, trainer
 
 NAMES = ["legal", "code", "", None, "legal"]

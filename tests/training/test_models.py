@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.errors import ConfigError, MissingExtraError
-from lightning_lora.training import models
-from lightning_lora.training.models import QUANTIZATIONS, ModelSource
+from lightning_lora.recipes import models
+from lightning_lora.recipes.models import QUANTIZATIONS, ModelSource
 
 
 def test_a_folder_is_loaded_and_remembered_by_its_absolute_path(llama, monkeypatch):

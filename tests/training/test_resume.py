@@ -19,7 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_lora import LoRACallback
 from lightning_lora.engine import adapter_state_dict
 from lightning_lora.errors import TrainingError
-from lightning_lora.training.randomness import random_state, set_random_state
+from lightning_lora.training.run_state import random_state, set_random_state
 
 from .lit import Lit, data, trainer
 

@@ -3,6 +3,6 @@
 from lightning_lora.engine.bank.bank import Bank
 from lightning_lora.engine.bank.cells import LayerFactors
 from lightning_lora.engine.bank.slab import MemoryPlan
-from lightning_lora.engine.bank.tiers import Store
+from lightning_lora.engine.bank.slots import Store
 
 __all__ = ["Bank", "LayerFactors", "MemoryPlan", "Store"]

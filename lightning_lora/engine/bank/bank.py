@@ -15,19 +15,15 @@ from torch import nn
 from lightning_lora.checked import whole
 from lightning_lora.engine.bank.cells import LayerFactors
 from lightning_lora.engine.bank.copies import Rooms
-from lightning_lora.engine.bank.folding import Folded
 from lightning_lora.engine.bank.forking import survive_forks
-from lightning_lora.engine.bank.inside import Inside
-from lightning_lora.engine.bank.layers import attach, check_detachable, check_one_device, detach, new_cells
+from lightning_lora.engine.bank.layers import Folded, attach, check_detachable, check_one_device, detach, new_cells
 from lightning_lora.engine.bank.layout import Index, Layout, Said, said
-from lightning_lora.engine.bank.planning import plan_of, watched
 from lightning_lora.engine.bank.routing import One, Routes, Routing
 from lightning_lora.engine.bank.rows import Rows
-from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes
-from lightning_lora.engine.bank.slots import Entry, Slots
-from lightning_lora.engine.bank.tiers import HostStore, Store
+from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes, plan_of, problem_written, watched, write
+from lightning_lora.engine.bank.slots import Entry, HostStore, Slots, Store
+from lightning_lora.engine.bank.structure import Inside
 from lightning_lora.engine.bank.use import Names, Use
-from lightning_lora.engine.bank.writing import problem_written, write
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BankError, ConfigError, TargetError, listed
 
 

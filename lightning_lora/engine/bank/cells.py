@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.bank.evidence import begins_as_an_input
+from lightning_lora.engine.bank.rows import begins_as_an_input
 from lightning_lora.engine.bank.structure import NOT_HIDDEN, Hidden
 from lightning_lora.engine.layers import geometry_of
 from lightning_lora.engine.layers.base import has_own_forward, name_of_input
 from lightning_lora.engine.layers.dora import gains, output_norms
-from lightning_lora.engine.storage import can_be_dense, dense, is_quantized
+from lightning_lora.engine.weights import can_be_dense, dense, is_quantized
 from lightning_lora.errors import AdapterFormatError, AdapterStateError
 
 if TYPE_CHECKING:

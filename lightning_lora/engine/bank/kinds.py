@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.engine.bank.cells import Cell, Factors, copy_scaled
-from lightning_lora.engine.bank.evidence import begins_as_an_input
 from lightning_lora.engine.bank.routing import FEW_POSITIONS
+from lightning_lora.engine.bank.rows import begins_as_an_input
 from lightning_lora.engine.bank.structure import NOT_HIDDEN
 from lightning_lora.engine.layers import geometry_of
 from lightning_lora.engine.layers.conv import ConvLoRA

@@ -5,8 +5,9 @@ The layer also holds its cell, which is no parameter and no buffer: so checkpoin
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,23 +15,72 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.engine.bank.cells import CELLS, Cell
-from lightning_lora.engine.bank.guard import guarded, in_a_forward
 from lightning_lora.engine.bank.kinds import cell_kind
-from lightning_lora.engine.bank.routing import Routes
+from lightning_lora.engine.bank.routing import Routes, Routing
+from lightning_lora.engine.bank.rows import runs_elsewhere
+from lightning_lora.engine.bank.slots import Entry
 from lightning_lora.engine.bank.structure import hidden, sequence_first
-from lightning_lora.engine.bypass import check_called, only_reads, reads_weight
-from lightning_lora.engine.candidates import Target
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import geometry_of
 from lightning_lora.engine.layers.base import AdapterSpec
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.plain_names import with_plain_names
-from lightning_lora.engine.plan import way_of
+from lightning_lora.engine.plan import check_called, only_reads, reads_weight, way_of
 from lightning_lora.engine.present import check_none_of_ours
+from lightning_lora.engine.shown import METADATA
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.targets import select
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.tree import Target, Tree
 from lightning_lora.errors import AdapterStateError, BankError, TargetError
+
+# Guards a layer's weight from other modules that read it in their forward while adapters of a bank are in use.
+#
+# The weight holds no adapter, and it cannot be known which adapter the reader's result would need. So such a reader
+# gets the weight's shape, dtype and device, which many models ask for in every forward, and an error for anything else.
+# Code outside a forward gets the base's weight, which a bank never changes.
+
+_VALUES = frozenset(("data", "T", "mT", "H", "mH", "real", "imag"))
+
+
+class GuardedWeight(nn.Parameter):
+    """The weight of the layer `bank_layer`. An operation that computes with it or changes it raises an error."""
+
+    bank_layer: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if (name == "__get__" and func.__self__.__name__ not in _VALUES) or name in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        layers = {v.bank_layer for v in (*args, *(kwargs or {}).values()) if isinstance(v, GuardedWeight)}
+        raise AdapterStateError(
+            f"The weight of {' and '.join(sorted(map(repr, layers))) or 'a layer'} was read ({name}) while adapters of "
+            "a bank are in use: it is the base's weight and holds none of them. Call the layer, or leave it out of the "
+            "bank with exclude_modules; one adapter alone can be used with load_adapter, or with bank.folded."
+        )
+
+
+def in_a_forward() -> bool:
+    """True if the code that reads an attribute (two frames up) runs in the forward of a module."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def guarded(own: nn.Parameter, name: str) -> GuardedWeight:
+    """A guarded stand-in for `own`, the weight of the layer `name`."""
+    with torch._C.DisableTorchFunctionSubclass():
+        weight: Any = torch.Tensor._make_subclass(GuardedWeight, own.data, own.requires_grad)
+    weight.bank_layer = name
+    return weight
+
 
 if TYPE_CHECKING:
     _Host = nn.Module
@@ -180,3 +230,59 @@ def new_cells(
     routes.served = frozenset(id(cell.module) for cell in cells.values())
     routes.sequence_first = sequence_first(modules)
     return cells
+
+
+# Puts an adapter into the base's own weights for a while, and lets no other thread compute with changing weights.
+#
+# All threads share the weights. So `routes.folded` is set before they are changed and reset after they are changed
+# back, and a layer checks it before and after it has read them: a thread that has not entered `bank.use` of that
+# adapter gets an error. A thread that enters it while they are being changed waits for the bank's lock. A thread that
+# is still inside when they are changed back gets an error, too.
+
+
+class Folded(Routing):
+    """The routing for an adapter that is in the base's weights, from `begin` to `end`. Both are called with the bank's
+    lock held."""
+
+    def __init__(self, entry: Entry, routes: Routes) -> None:
+        self.entry, self.name, self.thread = entry, entry.name, threading.get_ident()
+        self._routes, self.is_open = routes, False
+        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def begin(self, cells: Sequence[Cell]) -> None:
+        """Put the adapter into the weights, and use it in this thread. If it raises, nothing is changed."""
+        slot = self.entry.slot
+        assert slot is not None
+        self._routes.folded = self  # from now on, a forward outside bank.use raises at its first layer
+        try:
+            if runs_elsewhere(self._routes.served):
+                raise BankError(
+                    f"The model runs in another thread, which would go on with {self.name!r} in its weights: fold an "
+                    "adapter when no other thread uses the model."
+                )
+            with torch.no_grad():
+                folded = [cell.folded(slot) for cell in cells]
+        except BaseException:
+            self._routes.folded = None
+            raise
+        for cell, parameters in zip(cells, folded):
+            self._before.append((cell.module._parameters, dict(cell.module._parameters)))
+            cell.module._parameters.update(parameters)
+        self.is_open = True
+        self._routes.enter(self, self)
+
+    def end(self) -> None:
+        """Put the weights back as they were."""
+        self.is_open = False
+        for parameters, before in self._before:
+            parameters.update(before)
+        self._routes.folded = None
+        self._routes.leave(self)
+
+    def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        if not self.is_open:
+            raise AdapterStateError(
+                f"{self.name!r} was folded into the base when this thread entered bank.use, and is not folded any "
+                "more: leave `with bank.folded(...)` after all threads that use it, or enter bank.use again."
+            )
+        return base

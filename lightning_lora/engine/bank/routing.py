@@ -16,7 +16,7 @@ from lightning_lora.errors import AdapterStateError
 
 if TYPE_CHECKING:
     from lightning_lora.engine.bank.cells import Cell, Factors
-    from lightning_lora.engine.bank.folding import Folded
+    from lightning_lora.engine.bank.layers import Folded
 
 InUse: TypeAlias = "tuple[tuple[Routes, Routing | None, Entered], ...]"
 _IN_USE: ContextVar[InUse] = ContextVar("lightning_lora_bank", default=())

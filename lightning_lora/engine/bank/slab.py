@@ -10,12 +10,19 @@ from __future__ import annotations
 import math
 import mmap
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_lora.checked import whole
+from lightning_lora.engine.bank.cells import Cell, LayerFactors, copy_scaled
+from lightning_lora.engine.bank.kinds import LinearCell
+from lightning_lora.engine.memory import largest, largest_in, too_large
+from lightning_lora.engine.weights import dtype_of, is_plain
+from lightning_lora.errors import BankError, listed
 
 Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
 """Layer name -> the shapes of A, B, gain and shift of one adapter in the slab."""
@@ -117,3 +124,96 @@ def _in_units(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:.3g} GiB"
+
+
+# Writes an adapter into its slot: a whole block of layers at once where the adapter has all of them and they are alike,
+# else layer by layer.
+
+
+def write(slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str, LayerFactors]) -> None:
+    """Write `factors`, which fit `cells`, into the slot `slot`, which holds zeros."""
+    plain = {name for name, values in factors.items() if type(cells[name]) is LinearCell and not values.is_affine}
+    written: dict[int, set[str]] = {0: set(), 1: set()}
+    for part, layers, stacked in slab.blocks:
+        if part in written and plain.issuperset(layers):
+            of_block = [factors[name] for name in layers]
+            if (_write_A if part == 0 else _write_B)(stacked[slot], of_block):
+                written[part].update(layers)
+    for name, values in factors.items():
+        if not (name in written[0] and name in written[1]):
+            cells[name].write(slot, values)
+
+
+def problem_written(
+    slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str, LayerFactors]
+) -> str | None:
+    """Check `factors`, which `write` has written: the numbers that are not finite in the slab or would overflow in
+    their layer, in words; or None."""
+    row = slab.data[slot]
+    size = largest_in(row)
+    if not math.isfinite(size):
+        return f"values that are not finite in {row.dtype}"
+    if size * size * max(values.A.shape[0] for values in factors.values()) <= largest(torch.float16):
+        return None  # the numbers are so small that no product overflows in any dtype
+    problems = []
+    for name, values in factors.items():
+        dtype = dtype_of(cells[name].module._parameters.get("weight"))
+        found = too_large(values.A, values.B, values.scale, dtype, values.magnitude, values.bias)
+        if found:
+            problems.append(f"{name} has {found}")
+    return f"numbers that are finite and yet too large for the model: {listed(problems)}" if problems else None
+
+
+def _write_A(to: Tensor, of_block: Sequence[LayerFactors]) -> bool:  # (layers, max_rank, in)
+    """Write the A of a block at once; False, with nothing written, if they differ in shape, dtype or device."""
+    As = [values.A for values in of_block]
+    if not _are_alike(As):
+        return False
+    if As[0].shape == to.shape[1:] and As[0].dtype == to.dtype and As[0].device == to.device:
+        torch.stack(As, out=to)
+    else:
+        to[:, : As[0].shape[0]].copy_(torch.stack(As))
+    return True
+
+
+def _write_B(to: Tensor, of_block: Sequence[LayerFactors]) -> bool:  # (layers, max_rank, out)
+    """Write the B of a block at once, transposed and scaled; False if they, or their scales, differ."""
+    Bs, scale = [values.B for values in of_block], of_block[0].scale
+    if not _are_alike(Bs) or any(values.scale != scale for values in of_block):
+        return False
+    copy_scaled(to[:, : Bs[0].shape[1]], torch.stack(Bs).mT, scale)
+    return True
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    """True if they can be stacked: one shape, dtype and device."""
+    shape, dtype, device = tensors[0].shape, tensors[0].dtype, tensors[0].device
+    return all(t.shape == shape and t.dtype == dtype and t.device == device for t in tensors)
+
+
+# Computes the memory that a bank will take, and its device, before anything is allocated.
+
+
+def watched(cells: Mapping[str, Cell]) -> tuple[dict[str, Any], str]:
+    """The first parameter of the bank's layers, as the dict that holds it and its name in there. The bank follows it:
+    its device, and by default its dtype, are the bank's."""
+    for cell in cells.values():
+        for part in cell.module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    return part._parameters, name
+    raise BankError(
+        "None of the layers has a parameter, from which the bank would take its device and dtype. Name other layers in "
+        "target_modules."
+    )
+
+
+def plan_of(cells: Mapping[str, Cell], capacity: int, max_rank: int, dtype: torch.dtype | None) -> MemoryPlan:
+    """The memory that the slots of a bank with these cells take. If `dtype` is None it is the base's."""
+    whole("capacity", capacity)
+    whole("max_rank", max_rank)
+    parameters, name = watched(cells)
+    weight = parameters[name]
+    dtype = dtype or (weight.dtype if is_plain(weight) else torch.float32)
+    width = width_of({name: cell.shapes(max_rank) for name, cell in cells.items()})
+    return MemoryPlan(capacity, len(cells), max_rank, dtype, weight.device, width * dtype.itemsize)

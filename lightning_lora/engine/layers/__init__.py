@@ -1,10 +1,12 @@
 """One file per kind of layer; `base.py` has what they share. Importing this package registers them all."""
 
-from lightning_lora.engine.layers import attention, conv, conv_transpose, embedding, recurrent
+from lightning_lora.engine.layers import conv, embedding
+from lightning_lora.engine.layers import conv as conv_transpose
+from lightning_lora.engine.layers import parameters as attention
+from lightning_lora.engine.layers import parameters as recurrent
 from lightning_lora.engine.layers.base import Adapter, adapters, geometry_of, pairs
-from lightning_lora.engine.layers.conv1d import register_conv1d
 from lightning_lora.engine.layers.dora import DoRA
-from lightning_lora.engine.layers.linear import LinearLoRA
+from lightning_lora.engine.layers.linear import LinearLoRA, register_conv1d
 from lightning_lora.engine.layers.pair import FACTORS, AdapterSpec, Pair
 from lightning_lora.engine.layers.parameters import ParameterLoRA
 

@@ -24,9 +24,9 @@ from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec, Pair
 from lightning_lora.engine.layers.reads import Reads
 from lightning_lora.engine.reads import forget
-from lightning_lora.engine.storage import can_be_dense
 from lightning_lora.engine.swap import remembered
 from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.weights import can_be_dense
 from lightning_lora.errors import AdapterStateError
 
 NOT_GIVEN: Any = object()

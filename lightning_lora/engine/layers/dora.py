@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import Adapter, without_autocast
 from lightning_lora.engine.layers.pair import MAGNITUDE, Pair
-from lightning_lora.engine.sharded import fill, is_own, whole
-from lightning_lora.engine.storage import can_be_dense, is_quantized
+from lightning_lora.engine.weights import can_be_dense, fill, is_own, is_quantized, whole
 from lightning_lora.errors import TargetError
 
 

@@ -16,9 +16,8 @@ from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
 from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.dora import output_norms
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, MAGNITUDE, START, AdapterSpec
-from lightning_lora.engine.overflow import largest, too_large
-from lightning_lora.engine.sharded import whole
-from lightning_lora.engine.storage import can_be_dense, dense, dtype_of, is_plain, shape_of
+from lightning_lora.engine.memory import largest, too_large
+from lightning_lora.engine.weights import can_be_dense, dense, dtype_of, is_plain, shape_of, whole
 from lightning_lora.errors import ConfigError, DataError, TargetError, listed
 
 Measured = Mapping[str, Mapping[str, Tensor]]

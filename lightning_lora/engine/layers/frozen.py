@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_lora.engine import switch
 from lightning_lora.engine.swap import swapped_class
 
 if TYPE_CHECKING:
@@ -49,3 +53,109 @@ def release_statistics(module: Any) -> None:
     """Undo `freeze_statistics`."""
     module.__class__ = type(module).base_class
     module.train(module.__dict__.pop("wanted_mode"))
+
+
+# Inside `with disabled(model)`, tensors that are trained whole (modules_to_save, biases) read as before training.
+#
+# When a model is first switched off, each module that holds such a tensor gets a class that asks the switch on every
+# read. Writes to its buffers inside the block, such as a norm's statistics, are not kept.
+
+if TYPE_CHECKING:
+    _ReadHost = nn.Module
+else:
+    _ReadHost = object
+
+_ORIGINALS = "lora_originals"
+"""The attribute of a module with the values before training of its tensors, by name."""
+
+
+@dataclass(eq=False)
+class _Original:
+    """The value of a tensor before training."""
+
+    value: Tensor
+    there: Tensor | None = None
+    """A copy of it on the model's present device, in the model's present dtype."""
+
+    def like(self, own: Tensor) -> Tensor:
+        if not isinstance(own, nn.Parameter):
+            return self.value.to(own.device, own.dtype, copy=True)  # a forward may write to it
+        there = self.there
+        if there is None or there.device != own.device or there.dtype != own.dtype:
+            with torch.inference_mode(False):
+                there = nn.Parameter(self.value.to(own.device, own.dtype), requires_grad=False)
+            self.there = there
+        return there
+
+
+def original(module: nn.Module, name: str, own: Tensor | None) -> Tensor | None:
+    """The value before training of `own`, the tensor `name` of `module`; `own` itself if it is not trained whole."""
+    held = module.__dict__.get(_ORIGINALS, {}).get(name)
+    return own if held is None or own is None else held.like(own)
+
+
+class TrainedWhole(_ReadHost):
+    """Mixin in front of the class of a module that holds tensors which are trained whole."""
+
+    base_class: type[nn.Module]
+    reads: tuple[str, ...]
+
+    def read_attribute(self, name: str) -> Any:
+        """The value of `self.<name>`, a parameter or a buffer that is trained whole."""
+        own: Tensor | None = self._parameters.get(name)
+        own = self._buffers.get(name) if own is None else own
+        return original(self, name, own) if switch.used and switch.is_off(self) else own
+
+
+class FlatWeights(_ReadHost):
+    """Mixin for recurrent layers, whose kernels take the list `_flat_weights`: here it is made by reading each weight
+    by its name, so it holds adapted values."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        base: Any = self
+        return [getattr(self, name, None) for name in base._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
+        # torch writes back the adapted values that it read. Keep the base's parameters instead, for the base class.
+        lay_flat(self)
+
+    def _update_flat_weights(self) -> None:
+        """No-op: weights are computed anew on every read."""
+
+    def flatten_parameters(self) -> None:
+        """No-op: the values change from read to read, so they cannot be laid out in memory in advance."""
+
+
+def lay_flat(module: Any) -> None:
+    """Set the base class's list of weights to the parameters that the recurrent layer `module` holds now."""
+    vars(module)["_flat_weights"] = [module._parameters.get(name) for name in module._flat_weights_names]
+
+
+def read_by_switch(module: Any, originals: Mapping[str, Tensor]) -> None:
+    """Make the tensors of `module` named in `originals` read as those values where the module is off. A second call
+    changes nothing."""
+    held: dict[str, _Original] = module.__dict__.setdefault(_ORIGINALS, {})
+    for name, value in originals.items():
+        if name not in held or held[name].value is not value:
+            held[name] = _Original(value)
+    cls: Any = type(module)
+    reads = tuple(dict.fromkeys((*getattr(cls, "reads", ()), *originals)))
+    if hasattr(cls, "read_attribute"):  # its class answers reads already: an adapted layer, or a second call
+        if reads != cls.reads:
+            prefix = cls.__name__.removesuffix(cls.base_class.__name__)
+            module.__class__ = swapped_class(prefix, cls.mixin, cls.base_class, reads)
+        return
+    mixin = (TrainedWhole, FlatWeights) if isinstance(module, nn.RNNBase) else TrainedWhole
+    module.__class__ = swapped_class("Trained", mixin, cls, reads)
+
+
+def read_as_held(module: Any) -> None:
+    """Undo `read_by_switch`, for a module without an adapter."""
+    module.__dict__.pop(_ORIGINALS, None)
+    cls: Any = type(module)
+    if issubclass(cls, TrainedWhole) and "base_class" in vars(cls):
+        module.__class__ = cls.base_class
+        if isinstance(module, nn.RNNBase):
+            lay_flat(module)

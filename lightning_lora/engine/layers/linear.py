@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -13,8 +16,47 @@ from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter, keeps_attributes
 from lightning_lora.engine.layers.by_weight import ByWeight
 from lightning_lora.engine.layers.pair import BIAS, FACTORS
-from lightning_lora.engine.layers.straight_through import straight_through
-from lightning_lora.engine.storage import is_wrapper
+from lightning_lora.engine.weights import can_be_dense, dense, is_wrapper
+
+# A gradient for layers whose kernels pass none to their input: 4-bit weights that bitsandbytes has rearranged for a
+# CPU, and torchao's weights that round the input as well (Int8DynamicActivation..., for example).
+#
+# Without it, adapters below such a layer would silently train on a part of their gradient. The input gets the gradient
+# of a layer that rounds nothing: G W, with the dequantized W (straight-through).
+
+
+def straight_through(module: nn.Module, x: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+    """Run `forward`, that of `module` on x, and supply the gradients of x and of the bias that it does not pass."""
+    weight = module._parameters.get("weight")
+    bias: Any = module._parameters.get("bias")
+    is_trained = bias is not None and bias.requires_grad
+    if not torch.is_grad_enabled() or not (x.requires_grad or is_trained):
+        return forward()
+    if is_trained:  # detached, so that y.requires_grad tells whether x gets a gradient
+        module._parameters["bias"] = bias.detach()
+    try:
+        y = forward()
+    finally:
+        if is_trained:
+            module._parameters["bias"] = bias
+    if x.requires_grad and not y.requires_grad and can_be_dense(weight):
+        y = _StraightThrough.apply(y, x, module, weight)
+    return y + (bias - bias.detach()).to(y.dtype) if is_trained else y
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
+        ctx.module, ctx.weight = module, weight
+        # y in the same memory, but not as a view: autograd refuses to change a view in place (nn.ReLU(inplace=True)).
+        if torch.compiler.is_compiling():
+            return y.clone()
+        return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.size(), y.stride())
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, None, None]:
+        return None, G @ dense(ctx.module, ctx.weight).to(G.dtype), None, None
+
 
 _PLAIN = frozenset(("weight", "bias", *FACTORS))
 
@@ -105,3 +147,39 @@ class OutProjectionLoRA(ByWeight, LinearLoRA, adapts=NonDynamicallyQuantizableLi
     (see bypass.py)."""
 
     lora_to_kernels = True
+
+
+# transformers' Conv1D: GPT-2's linear layer, whose weight is stored transposed, (in, out).
+
+
+class Conv1DLoRA(LinearLoRA):
+    """A is (rank, in), B is (out, rank), as for a Linear."""
+
+    lora_known_forward = None  # known once transformers is imported
+
+    @staticmethod
+    def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        features_in, features_out = module.weight.shape
+        return (rank, features_in), (features_out, rank)
+
+    @staticmethod
+    def multiply(x: Tensor, W: Tensor) -> Tensor:
+        return x @ W
+
+    @staticmethod
+    def matrix(module: Any, W: Tensor) -> Tensor:
+        return W.T
+
+    @staticmethod
+    def from_matrix(module: Any, M: Tensor) -> Tensor:
+        return M.T
+
+
+def register_conv1d() -> type[nn.Module] | None:
+    """Register Conv1D if transformers' module that defines it was imported: else no model can contain a Conv1D."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    if module is None:
+        return None
+    Adapter.geometries.setdefault(module.Conv1D, Conv1DLoRA)
+    Conv1DLoRA.lora_known_forward = module.Conv1D.forward
+    return module.Conv1D

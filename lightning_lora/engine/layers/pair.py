@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.low_rank import singular_values
-from lightning_lora.engine.storage import shape_of
+from lightning_lora.engine.weights import shape_of
 
 if TYPE_CHECKING:
     from lightning_lora.engine.layers.base import Adapter

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNCellBase
 
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers.base import Adapter, kept_ranks, without_autocast
 from lightning_lora.engine.layers.by_weight import kept_columns
+from lightning_lora.engine.layers.frozen import FlatWeights, lay_flat
 from lightning_lora.engine.layers.pair import MAGNITUDE, START, AdapterSpec, Pair
-from lightning_lora.engine.storage import is_plain
+from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterStateError, TargetError
 
 
@@ -158,3 +160,45 @@ class BilinearLoRA(ParameterLoRA, adapts=nn.Bilinear):
     @classmethod
     def from_output(cls, module: Any, M: Tensor) -> Tensor:
         return M.unflatten(1, (module.in1_features, module.in2_features))
+
+
+# nn.MultiheadAttention: its input projections are parameters of its own, its output projection is a child.
+
+
+class MultiheadAttentionLoRA(ParameterLoRA, adapts=nn.MultiheadAttention):
+    """Adapts the packed in_proj_weight (3 embed, embed) by one pair, so that q, k and v share A (as in PEFT); or, where
+    kdim or vdim differ, each of q_proj_weight, k_proj_weight and v_proj_weight; and out_proj."""
+
+    companions = ("out_proj",)
+    lora_to_kernels = True
+
+    @staticmethod
+    def parameters_of(module: Any) -> tuple[str, ...]:
+        if module._qkv_same_embed_dim:
+            return ("in_proj_weight",)
+        return ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+# nn.LSTM, nn.GRU, nn.RNN and their cells: each of their weights is adapted where it is read.
+
+
+class CellLoRA(ParameterLoRA, adapts=RNNCellBase):
+    """Adapts weight_ih and weight_hh of a cell. A weight holds the matrices of all gates, so these share one A."""
+
+    @staticmethod
+    def parameters_of(module: Any) -> tuple[str, ...]:
+        return "weight_ih", "weight_hh"
+
+
+class RecurrentLoRA(FlatWeights, CellLoRA, adapts=nn.RNNBase):
+    """Adapts the weights of all layers and directions, and the projections (proj_size)."""
+
+    @staticmethod
+    def parameters_of(module: Any) -> tuple[str, ...]:
+        return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
+
+    replaces = ("_flat_weights", "_update_flat_weights", "flatten_parameters")
+
+    @staticmethod
+    def parameters_replaced(module: Any) -> None:
+        lay_flat(module)

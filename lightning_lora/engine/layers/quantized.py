@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit Linear. Its 8-bit one and torchao's weights need no geometry of their own: see engine/storage.py.
+"""bitsandbytes' 4-bit Linear. Its 8-bit one and torchao's weights need no geometry of their own: see engine/weights.py.
 
 Where a CPU has AVX512-BF16, such a layer rearranges its weight in its first forward in eval mode: it rounds the scales
 to bfloat16, which cannot be undone, and passes no gradient on from then on. In an adapted model that must not happen: a
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import Adapter
-from lightning_lora.engine.layers.linear import LinearLoRA
-from lightning_lora.engine.layers.straight_through import straight_through
-from lightning_lora.engine.storage import is_rearranged, is_wrapper, unpacked
+from lightning_lora.engine.layers.linear import LinearLoRA, straight_through
 from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.weights import is_rearranged, is_wrapper, unpacked
 
 if TYPE_CHECKING:
     _Host = nn.Module

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import fused, switch
+from lightning_lora.engine.layers.frozen import original
 from lightning_lora.engine.layers.pair import BIAS, AdapterSpec
-from lightning_lora.engine.layers.whole import original
 from lightning_lora.engine.reads import show
-from lightning_lora.engine.storage import dense, is_plain, is_wrapper
+from lightning_lora.engine.weights import dense, is_plain, is_wrapper
 from lightning_lora.errors import AdapterStateError
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from lightning_lora.engine.layers.base import Adapter, is_adapter
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec
 from lightning_lora.engine.layers.reads import Reads
 from lightning_lora.engine.reads import forget
-from lightning_lora.engine.sharded import check_unsharded
 from lightning_lora.engine.swap import REMEMBERED, remembered, swapped_class
 from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.weights import check_unsharded
 from lightning_lora.errors import AdapterStateError, TargetError
 
 _TAKE_OFF = "take them off with accelerate.hooks.remove_hook_from_module(model, recurse=True)"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter, has_own_forward
 from lightning_lora.engine.layers.embedding import gives_its_rows, scaled
 from lightning_lora.engine.layers.pair import AdapterSpec, Pair
-from lightning_lora.engine.sharded import fill, is_own, whole
+from lightning_lora.engine.weights import fill, is_own, whole
 from lightning_lora.errors import TargetError
 
 TOKENS = "lora_tokens"

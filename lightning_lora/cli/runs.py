@@ -1,0 +1,255 @@
+"""Parts of a run that several commands share: its bars, its end, what it starts from, and its trained model."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.imports import _RICH_AVAILABLE
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_lora import LoRACallback, LoRAConfig, load_adapter
+from lightning_lora.cli.process import is_terminal, quieten, use_available_cores
+from lightning_lora.cli.results import METRICS, written
+from lightning_lora.cli.settings import build, target, task_and_data
+from lightning_lora.errors import ConfigError
+from lightning_lora.hub.format.writing import hub_address
+from lightning_lora.hub.pull import adapter_folder
+
+# How far a run has come: Lightning's bars where a person watches, one line for each validation in a log.
+
+
+def shows_progress(settings: dict[str, Any], callbacks: list[pl.Callback]) -> tuple[list[pl.Callback], dict[str, Any]]:
+    """`callbacks` with what shows the progress of the Trainer that `settings` describe, and the argument for it that
+    goes with them."""
+    wanted = settings["trainer"].get("enable_progress_bar", True)
+    if not wanted or any(isinstance(callback, ProgressBar) for callback in callbacks):
+        return callbacks, {}
+    if not is_terminal():
+        return [*callbacks, Lines()], {"enable_progress_bar": False}
+    return [*callbacks, Bars() if _RICH_AVAILABLE else TQDMProgressBar()], {}
+
+
+class Bars(RichProgressBar):
+    """Lightning's bars; a run without a number of epochs to reach is shown without one (Lightning: "Epoch 0/-2")."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        if self.trainer.max_epochs not in (None, -1):
+            return super()._get_train_description(current_epoch)
+        return f"{f'Epoch {current_epoch}':{len(self.validation_description)}}"
+
+
+class Lines(pl.Callback):
+    """One line for each validation while training."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if not n.endswith(("_step", "_epoch"))}
+            values = "  ".join(f"{name} {written(value)}" for name, value in sorted(metrics.items()))
+            print(f"step {trainer.global_step:,}  {values}", flush=True)
+
+
+# The end of a run is measured and kept, wherever in an epoch it lies.
+
+
+class MeasuredEnd(pl.Callback):
+    """Has Lightning validate where `max_steps` ends the training, as it does at the end of an epoch: else what was
+    learned since the last validation, which may be all of it, is in no metric and in no checkpoint."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True  # Lightning validates before it stops
+
+
+def end_of(trainer: pl.Trainer, folder: Path) -> str:
+    """Save a checkpoint of what `trainer` ended with below `folder`; returns its path. For a run that made none, since
+    it was never validated or its settings have no callback for that."""
+    path = folder / "checkpoints" / f"end-step{trainer.global_step}.ckpt"
+    trainer.save_checkpoint(path)
+    return str(path)
+
+
+# A run that goes on from what there is: from a saved adapter (`adapter=`), or in the folder of an interrupted run.
+
+
+def start_from(settings: dict[str, Any], overrides: list[str]) -> None:
+    """Give the LoRACallback in `settings` the adapter that they name, and of the config what the user asked for alone:
+    what `overrides` say, and what differs from the defaults. The callback compares that with the adapter's own config.
+
+    Raises ConfigError where there is no LoRACallback, and where a folder is named that is not there.
+    """
+    adapter = settings["adapter"]
+    looks_like_a_folder = adapter.startswith((".", "/", "~")) or adapter.count("/") != 1
+    if (
+        hub_address(adapter) is None
+        and looks_like_a_folder
+        and not Path(adapter).is_dir()
+        and settings["ckpt_path"] is None
+    ):
+        raise ConfigError(f"adapter={adapter}: there is no such folder.")
+    nodes = [node for node in (settings["callbacks"] or {}).values() if node and _is_callback(node)]
+    if not nodes:
+        raise ConfigError(f"adapter={adapter} is for a LoRACallback, and the settings have none (lora=none?).")
+    defaults = LoRAConfig().to_dict()
+    named = {o.lstrip("+").partition("=")[0].removeprefix("lora.") for o in overrides if "lora." in o.partition("=")[0]}
+    for node in nodes:
+        config = node.pop("config", None) or {}
+        known = {f.name: config[f.name] for f in fields(LoRAConfig) if f.name in config}
+        asked = {name: value for name, value in known.items() if name in named or value != defaults[name]}
+        node.update(asked, adapter=adapter, **{name: settings[name] for name in ("subfolder", "ignore_fields")})
+
+
+def _is_callback(node: dict[str, Any]) -> bool:
+    kind: Any = target(node["_target_"])
+    return isinstance(kind, type) and issubclass(kind, LoRACallback)
+
+
+class EarlierMetrics(pl.Callback):
+    """Lets a run that is resumed in its own folder go on with its metrics.csv, which Lightning's logger would begin
+    anew, and with what was measured before its first step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.before: dict[str, float] = {}
+        self._folder = folder.resolve()
+        self._aside = self._folder / f".{METRICS}.earlier"
+
+    def set_aside(self, trainer: pl.Trainer) -> None:
+        """Before the logger's first line, at which it would delete the file. One that is there already was left by a
+        run that was killed before it could go on with it."""
+        if trainer.is_global_zero and self._loggers(trainer) and not self._aside.exists():
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self._folder / METRICS, self._aside)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        rows = 0
+        for logger in self._loggers(trainer) if trainer.is_global_zero else ():
+            logger.save()  # what was logged before a checkpoint is there after it, however the run ends
+            rows = len(_rows(self._folder / METRICS)) + _logs_after(trainer)
+        checkpoint[_KEY] = {"rows": rows, "before": self.before}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        saved = checkpoint.get(_KEY, {})
+        self.before = self.before or saved.get("before", {})
+        is_own = Path(str(trainer.ckpt_path)).resolve().is_relative_to(self._folder)
+        if not (trainer.is_global_zero and is_own and self._aside.is_file()):
+            return
+        rows = _rows(self._aside)
+        if "rows" in saved:
+            rows = rows[: saved["rows"]]
+        else:  # a checkpoint of an earlier version of this package
+            rows = [row for row in rows if int(row["step"]) < checkpoint["global_step"]]
+        for logger in self._loggers(trainer):
+            writer = logger.experiment
+            (self._folder / METRICS).unlink(missing_ok=True)
+            writer.metrics, writer.metrics_keys = rows, []
+            writer.save()
+        self._aside.unlink()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and self._aside.is_file():
+            self._aside.unlink()
+            rank_zero_info(
+                f"This run does not go on from a checkpoint of the one in {self._folder}: it writes {METRICS} anew."
+            )
+
+    def _loggers(self, trainer: pl.Trainer) -> list[CSVLogger]:
+        """Those that write into the run's folder."""
+        known = (logger for logger in trainer.loggers if isinstance(logger, CSVLogger))
+        return [logger for logger in known if Path(logger.log_dir).resolve() == self._folder]
+
+
+_KEY = "lightning_lora_run"
+
+
+def _logs_after(trainer: pl.Trainer) -> int:
+    """How many rows Lightning logs of a batch after the hooks at its end, in which a checkpoint may be saved; a resumed
+    run does not log them again."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    batches: Any = epoch_loop.batch_progress.total
+    if batches.completed == batches.processed or not trainer._logger_connector.should_update_logs:
+        return 0
+    return int(bool(epoch_loop._results.metrics(on_step=True)["log"]))
+
+
+def _rows(metrics: Path) -> list[dict[str, Any]]:
+    if not metrics.is_file():
+        return []
+    with metrics.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def is_requeued(trainer: pl.Trainer) -> bool:
+    """Whether Slurm started this job again: Lightning then loads the checkpoint of the first start into whatever it is
+    asked to do without one, to measure the base as well."""
+    return SLURMEnvironment.detect() and any(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
+
+
+# The trained model of evaluate and predict: task, data and Trainer; the adapter is loaded once the model is built.
+
+
+class LoadedAdapter(pl.Callback):
+    """Puts the adapter onto the model, right after the model is built and before it moves to its device."""
+
+    def __init__(self, adapter: str, subfolder: str | None, ignore_fields: list[str], check_base: bool) -> None:
+        folder = adapter_folder(os.path.expanduser(adapter), subfolder=subfolder, ignore_fields=ignore_fields)
+        if not folder.is_dir():
+            raise ConfigError(f"adapter={adapter}: there is no such folder ({folder}).")
+        self.load = functools.partial(
+            load_adapter, folder_or_repo=folder, check_base=check_base, ignore_fields=ignore_fields
+        )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Layers may be built by the module's own hooks, which run after this one: load after the last of them.
+        last = next((hook for hook in ("configure_model", "setup") if is_overridden(hook, pl_module)), None)
+        if last is None:
+            self.load(pl_module)
+            return
+        build_layers = getattr(pl_module, last)
+
+        @functools.wraps(build_layers)  # Lightning asks of the function underneath whether the hook is overridden
+        def build_and_load(*args: Any, **kwargs: Any) -> None:
+            setattr(pl_module, last, build_layers)
+            build_layers(*args, **kwargs)
+            self.load(pl_module)
+
+        setattr(pl_module, last, build_and_load)
+
+
+def trained(
+    settings: dict[str, Any], *callbacks: pl.Callback
+) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
+    """Trainer, task and data as `settings` describe them; a hook of the Trainer loads the adapter, unless `callbacks`
+    are given, which do."""
+    checkpoint = settings["ckpt_path"]
+    if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
+        raise ConfigError(f"ckpt_path={checkpoint}: there is no such checkpoint.")
+    quieten()
+    use_available_cores()
+    if settings["seed"] is not None:
+        pl.seed_everything(settings["seed"], workers=True, verbose=False)
+    task, data = task_and_data(settings)
+    if settings["adapter"] is not None and not callbacks:
+        reading = (settings[name] for name in ("adapter", "subfolder", "ignore_fields", "check_base"))
+        callbacks = (LoadedAdapter(*reading),)
+    bars = {} if is_terminal() else {"enable_progress_bar": False}
+    trainer = build(settings, "trainer", callbacks=list(callbacks), logger=False, enable_checkpointing=False, **bars)
+    return trainer, task, data

@@ -1,0 +1,1 @@
+"""An adapter rewritten for the program that will serve it."""

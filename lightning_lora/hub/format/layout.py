@@ -1,0 +1,316 @@
+"""Which tensor of a model stands under which key of PEFT's: every name is relative to one root."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine import adapter_tensors, adapters
+from lightning_lora.engine.layers.pair import START
+from lightning_lora.engine.tree import Tree, submodule, unwrapped
+from lightning_lora.errors import AdapterFormatError, listed
+from lightning_lora.hub.format.peft import shape_in_file, tensor_key
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One adapted module."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the tensors of its adapter, by the engine's names."""
+    ranks: Mapping[str, int]
+    """By what the names of its tensors end in: nothing, or `_<parameter>` for each parameter that is adapted."""
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(end for end in self.ranks if end)
+
+    @cached_property
+    def has_start(self) -> bool:
+        """Whether it has a frozen start."""
+        return any(own.removesuffix(self.end(own)) in START for own in self.shapes)
+
+    def end(self, own: str) -> str:
+        """What the name `own` of one of its tensors ends in."""
+        for end in self._ends:
+            if own.endswith(end):
+                return end
+        return ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The adapted modules and the tensors that are trained whole, of one root, as PEFT sees them."""
+
+    adapted: dict[str, Adapted]
+    """By the first name of each module; with those of which rows are trained."""
+    parameters: dict[str, tuple[str, ...]]
+    """Those of each module that are adapted, in its own order; none where it is what the module computes."""
+    embeddings: frozenset[str]
+    """Those of them that are embeddings."""
+    whole: dict[str, tuple[int, ...]]
+    """Parameters and buffers that are trained whole, with their shapes."""
+    aliases: dict[str, tuple[str, ...]]
+    """Further names of a module or of a tensor that is trained whole."""
+    doubled: frozenset[str]
+    """Modules whose update PEFT adds twice: in a file it is half of what it is here. These are the out_proj of an
+    nn.MultiheadAttention (lora.MultiheadAttention.merge adds it to the weight, and has out_proj add it again)."""
+
+    def keys(self) -> dict[str, str]:
+        """PEFT's keys -> the engine's names; the first key of each name is the one that must be there."""
+        parameters = {n: self.parameters[module] for module in self.adapted for n in self._every(module)}
+        embeddings = {n for module in self.embeddings for n in self._every(module)}
+        keys: dict[str, str] = {}
+        for module, adapted in self.adapted.items():
+            names = self._every(module)
+            for own in adapted.shapes:
+                if adapted.has_start and own.removesuffix(adapted.end(own)) in START:
+                    continue
+                for alias in names:
+                    keys[tensor_key(member(alias, own), parameters, embeddings, parameters)] = member(module, own)
+        for name in self.whole:
+            for alias in self._every(name):
+                keys[tensor_key(alias, parameters, embeddings, parameters)] = name
+        return keys
+
+    def written_keys(self) -> dict[str, str]:
+        """Those of `keys()` that PEFT writes: a module that is adapted, by its first name alone; one that is trained
+        whole, by every name, since PEFT has a copy under each."""
+        adapted: set[str] = set()
+        written: dict[str, str] = {}
+        for key, name in self.keys().items():
+            if name in self.whole or name not in adapted:
+                written[key] = name
+                adapted.add(name)
+        return written
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of the tensor called `name` in the engine."""
+        module, _, last = name.rpartition(".")
+        return self.whole[name] if name in self.whole else self.adapted[module].shapes[last]
+
+    def shape_in_file(self, name: str) -> tuple[int, ...]:
+        """That of the same tensor in a file, but for a frozen start."""
+        if name in self.whole:
+            return self.whole[name]
+        module, _, last = name.rpartition(".")
+        adapted = self.adapted[module]
+        return shape_in_file(last, self.shape(name), adapted.shapes.get("lora_A" + adapted.end(last), ()))
+
+    def value_in_file(self, name: str, value: Callable[[str], Tensor]) -> Tensor:
+        """What a file holds for `name`; `value` gives the engine's tensors."""
+        if name in self.whole:
+            return value(name)
+        tensor, factor = self._plain(name, value), self._factor(name)
+        tensor = tensor if factor == 1 else tensor * factor
+        own, written = self.shape(name), self.shape_in_file(name)
+        return tensor.reshape(written) if own != written and tensor.shape == own else tensor
+
+    def value(self, name: str, in_file: Tensor) -> Tensor:
+        """What the engine holds for `name`, of what a file does."""
+        tensor, factor = in_file.reshape(self.shape(name)), self._factor(name)
+        return tensor if factor == 1 else tensor / factor  # a buffer of integers stays one
+
+    def _factor(self, name: str) -> float:
+        module, _, last = name.rpartition(".")
+        return 0.5 if self.doubled and module in self.doubled and last.startswith("lora_B") else 1
+
+    def _plain(self, name: str, value: Callable[[str], Tensor]) -> Tensor:
+        """A frozen start becomes further ranks, B A - B0 A0 = [B - B0, B0] [A; A - A0], so that the file is for the
+        base as it is (as PEFT converts its PiSSA and OLoRA)."""
+        module, _, last = name.rpartition(".")
+        tensor, adapted = value(name), self.adapted[module]
+        if not adapted.has_start:
+            return tensor
+        end = adapted.end(last)
+        A0, B0 = (start + end for start in START)
+        if last == "lora_A" + end:  # of each matrix, where they are a stack
+            start = tensor - value(member(module, A0)).to(tensor)
+            return torch.cat([t.unflatten(0, (-1, adapted.ranks[end])) for t in (tensor, start)], dim=1).flatten(0, 1)
+        if last == "lora_B" + end:
+            start = value(member(module, B0)).to(tensor)
+            both = [t.unflatten(1, (adapted.ranks[end], -1)) for t in (tensor - start, start)]
+            return torch.cat(both, dim=1).flatten(1, 2)
+        return tensor
+
+    def _every(self, name: str) -> tuple[str, ...]:
+        return (name, *self.aliases.get(name, ()))
+
+
+def layout_of(
+    root: nn.Module, adapted: Mapping[str, Adapted], whole: Iterable[Tensor], doubled: Iterable[str]
+) -> Layout:
+    """The layout of the modules `adapted` (by name) and the tensors `whole`, all of them in `root`."""
+    aliases: dict[str, tuple[str, ...]] = {}
+    modules: dict[str, nn.Module] = dict(Tree.of(root).every)
+    names = {id(modules[name]): name for name in adapted}
+    for alias, module in modules.items():
+        name = names.get(id(module), alias)
+        if alias != name:
+            aliases[name] = (*aliases.get(name, ()), alias)
+    whole = list(whole)
+    tensors: dict[int, list[str]] = {}
+    for name, tensor in Tree.of(root).tensors if whole else ():
+        tensors.setdefault(id(tensor), []).append(name)
+    trained = {}
+    for tensor in whole:
+        first, *rest = tensors[id(tensor)]
+        trained[first] = tuple(tensor.shape)
+        aliases[first] = tuple(rest)
+    embeddings = frozenset(name for name in adapted if isinstance(modules[name], nn.Embedding))
+    parameters = {
+        name: tuple(p for p in modules[name]._parameters if f"_{p}" in module.ranks) for name, module in adapted.items()
+    }
+    return Layout(dict(adapted), parameters, embeddings, trained, aliases, frozenset(doubled))
+
+
+def member(module: str, name: str) -> str:
+    """The full name of what the module called `module` holds as `name`."""
+    return f"{module}.{name}" if module else name
+
+
+def tensor_named(root: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of `root` called `name`."""
+    module, _, last = name.rpartition(".")
+    owner = submodule(root, module)
+    tensor: Tensor | None = owner._parameters.get(last)
+    if tensor is None:
+        tensor = owner._buffers[last]
+    assert tensor is not None
+    return tensor
+
+
+def tensors_named(root: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of `root`, under every name."""
+    return dict(Tree.of(root).tensors)
+
+
+def names_of_tensors(root: nn.Module) -> dict[int, str]:
+    """The first name of every parameter and buffer of `root`, by identity."""
+    names: dict[int, str] = {}
+    for name, tensor in Tree.of(root).tensors:
+        names.setdefault(id(tensor), name)
+    return names
+
+
+# Where in a model the base lies to which an adapter's names are relative.
+#
+# PEFT's users load an adapter onto the base model itself; here it was trained inside a LightningModule, whose own name
+# for that base ("model.") must not get into the file.
+
+Place = tuple[str, nn.Module]
+"""A module, and its name in the model."""
+
+
+def adapter_root(model: nn.Module) -> Place:
+    """The module of `model` to which the names in an adapter folder are relative, with its name in `model`; neither has
+    to do with wrappers.
+
+    It is the transformers model that holds the whole adapter; else the child of a LightningModule that does, whatever
+    that has besides (a teacher, a metric); else `model` itself, with the name "". A model without adapters is judged by
+    its shape alone: it is the one transformers model, or the one child of a LightningModule that has parameters.
+    """
+    tree = Tree.of(model)
+    model = tree.root
+    if any(True for _ in adapters(model)):
+        whole = {id(t) for t in adapter_tensors(model).values()}
+        models, children = ([p for p in found if _holds(p, whole)] for found in (_models(tree), _children(tree)))
+        found = _outermost(models or children)
+    else:
+        found = _models(tree) or [p for p in _children(tree) if next(p[1].parameters(), None) is not None]
+    return found[0] if len(found) == 1 else ("", model)
+
+
+def place_of(
+    model: nn.Module, wanted: Set[str], module: str, is_meant: Callable[[nn.Module], bool] = lambda root: True
+) -> Place | None:
+    """The module of `model` in which all the modules that an adapter adapts, `wanted`, have their names; None where
+    there is none. `module` is what it was called in the model that was trained, "" where that is not known.
+
+    Raises AdapterFormatError where several have them, and `is_meant` does not tell which.
+    """
+    tree = Tree.of(model)
+    named = tree.by_name.get(module) if module else None
+    by_name = (module, named) if named is not None and _named(named, wanted) else None
+    if not wanted or (by_name is not None and is_lightning_module(tree.root)):
+        return by_name
+    # Of those in which the names mean the same modules, one child that is also known as a part of another, the last.
+    found = {
+        tuple(modules): place
+        for place in (("", tree.root), *_models(tree), *_children(tree))
+        if (modules := _named(place[1], wanted))
+    }
+    places = list(found.values())
+    if not is_lightning_module(tree.root):
+        if places and places[0][1] is tree.root:
+            return places[0]
+        if by_name is not None:
+            return by_name
+    if len(places) > 1:
+        meant = [place for place in places if is_meant(place[1])]
+        if len(meant) != 1:
+            raise AdapterFormatError(
+                f"The adapter fits several parts of this {type(tree.root).__name__}: "
+                f"{listed(name or 'itself' for name, _ in places)}. Pass the one that is meant, such as "
+                f"model.{places[-1][0]}. Nothing was changed."
+            )
+        return meant[0]
+    return places[0] if places else None
+
+
+def is_lightning_module(model: nn.Module) -> bool:
+    """Whether `model` is a LightningModule, of either package name (asked by its methods, so neither is imported)."""
+    return hasattr(model, "configure_optimizers") and hasattr(model, "training_step")
+
+
+def _models(tree: Tree) -> list[Place]:
+    """The outermost transformers models."""
+    inside: set[int] = set()
+    found = []
+    for name, module in tree.modules:
+        if id(module) not in inside and hasattr(module, "config") and hasattr(module, "save_pretrained"):
+            inside.update(id(m) for m in module.modules())
+            found.append((name, module))
+    return found
+
+
+def _children(tree: Tree) -> list[Place]:
+    """Those of a LightningModule; there are none where it is a transformers model itself, or no LightningModule."""
+    if not is_lightning_module(tree.root):
+        return []
+    return [(name, unwrapped(child)) for name, child in tree.root.named_children()]
+
+
+def _holds(place: Place, whole: Set[int]) -> bool:
+    """Whether all of the tensors `whole` are inside. An adapted layer itself cannot be the root: it would have no name
+    there."""
+    return whole <= {id(t) for t in _tensors(place[1])} and "lora_A" not in place[1]._parameters
+
+
+def _outermost(places: list[Place]) -> list[Place]:
+    """Those that lie in none of the others."""
+    places = _distinct(places)
+    parts = {id(p): {id(m) for m in p.modules()} for _, p in places}
+    return [(n, p) for n, p in places if not any(id(p) in parts[id(o)] for _, o in places if o is not p)]
+
+
+def _distinct(places: Iterable[Place]) -> list[Place]:
+    first: dict[int, Place] = {}
+    for place in places:
+        first.setdefault(id(place[1]), place)
+    return list(first.values())
+
+
+def _named(root: nn.Module, wanted: Set[str]) -> list[int]:
+    """The modules called `wanted` in `root`, by identity; none where some are not there."""
+    there = dict(Tree.of(root).every)
+    return [id(there[name]) for name in sorted(wanted)] if wanted <= there.keys() else []
+
+
+def _tensors(root: nn.Module) -> Iterator[Tensor]:
+    yield from root.parameters()
+    yield from root.buffers()

@@ -1,0 +1,383 @@
+"""Fit an adapter folder to a model before anything is changed: where it goes, what it adapts, which tensor is which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.inject import tensors_trained_whole
+from lightning_lora.engine.layers import AdapterSpec
+from lightning_lora.engine.layers.tokens import TOKENS
+from lightning_lora.engine.merge import output_embeddings
+from lightning_lora.engine.plain_names import with_plain_names, without_wrappers
+from lightning_lora.engine.plan import promised
+from lightning_lora.engine.present import check_none_of_others, other_prefix
+from lightning_lora.engine.state import describe_base, is_finite
+from lightning_lora.engine.targets import Selection, name_matches, select
+from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.vocabulary import vocabulary
+from lightning_lora.engine.weights import is_plain
+from lightning_lora.errors import AdapterFormatError, TargetError, listed
+from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.config import exact_pattern, with_own_fields
+from lightning_lora.hub.format.layout import (
+    Adapted,
+    Layout,
+    adapter_root,
+    layout_of,
+    member,
+    names_of_tensors,
+    place_of,
+    tensor_named,
+)
+from lightning_lora.hub.format.old_names import Recipe, renamed_config, renamed_key, restacked, todays_names
+from lightning_lora.hub.format.peft import exact_targets
+from lightning_lora.hub.format.reading import Header, TensorFile, with_tied
+
+_LOADABLE = (
+    ". Where the vocabulary was resized before the training, load it with the adapter: "
+    "load_adapter(..., load_embedding_layers=True)"
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an adapter folder lies on a model."""
+
+    root: nn.Module
+    """The module of the model to which the folder's names are relative."""
+    layout: Layout
+    config: LoRAConfig
+    """What to inject, into the model that was given."""
+    sources: dict[str, list[str]]
+    """The engine's names, relative to the root -> the keys in the file that hold that tensor."""
+    base: dict[str, str]
+    """Keys in the file that hold a weight of the base -> its name."""
+    kept: list[str]
+    """Tensors that are trained but not in the file, which keep the base's values."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of all tensors in the file, by its keys."""
+    recipes: Mapping[str, Recipe]
+    """Keys that stand for several tensors in the file -> how these are put together."""
+    where: str
+
+    def read(self, file: TensorFile | Mapping[str, Tensor], *, compare_base: bool = True) -> dict[str, Tensor]:
+        """The tensors to load, by the engine's names relative to the root. Raises AdapterFormatError for one that is
+        not finite, for two that should be equal and differ, and for base weights other than the model's, unless
+        `compare_base` is false."""
+        values: dict[str, Tensor] = {}
+        problems = []
+        are_finite = isinstance(file, TensorFile) and file.are_finite()
+        for name, (key, *same) in self.sources.items():
+            value = self.recipes[key](file) if key in self.recipes else file[key]
+            if not (are_finite or is_finite(value)):
+                problems.append(f"{key} holds values that are not finite")
+            unequal = [other for other in same if not _equal(file[other], value)]
+            problems += [self._tied(key, other) for other in unequal]
+            values[name] = self.layout.value(name, value)
+        tables = self._tables()
+        problems += self._of_another_shape()
+        for key, own in self.base.items():
+            if key in tables and not compare_base:
+                continue
+            there = tensor_named(self.root, own)
+            if there.shape == self.shapes[key] and not _equal(file[key], there):
+                problems.append(
+                    f"{key} is a weight of the base, which PEFT saved as well (save_embedding_layers), and it differs "
+                    "from this model's" + (_LOADABLE if key in tables else "")
+                )
+        values |= {name: tensor_named(self.root, name).detach().clone() for name in self.kept}
+        self._refuse(problems)
+        return values
+
+    def tables(self, file: TensorFile) -> dict[str, Tensor]:
+        """The weights of the base in the file, by the engine's names relative to the root. Raises AdapterFormatError
+        for those that the model has no place for."""
+        problems: list[str] = []
+        first = names_of_tensors(self.root)
+        values: dict[str, Tensor] = {}
+        keys: dict[str, str] = {}
+        for key, own in self._tables().items():
+            parameter, value = tensor_named(self.root, own), file[key]
+            name = first[id(parameter)]
+            if not (is_plain(parameter) and value.is_floating_point()):
+                problems.append(f"{key} cannot be loaded into a weight of {parameter.dtype}")
+            elif not is_finite(value):
+                problems.append(f"{key} holds values that are not finite")
+            elif name in values and not _equal(values[name], value):
+                problems.append(self._tied(keys[name], key))
+            values[name], keys[name] = value, key
+        self._refuse(problems)
+        return values
+
+    def _tables(self) -> dict[str, str]:
+        """Those of `base` that are of an embedding or of a head, which PEFT writes."""
+        heads = {id(m) for _, m in Tree.of(self.root).modules if isinstance(m, nn.Embedding)}
+        heads |= {id(head) for head in output_embeddings(self.root)}
+        return {k: n for k, n in self.base.items() if id(submodule(self.root, n.rpartition(".")[0])) in heads}
+
+    def _of_another_shape(self) -> list[str]:
+        """What is in the way where the file has weights of the base of another size than the model."""
+        problems = []
+        for key, name in self.base.items():
+            theirs, ours = self.shapes[key], tuple(tensor_named(self.root, name).shape)
+            if theirs != ours:
+                how = f": call model.resize_token_embeddings({theirs[0]}) first" if theirs[1:] == ours[1:] else ""
+                problems.append(f"{key} is of shape {theirs}, and the model's of {ours}{how}")
+        return problems
+
+    def _tied(self, key: str, other: str) -> str:
+        modules = [peft.base_name(k).rpartition(".")[0] for k in (key, other)]
+        embeddings = [isinstance(submodule(self.root, m), nn.Embedding) for m in modules]
+        head = modules[embeddings.index(False)] if False in embeddings else modules[1]
+        return (
+            f"{key} and {other} are one tensor in the model, and differ: they were trained apart (PEFT trains a copy "
+            f"for each name). Untie them first: model.{head}.weight = torch.nn.Parameter(model.{head}.weight.detach()"
+            ".clone()), and in transformers model.config.tie_word_embeddings = False"
+        )
+
+    def _refuse(self, problems: list[str]) -> None:
+        if problems:
+            raise AdapterFormatError(f"{self.where} cannot be loaded: {listed(problems)}. Nothing was changed.")
+
+
+def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> Fit:
+    """Where and how the adapter with this config and header lies on `model`, which is not adapted yet.
+
+    Raises AdapterFormatError naming every key that is missing, unexpected or of another shape, and TargetError and
+    AdapterStateError as `inject` does.
+    """
+    try:
+        return _fit(model, config, header, where)
+    except (AdapterFormatError, TargetError):
+        check_none_of_others(model, Tree.of(model))  # another library renames the layers that it adapts
+        raise
+
+
+def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
+    plain = {key: peft.plain_key(key) for key in header.shapes}
+    adapts = peft.adapted_names(plain.values())
+    root = _root(model, header, adapts)
+    config = with_own_fields(config, header.note.get("config"), where)
+    config = with_plain_names(config, Tree.of(root), of_file=True)
+    names = todays_names(root, plain.values(), adapts)
+    keys = {key: renamed_key(name, names) for key, name in plain.items()} if names else plain
+    config = renamed_config(config, root, adapts, names)
+    config, header, keys, recipes = restacked(root, config, header, keys, where)
+    relative = with_tied(root, _for_engine(root, config), keys.values())
+    selection = select(root, relative)
+    if not _has_bias(root, selection, config.bias):
+        relative = replace(relative, bias="none")
+    whole = tensors_trained_whole(root, relative, selection)
+    numbers = replace(relative, rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
+    adapted = {t.name: _adapted(spec, shapes) for t, spec, shapes in promised(selection.targets, numbers)}
+    tokens = {}
+    for name, _, _, rows in vocabulary(root, relative, selection):
+        if rows.owner is None:
+            tokens[name] = list(rows.tokens)
+            weight = tensor_named(root, member(name, "weight"))
+            adapted[name] = Adapted({TOKENS: (len(rows.tokens), weight.shape[1])}, {})
+    packed = {t.name for t in selection.targets if t.parameters == ("in_proj_weight",) and not config.use_dora}
+    doubled = [t.name for t in selection.targets if t.within in packed]
+    layout = layout_of(root, adapted, whole.values(), doubled)
+    # PEFT trains every bias but does not write every one: such a one stays as the base has it.
+    biases = set(layout.whole) - _inside(selection.saved) if config.bias == "all" else set()
+    optional = {name for name in biases if not peft.is_saved_by_peft(name)}
+    sources, base = _sources(layout, header, keys, root, optional, where)
+    return Fit(
+        root=root,
+        layout=layout,
+        config=_for_model(model, root, numbers, selection, tokens),
+        sources=sources,
+        base=base,
+        kept=sorted(optional.difference(sources)),
+        shapes=header.shapes,
+        recipes=recipes,
+        where=where,
+    )
+
+
+def _adapted(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]]) -> Adapted:
+    parts = {f"_{name}": part for name, part in spec.parameters.items()} or {"": spec}
+    return Adapted(shapes, {end: part.rank for end, part in parts.items()})
+
+
+def _root(model: nn.Module, header: Header, wanted: set[str]) -> nn.Module:
+    """The module of `model` in which every module that the file adapts, `wanted`, has its name; what is its root by its
+    shape if none has."""
+    theirs = header.note.get("base_fingerprint")
+    for names in (wanted, set(map(without_wrappers, wanted))):
+        place = place_of(
+            model,
+            names,
+            header.note.get("module") or "",
+            lambda root: theirs is not None and describe_base(model, root)["base_fingerprint"] == theirs,
+        )
+        if place is not None:
+            return place[1]
+    return adapter_root(model)[1]
+
+
+def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """`config` without its entries that match nothing, and without its patterns.
+
+    PEFT does not mind an entry that matches nothing, and writes such ones itself ("score" beside "classifier"); the
+    engine does. What the file adapts is checked against its tensors all the same.
+    """
+    modules = dict(Tree.of(root).every)
+    saved = [n for n in modules if n and config.modules_to_save and peft.ends_with(config.modules_to_save, n)]
+    inside = {id(m) for name in saved for m in modules[name].modules()}
+    candidates = [n for n, m in modules.items() if id(m) not in inside]
+    entries = [e for e in config.modules_to_save or () if any(name_matches([e], n) for n in modules)]
+    excluded, targets = config.exclude_modules, config.target_modules
+    parameters = [e for e in config.target_parameters or () if _names_a_parameter(e, modules)]
+    if config.layers_to_transform is not None and isinstance(targets, list):
+        meant = [
+            n for n in candidates if peft.is_in_layers(targets, config.layers_to_transform, config.layers_pattern, n)
+        ]
+        if meant:  # else the engine says what there is
+            others = [n for n in modules if n not in set(meant)]
+            targets = exact_targets(meant, others)
+            config = replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+    if targets != "all-linear" and targets:
+        # Where none matches, the engine says so, with the closest names.
+        targets = _matching(targets, candidates) or targets
+    return replace(
+        config,
+        target_modules=targets,
+        target_parameters=parameters or config.target_parameters,
+        trainable_token_indices=_rows(config.trainable_token_indices, modules),
+        exclude_modules=None if excluded is None else _matching(excluded, candidates),
+        # As the file has them, if they mean the same to the engine, which asks for a dot before an entry.
+        modules_to_save=entries if entries and all(name_matches(entries, n) for n in saved) else saved or None,
+        rank_pattern={},
+        alpha_pattern={},
+    )
+
+
+def _rows(indices: Any, modules: Mapping[str, nn.Module]) -> Any:
+    """trainable_token_indices by full names, as PEFT matches them."""
+    if not isinstance(indices, dict):
+        return indices
+    found = {n: rows for n in modules for entry, rows in indices.items() if n and peft.ends_with([entry], n)}
+    return found or indices
+
+
+def _names_a_parameter(entry: str, modules: Mapping[str, nn.Module]) -> bool:
+    module, _, parameter = entry.rpartition(".")
+    return any(
+        parameter in m._parameters and (not module or name_matches([module], name)) for name, m in modules.items()
+    )
+
+
+def _matching(pattern: str | list[str], names: Iterable[str]) -> str | list[str] | None:
+    """`pattern` without its entries that match none of `names`; None if nothing is left."""
+    names = list(names)
+    if isinstance(pattern, str):
+        return pattern if any(name_matches(pattern, name) for name in names) else None
+    return [entry for entry in pattern if any(name_matches([entry], name) for name in names)] or None
+
+
+def _for_model(
+    model: nn.Module, root: nn.Module, config: LoRAConfig, selection: Selection, tokens: Mapping[str, list[int]]
+) -> LoRAConfig:
+    """`config`, which is about `root`, for an injection into `model`."""
+    names = {id(m): name for name, m in reversed(Tree.of(model).modules)}
+    place = {t.name: names[id(t.module)] for t in selection.targets}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for target in selection.targets:
+        for parameter in target.parameters or (None,):
+            here = place[target.name] if parameter is None else member(place[target.name], parameter)
+            ranks[here] = config.rank_of(*target.names_of(parameter))
+            alphas[here] = config.alpha_of(*target.names_of(parameter))
+    changes: dict[str, Any] = {
+        "rank_pattern": exact_pattern(ranks, config.rank),
+        "alpha_pattern": exact_pattern(alphas, config.alpha),
+    }
+    if root is not model:
+        inside = {id(m) for module in selection.saved.values() for m in module.modules()}
+        mine = {id(t.module) for t in selection.targets}
+        others = [n for n, m in Tree.of(model).every if id(m) not in inside | mine]
+        modules = [place[t.name] for t in selection.targets if not t.parameters]
+        parameters = [member(place[t.name], p) for t in selection.targets for p in t.parameters]
+        changes |= {
+            "target_modules": exact_targets(modules, others) if modules else [],
+            "target_parameters": parameters or None,
+            "trainable_token_indices": {names[id(submodule(root, n))]: rows for n, rows in tokens.items()} or None,
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "modules_to_save": [names[id(module)] for module in selection.saved.values()] or None,
+        }
+    return replace(config, **changes)
+
+
+def _has_bias(root: nn.Module, selection: Selection, bias: str) -> bool:
+    """Whether there is a bias to train: PEFT does not mind if there is none."""
+    modules = root.modules() if bias == "all" else (t.module for t in selection.targets)
+    return any(n.endswith("bias") for m in modules for n, _ in m.named_parameters(recurse=False))
+
+
+def _inside(saved: Mapping[str, nn.Module]) -> set[str]:
+    return {f"{name}.{p}" for name, module in saved.items() for p, _ in Tree.of(module).parameters}
+
+
+def _sources(
+    layout: Layout,
+    header: Header,
+    plain_keys: Mapping[str, str],
+    root: nn.Module,
+    optional: set[str],
+    where: str,
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Which keys of the file hold which of our tensors, and which hold weights of the base; `plain_keys` are its keys
+    by today's names, without what writers leave in."""
+    keys = layout.keys()
+    parameters = dict(Tree.of(root).parameters)
+    sources: dict[str, list[str]] = {}
+    base: dict[str, str] = {}
+    problems, unexpected = [], []
+    for key, shape in header.shapes.items():
+        plain = key if key in keys else plain_keys[key]
+        plain = plain if plain in keys else without_wrappers(plain)
+        if plain in keys:
+            name = keys[plain]
+            sources.setdefault(name, []).append(key)
+            is_floating = name not in layout.whole or tensor_named(root, name).is_floating_point()
+            if shape != layout.shape_in_file(name):
+                problems.append(f"{key} has shape {shape} where the model has {layout.shape_in_file(name)}")
+            elif header.floating[key] != is_floating:
+                problems.append(f"{key} is not of the kind of number that the model has there")
+        elif peft.is_untrained_original(key):
+            continue
+        elif peft.base_name(plain) in parameters:
+            base[key] = peft.base_name(plain)
+        else:
+            unexpected.append(key)
+    first = {name: key for key, name in reversed(list(keys.items()))}
+    missing = [key for name, key in first.items() if name not in sources and name not in optional]
+    if missing:
+        problems.append(f"missing: {listed(reversed(missing))}")
+    if unexpected:
+        problems.append(f"unexpected: {listed(unexpected)}")
+    if problems:
+        prefix = other_prefix(unexpected, keys)
+        advice = f" {prefix}. Save the adapter from the model itself, or rename its keys." if prefix else ""
+        raise AdapterFormatError(
+            f"{where} does not fit {type(root).__name__}: {listed(problems)}.{advice} Nothing was changed."
+        )
+    return sources, base
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether the tensors hold the same numbers, in the narrower of their precisions."""
+    if a.shape != b.shape:
+        return False
+    narrower = min((a.dtype, b.dtype), key=lambda d: d.itemsize)
+    return torch.equal(a.to(narrower), b.detach().to("cpu", narrower))

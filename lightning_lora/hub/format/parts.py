@@ -1,0 +1,206 @@
+"""An adapter folder taken apart, without a model: A, B and the scale of each module, and the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.config import pattern_matches, scale_of
+from lightning_lora.errors import AdapterFormatError, listed
+from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.inspection import check_config, check_header, config_in
+from lightning_lora.hub.format.reading import CONFIG, TENSORS, check_folder, open_tensors
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What one module is adapted with: the update is scale * B A.
+
+    Linear: A (r, in), B (out, r). Embedding: A (r, words), B (width, r), for the transposed weight. Convolution: A
+    (r, in, *kernel), B (out, r / groups, 1, ...).
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    scale: float
+    magnitude: Tensor | None = None
+    """DoRA's m (out,), or (width,) for an embedding (Liu et al. 2024, arXiv:2402.09353)."""
+    is_embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.A.ndim == 2 and self.B.ndim == 2
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The content of an adapter folder."""
+
+    config: LoRAConfig
+    data: Mapping[str, Any]
+    """The fields of adapter_config.json as they are."""
+    pairs: dict[str, Pair]
+    """By the name of the module in the base."""
+    saved: dict[str, Tensor]
+    """Tensors of modules that were trained whole, by PEFT's keys."""
+    biases: dict[str, Tensor]
+    """Biases of the base that were trained, by PEFT's keys."""
+    base: dict[str, Tensor]
+    """Weights of the base that PEFT wrote as well, by its keys."""
+    note: Mapping[str, Any]
+    """What this package wrote into the header."""
+    repaired: tuple[str, ...]
+    """Modules whose rank is not the one that the config's patterns, read in the order of the file, say."""
+    ambiguous: tuple[str, ...]
+    """Modules for which entries of alpha_pattern disagree; the first in the file counts."""
+    renamed: int
+    """How many keys still had the adapter's name, or a wrapper's, in them."""
+
+    @property
+    def is_dora(self) -> bool:
+        return any(pair.magnitude is not None for pair in self.pairs.values())
+
+    def tensor_keys(self, names: Mapping[str, Pair]) -> dict[str, tuple[str, str]]:
+        """PEFT's keys of A and of B for the modules `names`."""
+        return {name: _factor_keys(name, names, pair.is_embedding) for name, pair in names.items()}
+
+
+def _factor_keys(name: str, wrapped: Mapping[str, Any] | set[str], is_embedding: bool) -> tuple[str, str]:
+    stem = f"{name}." if name else ""
+    embeddings = {name} if is_embedding else set()
+    A, B = (peft.tensor_key(f"{stem}{factor}", wrapped, embeddings) for factor in ("lora_A", "lora_B"))
+    return A, B
+
+
+def magnitude_key(key_of_A: str) -> str:
+    """PEFT's key of the magnitude that goes with the A under `key_of_A`."""
+    return f"{key_of_A[: key_of_A.rindex('lora_')]}lora_magnitude_vector"
+
+
+def parts_of(folder: Path, ignore_fields: Collection[str] = ()) -> Parts:
+    """Read and check the adapter in `folder`.
+
+    Raises AdapterFormatError for what is no adapter, is damaged or not finite, does not fit its own config, or has a
+    variant that changes its outputs in a way that is not known here.
+    """
+    check_folder(folder)
+    where = str(folder / TENSORS)
+    config, data = _config(folder, ignore_fields)
+    tensors: dict[str, Tensor] = {}
+    renamed, doubled, broken = 0, [], []
+    with open_tensors(folder) as file:
+        check_header(config, file.header, where)
+        for key in file.header.shapes:
+            plain = _plain(key)
+            renamed += plain != key
+            if peft.is_untrained_original(key):
+                continue
+            if plain in tensors:
+                doubled.append(plain)
+            tensors[plain] = file[key]
+            if tensors[plain].is_floating_point() and not bool(torch.isfinite(tensors[plain]).all()):
+                broken.append(key)
+        note = file.header.note
+    if doubled:
+        raise AdapterFormatError(f"{where} holds {listed(doubled)} twice, under keys that mean the same.")
+    if broken:
+        raise AdapterFormatError(f"{where} holds values that are not finite, in {listed(broken)}.")
+    pairs = _pairs(tensors, config, bool(data.get("use_dora")), where)
+    saved: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    base: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = peft.base_name(key)
+        kind = saved if _is_inside(name, config) else biases if _is_bias(name, config) else base
+        kind[key] = tensor
+    repaired = tuple(name for name, pair in pairs.items() if config.rank_of(name) != pair.rank)
+    if repaired and not config.rank_pattern:
+        name = repaired[0]
+        raise AdapterFormatError(
+            f"{where} does not fit its {CONFIG}: r is {config.rank}, and {name!r} has rank {pairs[name].rank}."
+        )
+    return Parts(config, data, pairs, saved, biases, base, note, repaired, _ambiguous(config, pairs), renamed)
+
+
+def _config(folder: Path, ignore_fields: Collection[str]) -> tuple[LoRAConfig, Mapping[str, Any]]:
+    """DoRA changes no tensor of the pair, so its config is read as one without."""
+    data = config_in(folder)
+    is_dora = isinstance(data, Mapping) and bool(data.get("use_dora"))
+    if is_dora and data["use_dora"] is not True:
+        raise AdapterFormatError(f"{folder / CONFIG}: use_dora is {data['use_dora']!r}, not true or false.")
+    plain = {**data, "use_dora": False} if is_dora else data
+    config = check_config(plain, str(folder / CONFIG), ignore_fields)
+    for field in ("lora_bias", "target_parameters", "trainable_token_indices"):
+        if getattr(config, field):
+            raise AdapterFormatError(
+                f"{folder / CONFIG}: {field} is {data[field]!r}. That is no low-rank update of a layer, and cannot be "
+                "rewritten as one: merge the adapter into its base and use that."
+            )
+    if config.alora_invocation_tokens:
+        raise AdapterFormatError(
+            f"{folder / CONFIG}: alora_invocation_tokens is {config.alora_invocation_tokens}, so the adapter acts from "
+            "these tokens on, and would act everywhere once it is rewritten. Use it as it is."
+        )
+    return config, data
+
+
+def _plain(key: str) -> str:
+    return re.sub(r"\.lora_magnitude_vector(\.default)?(\.weight)?$", ".lora_magnitude_vector", peft.plain_key(key))
+
+
+def _pairs(tensors: dict[str, Tensor], config: LoRAConfig, use_dora: bool, where: str) -> dict[str, Pair]:
+    """The pairs in `tensors`, which are taken out of it."""
+    names = sorted(peft.adapted_names(tensors), key=_by_number)
+    wrapped = set(names)
+    pairs, problems = {}, []
+    for name in names:
+        is_embedding = not any(key in tensors for key in _factor_keys(name, wrapped, False))
+        A_key, B_key = _factor_keys(name, wrapped, is_embedding)
+        A, B = tensors.pop(A_key, None), tensors.pop(B_key, None)
+        magnitude = tensors.pop(magnitude_key(A_key), None)
+        if A is None or B is None:
+            problems.append(f"missing: {A_key if A is None else B_key}")
+        elif A.ndim == 2 and B.ndim == 2 and A.shape[0] != B.shape[1]:
+            problems.append(f"{A_key} has rank {A.shape[0]}, {B_key} has {B.shape[1]}")
+        elif use_dora != (magnitude is not None):
+            problems.append(f"{name}: use_dora is {use_dora}, and a magnitude is {'missing' if use_dora else 'there'}")
+        else:
+            alpha = config.alpha_of(name)
+            scale = scale_of(alpha, A.shape[0], rank_stabilised=config.use_rslora)
+            pairs[name] = Pair(A, B, alpha, scale, magnitude, is_embedding)
+    if problems:
+        raise AdapterFormatError(f"{where} is no whole adapter: {listed(problems)}.")
+    return pairs
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _is_inside(name: str, config: LoRAConfig) -> bool:
+    parts = name.split(".")
+    return any(peft.ends_with(config.modules_to_save or (), ".".join(parts[:i])) for i in range(1, len(parts)))
+
+
+def _is_bias(name: str, config: LoRAConfig) -> bool:
+    return config.bias != "none" and name.endswith("bias")
+
+
+def _ambiguous(config: LoRAConfig, pairs: Mapping[str, Pair]) -> tuple[str, ...]:
+    def alphas(name: str) -> set[float]:
+        return {alpha for entry, alpha in config.alpha_pattern.items() if pattern_matches(entry, name)}
+
+    return tuple(name for name in pairs if len(alphas(name)) > 1)

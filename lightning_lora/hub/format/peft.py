@@ -1,0 +1,247 @@
+"""PEFT's spelling of tensors, in this module alone: the keys in its files, and how it matches names.
+
+Read in peft 0.21.2 (tuners/lora, utils/save_and_load.py) and checked by running it. A module that PEFT adapts is
+wrapped, so what the module held lies under `base_layer` from then on. The fields of its config are in peft_config.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.layers import Adapter, AdapterSpec, DoRA, Pair, ParameterLoRA, register_conv1d
+from lightning_lora.engine.layers.linear import OutProjectionLoRA
+from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE, START
+from lightning_lora.engine.layers.tokens import TOKENS, TokenRows
+from lightning_lora.engine.targets import name_matches
+
+PREFIX = "base_model.model."
+
+# The tensors of an adapted module: ours -> theirs.
+_TENSORS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    BIAS: "lora_B.bias",
+    MAGNITUDE: "lora_magnitude_vector",
+    TOKENS: "token_adapter.trainable_tokens_delta",
+}
+_TENSORS_OF_EMBEDDING = {**_TENSORS, "lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+
+
+def tensor_key(
+    name: str,
+    wrapped: Collection[str],
+    embeddings: Collection[str],
+    parameters: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
+    """PEFT's key of the tensor that the engine calls `name` (`<module>.lora_A`, or a parameter's own name).
+
+    `wrapped` names the modules that PEFT wraps, `embeddings` those among them that are embeddings. `parameters` are
+    those that are adapted of a wrapped module, in the order in which it holds them: PEFT wraps it once for each, the
+    last one outermost. Their tensors are `<module>.lora_A_<parameter>`.
+    """
+    module, _, last = name.rpartition(".")
+    path = _expanded(module, wrapped, parameters)
+    if module in wrapped:
+        kinds = _TENSORS_OF_EMBEDDING if module in embeddings else _TENSORS
+        own = parameters.get(module, ())
+        outside = path[: -max(1, len(own))] if module else path
+        for inside, parameter in enumerate(reversed(own)):
+            if last.removesuffix(f"_{parameter}") in kinds and last not in kinds:
+                return PREFIX + ".".join(
+                    [*outside, *["base_layer"] * inside, kinds[last.removesuffix(f"_{parameter}")]]
+                )
+        if not own and last in kinds:
+            return PREFIX + ".".join([*outside, kinds[last]])
+    return PREFIX + ".".join([*path, last])
+
+
+def shape_in_file(last: str, shape: tuple[int, ...], of_A: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which PEFT writes the tensor that a module holds as `last`; `of_A` is that of the module's A."""
+    if last == MAGNITUDE and len(of_A) > 2:
+        return (1, *shape, *(1,) * (len(of_A) - 2))  # as the output of the convolution
+    return shape
+
+
+def _expanded(module: str, wrapped: Collection[str], parameters: Mapping[str, Sequence[str]]) -> list[str]:
+    path: list[str] = []
+    parts = module.split(".") if module else []
+    outer = ""
+    for i, part in enumerate(parts):
+        path.append(part)
+        outer = f"{outer}.{part}" if i else part
+        if outer in wrapped:
+            path += ["base_layer"] * max(1, len(parameters.get(outer, ())))
+    return path
+
+
+_LEFT_IN = (
+    (re.compile(r"\.(lora_(?:embedding_)?[AB])\.default(?=\.|$)"), r".\1"),
+    (re.compile(r"\.trainable_tokens_delta\.default$"), ".trainable_tokens_delta"),
+    (re.compile(rf"\.{MAGNITUDE}(?:\.default)?(?:\.weight)?$"), f".{MAGNITUDE}"),
+    (re.compile(r"\.modules_to_save(?:\.default)?\."), "."),
+)
+_ADAPTED = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?(?:lora_(?:embedding_)?[AB]|token_adapter)(?:\.|$)")
+_WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
+
+
+def plain_key(key: str) -> str:
+    """`key` without what some writers leave in: the adapter's name "default", the infix of modules_to_save."""
+    for pattern, plain in _LEFT_IN:
+        key = pattern.sub(plain, key)
+    return key
+
+
+def adapted_names(keys: Iterable[str]) -> set[str]:
+    """The names, in the base model, of the modules that the tensors called `keys` adapt."""
+    found = {match[1] or "" for match in map(_ADAPTED.match, keys) if match}
+    return set(map(base_name, found))
+
+
+def base_name(key: str) -> str:
+    """The name in the base model of the parameter or module that PEFT calls `key`, prefix or not."""
+    return _WRAPPED.sub("", key.removeprefix(PREFIX))
+
+
+def is_untrained_original(key: str) -> bool:
+    """Whether `key` is the copy that PEFT keeps of a module in modules_to_save (it gets into files with bias="all")."""
+    return ".original_module." in key
+
+
+def is_saved_by_peft(bias_name: str) -> bool:
+    """Whether PEFT writes the bias called `bias_name` when it trains all biases: not `in_proj_bias`, for one."""
+    return bias_name.rpartition(".")[2] == "bias"
+
+
+def is_in_layers(targets: Collection[str], layers: Any, pattern: str | Sequence[str] | None, name: str) -> bool:
+    """PEFT's rule for layers_to_transform: whether `targets` mean the module called `name`.
+
+    One that is named by its whole name is adapted in whichever layer. Layers that match nothing are no error."""
+    if name in targets:
+        return True
+    if not any(name.endswith(f".{entry}") for entry in targets):
+        return False
+    if pattern:
+        patterns = [pattern] if isinstance(pattern, str) else pattern
+        found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns)
+        match = next(filter(None, found), None)
+    else:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    wanted = [layers] if isinstance(layers, int) else layers
+    return match is not None and int(match[1]) in wanted
+
+
+def ends_with(entries: Collection[str], name: str) -> bool:
+    """PEFT's rule for modules_to_save, which does not ask for a dot before the entry."""
+    return any(name.endswith(entry) for entry in entries)
+
+
+# How PEFT's config says what is adapted, and what of it PEFT cannot read.
+
+_KNOWN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LOADS_NOT = "PEFT cannot load this adapter, since it has none for these layers"
+_IGNORES = "PEFT loads this adapter and ignores what is read from these layers without calling them"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is adapted, in PEFT's words."""
+
+    modules: list[str]
+    parameters: list[str]
+    companions: list[str]
+    """Modules that PEFT adapts with the one that they belong to."""
+    tokens: dict[str, list[int]]
+    """Rows that are trained of an embedding."""
+    specs: dict[str, AdapterSpec]
+    """Of each module and parameter, as it is written: as a plain pair."""
+    without_dropout: bool
+    """Whether PEFT knows no dropout for one of them, and refuses a config that has some."""
+    unread: dict[str, list[str]]
+    """What PEFT does with what it cannot read -> the names of that."""
+
+
+def targets_of(adapted: Mapping[str, Adapter], config: LoRAConfig) -> Targets:
+    """How to name the adapted modules of a model."""
+    modules: list[str] = []
+    parameters: list[str] = []
+    companions: list[str] = []
+    tokens: dict[str, list[int]] = {}
+    specs: dict[str, AdapterSpec] = {}
+    unread: dict[str, list[str]] = {}
+    attentions = {name: m for name, m in adapted.items() if _is_attention(name, m, adapted, config)}
+    for name, module in adapted.items():
+        if isinstance(module, TokenRows):
+            if module.lora.owner is None:  # else it follows the one that owns them
+                tokens[name] = list(module.lora.tokens)
+            continue
+        parent, _, _ = name.rpartition(".")
+        pairs = module.lora_pairs(name)
+        if isinstance(module, OutProjectionLoRA) and parent in attentions and name != parent:
+            companions.append(name)
+            continue
+        if name in attentions or not module.lora.parameters:
+            modules.append(name)
+            specs[name] = _plain(pairs[0], config)
+        else:
+            parameters += [pair.name for pair in pairs]
+            specs |= {pair.name: _plain(pair, config) for pair in pairs}
+        what = _unread(name, module, attentions)
+        if what is not None:
+            unread.setdefault(what, []).append(name)
+    if not modules and not parameters:
+        unread["PEFT cannot load this adapter, since it takes none that has trained rows alone"] = list(tokens)
+    return Targets(modules, sorted(parameters), companions, tokens, specs, bool(parameters), unread)
+
+
+def _is_attention(name: str, module: Adapter, adapted: Mapping[str, Adapter], config: LoRAConfig) -> bool:
+    """Whether it is an nn.MultiheadAttention as PEFT adapts it: its packed projections and its out_proj, alike."""
+    out = adapted.get(f"{name}.out_proj" if name else "out_proj")
+    if not isinstance(module, nn.MultiheadAttention) or out is None or isinstance(module, DoRA):
+        return False
+    pairs = [*module.lora_pairs(name), *out.lora_pairs(name)]
+    is_packed = [pair.parameter for pair in pairs] == ["in_proj_weight", "weight"]
+    return is_packed and _plain(pairs[0], config) == _plain(pairs[1], config)
+
+
+def _unread(name: str, module: Adapter, attentions: Mapping[str, Adapter]) -> str | None:
+    if name in attentions:
+        return None
+    if isinstance(module, ParameterLoRA):
+        return _LOADS_NOT if isinstance(module, DoRA) or not name else None
+    if isinstance(module, OutProjectionLoRA):
+        return _IGNORES
+    conv1d = register_conv1d()
+    known = _KNOWN if conv1d is None else (*_KNOWN, conv1d)
+    return None if isinstance(module, known) else _LOADS_NOT
+
+
+def _plain(pair: Pair, config: LoRAConfig) -> AdapterSpec:
+    """Rank and alpha of the plain pair that is written for `pair`: a frozen start adds as many ranks again."""
+    spec = replace(pair.spec, parameters={}) if pair.spec.parameters else pair.spec
+    if START[0] + pair.suffix not in pair.module.lora_names:
+        return spec
+    rank = 2 * spec.rank
+    return replace(spec, rank=rank, alpha=spec.scale * (math.sqrt(rank) if config.use_rslora else rank))
+
+
+def exact_targets(wanted: Collection[str], others: Collection[str]) -> str | list[str]:
+    """The shortest target_modules that match all of `wanted` and none of `others`: endings, full names, or a regular
+    expression."""
+    wanted_set = set(wanted)
+    endings = sorted({name.rpartition(".")[2] for name in wanted_set})
+    # The number of a layer is a poor ending: it would mean other modules in a model that is a little longer.
+    options = [endings] if not any(e.isdigit() or not e for e in endings) else []
+    for entries in [*options, sorted(wanted_set)]:
+        if all(entries) and not any(name_matches(entries, name) for name in others if name not in wanted_set):
+            return entries
+    if wanted_set == {""}:
+        return "^$"
+    return "|".join(re.escape(name) for name in sorted(wanted_set))

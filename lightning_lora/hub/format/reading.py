@@ -1,0 +1,297 @@
+"""Open an adapter folder that somebody else may have written: what is in it, before any of it is believed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.inject import weight_users
+from lightning_lora.engine.present import foreign_layout_of
+from lightning_lora.engine.targets import name_matches
+from lightning_lora.engine.tree import Tree
+from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
+from lightning_lora.hub.format import mlx, peft
+from lightning_lora.hub.format.mapped import BLANK, MappedTensors
+
+# Layers that share their weight, of which PEFT's config names one and its file has both (ensure_weight_tying).
+
+
+def with_tied(root: nn.Module, config: LoRAConfig, keys: Iterable[str]) -> LoRAConfig:
+    """`config` with the modules that the file has beside one that it names and that shares its weight.
+
+    Where PEFT keeps tied layers tied (ensure_weight_tying), it adapts or trains both, and writes one of the names."""
+    tree = Tree.of(root)
+    users = weight_users(tree.modules)
+    tied = {id(m): {n for n, _ in group} for group in users.values() if len(group) > 1 for _, m in group}
+    if not tied:
+        return config
+    adapted = peft.adapted_names(keys)
+    whole = {peft.base_name(key).rpartition(".")[0] for key in keys} - adapted
+    targets, saved = config.target_modules, config.modules_to_save or []
+
+    def beside(pattern: str | list[str], there: set[str]) -> list[str]:
+        named = [m for name, m in tree.modules if name and id(m) in tied and name_matches(pattern, name)]
+        found = {name for m in named for name in tied[id(m)]} & there
+        return sorted(name for name in found if not name_matches(pattern, name))
+
+    if targets and targets != "all-linear" and (more := beside(targets, adapted)):
+        if isinstance(targets, str):
+            targets = "|".join([f"(?:{targets})", *map(re.escape, more)])
+        else:
+            targets = [*targets, *more]
+    return replace(config, target_modules=targets, modules_to_save=[*saved, *beside(saved, whole)] or None)
+
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+CARD = "README.md"
+
+NOTE = "lightning_lora"
+"""The key of our own data in the metadata of the tensors' header, which PEFT ignores; in the config it would warn."""
+CHECKSUM = "checksum"
+"""The key, in that, of the checksum of the tensors' file."""
+SAID = "said_by_config"
+"""The key, in that, of what the config said of these tensors which they do not show: its fields UNSEEN."""
+UNSEEN = ("lora_alpha", "alpha_pattern", "use_rslora", "alora_invocation_tokens", "trainable_token_indices")
+
+_FLOATING = ("F16", "BF16", "F32", "F64")
+
+# What lies in the folders of others -> what it is, and what to do.
+_FOREIGN = {
+    "pytorch_lora_weights.safetensors": "a LoRA of diffusers' layout; load it with diffusers",
+    "adapter_model.bin": "an adapter saved as a pickle, which can run code when it is opened: load it with PEFT where "
+    "you trust it, and save it again with safe_serialization=True",
+    "lit_model.pth.lora": "a LoRA of LitGPT; convert it with `litgpt merge_lora` and `litgpt convert_from_litgpt`",
+    "adapters.safetensors": "an adapter of mlx-lm; fetch the folder, of which load_adapter and export read both files",
+    "adapters.npz": "an adapter of an mlx-lm of before 2024; convert it there to adapters.safetensors",
+    "pytorch_lora_weights.bin": "a pickled LoRA of diffusers' layout",
+    "model.safetensors": "a whole model, not an adapter",
+    "model.safetensors.index.json": "a whole model, not an adapter",
+    "pytorch_model.bin": "a whole model, not an adapter",
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a tensor file says about itself."""
+
+    shapes: dict[str, tuple[int, ...]]
+    floating: dict[str, bool]
+    note: dict[str, Any]
+    """Our own data, empty where somebody else wrote the file."""
+
+
+class _Converted(dict[str, Tensor]):
+    """Tensors that are in a file under other names and in other shapes."""
+
+    def at_once(self) -> Mapping[str, Tensor]:
+        return self
+
+    def are_finite(self) -> bool:
+        return False  # not known without a look at each of them
+
+
+class TensorFile:
+    """An open `adapter_model.safetensors`; tensors are read one by one, when asked for."""
+
+    def __init__(self, tensors: MappedTensors | _Converted, header: Header) -> None:
+        self._tensors = tensors
+        self.header = header
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def at_once(self) -> Mapping[str, Tensor] | MappedTensors:
+        """All of them, which share memory where they can: to be read, not kept."""
+        return self._tensors.at_once()
+
+    def are_finite(self) -> bool:
+        """Whether it is known, without a look at each of them, that all its numbers are finite."""
+        return self._tensors.are_finite()
+
+
+def check_folder(folder: Path) -> None:
+    """Raise AdapterFormatError unless `folder` holds an adapter in PEFT's layout, naming what it looks like."""
+    if not folder.exists():
+        raise AdapterFormatError(f"There is no folder {str(folder)!r}.")
+    if not folder.is_dir():
+        if foreign := _foreign_file(folder):
+            raise AdapterFormatError(f"{str(folder)!r} is {foreign}.")
+        hint = f" Its folder {str(folder.parent)!r} may be meant." if folder.name in (CONFIG, TENSORS) else ""
+        raise AdapterFormatError(
+            f"{str(folder)!r} is a file: an adapter is a folder with {CONFIG} and {TENSORS}.{hint}"
+        )
+    missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
+    if not missing or _is_mlx(folder):
+        return
+    there = sorted(path.name for path in folder.iterdir())
+    inside = [name for name in there if (folder / name / CONFIG).is_file()]
+    if inside:
+        near = listed((repr(str(folder / name)) for name in inside), 3)
+        raise AdapterFormatError(f"{str(folder)!r} lacks {' and '.join(missing)}. Did you mean {near}?")
+    others = (_foreign_file(folder / name) for name in there if name.endswith(".safetensors"))
+    foreign = next(filter(None, others), None) or foreign_layout(there)
+    what = f" It looks like {foreign}." if foreign else f" It holds: {listed(there) or 'nothing'}."
+    raise AdapterFormatError(f"{str(folder)!r} lacks {' and '.join(missing)}.{what}")
+
+
+def _is_mlx(folder: Path) -> bool:
+    """Whether mlx-lm wrote it."""
+    files = [folder / name for name in (TENSORS, CONFIG, mlx.TENSORS)]
+    if [file.is_file() for file in files] != [False, True, True]:
+        return False
+    return mlx.is_config(_json(folder / CONFIG))
+
+
+# What a file begins with that is not what its name says -> what it is, and what to do.
+_BEGINNINGS = {
+    b"version https://git-lfs.github.com/": "a pointer of Git LFS instead of the file itself, which was not fetched: "
+    "run `git lfs pull` in its repository, or fetch it with `hf download`",
+    b"# xet version": "a pointer of Xet instead of the file itself, which was not fetched: fetch it with `hf download`",
+    b"GGUF": "a GGUF file, llama.cpp's own format, which cannot be turned back into an adapter: take the folder that "
+    "it was converted from",
+    b"PK\x03\x04": "a pickle as torch.save writes it, which can run code when it is opened: load it with PEFT where "
+    "you trust it, and save it again with safe_serialization=True",
+    b"\x80": "a pickle, which can run code when it is opened",
+    b"<": "a page of HTML or XML, as a download that failed leaves it: fetch it again",
+}
+
+
+def _begins_as(path: Path) -> str | None:
+    """What a file is that is not what its name says, told by how it begins."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip()
+    except OSError:
+        return None
+    return next((meaning for beginning, meaning in _BEGINNINGS.items() if start.startswith(beginning)), None)
+
+
+def _foreign_file(path: Path) -> str | None:
+    """What the tensors in a file are, if they are a LoRA of another layout; or what the file is instead of one."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return foreign_layout_of(file.keys(), file.metadata() or {})
+    except (SafetensorError, OSError):
+        return None if path.suffix == ".json" else _begins_as(path)
+
+
+def foreign_layout(names: Collection[str]) -> str | None:
+    """What a folder with these files looks like, where it is none of PEFT's."""
+    foreign = next((meaning for name, meaning in _FOREIGN.items() if name in names), None)
+    if foreign is None and any(re.fullmatch(r"adapter_\d+\.pt", name) for name in names):
+        foreign = "a torchtune checkpoint; save it from torchtune in its PEFT format"
+    if foreign is None and (gguf := next((name for name in sorted(names) if name.endswith(".gguf")), None)):
+        foreign = f"an adapter for llama.cpp ({gguf}), which cannot be turned back: take the folder it was made from"
+    single = next((name for name in sorted(names) if name.endswith(".safetensors") and name != TENSORS), None)
+    if foreign is None and single is not None and CONFIG not in names:
+        foreign = (
+            f"a LoRA in one file ({single}), as kohya's scripts and diffusers write it, with scales that PEFT's layout "
+            "has in adapter_config.json; convert it first"
+        )
+    return foreign
+
+
+def read_config(folder: Path) -> Any:
+    """The content of `adapter_config.json`, mlx-lm's as PEFT would have written it. Raises AdapterFormatError where it
+    is not JSON."""
+    data = _json(folder / CONFIG)
+    if not mlx.is_config(data) or not (folder / mlx.TENSORS).is_file():
+        return data
+    with _opened(folder / mlx.TENSORS) as tensors:
+        return mlx.config_as_peft(data, list(tensors.entries), str(folder / CONFIG))
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        what = _begins_as(path) or f"not JSON, or only the beginning of it: {error}"
+        raise AdapterFormatError(f"{path} is {what}.") from error
+    except RecursionError as error:
+        raise AdapterFormatError(f"{path} is nested too deeply to be a config.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read: {error.strerror}.") from error
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[TensorFile]:
+    """The tensors in `folder`. Raises AdapterFormatError where the file is not what it must be, or is cut short."""
+    if _is_mlx(folder):
+        path = folder / mlx.TENSORS
+        with _opened(path) as tensors:
+            converted = _Converted(mlx.tensors_as_peft({key: tensors[key] for key in tensors.entries}, str(path)))
+            shapes = {key: tuple(t.shape) for key, t in sorted(converted.items())}
+            yield TensorFile(converted, Header(shapes, {key: converted[key].is_floating_point() for key in shapes}, {}))
+        return
+    with _opened(folder / TENSORS) as tensors:
+        header = _header(tensors, folder / TENSORS)
+        _check_as_written(folder, tensors, header.note)
+        yield TensorFile(tensors, header)
+
+
+def _check_as_written(folder: Path, tensors: MappedTensors, note: Mapping[str, Any]) -> None:
+    """Raise AdapterFormatError where what this package wrote is not as it was: no tensor shows it."""
+    said = note.get(CHECKSUM)
+    if said is not None and (not isinstance(said, str) or len(said) != len(BLANK) or tensors.checksum(said) != said):
+        raise AdapterFormatError(
+            f"{folder / TENSORS} is not as it was written: the checksum in its header is not that of the file. It is "
+            f"damaged, or a program changed it and kept the entry {NOTE!r} of its metadata. Copy it again; tensors "
+            "that were changed on purpose are saved without that entry."
+        )
+    if SAID not in note:
+        return
+    then, now = note[SAID], read_config(folder)
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        raise AdapterFormatError(f"{folder / CONFIG} is not the config that {TENSORS} was saved with.")
+    others = [f"{f}={now.get(f)!r} and not {then.get(f)!r}" for f in UNSEEN if (now.get(f) or None) != then.get(f)]
+    if others:
+        raise AdapterFormatError(
+            f"{folder / CONFIG} is not the config that the tensors beside it were saved with: it says "
+            f"{listed(others)}. It is damaged, was edited, or is another adapter's. Put back what was saved; "
+            "combine_adapters writes an adapter of another strength, by its weight."
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[MappedTensors]:
+    try:
+        with safe_open(path, framework="np"):  # which raises for a header that lies; as torch's, it would map it all
+            tensors = MappedTensors(path)
+        yield tensors
+    except SafetensorError as error:
+        what = _begins_as(path) or f"cut short, or is no safetensors file: {error}"
+        raise AdapterFormatError(f"{path} is {what}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read: {error}.") from error
+
+
+def _header(tensors: MappedTensors, path: Path) -> Header:
+    shapes, floating = {}, {}
+    try:
+        for key, entry in sorted(tensors.entries.items()):
+            shapes[key] = tuple(entry["shape"])
+            floating[key] = entry["dtype"] in _FLOATING
+        note: Any = tensors.metadata.get(NOTE, "{}")
+    except (AttributeError, LookupError, TypeError) as error:
+        raise SafetensorError("it was replaced while it was opened") from error
+    if not shapes:
+        raise AdapterFormatError(f"{path} holds no tensor.")
+    if foreign := foreign_layout_of(shapes, tensors.metadata):
+        raise AdapterFormatError(f"{path} is {foreign}.")
+    try:
+        note = json.loads(note)
+    except (TypeError, ValueError, RecursionError):
+        note = None
+    if not isinstance(note, dict) or not all(isinstance(note.get(k, ""), str) for k in ("module", "base_fingerprint")):
+        raise AdapterFormatError(f"{path}: the entry {NOTE!r} of its metadata is not what this package writes there.")
+    return Header(shapes, floating, note)

@@ -1,0 +1,297 @@
+"""Push an adapter: one commit that holds its files and its card, once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd
+from torch import nn
+
+import lightning_lora
+from lightning_lora.errors import CheckpointError, HubAccessError, HubError, HubUnavailableError
+from lightning_lora.hub.adapters import save_adapter
+from lightning_lora.hub.card import RunFacts, merge_cards
+from lightning_lora.hub.client import DEADLINE, SLOWEST, retried
+from lightning_lora.hub.format.reading import CARD
+from lightning_lora.hub.format.writing import local_path, within_temporary_folder
+from lightning_lora.hub.push.repository import Destination, HubRepository
+from lightning_lora.hub.push.staging import PICTURE, Staged, digest, stage
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a push would upload; `print` shows it."""
+
+    repo_id: str
+    message: str
+    files: dict[str, int]
+    """Name -> size in bytes."""
+    card: str
+
+    def __str__(self) -> str:
+        lines = [f"{size:>14,}  {name}" for name, size in self.files.items()]
+        return "\n".join([f"to {self.repo_id}: {self.message}", "", *lines, "", f"{CARD}:", "", self.card])
+
+
+def push_adapter(
+    model_or_folder: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    branch: str | None = None,
+    private: bool = True,
+    token: str | None = None,
+    endpoint: str | None = None,
+    message: str | None = None,
+    tag: str | None = None,
+    create_pr: bool = False,
+    metrics: Mapping[str, float] | None = None,
+    step: int | None = None,
+    data: str | None = None,
+    datasets: Sequence[str] = (),
+    picture: str | os.PathLike[str] | None = None,
+    card: Mapping[str, Any] | None = None,
+    deadline: float = DEADLINE,
+    dry_run: bool = False,
+    ignore_fields: Collection[str] = (),
+) -> CommitInfo | DryRun:
+    """Push the adapter in a folder, or that of a model, to the Hub; returns the commit (`oid`, `commit_url`, `pr_url`).
+
+    A private copy of adapter_config.json, adapter_model.safetensors and the card is uploaded, and nothing else. The
+    same push again is no second commit. What a user wrote into the card on the Hub, or in the folder, is kept.
+
+    Args:
+        model_or_folder: What `save_adapter` can save, or a folder that it or PEFT wrote.
+        repo_id: "user/name", or "name" in the account of the token.
+        branch: Created from main where it is not there.
+        private: Whether the repository is created private; one that is there stays as it is.
+        token: None takes HF_TOKEN, or that of `hf auth login`.
+        endpoint: Of a Hub of your own.
+        message: The commit's title.
+        tag: A tag for the commit.
+        create_pr: Open a pull request instead of committing to a branch.
+        metrics: Final values for the card, by name.
+        step: The optimizer steps that were trained, for the card.
+        data: What it was trained on, for the card.
+        datasets: Their ids on the Hub, for the card.
+        picture: A PNG of the training curve, shown in the card.
+        card: Entries for the front matter of the card: license, language, tags.
+        deadline: Seconds after which one call to the Hub counts as hung.
+        dry_run: Touch no network; returns a list of the files, and the card.
+        ignore_fields: Fields of the folder's config that are not known here and pushed all the same, though they have
+            a value.
+
+    Raises AdapterFormatError for a folder that is no adapter or holds other weights, HubAccessError where the token is
+    missing, wrong, or may not write, HubUnavailableError where the Hub cannot be reached after some tries.
+    """
+    to = Destination(
+        repo_id,
+        private=private,
+        branch=branch,
+        create_pr=create_pr,
+        token=token,
+        endpoint=endpoint,
+        deadline=deadline,
+    )
+    picture = None if picture is None else local_path(picture)
+    if isinstance(model_or_folder, nn.Module):
+        staged = stage_model(model_or_folder)
+    else:
+        staged = stage(model_or_folder, ignore_fields=ignore_fields)
+    try:
+        if picture is not None:
+            staged = staged.with_file(PICTURE, _content(picture))
+        run = RunFacts(
+            repo_id=repo_id, metrics=metrics or {}, step=step, data=data, datasets=datasets, front_matter=card or {}
+        )
+        title = message or f"LoRA adapter of rank {staged.config.get('r', 8)}{in_words(metrics or {}, step)}"
+        if dry_run:
+            content = staged.card(run)
+            files = {name: part.size for name, part in staged.digests.items()} | {CARD: len(content.encode())}
+            return DryRun(repo_id, title, files, content)
+        repository = HubRepository(to)
+        repository.check(staged.card(run))
+        push = Push(repository, staged, replace(run, repo_id=repository.repo_id), title)
+        commit = retried(push.attempt)
+        if tag is not None:
+            other = retried(lambda: repository.tag(tag, commit.oid, title))
+            if other is not None:
+                raise HubError(
+                    f"The adapter was pushed as commit {commit.oid[:8]}, but {repository.repo_id} has the tag {tag!r} "
+                    f"already, on {other[:8]}. Choose another, or delete that one."
+                )
+        return commit
+    finally:
+        staged.discard()
+
+
+def stage_model(model: nn.Module, **settings: Any) -> Staged:
+    """A staged copy of what `save_adapter(model, ..., **settings)` writes."""
+    with within_temporary_folder("save") as folder:
+        return stage(save_adapter(model, folder / "adapter", **settings))
+
+
+def in_words(metrics: Mapping[str, float], step: int | None = None, most: int = 3) -> str:
+    """ ": step 120, val_loss 0.42", for the title of a commit."""
+    parts = [] if step is None else [f"step {step}"]
+    parts += [f"{name} {value:.4g}" for name, value in list(metrics.items())[:most]]
+    return f": {', '.join(parts)}" if parts else ""
+
+
+class Push:
+    """One commit that is to be made exactly once, by as many attempts as it takes.
+
+    Every attempt names the head that it saw as the parent, so of two that the server gets, it takes one; and looks
+    first whether an earlier one arrived of which the answer was lost.
+    """
+
+    def __init__(
+        self, repository: HubRepository, staged: Staged, run: RunFacts, title: str, description: str = ""
+    ) -> None:
+        self.repository = repository
+        self.staged = staged
+        self.run = run
+        self.title, _, more = title.strip().partition("\n")
+        parts = [more.strip(), description.strip(), f"Pushed by lightning_lora {lightning_lora.__version__}."]
+        self.description = "\n\n".join(part for part in parts if part)
+        self._first_head: str | None = None
+        self._pull_requests: dict[str, str] = {}
+        self._sent: str | None = None
+        """The card of the last attempt that got as far as the commit."""
+        self._over_lfs = False
+        self._uploaded: dict[str, CommitOperationAdd] = {}
+
+    def attempt(self) -> CommitInfo:
+        """Make the commit, or find it made. Raises HubUnavailableError where another attempt may help, or HubError."""
+        repository = self.repository
+        head = repository.head()
+        if self._sent is not None and (landed := self._landed(head, self._sent)):
+            return landed
+        theirs = repository.card_at(head) if head else None
+        card = merge_cards(self.staged.card(self.run), theirs, explicit=self.run.front_matter)
+        repository.check_card(card)
+        operations = [self._upload(name) for name in self.staged.digests]
+        readme = CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode())
+        repository.call(f"announcing {CARD}", self._preupload, readme)
+        if self._sent is None:
+            self._first_head = head
+            self._pull_requests = repository.pull_requests() if repository.opens_pr else {}
+        self._sent = card
+        commit = repository.call(
+            f"committing to {repository}",
+            repository.api.create_commit,
+            repository.repo_id,
+            [*operations, readme],
+            seconds=self.staged.size / SLOWEST,
+            commit_message=self.title,
+            commit_description=self.description,
+            revision=repository.revision,
+            create_pr=repository.opens_pr,
+            parent_commit=head,
+            num_threads=1,
+        )
+        if commit.pr_revision is not None:
+            repository.went_into(commit.pr_revision)
+        return commit
+
+    def _upload(self, name: str) -> CommitOperationAdd:
+        if name in self._uploaded:
+            return self._uploaded[name]
+        path = self.staged.folder / name
+        # The client sends a file object over LFS, and a path over Xet where that is installed.
+        content = io.BytesIO(path.read_bytes()) if self._over_lfs else str(path)
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+        seconds = self.staged.digests[name].size / SLOWEST
+        try:
+            # One by one: two files at once go through a pool of threads, and that holds the process's exit.
+            self.repository.call(f"uploading {name}", self._preupload, operation, seconds=seconds)
+        except HubUnavailableError:
+            self._over_lfs = not self._over_lfs  # a Hub of one's own may know only one of the two
+            raise
+        self._uploaded[name] = operation
+        return operation
+
+    def _preupload(self, operation: CommitOperationAdd) -> None:
+        self.repository.api.preupload_lfs_files(
+            self.repository.repo_id,
+            [operation],
+            revision=self.repository.revision,
+            create_pr=self.repository.opens_pr,
+            num_threads=1,
+            free_memory=False,
+        )
+        if operation._should_ignore:  # the client would leave the file out of the commit, with a line in its log
+            raise HubError(
+                f"{self.repository.repo_id} has a .gitignore that keeps {operation.path_in_repo} out. Remove that line "
+                "of it on the Hub."
+            )
+
+    def _landed(self, head: str | None, card: str) -> CommitInfo | None:
+        """The commit of an earlier attempt, where it was made and its answer was lost."""
+        repository = self.repository
+        if repository.opens_pr:
+            for revision, newest in repository.pull_requests().items():
+                if revision not in self._pull_requests and self._is_ours(newest, revision, card):
+                    repository.went_into(revision)
+                    return self._info(newest, pull_request=revision)
+            return None
+        if head == self._first_head:
+            return None
+        for commit in self._commits(repository.revision):
+            if commit.commit_id == self._first_head:
+                return None
+            if commit.title.strip() == self.title and self._has_files(commit.commit_id, card):
+                return self._info(commit.commit_id)
+        return None
+
+    def _is_ours(self, commit: str, revision: str, card: str) -> bool:
+        newest = self._commits(revision)[0]
+        return newest.title.strip() == self.title and self._has_files(commit, card)
+
+    def _commits(self, revision: str) -> Sequence[Any]:
+        api, repo_id = self.repository.api, self.repository.repo_id
+        return self.repository.call(
+            f"reading the history of {repo_id}", api.list_repo_commits, repo_id, revision=revision
+        )
+
+    def _has_files(self, commit: str, card: str) -> bool:
+        wanted = {**self.staged.digests, CARD: digest(card.encode())}
+        found = {entry.path: entry for entry in self._entries(commit, list(wanted))}
+        for name, one in wanted.items():
+            entry: Any = found.get(name)
+            lfs = getattr(entry, "lfs", None)
+            if entry is None or (lfs.sha256 != one.sha256 if lfs else entry.blob_id != one.git):
+                return False
+        return True
+
+    def _entries(self, commit: str, names: list[str]) -> Sequence[Any]:
+        api, repo_id = self.repository.api, self.repository.repo_id
+        doing = f"reading the files of {commit[:8]}"
+        try:
+            return self.repository.call(doing, api.get_paths_info, repo_id, names, revision=commit)
+        except (HubAccessError, HubUnavailableError):
+            raise
+        except HubError:  # a Hub of one's own may know trees alone
+            return self.repository.call(doing, lambda: list(api.list_repo_tree(repo_id, revision=commit)))
+
+    def _info(self, commit: str, pull_request: str | None = None) -> CommitInfo:
+        base = f"{self.repository.api.endpoint.rstrip('/')}/{self.repository.repo_id}"
+        return CommitInfo(
+            commit_url=f"{base}/commit/{commit}",
+            commit_message=self.title,
+            commit_description=self.description,
+            oid=commit,
+            pr_url=pull_request and f"{base}/discussions/{pull_request.rpartition('/')[2]}",
+            _endpoint=self.repository.api.endpoint,
+        )
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read: {error.strerror or error}.") from error

@@ -1,0 +1,191 @@
+"""A repository on the Hub that adapters are pushed to: checked before the first push, then one commit after another."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+
+from lightning_lora.checked import flag, number
+from lightning_lora.errors import ConfigError, HubError
+from lightning_lora.hub.client import DEADLINE, Api, plain_token, retried, within
+from lightning_lora.hub.format.writing import hub_address
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where adapters are pushed to, and as whom. Raises ConfigError for what cannot be."""
+
+    repo_id: str
+    """"user/name", or "name" in the account of the token."""
+    _: KW_ONLY
+    private: bool = True
+    """Whether the repository is created private; one that is there stays as it is."""
+    branch: str | None = None
+    """Created from main where it is not there; None is main."""
+    create_pr: bool = False
+    """Open a pull request instead of committing to a branch."""
+    token: str | None = field(default=None, repr=False)
+    """None takes HF_TOKEN, or that of `hf auth login`, which is better than to write one into a file."""
+    endpoint: str | None = None
+    """Of a Hub of your own; None takes HF_ENDPOINT or huggingface.co."""
+    deadline: float = DEADLINE
+    """Seconds after which one call to the Hub counts as hung; uploads get more, by their size."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.repo_id, str) or not self.repo_id:
+            raise ConfigError(f"repo_id is {self.repo_id!r}; give the repository's id, such as 'user/my-adapter'.")
+        if (address := hub_address(self.repo_id)) is not None:
+            object.__setattr__(self, "repo_id", address.repo_id)
+            object.__setattr__(self, "branch", self.branch or address.revision)
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise ConfigError(f"repo_id {self.repo_id!r} cannot be the name of a repository: {error}") from error
+        if self.create_pr and self.branch not in (None, "main"):
+            raise ConfigError(f"A pull request is opened against main: leave out branch={self.branch!r}.")
+        number("deadline", self.deadline, above=0, unit="seconds")
+        for name in ("private", "create_pr"):
+            flag(name, getattr(self, name))
+        for name in ("branch", "token", "endpoint"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise ConfigError(f"{name} is empty, or no text; leave it out for the default.")
+        if self.token is not None:
+            object.__setattr__(self, "token", plain_token(self.token))
+
+
+class HubRepository:
+    """The repository of a `Destination`. Every call has a deadline, and raises HubError."""
+
+    def __init__(self, to: Destination) -> None:
+        self.to = to
+        self.api = Api(endpoint=to.endpoint, token=to.token)
+        self.repo_id = to.repo_id
+        self.revision = to.branch or constants.DEFAULT_REVISION
+        self.opens_pr = to.create_pr
+        """Whether the next commit opens a pull request; the ones after it go into that."""
+        self._checked_card: str | None = None
+
+    def __str__(self) -> str:
+        at = "" if self.revision == constants.DEFAULT_REVISION else f" ({self.revision})"
+        return f"{self.repo_id}{at}"
+
+    def call(self, doing: str, function: Callable[..., T], *args: Any, seconds: float = 0.0, **kwargs: Any) -> T:
+        """`function(...)` within the deadline and `seconds` more."""
+        return within(self.to.deadline + seconds, doing, function, *args, **kwargs)
+
+    def check(self, card: str | None = None) -> None:
+        """Raise HubError unless what comes later will be allowed: token, repository (created where it is not there),
+        write permission, branch, and `card`. All of it within one deadline."""
+        until = time.monotonic() + self.to.deadline
+
+        def step(doing: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+            def once() -> T:
+                return within(until - time.monotonic(), doing, function, *args, **kwargs)
+
+            return retried(once, until=until)
+
+        name = step("asking whose the token is", lambda: self.api.whoami()["name"])
+        if "/" not in self.repo_id:
+            self.repo_id = f"{name}/{self.repo_id}"
+        here = self.repo_id
+        step(f"creating {here}", self.api.create_repo, here, private=self.to.private, exist_ok=True)
+        info = step(f"looking at {here}", self.api.repo_info, here)
+        if self.to.private and info.private is False:
+            log.warning("%s was public before: everybody can read what is pushed there.", here)
+        # create_repo says nothing of an existing repository that may only be read.
+        if self.opens_pr:
+            step(f"asking whether {name!r} may open a pull request on {here}", self.api.auth_check, here)
+        else:
+            step(f"asking whether {name!r} may write to {here}", self.api.auth_check, here, write=True)
+            if self.revision != constants.DEFAULT_REVISION:
+                branch = self.revision
+                step(f"creating the branch {branch!r}", self.api.create_branch, here, branch=branch, exist_ok=True)
+        if card is not None:
+            step("checking the card", self._validate, card)
+
+    def head(self) -> str | None:
+        """The newest commit; None where there is none."""
+
+        def sha() -> str | None:
+            try:
+                return self.api.repo_info(self.repo_id, revision=self.revision).sha
+            except RevisionNotFoundError:
+                return None
+
+        return self.call(f"reading the head of {self}", sha)
+
+    def card_at(self, commit: str) -> str | None:
+        """The README.md of `commit`, or None."""
+        endpoint = self.api.endpoint.rstrip("/")
+        url = f"{endpoint}/{self.repo_id}/resolve/{quote(commit, safe='')}/README.md"
+
+        def read() -> str | None:
+            answer = get_session().get(url, headers=self._headers(), follow_redirects=True)
+            if answer.status_code == 404:
+                return None
+            hf_raise_for_status(answer)
+            return answer.content.decode("utf-8", errors="replace")
+
+        return self.call(f"reading the card of {self}", read)
+
+    def check_card(self, card: str) -> None:
+        """Raise HubError, with the Hub's reasons, for a card that it would refuse."""
+        if card != self._checked_card:
+            self.call("checking the card", self._validate, card)
+            self._checked_card = card
+
+    def _validate(self, card: str) -> None:
+        answer = get_session().post(
+            f"{self.api.endpoint.rstrip('/')}/api/validate-yaml",
+            json={"content": card, "repoType": "model"},
+            headers=self._headers(),
+        )
+        if answer.status_code == 400:
+            raise HubError(f"The Hub refuses the card: {_reasons(answer)}")
+        if answer.status_code != 404:  # a Hub of one's own may have no such check
+            hf_raise_for_status(answer)
+
+    def tag(self, name: str, commit: str, message: str | None = None) -> str | None:
+        """Tag `commit`; returns None, or the other commit that has this tag already."""
+        doing = f"tagging {commit[:8]} as {name!r}"
+
+        def tag() -> str:
+            self.api.create_tag(self.repo_id, tag=name, revision=commit, tag_message=message, exist_ok=True)
+            refs = self.api.list_repo_refs(self.repo_id)
+            return next((ref.target_commit for ref in refs.tags if ref.name == name), commit)
+
+        found = self.call(doing, tag)
+        return None if found == commit else found
+
+    def pull_requests(self) -> dict[str, str]:
+        """Revision -> newest commit of each pull request."""
+        doing = f"listing the pull requests of {self.repo_id}"
+        refs = self.call(doing, self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
+        return {ref.ref: ref.target_commit for ref in refs.pull_requests or ()}
+
+    def _headers(self) -> dict[str, str]:
+        return build_hf_headers(token=self.to.token)
+
+    def went_into(self, pull_request: str) -> None:
+        """Further commits go into this pull request, by its revision."""
+        self.opens_pr = False
+        self.revision = pull_request
+
+
+def _reasons(answer: Any) -> str:
+    try:
+        return "; ".join(error["message"] for error in answer.json()["errors"])
+    except (ValueError, LookupError, TypeError):
+        return answer.text[:500]

@@ -1,0 +1,87 @@
+"""Where a bank keeps the adapters for which there is no memory: files, read by mapping them into memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import shutil
+import weakref
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_lora.errors import BankError, ConfigError
+from lightning_lora.hub.format.mapped import MappedTensors
+from lightning_lora.hub.format.writing import own_name, remove_leftovers
+
+
+class DiskStore:
+    """Rows of a bank's slab as safetensors files, in a new folder inside `folder`; they are gone when the bank is.
+
+    A file is written once and never over: a process that was forked from this one reads the files that were there, and
+    writes into a folder of its own inside of this one's, so that neither changes what the other has.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        self._numbers = itertools.count()
+        try:
+            self._begin(folder)
+        except OSError as error:
+            raise ConfigError(f"disk={str(folder)!r} cannot be written to: {error.strerror or error}.") from error
+
+    def _begin(self, place: Path) -> None:
+        """A folder for what this process writes, in place of those that killed ones left."""
+        place.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(place)
+        self._folder, self._process = place / own_name("bank-"), os.getpid()
+        self._folder.mkdir(mode=0o700)
+        weakref.finalize(self, _remove, self._folder, self._process)
+
+    def put(self, name: str, row: Tensor) -> None:
+        try:
+            if self._process != os.getpid():
+                self._begin(self._folder)
+            self._folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up there
+            hashed = hashlib.sha256(name.encode()).hexdigest()[:32]
+            path = self._folder / f"{hashed}-{next(self._numbers)}.safetensors"
+            beside = path.with_suffix(".tmp")
+            try:
+                save_file({"row": row.contiguous()}, beside)
+                os.replace(beside, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    beside.unlink()
+                raise
+        except (OSError, SafetensorError) as error:
+            raise BankError(
+                f"The adapter {name!r} cannot be moved out to {str(self._folder)!r}: {error}. It stays where it is. "
+                "Free space there, raise host_capacity, or remove adapters."
+            ) from error
+        self._files[name] = path
+
+    def take(self, name: str) -> Tensor:
+        path = self._files[name]
+        try:
+            return MappedTensors(path)["row"]
+        except (OSError, SafetensorError) as error:
+            raise BankError(
+                f"The adapter {name!r} cannot be read back from {str(path.parent)!r}: {error}. Add it again, with "
+                "replace=True."
+            ) from error
+
+    def drop(self, name: str) -> None:
+        path = self._files.pop(name)
+        if self._process == os.getpid() and path.parent == self._folder:
+            with contextlib.suppress(OSError):  # gone already, or with the folder
+                path.unlink()
+
+
+def _remove(folder: Path, process: int) -> None:
+    """Called in each process that ends, or lets go of the store; the folder is that of one of them."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)

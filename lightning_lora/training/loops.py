@@ -1,0 +1,87 @@
+"""Lightning's loops, with the points at which an exact resumption notes where the run is (resume.py)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_lora.training.rounds import only
+
+if TYPE_CHECKING:
+    from lightning_lora.training.resume import ExactResume
+
+    _FitHost = _FitLoop
+    _LoopHost = _TrainingEpochLoop
+    _ValidationHost = _EvaluationLoop
+else:
+    _FitHost = _LoopHost = _ValidationHost = object
+
+
+class ResumedFitLoop(_FitHost):
+    """Mixin in front of Lightning's loop over epochs."""
+
+    lora_resume: ExactResume
+
+    def on_advance_start(self) -> None:
+        resume = self.lora_resume
+        if resume.entry is None:
+            resume.extra = resume.cut = False
+            resume.begin("epoch start")
+        super().on_advance_start()
+        resume.amid = ""
+
+    def on_advance_end(self) -> None:
+        resume = self.lora_resume
+        rest, resume.rest = resume.rest, None
+        resume.end_epoch()
+        with only(self.trainer, "on_train_epoch_end", rest) if rest is not None else nullcontext():
+            super().on_advance_end()
+        resume.amid = ""
+
+
+class ResumedEpochLoop(_LoopHost):
+    """Mixin in front of Lightning's loop over the batches of an epoch."""
+
+    lora_resume: ExactResume
+
+    def advance(self, data_fetcher: Any) -> None:
+        if self.lora_resume.begin_batch(data_fetcher):
+            super().advance(data_fetcher)
+            self.lora_resume.amid = ""
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        try:
+            super().on_advance_end(data_fetcher)
+        except SIGTERMException:  # Lightning's last act there
+            self.lora_resume.ended = self.total_batch_idx + 1
+            raise
+
+
+class ResumedValidationLoop(_ValidationHost):
+    """Mixin in front of Lightning's loop over the batches of a validation."""
+
+    lora_resume: ExactResume
+
+    def reset(self) -> None:
+        if self._is_of_training():
+            self.lora_resume.begin_validation()
+        super().reset()
+
+    def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._is_of_training():
+            self.lora_resume.end_validation()
+        super()._on_evaluation_end(*args, **kwargs)
+
+    def on_run_end(self) -> Any:
+        outputs = super().on_run_end()
+        self.lora_resume.amid = ""
+        return outputs
+
+    def _is_of_training(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking

@@ -1,0 +1,238 @@
+"""The adapters that a run starts with: those that are there, those that are loaded, and those of launched processes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from huggingface_hub import constants
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import nn
+
+from lightning_lora.engine import Injection, InjectionReport, LoRAConfig, inject, injections, remove
+from lightning_lora.engine.as_injected import check_as_injected
+from lightning_lora.engine.plain_names import with_plain_names
+from lightning_lora.engine.same_config import differences
+from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.weights import shape_of
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, CheckpointError, ConfigError, HubError, listed
+from lightning_lora.hub import load_adapter
+from lightning_lora.hub.format.writing import hub_address
+from lightning_lora.hub.pull import adapter_folder, pull
+from lightning_lora.training.checkpoint import checkpoint_adapter
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+# Adapt the model in the process that launches others, before it does.
+#
+# With ddp_spawn, ddp_fork and ddp_notebook the Trainer's hooks run in child processes only. The parent's module would
+# stay without adapters, and Lightning, which loads the trained weights back into it without strictness, would drop them
+# silently. It offers no hook in the parent, so its launcher's `launch` is wrapped, once.
+
+
+def adapt_before_launch() -> None:
+    """Let every LoRACallback of a Trainer act in the launching process, before and after the run."""
+    original = _MultiProcessingLauncher.launch
+    if hasattr(original, "adapts_before"):
+        return
+
+    @functools.wraps(original)
+    def launch(self: Any, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        ours = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "before_launch")]
+        for callback in ours:
+            callback.before_launch(trainer)
+        if ours:
+            function = functools.partial(_save_on_exception, function, trainer)
+        try:
+            result = original(self, function, *args, trainer=trainer, **kwargs)
+        except BaseException:
+            for callback in ours:
+                callback.launch_failed()
+            raise
+        for callback in ours:
+            callback.after_launch(trainer)
+        return result
+
+    launch.adapts_before = True  # type: ignore[attr-defined]
+    _MultiProcessingLauncher.launch = launch  # type: ignore[method-assign]
+
+
+def _save_on_exception(function: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """In a launched process, which has the weights. Lightning calls on_exception in the launching one alone."""
+    try:
+        return function(*args, **kwargs)
+    except BaseException as error:
+        trainer.state.status = TrainerStatus.INTERRUPTED
+        for callback in trainer.checkpoint_callbacks:
+            callback.on_exception(trainer, trainer.lightning_module, error)
+        raise
+
+
+# Adapters that a module has before a run: of a run before (a cell that is run again), of inject or load_adapter.
+
+
+def adapters_present(
+    module: nn.Module, config: LoRAConfig | None, some: Mapping[str, Any] | None = None, *, adapter: str | None = None
+) -> tuple[str, InjectionReport]:
+    """How to name, in code, what `inject` was called on, and its report, by names in `module`.
+
+    Raises AdapterStateError where the adapters of `module` are not those of `config`, or of `some` of its fields,
+    naming what differs; one that means the same is the same. `adapter` is where they were loaded from just now.
+    """
+    check_as_injected(module)
+    kind = type(module).__name__
+    records = list(injections(module))
+    if not records:
+        raise AdapterStateError(
+            f"{kind} has adapters already, of an inject on a module around it: call lightning_lora.remove on that one "
+            "first, or fit that one."
+        )
+    if len(records) > 1:
+        parts = listed(repr(name) for name, _ in records)
+        raise AdapterStateError(
+            f"{kind} has adapters already, of several calls of inject (on {parts}), "
+            "and a callback trains those of one. Call lightning_lora.remove on the others first."
+        )
+    ((root, injection),) = records
+    code = f"module.{root}" if root else "module"
+    config = replace(injection.config, **some or {}) if config is None else config
+    owner = submodule(module, root)
+    differing = _differing(owner, injection, with_plain_names(config, Tree.of(owner)))
+    if differing and adapter is not None:
+        raise AdapterStateError(
+            f"The adapter {adapter} is of another config than the one that was given beside it: {listed(differing)}. "
+            "Leave these settings out, to go on as it was trained, or start a new adapter without adapter=."
+        )
+    if differing:
+        raise AdapterStateError(
+            f"{kind} has adapters already, of another config than this callback's: {listed(differing)}. To start anew, "
+            f"call lightning_lora.remove({code}) first (or merge, to keep what they learnt in the base); to go on from "
+            f"them, give the callback their config: LoRACallback(injection_of({code}).config), with injection_of from "
+            "lightning_lora.engine."
+        )
+    assert injection.report is not None, "inject leaves it"
+    inside = {id(p) for p in submodule(module, root).parameters()}
+    others = sum(math.prod(shape_of(p)) for p in module.parameters() if id(p) not in inside)
+    return code, injection.report.within(root, others)
+
+
+def _differing(model: nn.Module, injection: Injection, config: LoRAConfig) -> list[str]:
+    differing = differences(model, injection, config)
+    return [f"{name} is {_shown(a)} there and {_shown(b)} here" for name, (a, b) in differing.items()]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+# Training that goes on from an adapter that was saved, by us or by others: `LoRACallback(adapter=...)`.
+
+
+class AbsentError(Exception):
+    """The adapter is not there, for the reason given: an error, unless a checkpoint is loaded that makes up for it."""
+
+
+class AdapterToGoOnFrom:
+    """A folder, or "user/repo@revision" on the Hub, and what the user says of its config besides."""
+
+    def __init__(
+        self,
+        adapter: str | os.PathLike[str],
+        config: LoRAConfig | None,
+        fields: dict[str, Any],
+        subfolder: str | None = None,
+        ignore_fields: Collection[str] = (),
+    ) -> None:
+        """Raises ConfigError for what can be neither; nothing is read yet."""
+        if not isinstance(adapter, (str, os.PathLike)) or not str(adapter):
+            raise ConfigError(f"adapter is a folder, or 'user/repo@revision' on the Hub, not {adapter!r}.")
+        if str(adapter).endswith(".ckpt"):
+            raise ConfigError(
+                f"adapter={str(adapter)!r} is a checkpoint: give it to the Trainer as ckpt_path, to resume its run "
+                "with its optimizer. To start another run from its adapter, give the folder beside it."
+            )
+        if (address := hub_address(adapter)) is not None:
+            inside = f"/tree/{quote(address.revision or 'main', safe='')}/{address.subfolder}"
+            at = f"@{address.revision}" if address.revision else ""
+            adapter = f"{constants.ENDPOINT}/{address.repo_id}{inside}" if address.subfolder else address.repo_id + at
+        self.adapter, self.config, self.fields = os.fspath(adapter), config, fields
+        self.reading: dict[str, Any] = {"subfolder": subfolder, "ignore_fields": ignore_fields}
+        if config is None and fields:
+            LoRAConfig(**fields)  # which raises for what cannot be
+
+    def load(self, module: LightningModule, trainer: Trainer, *, check_base: bool) -> InjectionReport:
+        """Adapt `module` as the adapter says, and load it. Raises as `load_adapter` does, and AdapterStateError where
+        a config that was given besides differs; `module` is then as it was."""
+        try:
+            place, revision = self._place(trainer)
+            folder = adapter_folder(place, revision, **self.reading)
+        except HubError as error:
+            raise AbsentError(error) from error
+        if not folder.exists():
+            raise AbsentError(AdapterFormatError(f"adapter={self.adapter}: there is no such folder ({folder})."))
+        ignored = self.reading["ignore_fields"]
+        report = load_adapter(module, folder, check_base=check_base, ignore_fields=ignored)
+        try:
+            adapters_present(module, self.config, self.fields, adapter=self.adapter)
+        except AdapterStateError:
+            remove(module)
+            raise
+        return report
+
+    def _place(self, trainer: Trainer) -> tuple[str, str | None]:
+        """A folder; or an id on the Hub, with the commit that the first process found, which all others take."""
+        path, at, revision = self.adapter.rpartition("@")
+        if os.path.exists(self.adapter) or not at:
+            path, revision = self.adapter, ""
+        if os.path.exists(path) or os.path.isabs(path) or path.count("/") != 1 or trainer.world_size == 1:
+            return path, revision or None
+        commit, error = None, None
+        if trainer.is_global_zero:
+            try:
+                commit = pull(path, revision or None, **self.reading).commit
+            except Exception as raised:
+                error = raised
+        if not _is_distributed():  # in the process that launches the others
+            if error is not None:
+                raise error
+            return path, commit
+        said = trainer.strategy.broadcast((commit, error))
+        if said[1] is not None:
+            raise said[1]
+        return path, said[0]
+
+
+def adapted_as_in(checkpoint: Mapping[str, Any], module: LightningModule) -> InjectionReport | None:
+    """Adapt `module` as the run was whose checkpoint will be loaded into it, where it is not so already: the adapter
+    that the run once began with may be gone by now, or another one."""
+    configs = checkpoint_adapter(checkpoint)["configs"]
+    if len(configs) != 1:
+        raise CheckpointError(f"The checkpoint has adapters of {len(configs)} calls of inject, not of one callback.")
+    ((name, config),) = configs.items()
+    present = [(where, injection.config) for where, injection in injections(module)]
+    if present == [(name, LoRAConfig(**config))]:
+        return None
+    for where, _ in present:
+        remove(submodule(module, where))
+    try:
+        part = submodule(module, name)
+    except AttributeError as error:
+        raise AdapterFormatError(f"The checkpoint adapts {name!r}, which {type(module).__name__} has not.") from error
+    report = inject(part, LoRAConfig(**config), start=False)
+    inside = {id(p) for p in part.parameters()}
+    return report.within(name, sum(p.numel() for p in module.parameters() if id(p) not in inside))
+
+
+def _is_distributed() -> bool:
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
