@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from hub_server.plugin import hub  # noqa: F401
 from safetensors.torch import load_file
 
 from lightning_lora import LoRAConfig, inject, save_adapter
 from tests.hub.models import Linears, shake
+from tests.hub_server.plugin import hub  # noqa: F401
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from hub_server.plugin import hub  # noqa: F401
 
 from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.cli.export import overrides
 from lightning_lora.errors import ConfigError
 from tests.hub.models import Linears, shake
+from tests.hub_server.plugin import hub  # noqa: F401
 
 
 @pytest.fixture

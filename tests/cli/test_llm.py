@@ -15,8 +15,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from hub_server import HubServer
-from hub_server.plugin import hub
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,6 +35,8 @@ from lightning_lora.cli.demo import QUESTIONS, _answers
 from lightning_lora.recipes.data import InstructionData, pirate_chats
 from lightning_lora.recipes.models import READS_GGUF, ModelSource, smollm2
 from lightning_lora.recipes.tasks import CausalLM
+from tests.hub_server import HubServer
+from tests.hub_server.plugin import hub
 
 __all__ = ["hub"]
 

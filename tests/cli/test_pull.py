@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from hub_server.plugin import hub  # noqa: F401
 
 from lightning_lora import LoRAConfig, inject, save_adapter
 from tests.hub.models import Linears, edit_config
+from tests.hub_server.plugin import hub  # noqa: F401
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hub_server import HubServer
-from hub_server.plugin import hub
+
+from tests.hub_server import HubServer
+from tests.hub_server.plugin import hub
 
 __all__ = ["hub"]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server.plugin import hub, xet
 from huggingface_hub import constants
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.hub import client as calls
 from tests.hub.models import Linears
+from tests.hub_server.plugin import hub, xet
 
 __all__ = ["hub", "xet"]
 

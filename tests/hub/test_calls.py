@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
 from huggingface_hub.utils import get_session
 from torch import nn
 
@@ -23,6 +22,7 @@ from lightning_lora.hub.push import background
 from lightning_lora.hub.push.background import BackgroundPusher, Job
 from lightning_lora.hub.push.repository import Destination, HubRepository
 from lightning_lora.hub.push.staging import stage
+from tests.hub_server import HubServer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # httpx, of the client's way to upload

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from hanging import no_hang
-from hub_server import HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file
@@ -30,6 +29,7 @@ from lightning_lora.errors import (
 from lightning_lora.hub import client as calls
 from lightning_lora.hub.push.commit import DryRun
 from tests.hub.models import edit_config, edit_tensors
+from tests.hub_server import HubServer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # httpx, of the client's way to upload

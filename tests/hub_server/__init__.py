@@ -1,5 +1,5 @@
 """For tests of programs that use the Hub: a Hub on loopback, with accounts, history and scripted faults."""
 
-from hub_server.server import HubServer
+from tests.hub_server.server import HubServer
 
 __all__ = ["HubServer"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hub_server.exchange import RefusedError
-from hub_server.repository import Repository
-from hub_server.server import Account, HubServer
+from tests.hub_server.exchange import RefusedError
+from tests.hub_server.repository import Repository
+from tests.hub_server.server import Account, HubServer
 
 _RANK = {"none": 0, "read": 1, "write": 2, "admin": 2}
 

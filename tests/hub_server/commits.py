@@ -8,9 +8,9 @@ from datetime import datetime, timezone
 from fnmatch import fnmatch
 from typing import Any
 
-from hub_server.exchange import Answer, RefusedError, Request
-from hub_server.repository import Blob, Commit, Repository, is_large
-from hub_server.server import HubServer
+from tests.hub_server.exchange import Answer, RefusedError, Request
+from tests.hub_server.repository import Blob, Commit, Repository, is_large
+from tests.hub_server.server import HubServer
 
 
 def preupload(request: Request, head: Commit) -> Answer:

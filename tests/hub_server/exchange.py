@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from hub_server.faults import Fault, flipped
-from hub_server.server import HubServer, Recorded
+from tests.hub_server.faults import Fault, flipped
+from tests.hub_server.server import HubServer, Recorded
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Exchange(BaseHTTPRequestHandler):
             self.hub.stopping.wait(fault.seconds)
             raise DroppedError
         if fault.kind == "stale":
-            from hub_server.routes import repository_in
+            from tests.hub_server.routes import repository_in
 
             repo = repository_in(self.hub, self.path)
             if repo is not None:
@@ -143,7 +143,7 @@ class Exchange(BaseHTTPRequestHandler):
         return content
 
     def _answered(self, request: Request, fault: Fault | None) -> Answer:
-        from hub_server.routes import respond
+        from tests.hub_server.routes import respond
 
         if fault is not None and fault.kind == "status":
             message = HTTPStatus(fault.status).phrase

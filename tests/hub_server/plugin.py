@@ -1,6 +1,6 @@
 """The pytest fixture `hub`: a Hub on loopback, to which huggingface_hub in this process is pointed.
 
-Write `pytest_plugins = ["hub_server.plugin"]` into the root conftest.py, or import `hub` into a conftest.
+Write `pytest_plugins = ["tests.hub_server.plugin"]` into the root conftest.py, or import `hub` into a conftest.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hub_server.server import HubServer
+from tests.hub_server.server import HubServer
 
 
 @pytest.fixture

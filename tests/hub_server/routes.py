@@ -9,8 +9,8 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 import yaml
 
-from hub_server import commits, storage, xet
-from hub_server.access import (
+from tests.hub_server import commits, storage, xet
+from tests.hub_server.access import (
     account_of,
     check_download,
     check_namespace,
@@ -18,9 +18,9 @@ from hub_server.access import (
     signed_in,
     visible,
 )
-from hub_server.exchange import Answer, RefusedError, Request
-from hub_server.repository import Blob, Commit, Repository
-from hub_server.server import HubServer
+from tests.hub_server.exchange import Answer, RefusedError, Request
+from tests.hub_server.repository import Blob, Commit, Repository
+from tests.hub_server.server import HubServer
 
 Handler = Callable[..., Answer]
 _ROUTES: list[tuple[str, re.Pattern[str], Handler]] = []

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-from hub_server.faults import Fault
-from hub_server.repository import Blob, Commit, Repository, blob
+from tests.hub_server.faults import Fault
+from tests.hub_server.repository import Blob, Commit, Repository, blob
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class HubServer:
     # Life.
 
     def __enter__(self) -> HubServer:
-        from hub_server.exchange import Exchange, Listener
+        from tests.hub_server.exchange import Exchange, Listener
 
         exchange = type("BoundExchange", (Exchange,), {"hub": self})
         self._server = Listener(("127.0.0.1", 0), exchange)

@@ -6,9 +6,9 @@ import hashlib
 import re
 from typing import Any
 
-from hub_server.exchange import Answer, RefusedError, Request
-from hub_server.repository import Commit
-from hub_server.server import HubServer
+from tests.hub_server.exchange import Answer, RefusedError, Request
+from tests.hub_server.repository import Commit
+from tests.hub_server.server import HubServer
 
 
 def batch(hub: HubServer, request: Request) -> Answer:

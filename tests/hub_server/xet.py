@@ -11,8 +11,8 @@ import struct
 import time
 from collections.abc import Iterator
 
-from hub_server.exchange import Answer, RefusedError, Request
-from hub_server.server import HubServer
+from tests.hub_server.exchange import Answer, RefusedError, Request
+from tests.hub_server.server import HubServer
 
 _HEADER = 48  # of the shard, and the size of each of its records
 _VERIFIED, _DESCRIBED = 1 << 31, 1 << 30

@@ -25,11 +25,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from hub_server import HubServer
-from hub_server.faults import Fault
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import HubPush, LoRACallback
+from tests.hub_server import HubServer
+from tests.hub_server.faults import Fault
 
 from .lit import Lit, trainer
 

@@ -22,8 +22,6 @@ import numpy as np
 import pytest
 import torch
 from hanging import PATIENCE, no_hang
-from hub_server import HubServer
-from hub_server.plugin import hub
 from huggingface_hub.utils import _http, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from safetensors.torch import load
@@ -33,6 +31,8 @@ from lightning_lora.engine import adapter_state_dict
 from lightning_lora.errors import ConfigError, HubAccessError, HubNotFoundError, HubUnavailableError
 from lightning_lora.hub import client as calls
 from lightning_lora.hub.push import background
+from tests.hub_server import HubServer
+from tests.hub_server.plugin import hub
 
 from . import hub_soak
 from .lit import Lit, trainer
