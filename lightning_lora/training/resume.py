@@ -141,13 +141,20 @@ class ExactResume:
             "fetched_at": self._fetched_at(place["total"]) if rest or self._fetches_ahead() else [],
             "metrics": plain(held["metrics"]) if place["kind"] == "inside" else None,
             "gradients": self._open_gradients(),
-            "callback_metrics": tensors(trainer.callback_metrics),
+            "callback_metrics": tensors(self._callback_metrics()),
             "stopped_early": trainer.should_stop and any(_has_stopped(c) for c in trainer.callbacks),
             "seeds": self.own.seeds(),
             "amid": self.amid if amid else "",
             "changed": self._has_changed(),
             "unread": self.holders.unread if amid else [],
         }
+
+    def _callback_metrics(self) -> dict[str, Any]:
+        trainer = self.trainer
+        if trainer.world_size > 1 and trainer.state.status == TrainerStatus.INTERRUPTED:
+            # Asked for, those of an epoch are summed over processes, of which this one may be the only one that asks.
+            return trainer._logger_connector._callback_metrics
+        return trainer.callback_metrics
 
     def _has_changed(self) -> bool:
         """Whether weights or schedules are other ones than the place that a checkpoint will name."""

@@ -23,7 +23,9 @@ class Fails(Shared):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self.global_step == 3 and (self.trainer.is_global_zero or "both" in sys.argv):
             raise ValueError("alone")
-        return super().training_step(batch, batch_idx)
+        loss = super().training_step(batch, batch_idx)
+        self.log("synced", loss, on_step=True, on_epoch=True, sync_dist=True)
+        return loss
 
 
 if __name__ == "__main__":
