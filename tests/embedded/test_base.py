@@ -18,6 +18,7 @@ import train_base
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+import lightning_lora.embedded
 from lightning_lora.embedded import BASE
 from lightning_lora.embedded.corpus import SOURCE_FILES, Topics, documentation_topics, source_sample
 
@@ -322,4 +323,4 @@ class TestTheScript:
 
 def test_the_path_is_a_folder_inside_the_package():
     assert isinstance(BASE, Path)
-    assert BASE.parent == Path(train_base.__file__).parent
+    assert BASE.parent == Path(lightning_lora.embedded.__file__).parent
