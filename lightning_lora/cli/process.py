@@ -13,7 +13,7 @@ import lightning_lora
 # Silences what other packages say on every run and a user of the command line can do nothing about.
 
 POINTLESS = (
-    r".*(Experiment logs|Checkpoint) directory .* exists and is not empty",  # a used folder: see going_on
+    r".*(Experiment logs|Checkpoint) directory .* exists and is not empty",  # a used folder: see runs.py
     r".*isinstance\(treespec, LeafSpec\)",  # between Lightning and torch
     r".*callbacks used to create the checkpoint need to be provided",  # not to evaluate or predict
     r".*The dirpath has changed",  # a resumed run has a folder of its own

@@ -17,7 +17,7 @@ from lightning_lora.engine.weights import is_plain
 
 def all_linear(there: Candidates, everything: Candidates) -> tuple[list[Target], str | None, dict[str, str]]:
     """The targets among `there`; the output head, if it is among them (it is left out); and the references that are
-    left out (see references.py), each with how to adapt it. `everything` is `there` and the modules trained whole."""
+    left out (see below), each with how to adapt it. `everything` is `there` and the modules trained whole."""
     tree = there.tree
     targets = there.of_classes(is_linear)
     linear = targets if everything is there else everything.of_classes(is_linear)

@@ -88,7 +88,7 @@ class LoRAConfig:
     expression. May be empty where `target_parameters` are given.
 
     "all-linear" leaves out a part that was frozen before the injection beside a part that trains, such as a teacher or
-    the network of a perceptual loss, and the report says so; a frozen backbone under a head is adapted (references.py
+    the network of a perceptual loss, and the report says so; a frozen backbone under a head is adapted (all_linear.py
     has the rule). A list or an expression can name any layer."""
     target_parameters: list[str] | None = None
     """Parameters to adapt, in addition to `target_modules`, such as the experts of a mixture: a list of names or name

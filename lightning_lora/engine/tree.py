@@ -1,6 +1,6 @@
 """Lists the modules and tensors of a model in one walk; torch's generators pass each name up through all levels.
 
-All names are those of the model without wrappers (see wrappers.py), so they are the same before and after a module is
+All names are those of the model without wrappers (see `unwrapped`), so they are the same before and after a module is
 compiled, put into DDP, or set up by Fabric.
 """
 

@@ -144,7 +144,7 @@ class FastPathLinearLoRA(LinearLoRA):
 
 class OutProjectionLoRA(ByWeight, LinearLoRA, adapts=NonDynamicallyQuantizableLinear):
     """nn.MultiheadAttention's out_proj, and other Linears whose parent reads the weight and may never call the layer
-    (see bypass.py)."""
+    (see plan.py)."""
 
     lora_to_kernels = True
 

@@ -1,7 +1,7 @@
 """PEFT's spelling of tensors, in this module alone: the keys in its files, and how it matches names.
 
 Read in peft 0.21.2 (tuners/lora, utils/save_and_load.py) and checked by running it. A module that PEFT adapts is
-wrapped, so what the module held lies under `base_layer` from then on. The fields of its config are in peft_config.py.
+wrapped, so what the module held lies under `base_layer` from then on. The fields of its config are in config.py.
 """
 
 from __future__ import annotations
