@@ -349,6 +349,7 @@ def test_what_will_not_be_allowed_is_said_before_the_first_step(hub: HubServer) 
     assert titles(hub) == []
 
 
+@pytest.mark.slow  # it forks this process: beside what thousands of other tests leave, a child hung; cause not known
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning", "ignore:It is recommended to use `self.log")
 def test_under_two_processes_only_the_first_talks(hub: HubServer, tmp_path: Path) -> None:
     settings = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False, "max_epochs": 1}
