@@ -439,6 +439,9 @@ class LoRACallback(Callback):
         if self._policy.watch is not None:
             self._policy.watch.check(pl_module)
 
+    def on_exception(self, *_: Any) -> None:
+        self._policy.sigterm.begin()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._policy.push is not None and stage == "fit":  # after all hooks that may still change weights
             self._policy.push.finish(trainer, pl_module)

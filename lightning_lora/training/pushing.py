@@ -7,8 +7,6 @@ import math
 import os
 import shlex
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from lightning_lora.hub.push.commit import in_words, stage_model
 from lightning_lora.hub.push.repository import HubRepository
 from lightning_lora.hub.push.staging import PICTURE, Staged, stage
 from lightning_lora.training.push import HubPush
+from lightning_lora.training.signals import interruptible
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -241,7 +240,7 @@ class Pushing:
     def _end(self, queue: BackgroundPusher, seconds: float, stop: Callable[[], bool] = lambda: False) -> None:
         self._queue = self._held = None
         with _told():
-            with _interruptible():
+            with interruptible():
                 try:
                     queue.flush(seconds, stop)
                 except KeyboardInterrupt:
@@ -351,16 +350,3 @@ def _soon_after_sigterm(trainer: Trainer) -> Callable[[], bool]:
         return bool(since) and time.monotonic() - since[0] > WAIT_ON_EXCEPTION
 
     return stop
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the wait, where Lightning has turned it off already."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)

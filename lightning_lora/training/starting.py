@@ -26,6 +26,7 @@ from lightning_lora.hub import load_adapter
 from lightning_lora.hub.format.writing import hub_address
 from lightning_lora.hub.pull import adapter_folder, pull
 from lightning_lora.training.checkpoint import checkpoint_adapter
+from lightning_lora.training.signals import SigtermLater
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -70,9 +71,14 @@ def _save_on_exception(function: Any, trainer: Any, *args: Any, **kwargs: Any) -
     try:
         return function(*args, **kwargs)
     except BaseException as error:
+        sigterm = SigtermLater()
+        sigterm.begin()
         trainer.state.status = TrainerStatus.INTERRUPTED
-        for callback in trainer.checkpoint_callbacks:
-            callback.on_exception(trainer, trainer.lightning_module, error)
+        try:
+            for callback in trainer.checkpoint_callbacks:
+                callback.on_exception(trainer, trainer.lightning_module, error)
+        finally:
+            sigterm.end()
         raise
 
 

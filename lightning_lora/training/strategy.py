@@ -54,6 +54,7 @@ from lightning_lora.training.checkpoint_file import leave_out_base, read_checkpo
 from lightning_lora.training.resume import ExactResume
 from lightning_lora.training.run_state import changed_buffers, restore_buffers
 from lightning_lora.training.sharding import WholeCheckpoints
+from lightning_lora.training.signals import SigtermLater
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -78,6 +79,7 @@ class AdapterPolicy:
     watch: BaseWatch | None = None
     """What the base was when training started."""
     resume: ExactResume = field(default_factory=ExactResume)
+    sigterm: SigtermLater = field(default_factory=SigtermLater)
     only_launched: bool = False
     """Whether training went on in processes that this one launched, and failed: here it never began."""
     folder: Path | None = None
@@ -223,6 +225,7 @@ class AdapterStrategy(_Host):
         # Here, since every callback's on_exception has been: ModelCheckpoint may save in its own.
         if self.lora.push is not None:
             self.lora.push.abort()
+        self.lora.sigterm.end()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if not is_local(str(filepath)) and not self._may_remove(str(filepath)):

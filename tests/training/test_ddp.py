@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.multiprocessing import ProcessRaisedException
 from lightning_lora import LoRACallback
 from lightning_lora.engine import adapter_state_dict, adapters
 from lightning_lora.training.checkpoint import METADATA
+from lightning_lora.training.signals import SigtermLater
 
 from . import ddp_run
 from .ddp_run import Shared, SharedInConfigureModel, SharedInSetup, WithDropout, fit
@@ -91,24 +93,53 @@ def test_a_checkpoint_of_two_processes_resumes_in_one_and_says_what_differs(tmp_
 
 
 class FailsInOne(Shared):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.failing = rank
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.global_rank == 0 and batch_idx == 3:
+        if self.global_rank == self.failing and batch_idx == 3:
             raise ValueError("stop")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # as torch does, which ends the others when one process has failed
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
-def test_a_forked_process_that_fails_leaves_a_checkpoint_of_what_it_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_forked_process_that_fails_leaves_a_checkpoint_of_what_was_trained(rank: int, tmp_path: Path) -> None:
     """Lightning alone writes one of the process that forked it, where nothing was trained."""
     saver = OnExceptionCheckpoint(tmp_path)
     run = trainer(LoRACallback(rank=2), saver, strategy="ddp_fork", devices=2, use_distributed_sampler=False)
-    with (
-        no_hang(),
-        pytest.raises(ProcessRaisedException, match="stop"),
-        pytest.warns(UserWarning, match="was not written by this process"),
-    ):
-        run.fit(FailsInOne())
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # of this process, which saves too, but what is untrained
+    try:
+        with (
+            no_hang(),
+            pytest.raises(ProcessRaisedException, match="stop"),
+            pytest.warns(UserWarning, match="was not written by this process"),
+        ):
+            run.fit(FailsInOne(rank))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     first, _ = torch.load(saver.ckpt_path)["callbacks"]["LoRACallback"]["random"]["ranks"]
     assert first["place"]["batches"] == 3
+
+
+def test_sigterm_that_came_while_a_run_saved_acts_afterwards() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        later = SigtermLater()
+        later.begin()
+        later.begin()
+        signal.raise_signal(signal.SIGTERM)
+        assert came == []
+        later.end()
+        assert came == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)
+        assert came == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_module_built_in_setup_is_said_to_stay_behind(tmp_path: Path) -> None:
