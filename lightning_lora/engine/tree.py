@@ -6,7 +6,9 @@ compiled, put into DDP, or set up by Fabric.
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -272,6 +274,19 @@ class Candidates:
             for known in (name, *self.tree.aliases.get(id(module), ())):
                 names[last_part(known)].append((at, known))
         return names
+
+
+def _renew_locks() -> None:
+    """In a process that is forked: before Python 3.12 a cached_property has one lock for all instances, which nobody
+    there would release if another thread held it."""
+    for owner in (Tree, Candidates):
+        for value in vars(owner).values():
+            if isinstance(value, cached_property) and hasattr(value, "lock"):
+                value.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def entry_matches(entry: str, name: str) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig, adapter_tensors, disabled, inject, merged
 from lightning_lora.engine.bank import Bank
+from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError, BankError
 from tests.engine.bank_models import MOST, close_to, served, small
 
@@ -214,3 +215,30 @@ def test_layers_that_were_switched_off_are_on_where_another_thread_has_left():
     assert base(x).equal(adapted)
     with merged(base):
         torch.testing.assert_close(base(x), adapted)
+
+
+class Waiting(dict[str, Any]):
+    """Parameters that take long to list."""
+
+    def __init__(self) -> None:
+        super().__init__(a=None)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def items(self) -> Any:
+        self.begun.set()
+        self.go_on.wait()
+        return super().items()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_process_that_is_forked_while_another_thread_lists_a_model_lists_models() -> None:
+    slow, other = nn.Module(), nn.Linear(2, 2)
+    slow._parameters = waiting = Waiting()
+    thread = threading.Thread(target=lambda: Tree.of(slow).parameters)
+    thread.start()
+    waiting.begun.wait()
+    try:
+        assert forked(lambda: len(Tree.of(other).parameters) == 2)
+    finally:
+        waiting.go_on.set()
+        thread.join()
