@@ -25,6 +25,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from huggingface_hub import HfApi
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import HubPush, LoRACallback
@@ -178,6 +179,9 @@ def run(folder: Path, epochs: int = 0, seconds: float = 0.0, pause: float = 0.05
     """Train for at least so many epochs and seconds, with a pause of so many seconds after each epoch."""
     (folder / "tmp").mkdir()
     hub = Hub()
+    HfApi(
+        endpoint=hub.endpoint, token=hub.token
+    ).whoami()  # the first call of a process makes the client, which takes long
     try:
         with temporary_files_in(folder / "tmp"):
             soak = Soak(hub, epochs, seconds, pause)
