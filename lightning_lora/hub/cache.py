@@ -14,7 +14,6 @@ import contextlib
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from lightning_lora.errors import CheckpointError
+from lightning_lora.files import own_name, remove_leftovers, written_beside
 from lightning_lora.hub.download import checksum
 from lightning_lora.hub.format.writing import local_path
 
@@ -66,7 +66,8 @@ class CachedRepository:
         """A new folder beside the blobs, for files that are not verified yet; gone afterwards."""
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            staged = self.folder / f".lightning_lora.{uuid.uuid4().hex[:8]}.tmp"
+            remove_leftovers(self.folder)
+            staged = self.folder / own_name(".lightning_lora.", ".tmp")
             staged.mkdir()
         try:
             yield staged
@@ -93,9 +94,8 @@ class CachedRepository:
         ref = self.folder.joinpath("refs", *revision.split("/"))
         with contextlib.suppress(OSError):  # a branch of today may be a folder of branches of yesterday
             ref.parent.mkdir(parents=True, exist_ok=True)
-            temporary = ref.with_name(f".{ref.name}.{uuid.uuid4().hex[:8]}.tmp")
-            temporary.write_text(commit, "utf-8")
-            os.replace(temporary, ref)
+            with written_beside(ref) as beside:
+                beside.write_text(commit, "utf-8")
 
     def _link(self, blob: Path, place: Path, temporary: Path) -> None:
         if place.is_symlink() and place.resolve() == blob.resolve():
@@ -129,10 +129,5 @@ def copy_files(files: list[Path], folder: Path) -> None:
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for file in files:
-            temporary = folder / f".{file.name}.{uuid.uuid4().hex[:8]}.tmp"
-            try:
-                shutil.copyfile(file, temporary)
-                os.replace(temporary, folder / file.name)
-            finally:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
+            with written_beside(folder / file.name) as beside:
+                shutil.copyfile(file, beside)

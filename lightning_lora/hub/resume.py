@@ -19,8 +19,8 @@ from urllib.parse import unquote
 from urllib.request import Request, urlopen
 
 from lightning_lora.errors import CheckpointError, HubNotFoundError, listed
+from lightning_lora.files import FULL, within_temporary_folder
 from lightning_lora.hub.download import SLOWEST, Remote
-from lightning_lora.hub.format.writing import FULL, within_temporary_folder
 from lightning_lora.hub.push.staging import CHECKPOINT
 
 # Of other kinds of repositories fsspec knows what to do.

@@ -37,8 +37,8 @@ from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import whole
 from lightning_lora.errors import TrainingError, listed
+from lightning_lora.files import remove_folder
 from lightning_lora.hub import adapter_root, save_adapter
-from lightning_lora.hub.format.writing import remove_folder
 from lightning_lora.hub.resume import is_local, local_path
 from lightning_lora.training.base_watch import BaseWatch
 from lightning_lora.training.calibrate import start_waiting

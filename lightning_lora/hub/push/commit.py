@@ -14,11 +14,12 @@ from torch import nn
 
 import lightning_lora
 from lightning_lora.errors import CheckpointError, HubAccessError, HubError, HubUnavailableError
+from lightning_lora.files import within_temporary_folder
 from lightning_lora.hub.adapters import save_adapter
 from lightning_lora.hub.card import RunFacts, merge_cards
 from lightning_lora.hub.client import DEADLINE, SLOWEST, retried
 from lightning_lora.hub.format.reading import CARD
-from lightning_lora.hub.format.writing import local_path, within_temporary_folder
+from lightning_lora.hub.format.writing import local_path
 from lightning_lora.hub.push.repository import Destination, HubRepository
 from lightning_lora.hub.push.staging import PICTURE, Staged, digest, stage
 
