@@ -25,7 +25,7 @@ from lightning_lora.engine import adapter_tensors
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import CheckpointError, listed
 from lightning_lora.files import FULL, flush, has_less_room, reason, written_beside
-from lightning_lora.hub.resume import is_local, is_on_hub, local_checkpoint, local_path
+from lightning_lora.training.checkpoint_address import is_local, is_on_hub, local_checkpoint, local_path
 
 # What `save_hyperparameters` keeps of a model: a base among the arguments must not go into every checkpoint.
 
