@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hanging import PATIENCE, no_hang
 from huggingface_hub import constants
 
 from lightning_lora import pull_adapter
-from lightning_lora.errors import HubIntegrityError, HubNotFoundError, HubUnavailableError
+from lightning_lora.errors import CheckpointError, HubIntegrityError, HubNotFoundError, HubUnavailableError
 from lightning_lora.hub import client as calls
 from lightning_lora.hub import download
 from tests.hub.models import changed_tensors
@@ -103,6 +104,16 @@ def test_a_repository_that_goes_away_in_the_middle_is_said_and_nothing_is_kept(h
     with pytest.raises(
         HubNotFoundError, match=f"does not know it .*while downloading .* of {ID} at {hub.commits(ID)[0].oid}"
     ):
+        pull_adapter(ID)
+    assert not cached()
+
+
+def test_a_disk_that_is_full_is_not_taken_for_a_hub_that_is_away(hub, cached, repository, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(CheckpointError, match="could not be written: No space left on device"):
         pull_adapter(ID)
     assert not cached()
 
