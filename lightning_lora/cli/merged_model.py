@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from torch import nn
 from lightning_lora.engine import merge
 from lightning_lora.engine.merge import shares_kept
 from lightning_lora.errors import CheckpointError, ConfigError, listed
+from lightning_lora.files import written_beside
 from lightning_lora.hub import load_adapter
 from lightning_lora.hub.export.consumers import CONSUMERS
 from lightning_lora.hub.format.reading import check_folder, open_tensors, read_config
@@ -164,18 +163,15 @@ def _is_tied(model: Any) -> bool:
 
 def _write(model: Any, source: ModelSource, output: Path) -> dict[str, int]:
     output = Path(os.path.realpath(output))
-    staged = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(staged)
-        _save_processor(source, staged)
-        if output.is_dir():
-            output.rmdir()
-        os.rename(staged, output)
+        with written_beside(output) as staged:
+            model.save_pretrained(staged)
+            _save_processor(source, staged)
+            if output.is_dir():
+                output.rmdir()
     except OSError as error:
         raise CheckpointError(f"The model could not be written to {output}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lightning_lora.files import written_beside
 
 # Aligned text tables: numbers to the right, words to the left.
 
@@ -45,9 +46,8 @@ CONFIG = "config.yaml"
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` to `path` whole or not at all. JSON has no NaN and no infinity: they become null."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

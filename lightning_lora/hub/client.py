@@ -19,11 +19,13 @@ from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
@@ -142,18 +144,23 @@ def _limit(request: Any) -> None:
 @functools.cache
 def _in_time(client: str) -> Any:
     """The class, in terms of the client's own library (httpx, or what took its place), of the body of an answer of
-    which nothing more is read once the call is over, even if a byte comes now and then."""
-    base: Any = importlib.import_module(client).SyncByteStream
+    which nothing more is read once the call is over, even if a byte comes now and then.
 
-    class InTime(base):
+    A connection that is reset counts as one that is cut: the client goes on with a download after a cut alone."""
+    library: Any = importlib.import_module(client)
+
+    class InTime(library.SyncByteStream):
         def __init__(self, stream: Any, until: float) -> None:
             self.stream, self.until = stream, until
 
         def __iter__(self) -> Iterator[bytes]:
-            for part in self.stream:
-                if time.monotonic() > self.until:
-                    raise HubUnavailableError("The time for this call to the Hub is over.")
-                yield part
+            try:
+                for part in self.stream:
+                    if time.monotonic() > self.until:
+                        raise HubUnavailableError("The time for this call to the Hub is over.")
+                    yield part
+            except library.ReadError as error:
+                raise library.RemoteProtocolError(str(error)) from error
 
         def close(self) -> None:
             self.stream.close()
@@ -232,25 +239,46 @@ def _of_status(http: HfHubHTTPError, doing: str) -> HubError:
     if status in (409, 412):
         return StaleError(f"The repository changed while {doing}.{said}")
     if status in _TRANSIENT:
-        unavailable = HubUnavailableError(f"The Hub answered with status {status} while {doing}.{said}")
+        headers = http.response.headers
+        seconds = None
         with contextlib.suppress(KeyError, ValueError):
-            headers = http.response.headers
-            unavailable.retry_after = float(headers[_ASKED] if _ASKED in headers else headers["Retry-After"])
+            seconds = float(headers[_ASKED] if _ASKED in headers else headers["Retry-After"])
+        again = "" if seconds is None else f" It asks to come again in {seconds:g} s."
+        unavailable = HubUnavailableError(f"The Hub answered with status {status} while {doing}.{said}{again}")
+        unavailable.retry_after = seconds
         return unavailable
+    has_token = "authorization" in http.response.request.headers
+    if isinstance(http, GatedRepoError):
+        who = "the user of this token has not been let in"
+        if not has_token:
+            who = "its files need a token of a user who was let in; log in with `hf auth login`"
+        return HubAccessError(f"The repository is gated, and {who} (status {status}), while {doing}.")
     if isinstance(http, RepositoryNotFoundError) and status in (401, 404):
+        if not has_token:
+            return HubNotFoundError(
+                f"The Hub knows no such public repository (status {status}), while {doing}. Check the name. If it is "
+                "private, log in with `hf auth login`, set HF_TOKEN, or pass token=."
+            )
         return HubNotFoundError(
             f"The Hub knows no such repository, or this token may not see it (status {status}), while {doing}. Check "
             f"the name, and the token with `hf auth whoami`.{said}"
         )
+    reads = http.response.request.method in ("GET", "HEAD")
+    if reads and isinstance(http, RevisionNotFoundError):
+        return HubNotFoundError(
+            f"The repository has no such revision, that is no branch, tag or commit of that name, while {doing}."
+        )
+    if reads and status == 404:
+        return HubNotFoundError(f"The Hub does not know it (status 404) while {doing}.{said}")
     if status == 401:
         return HubAccessError(
-            f"The Hub refused the token (status 401) while {doing}: it is wrong, expired or revoked. Log in with "
+            f"The token is wrong, expired or revoked: the Hub refused it (status 401) while {doing}. Log in with "
             f"`hf auth login`, or set HF_TOKEN.{said}"
         )
     if status == 403:
         return HubAccessError(
-            f"The token may not do this (status 403): {doing}. Make one with write access at "
-            f"https://huggingface.co/settings/tokens, or ask an owner of the repository.{said}"
+            f"The token may not do this (status 403): {doing}. Make one with write access (to pull, read access will "
+            f"do) at https://huggingface.co/settings/tokens, or ask an owner of the repository.{said}"
         )
     return HubError(f"The Hub refused with status {status} while {doing}.{said or f' {http}'}")
 

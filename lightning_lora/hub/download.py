@@ -1,46 +1,50 @@
-"""Files of one commit of a repository, over plain HTTP: sizes before, checksums after, an end to every wait.
+"""Files of one commit of a repository, fetched by the client of huggingface_hub and kept in its cache.
 
-The client's own download checks sizes alone, gives up where a connection is reset in the middle, and waits for ever
-where a server sends a byte now and then.
+The client's download compares sizes alone, so each checksum is compared here; and it waits for ever where a server
+sends a byte now and then, so each call has an end. Files are fetched into a staging folder: other programs read the
+cache, and find nothing there that was not checked.
+
+    models--user--name/
+      blobs/<checksum>             contents, by the sha256 of large files and by git's id of small ones
+      snapshots/<commit>/<file>    links to them (copies where the system has no links)
+      refs/<revision>              the commit that a branch or a tag meant when it was last asked for
+
+Names in blobs/ are checksums: what lies here can be verified again without the Hub.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
-import threading
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import build_hf_headers, get_session, get_token, hf_raise_for_status
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import get_token
 
 import lightning_lora
-from lightning_lora.errors import (
-    CheckpointError,
-    HubAccessError,
-    HubError,
-    HubIntegrityError,
-    HubNotFoundError,
-    HubUnavailableError,
-    closest,
-    listed,
-)
-from lightning_lora.hub.client import plain_token, retried, within
+from lightning_lora.errors import CheckpointError, HubError, HubIntegrityError, closest, listed
+from lightning_lora.files import own_name, remove_leftovers, written_beside
+from lightning_lora.hub.client import Api, plain_token, retried, within, without_progress_bars
+from lightning_lora.hub.format.writing import local_path
 
 T = TypeVar("T")
 
 SLOWEST = 16_000
 """Bytes per second below which a download counts as hung."""
-_CHUNK = 1 << 20
-_MOST_PAGES = 20
 _TRIES = 3
 """How often content with a wrong checksum is fetched before it is given up."""
+_MOST_MODELS = 1000
+"""Of one owner, among which a name that is like a misspelt one is looked for."""
 
 
 @dataclass(frozen=True)
@@ -60,254 +64,212 @@ class Remote:
     def __init__(
         self, repo_id: str, *, endpoint: str | None, token: str | bool | None, timeout: float, subfolder: str = ""
     ) -> None:
-        self.repo_id = repo_id
-        self.subfolder = subfolder
-        self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self.timeout = timeout
-        given = get_token() if token in (None, True) else token or None
-        self._token = None if given is None else plain_token(str(given))
+        self.repo_id, self.subfolder, self.timeout = repo_id, subfolder, timeout
+        given = get_token() if token in (None, True) else token
+        self.api = Api(
+            endpoint=endpoint,
+            token=plain_token(str(given)) if given else False,
+            library_name="lightning_lora",
+            library_version=lightning_lora.__version__,
+        )
 
     def commit_of(self, revision: str) -> str:
         """The commit that `revision` means now. Raises a HubError that says why there is none."""
-        url = f"{self.endpoint}/api/models/{self.repo_id}/revision/{quote(revision, safe='')}"
-        data = self._ask("GET", url, revision, params={"expand": "sha"})
-        commit = data.get("sha") if isinstance(data, dict) else None
-        if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise HubError(f"{self.endpoint} names no commit for {self.repo_id} at {revision!r}, but {commit!r}.")
+        doing = f"looking for {self.repo_id} at {revision!r}"
+        commit = self._ask(doing, self.api.model_info, self.repo_id, revision=revision, expand=["sha"]).sha
+        if not isinstance(commit, str) or not _is_checksum(commit, 40):
+            raise HubError(f"{self.api.endpoint} names no commit for {self.repo_id} at {revision!r}, but {commit!r}.")
         return commit
 
-    def listed(self, commit: str, names: list[str]) -> dict[str, RemoteFile]:
-        """Those of the files `names` that `commit` has in the subfolder."""
-        paths = {f"{self.subfolder}/{name}" if self.subfolder else name: name for name in names}
-        url = f"{self.endpoint}/api/models/{self.repo_id}/paths-info/{commit}"
-        try:
-            entries = self._ask("POST", url, commit, data={"paths": list(paths), "expand": "false"})
-        except (HubAccessError, HubUnavailableError):
-            raise
-        except HubError:  # mirrors of the Hub know trees better
-            entries = None
-        if not isinstance(entries, list) or not entries:
-            entries = self._tree(commit)
-        found = {}
-        for entry in entries:
-            if isinstance(entry, dict) and entry.get("type") == "file" and entry.get("path") in paths:
-                found[paths[entry["path"]]] = _remote_file(entry)
-        return found
+    def entries(self, commit: str) -> dict[str, RemoteFile | None]:
+        """What lies in the subfolder of `commit`, or at its top, by its name there; None for a folder."""
 
-    def names(self, commit: str) -> list[str]:
-        """What lies in the subfolder of `commit`, or at its top."""
-        entries = [entry for entry in self._tree(commit) if isinstance(entry, dict)]
-        return [entry["path"] for entry in entries if isinstance(entry.get("path"), str)]
+        def look() -> list[Any]:
+            try:
+                return list(self.api.list_repo_tree(self.repo_id, self.subfolder or None, revision=commit))
+            except EntryNotFoundError:  # there is no such folder
+                return []
 
-    def _tree(self, commit: str) -> list[Any]:
-        entries: list[Any] = []
-        folder = f"/{quote(self.subfolder)}" if self.subfolder else ""
-        url: str | None = f"{self.endpoint}/api/models/{self.repo_id}/tree/{commit}{folder}"
-        for _ in range(_MOST_PAGES):
-            # The token goes nowhere else, whatever the link to the next page says.
-            if url is None or not url.startswith(f"{self.endpoint}/"):
-                break
-            page, url = self._page("GET", url, commit)
-            entries += page if isinstance(page, list) else []
-        return entries
+        found = self._ask(f"listing the files of {self.repo_id} at {commit}", look)
+        return {entry.path.rpartition("/")[2]: _file(entry) if isinstance(entry, RepoFile) else None for entry in found}
 
-    def fetch(self, commit: str, file: RemoteFile, path: Path) -> None:
-        """Write the content of `file` to `path`. Raises HubIntegrityError where it is not what the Hub listed, and
-        HubUnavailableError where it did not arrive in time."""
-        url = f"{self.endpoint}/{self.repo_id}/resolve/{commit}/{quote(file.name)}"
+    def fetch(self, commit: str, file: RemoteFile, staged: Path) -> Path:
+        """Download `file` into the folder `staged`, at its name with its folder. Raises HubIntegrityError where it is
+        not what the Hub listed, and HubUnavailableError where it did not arrive in time."""
         until = time.monotonic() + self.timeout + file.size / SLOWEST
-        doing = f"downloading {file.name} of {self.repo_id}"
+        doing = f"downloading {file.name} of {self.repo_id} at {commit}"
+        place = staged / file.name
         for _ in range(_TRIES):
-            path.unlink(missing_ok=True)
-            retried(lambda: self._going_on(until, doing, url, commit, file, path), until=until)
-            if checksum(path, file.checksum) == file.checksum:
-                return
-        path.unlink(missing_ok=True)
+            self._ask(doing, self._download, commit, file.name, staged, until=until)
+            if checksum(place, file.checksum) == file.checksum:
+                return place
+            place.unlink()
         raise HubIntegrityError(
             f"{file.name} of {self.repo_id} at {commit} arrived {_TRIES} times with another checksum than the Hub's "
             f"{file.checksum}. Nothing of it was kept. Something between the Hub and this machine changes it."
         )
 
-    def _going_on(self, until: float, doing: str, url: str, commit: str, file: RemoteFile, path: Path) -> None:
-        """Connect again at once for as long as each connection brings some of `file`."""
-        while True:
-            before = path.stat().st_size if path.exists() else 0
-            try:
-                return self._within(until, doing, self._stream, url, commit, file, path)
-            except HubUnavailableError as error:
-                grown = (path.stat().st_size if path.exists() else 0) - before
-                if error.retry_after is not None or grown <= 0 or time.monotonic() >= until:
-                    raise
-
-    def _stream(self, gone: threading.Event, url: str, commit: str, file: RemoteFile, path: Path) -> None:
-        """One connection's worth of `file`, from where `path` ends."""
-        have = path.stat().st_size if path.exists() else 0
-        headers = {**self._headers(), "Accept-Encoding": "identity"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        with get_session().stream("GET", url, headers=headers, timeout=self._patience) as response:
-            if response.status_code >= 400:
-                response.read()
-            if response.status_code == 416:  # all was there already, or more
-                path.unlink()
-                raise HubUnavailableError(f"The Hub has no more of {file.name} than {have:,} bytes.")
-            self._raise_for_status(response, commit)
-            begins = re.match(rf"bytes {have}-", response.headers.get("Content-Range", ""))
-            goes_on = have > 0 and response.status_code == 206 and begins is not None
-            self._write(gone, response, file, path, have if goes_on else 0)
-
-    def _write(self, gone: threading.Event, response: Any, file: RemoteFile, path: Path, have: int) -> None:
-        begun, before = time.monotonic(), have
+    def _download(self, commit: str, name: str, staged: Path) -> None:
         try:
-            with open(path, "ab" if have else "wb") as target:
-                for chunk in response.iter_bytes():
-                    have += len(chunk)
-                    taken = time.monotonic() - begun
-                    if gone.is_set() or have > file.size or taken > self._patience + (have - before) / SLOWEST:
-                        break
-                    target.write(chunk)
-        except OSError as error:
+            self.api.hf_hub_download(
+                self.repo_id, name, revision=commit, local_dir=staged, cache_dir=staged, etag_timeout=self._patience
+            )
+        except OSError as error:  # errors of the network have no errno, those of connections aside
             if error.errno is None or isinstance(error, (ConnectionError, TimeoutError)):
                 raise
-            raise CheckpointError(f"{path} could not be written: {error.strerror}.") from error
-        if have < file.size:
-            raise HubUnavailableError(f"The connection ended after {have:,} of {file.size:,} bytes of {file.name}.")
-        if have > file.size:
-            path.unlink()
-            raise HubIntegrityError(
-                f"{file.name} of {self.repo_id} is longer than the {file.size:,} bytes that it is listed with."
-            )
+            raise CheckpointError(f"{staged / name} could not be written: {error.strerror}.") from error
 
-    # Questions.
+    def _ask(self, doing: str, call: Callable[..., T], *args: Any, until: float | None = None, **kwargs: Any) -> T:
+        """`call(...)`, repeated where that may help, until `until` (time.monotonic): by default, for `timeout`. A
+        question that hangs is asked again; a download goes on by itself."""
+        most = self._patience if until is None else float("inf")
+        until = time.monotonic() + self.timeout if until is None else until
 
-    def _ask(self, method: str, url: str, revision: str, **content: Any) -> Any:
-        return self._page(method, url, revision, **content)[0]
+        def once() -> T:
+            return within(min(until - time.monotonic(), most), doing, call, *args, **kwargs)
 
-    def _page(self, method: str, url: str, revision: str, **content: Any) -> tuple[Any, str | None]:
-        """The JSON of an answer, and where the next page of it is."""
-        until = time.monotonic() + self.timeout
-
-        def ask(gone: threading.Event) -> tuple[Any, str | None]:
-            response = get_session().request(
-                method, url, headers=self._headers(), timeout=self._patience, follow_redirects=True, **content
-            )
-            self._raise_for_status(response, revision)
-            return response.json(), response.links.get("next", {}).get("url")
-
-        return retried(lambda: self._within(until, f"asking for {self.repo_id}", ask), until=until)
-
-    def _within(self, until: float, doing: str, call: Callable[..., T], *args: Any) -> T:
-        """`call(gone, *args)`, where `gone` is set once nobody waits for it any more."""
-        gone = threading.Event()
         try:
-            return within(until - time.monotonic(), doing, call, gone, *args)
-        except HubUnavailableError as error:
-            retry_after = error.retry_after
-            if retry_after is not None and time.monotonic() + retry_after > until:
-                raise HubUnavailableError(f"{error} It asks to come again in {retry_after:g} s.") from error
+            with without_progress_bars():
+                return retried(once, until=until)
+        except HubError as error:
+            if isinstance(error.__cause__, GatedRepoError):
+                error.args = (f"{error} Ask for access at {self.api.endpoint}/{self.repo_id}.",)
+            elif isinstance(error.__cause__, RepositoryNotFoundError):
+                error.args = (f"{error}{self._whose()}{self._meant()}",)
             raise
-        finally:
-            gone.set()
 
     @property
     def _patience(self) -> float:
-        """Seconds without a byte after which a connection is tried anew."""
+        """Seconds without an answer after which a question is asked anew."""
         return max(self.timeout / 3, 0.1)
 
-    def _headers(self) -> dict[str, str]:
-        return build_hf_headers(
-            token=self._token or False, library_name="lightning_lora", library_version=lightning_lora.__version__
-        )
+    # What makes a message better is asked for once, and may fail.
 
-    # What a refusal means.
-
-    def _raise_for_status(self, response: Any, revision: str) -> None:
-        try:
-            hf_raise_for_status(response)
-        except GatedRepoError as error:
-            raise HubAccessError(self._gated()) from error
-        except RevisionNotFoundError as error:
-            raise HubNotFoundError(
-                f"{self.repo_id} has no revision {revision!r}: no branch, tag or commit of that name."
-            ) from error
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status == 401 or isinstance(error, RepositoryNotFoundError):
-                raise self._absent(error) from error
-            if status == 403:
-                raise HubAccessError(
-                    f"The token may not read {self.repo_id} (status 403). Give it read access to this repository at "
-                    f"{self.endpoint}/settings/tokens, or pass another as token=."
-                ) from error
-            if status == 404:
-                raise HubNotFoundError(f"{self.endpoint} does not know {self.repo_id} at {revision!r}.") from error
-            raise
-
-    def _gated(self) -> str:
-        if self._token is None:
-            return (
-                f"{self.repo_id} is gated: its files need a token of a user who was let in. Ask for access at "
-                f"{self.endpoint}/{self.repo_id}, then log in with `hf auth login` or pass token=."
-            )
-        return (
-            f"{self.repo_id} is gated, and the user of this token has not been let in. Ask for access at "
-            f"{self.endpoint}/{self.repo_id}."
-        )
-
-    def _absent(self, error: HfHubHTTPError) -> HubError:
-        """Why the Hub says that there is no such repository: it does not tell a private one from one that is not."""
-        wrong = HubAccessError(
-            f"The token is wrong, expired or revoked, so {self.endpoint} refuses it (status 401). "
-            "Log in with `hf auth login`, set HF_TOKEN, or pass another as token=."
-        )
-        if "Invalid credentials" in (error.response.headers.get("X-Error-Message") or ""):
-            return wrong
-        if self._token is None:
-            return HubNotFoundError(
-                f"There is no public repository {self.repo_id!r} at {self.endpoint}.{self._meant()} If it is private, "
-                "log in with `hf auth login`, set HF_TOKEN, or pass token=."
-            )
-        status, who = self._try("/api/whoami-v2")
-        if status == 401:
-            return wrong
-        user = f"The user {who['name']!r}" if isinstance(who, dict) and "name" in who else "The user of this token"
-        return HubNotFoundError(
-            f"{user} finds no repository {self.repo_id!r} at {self.endpoint}.{self._meant()} Either the name is "
-            "misspelt, or the repository is private and this token may not read it."
-        )
+    def _whose(self) -> str:
+        with contextlib.suppress(HubError, LookupError, TypeError):
+            if self.api.token:
+                user = within(self._patience, "asking whose the token is", self.api.whoami)["name"]
+                return f" The token is that of {user!r}."
+        return ""
 
     def _meant(self) -> str:
-        owner, slash, name = self.repo_id.partition("/")
-        _, repositories = self._try("/api/models", author=owner) if slash else (0, None)
-        entries = repositories if isinstance(repositories, list) else []
-        names = [str(entry.get("id")).rpartition("/")[2] for entry in entries if isinstance(entry, dict)]
-        near = closest(name, names)
-        return f" Did you mean {listed(repr(f'{owner}/{n}') for n in near)}?" if near else ""
+        def names() -> list[str]:
+            owner = self.repo_id.partition("/")[0]
+            return [model.id for model in self.api.list_models(author=owner, limit=_MOST_MODELS)]
 
-    def _try(self, path: str, **query: str) -> tuple[int, Any]:
-        """The status and the JSON of an answer that only makes a message better: no second try, no error."""
-        try:
-            response = get_session().get(
-                f"{self.endpoint}{path}", params=query, headers=self._headers(), timeout=min(self._patience, 5.0)
-            )
-            return response.status_code, response.json()
-        except Exception:
-            return 0, None
+        with contextlib.suppress(HubError):
+            near = closest(self.repo_id, within(self._patience, "looking for names like it", names))
+            return f" Did you mean {listed(map(repr, near))}?" if near else ""
+        return ""
 
 
 def checksum(path: Path, like: str) -> str:
     """The checksum of the file, of the kind that `like` is: sha256, or git's id of a blob."""
     digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def _remote_file(entry: dict[str, Any]) -> RemoteFile:
-    large = entry.get("lfs") or {}
-    size, content = large.get("size", entry.get("size")), str(large.get("oid", entry.get("oid")))
-    is_checksum = re.fullmatch(r"[0-9a-f]{64}" if large else r"[0-9a-f]{40}", content) is not None
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0 or not is_checksum:
-        raise HubError(f"The Hub lists {entry.get('path')!r} without a size and a checksum: {str(entry)[:200]}.")
-    return RemoteFile(entry["path"], size, content)
+def _is_checksum(text: str, digits: int) -> bool:
+    return re.fullmatch(rf"[0-9a-f]{{{digits}}}", text) is not None
+
+
+def _file(entry: RepoFile) -> RemoteFile:
+    sum_ = str(entry.lfs.sha256 if entry.lfs else entry.blob_id)
+    if not isinstance(entry.size, int) or entry.size < 0 or not _is_checksum(sum_, 64 if entry.lfs else 40):
+        raise HubError(f"The Hub lists {entry.path!r} without a size and a checksum: {entry!r:.200}.")
+    return RemoteFile(entry.path, entry.size, sum_)
+
+
+class CachedRepository:
+    """What the cache holds of one repository."""
+
+    def __init__(self, repo_id: str, cache_dir: str | os.PathLike[str] | None, subfolder: str = "") -> None:
+        cache = local_path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
+        self.folder = cache / "--".join(["models", *repo_id.split("/")])
+        self._subfolder = subfolder
+
+    def commit_of(self, revision: str) -> str | None:
+        """The commit that `revision` meant when it was last asked for."""
+        if _is_checksum(revision, 40):
+            return revision
+        with contextlib.suppress(OSError, ValueError):
+            commit = self.folder.joinpath("refs", *revision.split("/")).read_text("utf-8").strip()
+            return commit if _is_checksum(commit, 40) else None
+        return None
+
+    def snapshot(self, commit: str) -> Path:
+        """The adapter's place in what the cache has of `commit`."""
+        return self.folder / "snapshots" / commit / self._subfolder
+
+    def blob(self, checksum: str) -> Path:
+        return self.folder / "blobs" / checksum
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether the content of a file in a snapshot is still the one that was fetched."""
+        target = path.resolve()
+        if not target.is_file():
+            return False
+        if target.parent == self.blob("").resolve() and len(target.name) in (40, 64):
+            return checksum(target, target.name) == target.name
+        # A copy. Its own checksum is the name of its blob, of the one or the other kind.
+        return any(self.blob(checksum(target, like)).is_file() for like in ("-" * 64, "-" * 40))
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A new folder beside the blobs, for files that are not checked yet; gone afterwards."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+            staged = self.folder / own_name(".lightning_lora.", ".tmp")
+            staged.mkdir()
+        try:
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def keep(self, commit: str, files: Mapping[str, tuple[Path, str]]) -> None:
+        """Move what was checked (name -> file, checksum) to where `commit` has it."""
+        snapshot = self.snapshot(commit)
+        with writing(self.folder):
+            snapshot.mkdir(parents=True, exist_ok=True)
+            self.blob("").mkdir(exist_ok=True)
+            for name, (file, sum_) in files.items():
+                blob, place = self.blob(sum_), snapshot / name
+                if not file.is_symlink():
+                    os.replace(file, blob)
+                if not (place.is_symlink() and place.resolve() == blob.resolve()):
+                    with written_beside(place) as beside:
+                        link_or_copy(blob, beside)
+
+    def remember(self, revision: str, commit: str) -> None:
+        """Note what `revision` means now, for when the Hub is out of reach."""
+        if revision == commit:
+            return
+        ref = self.folder.joinpath("refs", *revision.split("/"))
+        with contextlib.suppress(OSError):  # a branch of today may be a folder of branches of yesterday
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            with written_beside(ref) as beside:
+                beside.write_text(commit, "utf-8")
+
+
+@contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """A disk that fails is a CheckpointError that says where."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"The cache could not be written at {where}: {error.strerror or error}. "
+            "Give another place as cache_dir=, or set HF_HOME."
+        ) from error
+
+
+def link_or_copy(file: Path, place: Path) -> None:
+    """Make `place` a relative link to `file`, or a copy where the system has no links."""
+    try:
+        os.symlink(os.path.relpath(file, place.parent), place)
+    except OSError:
+        shutil.copyfile(file, place)

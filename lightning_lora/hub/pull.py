@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from lightning_lora.errors import (
     HubUnavailableError,
     listed,
 )
-from lightning_lora.hub.cache import CachedRepository, copy_files, link_or_copy
-from lightning_lora.hub.download import Remote, RemoteFile, checksum
+from lightning_lora.files import written_beside
+from lightning_lora.hub.download import CachedRepository, Remote, RemoteFile, checksum, link_or_copy, writing
 from lightning_lora.hub.format.inspection import LARGEST_CONFIG, check_adapter, checked_config
 from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS, foreign_layout
 from lightning_lora.hub.format.writing import HubAddress, hub_address, local_path
@@ -141,8 +141,12 @@ def pull(
             cache.remember(revision, commit)
     if folder is None:
         return found
-    # The config last: a folder without one is no adapter yet.
-    copy_files([found.folder / name for name in (TENSORS, CARD, CONFIG) if name in found.files], folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # The config last: a folder without one is no adapter yet.
+        for name in [name for name in (TENSORS, CARD, CONFIG) if name in found.files]:
+            with written_beside(folder / name) as beside:
+                shutil.copyfile(found.folder / name, beside)
     return Pulled(folder, repo_id, found.commit, found.files, found.fetched)
 
 
@@ -201,12 +205,25 @@ def _is_path(value: Any) -> bool:
     return not any(part in ("", ".", "..") or re.search(r"[\0\\:]", part) for part in parts)
 
 
-def _from_cache(cache: CachedRepository, repo_id: str, commit: str, ignore_fields: Collection[str]) -> Pulled | None:
-    """What was pulled earlier, checked again; None where the cache has not all of it, or not as it was."""
+def _from_cache(
+    cache: CachedRepository,
+    repo_id: str,
+    commit: str,
+    ignore_fields: Collection[str],
+    files: Mapping[str, RemoteFile] | None = None,
+) -> Pulled | None:
+    """What was pulled earlier, checked again; None where the cache has not all of it, or not as it was. That is told by
+    the Hub's list in `files`, or else by the names that the cache gave to contents."""
     folder = cache.snapshot(commit)
+
+    def is_whole(name: str) -> bool:
+        if files is None:
+            return cache.is_whole(folder / name)
+        return name in files and checksum(folder / name, files[name].checksum) == files[name].checksum
+
     try:
         there = [name for name in _FILES if (folder / name).exists()]
-        if not all(name in there for name in _REQUIRED) or not all(cache.is_whole(folder / name) for name in there):
+        if not {*_REQUIRED} <= {*there} or not all(map(is_whole, there)):
             return None
     except OSError:
         return None
@@ -224,38 +241,24 @@ def _offline(repo_id: str, revision: str, cache: CachedRepository, known: str | 
 def _fetch(
     remote: Remote, cache: CachedRepository, commit: str, max_bytes: int, ignore_fields: Collection[str]
 ) -> Pulled:
-    files = remote.listed(commit, _FILES)
+    entries = remote.entries(commit)
+    files = {name: file for name in _FILES if (file := entries.get(name)) is not None}
     missing = [name for name in _REQUIRED if name not in files]
     if missing:
-        raise AdapterFormatError(f"{_where(remote, commit)} lacks {' and '.join(missing)}. {_what(remote, commit)}")
+        where = f"{f'{remote.subfolder} of ' if remote.subfolder else ''}{remote.repo_id} at {commit}"
+        raise AdapterFormatError(f"{where} lacks {' and '.join(missing)}. {_instead(entries, remote.subfolder)}")
     for file in files.values():
         _check_size(remote, file, max_bytes)
-    folder = cache.snapshot(commit)
-    there = _held(folder, files)
-    fetched = False
-    if there != list(files):
-        try:
-            fetched = _into_cache(remote, cache, commit, files, ignore_fields)
-            there = list(files)
-        except CheckpointError:
-            if not all(name in there for name in _REQUIRED):
-                raise
-            # A cache that others fill, often without the card, and that may only be read.
-    if not fetched:
-        check_adapter(folder, ignore_fields)
-    return Pulled(folder, remote.repo_id, commit, {n: files[n].size for n in _FILES if n in there}, fetched)
-
-
-def _held(folder: Path, files: Mapping[str, RemoteFile]) -> list[str]:
-    """Those of `files` that lie in `folder` as the Hub has them."""
+    found = _from_cache(cache, remote.repo_id, commit, ignore_fields, files)
+    if found is not None and found.files.keys() == files.keys():
+        return found
     try:
-        return [
-            name
-            for name, file in files.items()
-            if (folder / name).is_file() and checksum(folder / name, file.checksum) == file.checksum
-        ]
-    except OSError:
-        return []
+        fetched = _into_cache(remote, cache, commit, files, ignore_fields)
+    except CheckpointError:
+        if found is None:
+            raise
+        return found  # a cache that others fill, often without the card, and that may only be read
+    return Pulled(cache.snapshot(commit), remote.repo_id, commit, {n: f.size for n, f in files.items()}, fetched)
 
 
 def _into_cache(
@@ -268,47 +271,34 @@ def _into_cache(
     """Have all of `files` in the cache, checked; returns whether anything came over the network."""
     fetched = False
     with cache.staging() as staged:
-        for name in (name for name in _FILES if name in files):
-            file, blob = files[name], cache.blob(files[name].checksum)
-            if blob.is_file() and blob.stat().st_size == file.size and checksum(blob, file.checksum) == file.checksum:
-                link_or_copy(blob, staged / name)
-            else:
-                remote.fetch(commit, file, staged / name)
-                fetched = True
-            if name == CONFIG:
-                with _about(remote, commit, staged):
-                    checked_config(staged, ignore_fields)
-        with _about(remote, commit, staged):
-            check_adapter(staged, ignore_fields)
-        cache.keep(staged, commit, {name: file.checksum for name, file in files.items()})
+        folder = staged / remote.subfolder
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for name, file in files.items():
+                blob = cache.blob(file.checksum)
+                if blob.is_file() and checksum(blob, file.checksum) == file.checksum:
+                    link_or_copy(blob, folder / name)
+                else:
+                    remote.fetch(commit, file, staged)
+                    fetched = True
+                if name == CONFIG:
+                    checked_config(folder, ignore_fields)
+            check_adapter(folder, ignore_fields)
+        except AdapterFormatError as error:  # names the repository: the folder will be gone
+            place = f"{remote.repo_id}@{commit[:12]}"
+            raise AdapterFormatError(str(error).replace(str(staged), place)) from error
+        cache.keep(commit, {name: (folder / name, file.checksum) for name, file in files.items()})
     return fetched
 
 
-def _where(remote: Remote, commit: str) -> str:
-    return f"{f'{remote.subfolder} of ' if remote.subfolder else ''}{remote.repo_id} at {commit}"
-
-
-def _what(remote: Remote, commit: str) -> str:
+def _instead(entries: Mapping[str, RemoteFile | None], subfolder: str) -> str:
     """What is there instead of an adapter."""
-    try:
-        there = remote.names(commit)
-    except HubNotFoundError:  # there is no such folder
-        there = []
-    if foreign := foreign_layout(there):
+    paths = {name: f"{subfolder}/{name}" if subfolder else name for name in entries}
+    if foreign := foreign_layout(paths.values()):
         return f"It looks like {foreign}."
-    known = f"It holds: {listed(sorted(there)) or 'nothing'}."
-    folders = [name for name in there if "." not in name.rpartition("/")[2]]
+    known = f"It holds: {listed(sorted(paths.values())) or 'nothing'}."
+    folders = [paths[name] for name, file in entries.items() if file is None]
     return known + (f" If it lies in one of its folders, say subfolder={folders[0]!r}." if folders else "")
-
-
-@contextmanager
-def _about(remote: Remote, commit: str, staged: Path) -> Iterator[None]:
-    """Errors about files in `staged` name the repository instead: the folder will be gone."""
-    try:
-        yield
-    except AdapterFormatError as error:
-        place = "/".join(filter(None, (f"{remote.repo_id}@{commit[:12]}", remote.subfolder)))
-        raise AdapterFormatError(str(error).replace(str(staged), place)) from error
 
 
 def _check_size(remote: Remote, file: RemoteFile, max_bytes: int) -> None:

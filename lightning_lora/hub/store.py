@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_lora.errors import BankError, ConfigError
+from lightning_lora.files import own_name, remove_leftovers
 from lightning_lora.hub.format.mapped import MappedTensors
-from lightning_lora.hub.format.writing import own_name, remove_leftovers
 
 
 class DiskStore:
@@ -49,13 +49,11 @@ class DiskStore:
             self._folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up there
             hashed = hashlib.sha256(name.encode()).hexdigest()[:32]
             path = self._folder / f"{hashed}-{next(self._numbers)}.safetensors"
-            beside = path.with_suffix(".tmp")
             try:
-                save_file({"row": row.contiguous()}, beside)
-                os.replace(beside, path)
+                save_file({"row": row.contiguous()}, path)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    beside.unlink()
+                    path.unlink()
                 raise
         except (OSError, SafetensorError) as error:
             raise BankError(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ from huggingface_hub import cached_assets_path
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import CheckpointError, ConfigError, listed
+from lightning_lora.files import written_beside
 from lightning_lora.hub.download import checksum
-from lightning_lora.hub.format.writing import own_name, remove_leftovers
 
 
 def converted(file: Path) -> Path:
@@ -32,16 +30,12 @@ def converted(file: Path) -> Path:
         if folder.is_dir():
             return folder
         rank_zero_info(f"{file.name} is converted for transformers, once, and kept in {folder}")
-        remove_leftovers(folder.parent)
-        staged = folder.with_name(own_name(f".{name}.", ".tmp"))
         try:
-            _convert(file, staged)
-            os.rename(staged, folder)
+            with written_beside(folder) as staged:
+                _convert(file, staged)
         except OSError:
             if not folder.is_dir():  # else another process was quicker
                 raise
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
             f"The model in {file} could not be converted: {error}. It is written to huggingface_hub's cache for "

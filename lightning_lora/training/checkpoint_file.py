@@ -11,7 +11,8 @@ import pickle
 import zipfile
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from lightning_lora.engine import adapter_tensors
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.errors import CheckpointError, listed
-from lightning_lora.hub.format.writing import FULL, has_less_room, own_name, reason, remove_leftovers
-from lightning_lora.hub.resume import is_local, is_on_hub, local_checkpoint, local_path
+from lightning_lora.files import FULL, flush, has_less_room, reason, written_beside
+from lightning_lora.training.checkpoint_address import is_local, is_on_hub, local_checkpoint, local_path
 
 # What `save_hyperparameters` keeps of a model: a base among the arguments must not go into every checkpoint.
 
@@ -238,21 +239,18 @@ class WholeFileIO(_Host):
             if not is_local(path):
                 super().save_checkpoint(checkpoint, path, storage_options)
                 return
-            with _written_beside(local_path(path)) as beside:
-                super().save_checkpoint(checkpoint, beside, storage_options)
+            with _said(local_path(path)), written_beside(Path(local_path(path))) as beside:
+                super().save_checkpoint(checkpoint, str(beside), storage_options)
+                flush(beside)
         finally:
             torch.serialization.set_crc32_options(sums)
 
 
 @contextmanager
-def _written_beside(path: str) -> Iterator[str]:
-    """A path beside `path` to write to; it takes the place of `path` once it is whole, and is gone if it never is."""
-    remove_leftovers(os.path.dirname(path))
-    beside = own_name(f"{path}.", ".partial")  # two runs may write one checkpoint: the last one stays, whole
+def _said(path: str) -> Iterator[None]:
+    """An error of the disk says which checkpoint was not written, and what to do."""
     try:
-        yield beside
-        _flush_to_disk(beside)
-        os.replace(beside, path)
+        yield
     except OSError as error:
         why = f"({error.strerror or error}). Earlier checkpoints are as they were."
         if error.errno in FULL and has_less_room(path):
@@ -260,14 +258,3 @@ def _written_beside(path: str) -> Iterator[str]:
         else:
             advice = "Free some space, or check the folder's permissions."
         raise CheckpointError(f"The checkpoint {path} could not be written {why} {advice}") from error
-    finally:
-        with suppress(OSError):
-            os.remove(beside)
-
-
-def _flush_to_disk(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

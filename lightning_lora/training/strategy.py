@@ -37,9 +37,8 @@ from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import whole
 from lightning_lora.errors import TrainingError, listed
+from lightning_lora.files import remove_folder
 from lightning_lora.hub import adapter_root, save_adapter
-from lightning_lora.hub.format.writing import remove_folder
-from lightning_lora.hub.resume import is_local, local_path
 from lightning_lora.training.base_watch import BaseWatch
 from lightning_lora.training.calibrate import start_waiting
 from lightning_lora.training.checkpoint import (
@@ -50,6 +49,7 @@ from lightning_lora.training.checkpoint import (
     checkpoint_adapter,
     checkpoint_metadata,
 )
+from lightning_lora.training.checkpoint_address import is_local, local_path
 from lightning_lora.training.checkpoint_file import leave_out_base, read_checkpoint, write_whole_files
 from lightning_lora.training.resume import ExactResume
 from lightning_lora.training.run_state import changed_buffers, restore_buffers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,11 @@ __all__ = ["hub", "xet"]
 
 @pytest.fixture
 def short_waits(monkeypatch):
-    """Between one try and the next."""
+    """Between one try and the next, of ours and of the client's."""
     monkeypatch.setattr(calls, "WAITS", (0.05, 0.1, 0.2, 0.2))
+    quick = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(seconds / 20)})
+    for module in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
+        monkeypatch.setattr(f"{module}.time", quick)
 
 
 @pytest.fixture(scope="module")

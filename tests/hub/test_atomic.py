@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lightning_lora.hub.format import writing as atomic
-from lightning_lora.hub.format.writing import write_folder
+from lightning_lora import files as atomic
+from lightning_lora.files import write_folder
 
 FILES = {"small": b"abc" * 1000, "large": b"w" * (3 << 20), "empty": b""}
 

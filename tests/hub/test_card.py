@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_update
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.hub.card import RunFacts, merge_cards, model_card
-from lightning_lora.hub.curve import curve_picture
 from lightning_lora.hub.format.config import to_peft
 
 
@@ -135,13 +134,6 @@ def test_a_local_base_in_somebody_elses_card_is_taken_out() -> None:
     assert "base_model: user/other" in merge_cards(
         card(FACTS, base_model=None), theirs.replace("/home/ann/base", "user/other")
     )
-
-
-def test_the_curve_is_a_picture_once_there_are_two_points() -> None:
-    assert curve_picture([(1, {"val_loss": 1.0})]) is None
-    picture = curve_picture([(1, {"val_loss": 1.0, "val_acc": 0.1}), (2, {"val_loss": 0.5, "val_acc": float("inf")})])
-    assert picture is not None
-    assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("path", ["/home/me/base", "./base", "../models/base", "~/base", r"C:\\models\\base", "tests"])

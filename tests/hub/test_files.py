@@ -26,11 +26,11 @@ from lightning_lora import (
     load_adapter,
     save_adapter,
 )
+from lightning_lora import files as atomic
 from lightning_lora.engine.state import describe_base
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
 from lightning_lora.hub import adapter_root
 from lightning_lora.hub import adapters as files
-from lightning_lora.hub.format import writing as atomic
 from tests.hub.models import (
     Linears,
     assert_same,
@@ -220,7 +220,7 @@ def _listing(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize(("where", "broken"), [(atomic, "_write"), (atomic, "_sync"), (atomic, "_exchange")])
+@pytest.mark.parametrize(("where", "broken"), [(atomic, "_write"), (atomic, "flush"), (atomic, "_exchange")])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_save_that_fails_leaves_the_folder_as_it_was(adapted, folder, monkeypatch, where, broken, error):
     before = _listing(folder.parent)

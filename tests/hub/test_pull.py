@@ -40,7 +40,7 @@ def fresh(source):
 
 
 def test_only_the_adapter_is_fetched_all_of_it_from_one_commit(hub, repository, files, tmp_path):
-    hub.fail("stale", path="paths-info")  # somebody commits between the question and the download
+    hub.fail("stale", path="/tree/")  # somebody commits between the question and the download
     before = hub.commits(ID)[0].oid
     folder = pull_adapter(ID)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
@@ -83,13 +83,12 @@ def test_a_second_pull_fetches_only_what_changed(hub, repository):
     hub.commit(ID, {"README.md": b"# new"})
     hub.requests.clear()
     assert (pull_adapter(ID) / "README.md").read_bytes() == b"# new"
-    assert [r.path.rpartition("/")[2] for r in hub.requested("/resolve/")] == ["README.md"]
+    assert [r.path.rpartition("/")[2] for r in hub.requested("/resolve/", "GET")] == ["README.md"]
 
 
-@pytest.mark.parametrize("status", [404, 405])
-def test_a_mirror_that_lists_only_trees_will_do(hub, repository, files, status):
+def test_a_mirror_that_lists_only_trees_will_do(hub, repository, files):
     hub.page_size = 2
-    hub.fail(status, path="/paths-info/")
+    hub.fail(404, path="/paths-info/", times=100)
     folder = pull_adapter(ID)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
@@ -158,16 +157,16 @@ def test_a_cache_without_links_is_verified_too(hub, repository, monkeypatch):
 @pytest.mark.parametrize(
     ("repo_id", "revision", "token", "error", "said"),
     [
-        ("user/adaptr", None, "token", HubNotFoundError, "'user' finds no repository .*Did you mean 'user/adapter'"),
-        (ID, None, False, HubNotFoundError, "no public repository.*If it is private, log in"),
-        (ID, None, "stranger_token", HubNotFoundError, "'stranger' finds no repository.*or the repository is private"),
-        (ID, None, "no_access_token", HubNotFoundError, "or the repository is private and this token may not read it"),
+        ("user/adaptr", None, "token", HubNotFoundError, "token is that of 'user'.*Did you mean 'user/adapter'"),
+        (ID, None, False, HubNotFoundError, "no such public repository.*If it is private, log in"),
+        (ID, None, "stranger_token", HubNotFoundError, "this token may not see it.*token is that of 'stranger'"),
+        (ID, None, "no_access_token", HubNotFoundError, "knows no such repository, or this token may not see it"),
         (ID, None, "hf_wrong", HubAccessError, "token is wrong, expired or revoked"),
         (ID, None, "hf_\n1", HubAccessError, "characters that no token has"),
-        (ID, "v7", "token", HubNotFoundError, "has no revision 'v7'"),
-        (ID, "0" * 40, "token", HubNotFoundError, "has no revision '000"),
-        ("user/gated", None, False, HubAccessError, "is gated: its files need a token"),
-        ("user/gated", None, "stranger_token", HubAccessError, "has not been let in. Ask for access at"),
+        (ID, "v7", "token", HubNotFoundError, "has no such revision.*at 'v7'"),
+        (ID, "0" * 40, "token", HubNotFoundError, "has no such revision.*at '000"),
+        ("user/gated", None, False, HubAccessError, "is gated, and its files need a token"),
+        ("user/gated", None, "stranger_token", HubAccessError, "has not been let in .*Ask for access at"),
         ("user/a/b", None, "token", ConfigError, "is not the id of a repository"),
         ("user name", None, "token", ConfigError, "is not the id of a repository"),
         (ID, "../../../x", "token", ConfigError, "revision is a branch"),

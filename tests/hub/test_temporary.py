@@ -15,15 +15,16 @@ import pytest
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
+from lightning_lora import files as atomic
+from lightning_lora import files as temporary
 from lightning_lora.errors import CheckpointError
-from lightning_lora.hub.format import writing as atomic
-from lightning_lora.hub.format import writing as temporary
-from lightning_lora.hub.format.writing import (
+from lightning_lora.files import (
     own_name,
     remove_folder,
     remove_leftovers,
     within_temporary_folder,
     write_folder,
+    written_beside,
 )
 from lightning_lora.hub.push.commit import stage_model
 from lightning_lora.hub.push.staging import stage
@@ -31,7 +32,7 @@ from lightning_lora.hub.push.staging import stage
 DIES = """
 import sys
 from pathlib import Path
-from lightning_lora.hub.format.writing import own_name
+from lightning_lora.files import own_name
 for prefix, suffix in (("last.ckpt.", ".partial"), (".best-adapter.", ".tmp"), ("lightning-lora-push-", "")):
     path = Path(sys.argv[1]) / own_name(prefix, suffix)
     path.write_text("half") if suffix == ".partial" else (path.mkdir(), (path / "half").write_text("x"))
@@ -118,6 +119,25 @@ def test_a_folder_is_removed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     remove_folder(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_written_beside_takes_its_place_whole_or_leaves_nothing(kind: str, tmp_path: Path) -> None:
+    def write(path: Path, text: str) -> Path:
+        if kind == "folder":
+            path.mkdir()
+        (path / "x" if kind == "folder" else path).write_text(text)
+        return tmp_path
+
+    place = tmp_path / "a.json"
+    with pytest.raises(FileNotFoundError), written_beside(place) as beside:
+        write(beside, "half").joinpath("absent").read_text()
+    assert list(tmp_path.iterdir()) == []
+    with written_beside(place) as beside:
+        write(beside, "whole")
+        assert not place.exists()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["x" if kind == "folder" else "a.json"]
+    assert list(tmp_path.iterdir()) == [place]
+
+
 def full(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -131,7 +151,7 @@ def test_a_full_folder_for_temporary_files_is_named(tmp_path: Path, monkeypatch:
         with pytest.raises(CheckpointError, match=r"temporary files, .*/tmp, is full .*set TMPDIR"):
             stage(adapter)
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.hub.format.writing._write", full)
+        patch.setattr("lightning_lora.files._write", full)
         with pytest.raises(CheckpointError, match=r"temporary files, .*/tmp, is full .*set TMPDIR"):
             stage_model(model())
     with monkeypatch.context() as patch:
@@ -183,7 +203,7 @@ def test_ctrl_c_at_any_moment_of_saving_is_ctrl_c_and_leaves_a_whole_folder(tmp_
 SAVES = """
 import os, random, signal, sys, threading, time
 from pathlib import Path
-from lightning_lora.hub.format.writing import write_folder
+from lightning_lora.files import write_folder
 end, interrupts = time.monotonic() + 5, 0
 def pest():
     while time.monotonic() < end - 0.5:

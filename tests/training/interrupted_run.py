@@ -32,7 +32,7 @@ def stop_at(moment: str) -> None:
 
 
 def write_slowly(self: Any, checkpoint: Any, path: Any, *rest: Any, **settings: Any) -> None:
-    if "step=1" in str(path) or not str(path).endswith(".partial"):
+    if "step=1" in str(path) or not str(path).endswith(".tmp"):
         write(self, checkpoint, path, *rest, **settings)
         return
     Path(path).write_bytes(b"the first half of a checkpoint")

@@ -67,7 +67,7 @@ def test_a_run_that_is_stopped_leaves_whole_checkpoints(how: signal.Signals, mom
         process.kill()
     assert process.returncode != 0 or how is signal.SIGTERM, "Lightning ends fit() in peace on SIGTERM"
     newest = assert_all_whole(tmp_path)[-1]
-    left = [path for path in tmp_path.iterdir() if path.suffix in (".partial", ".tmp")]
+    left = [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
     assert not left or how is signal.SIGKILL
     resume(tmp_path, newest)
     run = trainer(LoRACallback(rank=2), max_epochs=1)
@@ -85,8 +85,8 @@ def test_a_disk_that_fills_is_said_and_leaves_what_was_there(
     def full_later(descriptor: int) -> None:
         nonlocal calls
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        calls += path.endswith(".partial")
-        if calls > 1 and path.endswith(".partial") == (where == "checkpoint"):
+        calls += ".ckpt." in path
+        if calls > 1 and (".ckpt." in path) == (where == "checkpoint"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         flush(descriptor)
 
@@ -96,7 +96,7 @@ def test_a_disk_that_fills_is_said_and_leaves_what_was_there(
         trainer(LoRACallback(rank=2), saver, max_epochs=1).fit(Lit())
     monkeypatch.undo()
     assert assert_all_whole(tmp_path)[0].name == "step=1.ckpt"
-    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".partial")] == []
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
     assert [p.name for p in tmp_path.glob("*-adapter")] == ["step=1-adapter"]
     resume(tmp_path, tmp_path / "step=1.ckpt")
 
@@ -113,7 +113,7 @@ def test_a_small_disk_that_really_fills_keeps_the_checkpoints_that_fitted(tmp_pa
         with pytest.raises(CheckpointError, match="No space left on device"):
             trainer(LoRACallback(rank=2), saver, max_epochs=10).fit(Lit())
         assert len(assert_all_whole(disk)) >= 2
-        assert list(disk.glob("*.partial")) == []
+        assert [p.name for p in disk.iterdir() if p.suffix == ".tmp"] == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -151,7 +151,7 @@ def test_two_runs_in_one_folder_both_end_and_leave_whole_checkpoints(tmp_path: P
         assert run.returncode == 0, errors.decode()
     assert_all_whole(tmp_path)
     assert load_from_checkpoint(Lit, tmp_path / "last.ckpt")
-    assert not [path.name for path in tmp_path.iterdir() if path.suffix in (".partial", ".tmp")]
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
 def test_a_folder_beside_a_checkpoint_says_which_step_it_is_of(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from lightning_lora.engine import adapter_state_dict
 from lightning_lora.errors import ConfigError, HubAccessError, HubNotFoundError, HubUnavailableError
 from lightning_lora.hub import client as calls
 from lightning_lora.hub.push import background
+from lightning_lora.training.curve import curve_picture
 from tests.hub_server import HubServer
 from tests.hub_server.plugin import hub
 
@@ -602,3 +603,10 @@ def test_a_hub_that_fails_in_every_way_for_long_changes_no_loss_and_fills_nothin
     # The copies that wait, that are on their way, and that are kept of those that the Hub refused: the newest, the best
     # and the final one of each.
     assert outcome.late.temporary <= 9 * len(FILES)
+
+
+def test_the_curve_is_a_picture_once_there_are_two_points() -> None:
+    assert curve_picture([(1, {"val_loss": 1.0})]) is None
+    picture = curve_picture([(1, {"val_loss": 1.0, "val_acc": 0.1}), (2, {"val_loss": 0.5, "val_acc": float("inf")})])
+    assert picture is not None
+    assert picture.startswith(b"\x89PNG")

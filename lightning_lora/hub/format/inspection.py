@@ -28,6 +28,10 @@ from lightning_lora.hub.format.reading import CONFIG, TENSORS, Header, check_fol
 # expression alone, from above and roughly, so that expressions as people write them for modules pass with room to
 # spare.
 
+# The package `regex`, whose matches take a timeout, is no way out: PEFT and vLLM match with `re`, which hangs on
+# expressions that `regex` answers at once, as (\w+\.?)*! is; compiling (()){99999} takes it minutes, without a timeout;
+# and a folder that is pulled is checked before there is a model whose names could be tried.
+#
 # The parser of `re` has no public name.
 op: Any = import_module("re._constants" if sys.version_info >= (3, 11) else "sre_constants")
 parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")

@@ -13,12 +13,13 @@ from huggingface_hub import CommitInfo, CommitOperationAdd
 from torch import nn
 
 import lightning_lora
-from lightning_lora.errors import CheckpointError, HubAccessError, HubError, HubUnavailableError
+from lightning_lora.errors import CheckpointError, HubError, HubUnavailableError
+from lightning_lora.files import within_temporary_folder
 from lightning_lora.hub.adapters import save_adapter
 from lightning_lora.hub.card import RunFacts, merge_cards
 from lightning_lora.hub.client import DEADLINE, SLOWEST, retried
 from lightning_lora.hub.format.reading import CARD
-from lightning_lora.hub.format.writing import local_path, within_temporary_folder
+from lightning_lora.hub.format.writing import local_path
 from lightning_lora.hub.push.repository import Destination, HubRepository
 from lightning_lora.hub.push.staging import PICTURE, Staged, digest, stage
 
@@ -260,7 +261,7 @@ class Push:
 
     def _has_files(self, commit: str, card: str) -> bool:
         wanted = {**self.staged.digests, CARD: digest(card.encode())}
-        found = {entry.path: entry for entry in self._entries(commit, list(wanted))}
+        found = {entry.path: entry for entry in self._entries(commit)}
         for name, one in wanted.items():
             entry: Any = found.get(name)
             lfs = getattr(entry, "lfs", None)
@@ -268,15 +269,10 @@ class Push:
                 return False
         return True
 
-    def _entries(self, commit: str, names: list[str]) -> Sequence[Any]:
+    def _entries(self, commit: str) -> Sequence[Any]:
         api, repo_id = self.repository.api, self.repository.repo_id
         doing = f"reading the files of {commit[:8]}"
-        try:
-            return self.repository.call(doing, api.get_paths_info, repo_id, names, revision=commit)
-        except (HubAccessError, HubUnavailableError):
-            raise
-        except HubError:  # a Hub of one's own may know trees alone
-            return self.repository.call(doing, lambda: list(api.list_repo_tree(repo_id, revision=commit)))
+        return self.repository.call(doing, lambda: list(api.list_repo_tree(repo_id, revision=commit)))
 
     def _info(self, commit: str, pull_request: str | None = None) -> CommitInfo:
         base = f"{self.repository.api.endpoint.rstrip('/')}/{self.repository.repo_id}"

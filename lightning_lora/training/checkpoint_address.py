@@ -19,8 +19,8 @@ from urllib.parse import unquote
 from urllib.request import Request, urlopen
 
 from lightning_lora.errors import CheckpointError, HubNotFoundError, listed
+from lightning_lora.files import FULL, within_temporary_folder
 from lightning_lora.hub.download import SLOWEST, Remote
-from lightning_lora.hub.format.writing import FULL, within_temporary_folder
 from lightning_lora.hub.push.staging import CHECKPOINT
 
 # Of other kinds of repositories fsspec knows what to do.
@@ -64,22 +64,24 @@ def local_checkpoint(path: Any, *, endpoint: str | None = None, timeout: float =
         local = folder / CHECKPOINT
         found = _REFERENCE.fullmatch(str(path))
         if found is not None:
-            _fetch(Remote(found["repo"], endpoint=endpoint, token=None, timeout=timeout), found, local)
+            local = _fetch(found, folder, endpoint, timeout)
         else:
             _download(str(path), local, timeout)
         yield str(local)
 
 
-def _fetch(remote: Remote, found: re.Match[str], local: Path) -> None:
+def _fetch(found: re.Match[str], folder: Path, endpoint: str | None, timeout: float) -> Path:
+    inside, _, name = (found["file"] or CHECKPOINT).rpartition("/")
+    remote = Remote(found["repo"], endpoint=endpoint, token=None, timeout=timeout, subfolder=inside)
     commit = remote.commit_of(unquote(found["revision"] or "main"))
-    name = found["file"] or CHECKPOINT
-    file = remote.listed(commit, [name]).get(name)
+    entries = remote.entries(commit)
+    file = entries.get(name)
     if file is None:
         raise HubNotFoundError(
-            f"{found['repo']} has no {name} at {commit[:8]}; it has: {listed(remote.names(commit)) or 'nothing'}. "
-            "Training checkpoints are pushed with HubPush(push_checkpoints=True)."
+            f"{found['repo']} has no {found['file'] or CHECKPOINT} at {commit[:8]}; beside it lie: "
+            f"{listed(entries) or 'nothing'}. Training checkpoints are pushed with HubPush(push_checkpoints=True)."
         )
-    remote.fetch(commit, file, local)
+    return remote.fetch(commit, file, folder)
 
 
 def _download(address: str, local: Path, timeout: float) -> None:
