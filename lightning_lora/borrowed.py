@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning_lora.errors import MovedError
 
+_LIBRARIES = ("torch", "lightning", "torchmetrics", "huggingface_hub", "transformers")
 PURPOSES: dict[str, str] = {}
 """Path of each name that `found` and `needed` were asked for -> what it is for. The canary tests read it."""
 
@@ -40,7 +41,9 @@ def attribute(owner: Any, name: str, purpose: str) -> Any:
     try:
         return getattr(owner, name)
     except AttributeError:
-        raise MovedError(f"{type(owner).__module__}.{type(owner).__qualname__}.{name}", purpose) from None
+        classes = (owner if isinstance(owner, type) else type(owner)).__mro__
+        cls = next((c for c in classes if c.__module__.partition(".")[0] in _LIBRARIES), classes[0])  # not a user's own
+        raise MovedError(f"{cls.__module__}.{cls.__qualname__}.{name}", purpose) from None
 
 
 def replace(owner: Any, purpose: str, **values: Any) -> None:

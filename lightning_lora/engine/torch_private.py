@@ -90,18 +90,16 @@ saved_tensors_hooks: Callable[[bool], Any] = needed(
 )
 """The innermost hooks on saved tensors, which a checkpoint that is not reentrant sets; None where there are none."""
 
-_engine: Any = found("torch.autograd:Variable._execution_engine", "is told when a backward pass ends, for aLoRA")
+when_backward_ends: Callable[[Callable[[], object]], None] = needed(
+    "torch.autograd:Variable._execution_engine.queue_callback", "is told when a backward pass ends, for aLoRA"
+)
+"""Has a function called at the end of the running backward pass."""
 
 
 def number_of(node: Any) -> int:
     """The number that autograd gave to `node`. Raises MovedError where nodes no longer tell it."""
     number: int = attribute(node, "_sequence_nr", "knows which nodes of autograd were made inside `disabled`")()
     return number
-
-
-def when_backward_ends(call: Callable[[], object]) -> None:
-    """Have `call` called at the end of the running backward pass. Raises MovedError where the engine takes no calls."""
-    attribute(_engine, "queue_callback", "is told when a backward pass ends, for aLoRA")(call)
 
 
 # Tensors.
@@ -311,9 +309,8 @@ processes_store: Callable[[], Any] | None = found(
 def unrearranged(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     """A 4-bit weight, and its state, in the order in which bitsandbytes quantizes: it rearranges them for some CPUs,
     and its inverse writes into `state`. Raises MovedError where there is no inverse any more."""
-    name = "_convert_weight_packed_for_cpu_inverse"
-    inverse = attribute(sys.modules["bitsandbytes.functional"], name, "reads a 4-bit weight that was rearranged")
-    result: tuple[Tensor, Any] = inverse(data, state)
+    name = "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse"
+    result: tuple[Tensor, Any] = needed(name, "reads a 4-bit weight that was rearranged")(data, state)
     return result
 
 
