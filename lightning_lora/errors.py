@@ -15,7 +15,8 @@
     │   ├── HubNotFoundError                no such repository or revision, or one that this token may not see
     │   ├── HubIntegrityError               what arrived is not what the Hub said it would be
     │   └── HubUnavailableError             no network, no answer in time, a server's fault: worth another try
-    └── MissingExtraError (ImportError)     a feature whose optional dependency is not installed
+    ├── MissingExtraError (ImportError)     a feature whose optional dependency is not installed
+    └── MovedError (RuntimeError)           a private name of a library that its installed version does not have
 
 A message says what was seen, where, and what to try. A call that raises one of these leaves the model, the files and
 the Hub as they were.
@@ -41,6 +42,7 @@ __all__ = [
     "HubUnavailableError",
     "LightningLoRAError",
     "MissingExtraError",
+    "MovedError",
     "TargetError",
     "TrainingError",
 ]
@@ -121,6 +123,28 @@ class MissingExtraError(LightningLoRAError, ImportError):
         self._arguments = (feature, package, extra, command)
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str, str | None]]:
+        return type(self), self._arguments
+
+
+class MovedError(LightningLoRAError, RuntimeError):
+    """The installed version of a library lacks a private name that a feature needs, and there is no other way."""
+
+    def __init__(self, name: str, purpose: str) -> None:
+        """`name` is the dotted path of what is gone, `purpose` what it is for."""
+        from importlib import metadata  # takes 10 ms
+
+        library = name.partition(".")[0]
+        try:
+            version = metadata.version({"hydra": "hydra-core"}.get(library, library))
+        except metadata.PackageNotFoundError:
+            version = "(of an unknown version)"
+        super().__init__(
+            f"{library} {version} has no {name}, by which lightning_lora {purpose}: install an earlier version of "
+            f"{library}, or a later one of lightning_lora."
+        )
+        self._arguments = (name, purpose)
+
+    def __reduce__(self) -> tuple[type[MovedError], tuple[str, str]]:
         return type(self), self._arguments
 
 

@@ -94,16 +94,15 @@ def suggestions(line: str) -> list[str]:
 
 def _settings(command: str, words: list[str]) -> list[str]:
     from hydra import initialize_config_module
-    from hydra._internal.core_plugins.bash_completion import BashCompletion
     from hydra.core.global_hydra import GlobalHydra
 
     from lightning_lora.cli.composition import CONFIG_MODULE, composed
+    from lightning_lora.cli.hydra_private import completions
 
     config, groups = composed(command, [])
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        # Hydra's answer does not depend on the shell.
-        found = BashCompletion(loader)._query(config_name=command, line=" ".join(words))
+        found = completions(loader, command, " ".join(words))
     # Hydra offers the groups of all commands.
     return [word for word in found if re.split(r"[.=/]", word)[0] in (*groups, *config)]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -25,6 +24,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, OverrideTy
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lightning_lora.cli.hydra_private import hydra_parser
 from lightning_lora.cli.results import CONFIG, RESULTS
 from lightning_lora.cli.settings import HYDRA_KEYS, parameter_names
 from lightning_lora.errors import ConfigError, closest, listed
@@ -67,7 +67,7 @@ def composed(config_name: str, arguments: list[str], but: str | None = None) -> 
     With a key `but`, its overrides are left out, and any other that would be refused. Raises Hydra's
     ConfigCompositionException.
     """
-    args = get_args_parser().parse_args(arguments)
+    args = hydra_parser().parse_args(arguments)
     left_out = {but}
     GlobalHydra.instance().clear()
     start = initialize_config_module if args.config_path is None else initialize_config_dir
@@ -157,9 +157,10 @@ def keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     """Every key of `config`, dotted, the inner ones of each node after its own."""
     for name in map(str, config):
         yield f"{prefix}{name}"
-        node = config._get_node(name)
         # A reference to another node repeats its keys, and a missing one has none.
-        if isinstance(node, DictConfig) and not node._is_interpolation() and not node._is_none():
+        if OmegaConf.is_interpolation(config, name) or OmegaConf.is_missing(config, name):
+            continue
+        if isinstance(node := config[name], DictConfig):
             yield from keys(node, f"{prefix}{name}.")
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import main as hydra_main
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
@@ -28,6 +27,7 @@ from lightning_lora.cli.composition import (
     with_pluses,
 )
 from lightning_lora.cli.explain import FLAGS, explain, explain_composition, help_of
+from lightning_lora.cli.hydra_private import hydra_parser
 from lightning_lora.cli.process import quieten_imports, wait_without_spinning
 from lightning_lora.cli.settings import checked
 from lightning_lora.cli.sweep import SweepTable, record_failure
@@ -123,14 +123,14 @@ def flags_first(arguments: list[str]) -> list[str]:
 
 def _will_run(arguments: list[str]) -> bool:
     """Whether Hydra is asked to run, and not to show its help or the configuration."""
-    args = get_args_parser().parse_args(arguments)
+    args = hydra_parser().parse_args(arguments)
     return not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
 
 
 def _check_flags(arguments: list[str]) -> None:
     """Raises ConfigError for flags at which Hydra fails with an error of its own code's, or says nothing."""
     try:
-        args, unknown = get_args_parser().parse_known_args(arguments)
+        args, unknown = hydra_parser().parse_known_args(arguments)
     except SystemExit:  # argparse has said why
         raise ConfigError("see --help, and --hydra-help for Hydra's own flags.") from None
     if unknown:
@@ -147,7 +147,7 @@ def _job_argv(program: str, command: str, arguments: list[str]) -> list[str]:
     """The command line of this job alone: a process that Lightning starts for another device repeats it."""
     hydra = HydraConfig.get()
     if hydra.mode is RunMode.MULTIRUN:
-        overrides = get_args_parser().parse_args(arguments).overrides
+        overrides = hydra_parser().parse_args(arguments).overrides
         flags = [a for a in arguments if a not in overrides and a not in ("-m", "--multirun")]
         arguments = [*flags, *hydra.overrides.task]
     return [program, command, *arguments]

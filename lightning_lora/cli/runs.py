@@ -16,7 +16,6 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.imports import _RICH_AVAILABLE
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora import LoRACallback, LoRAConfig, load_adapter
@@ -26,6 +25,7 @@ from lightning_lora.cli.settings import build, target, task_and_data
 from lightning_lora.errors import ConfigError
 from lightning_lora.hub.format.writing import hub_address
 from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.training.lightning_private import rows_still_to_log
 
 # How far a run has come: Lightning's bars where a person watches, one line for each validation in a log.
 
@@ -38,7 +38,10 @@ def shows_progress(settings: dict[str, Any], callbacks: list[pl.Callback]) -> tu
         return callbacks, {}
     if not is_terminal():
         return [*callbacks, Lines()], {"enable_progress_bar": False}
-    return [*callbacks, Bars() if _RICH_AVAILABLE else TQDMProgressBar()], {}
+    try:
+        return [*callbacks, Bars()], {}
+    except ModuleNotFoundError:  # rich is not installed
+        return [*callbacks, TQDMProgressBar()], {}
 
 
 class Bars(RichProgressBar):
@@ -139,7 +142,7 @@ class EarlierMetrics(pl.Callback):
         rows = 0
         for logger in self._loggers(trainer) if trainer.is_global_zero else ():
             logger.save()  # what was logged before a checkpoint is there after it, however the run ends
-            rows = len(_rows(self._folder / METRICS)) + _logs_after(trainer)
+            rows = len(_rows(self._folder / METRICS)) + rows_still_to_log(trainer)
         checkpoint[_KEY] = {"rows": rows, "before": self.before}
 
     def on_load_checkpoint(
@@ -178,16 +181,6 @@ class EarlierMetrics(pl.Callback):
 
 
 _KEY = "lightning_lora_run"
-
-
-def _logs_after(trainer: pl.Trainer) -> int:
-    """How many rows Lightning logs of a batch after the hooks at its end, in which a checkpoint may be saved; a resumed
-    run does not log them again."""
-    epoch_loop = trainer.fit_loop.epoch_loop
-    batches: Any = epoch_loop.batch_progress.total
-    if batches.completed == batches.processed or not trainer._logger_connector.should_update_logs:
-        return 0
-    return int(bool(epoch_loop._results.metrics(on_step=True)["log"]))
 
 
 def _rows(metrics: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_lora.cli.hydra_private import located
 from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError, closest, listed
 
 if TYPE_CHECKING:
@@ -48,10 +49,8 @@ EXTRAS = {"bitsandbytes": "quantized", "tensorboard": "tensorboard", "wandb": "w
 @lru_cache
 def target(path: str) -> Callable[..., Any]:
     """The class or function at the dotted `path`. Raises ConfigError, with the closest name where the module exists."""
-    from hydra._internal.utils import _locate  # the public get_object announces each failure by itself
-
     try:
-        found = _locate(path)
+        found = located(path)
     except Exception as error:
         raise ConfigError(_why_not(path, error)) from error
     if not callable(found):

@@ -201,10 +201,11 @@ def _check_processes(trainer: Trainer) -> None:
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+    from lightning_lora.training.lightning_private import starts_scripts
 
     sweeps = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
-    if sweeps and trainer.world_size > 1 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+    if sweeps and starts_scripts(trainer):
         raise ConfigError(
             f"A job of a sweep cannot start its {trainer.world_size} processes by the script that runs the sweep, "
             "under whichever launcher. Use trainer.strategy=ddp_spawn, or trainer.devices=1."

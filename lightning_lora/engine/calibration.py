@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS
@@ -23,6 +22,7 @@ from lightning_lora.engine.layers.conv import ConvLoRA
 from lightning_lora.engine.layers.fresh import Measured, check_measured, device_of, drawing_on, fresh_tensors, recipes
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.targets import select
+from lightning_lora.engine.torch_private import padded
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import token_tensors
 from lightning_lora.engine.weights import dense, fill, is_plain
@@ -128,9 +128,7 @@ def _read(module: Any, x: Tensor) -> Tensor:
     # A convolution with one kernel for each number that the layer's kernels cover: it picks that number.
     size = (module.in_channels, *module.kernel_size)
     pick = torch.eye(torch.Size(size).numel(), device=x.device).view(-1, *size)
-    padding = module.padding
-    if module.padding_mode != "zeros":
-        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+    x, padding = padded(module, x)
     convolve: Any = (torch.conv1d, torch.conv2d, torch.conv3d)[len(module.kernel_size) - 1]
     picked = convolve(x, pick, None, module.stride, padding, module.dilation)
     return picked.movedim(-len(module.kernel_size) - 1, -1).reshape(-1, len(pick))

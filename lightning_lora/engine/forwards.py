@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine.torch_private import drop_forward_hooks, put_forward_hooks
+
 SCOPE: ContextVar[tuple[Any, dict[Any, tuple[Tensor, int, Any]], int] | None] = ContextVar("forward", default=None)
 """The running forward of an adapted model: the forward around it (or None), the adapted weights computed in it so far,
 and the id of the model."""
@@ -35,16 +37,12 @@ def forward_ends(module: nn.Module, args: Any, output: Any) -> None:
 
 def listen_for_forwards(model: nn.Module) -> None:
     """Put both hooks on `model`."""
-    # Always under the same key, since torch.compile's guards look at the keys.
-    model._forward_pre_hooks[_HOOK] = forward_begins
-    model._forward_hooks[_HOOK] = forward_ends
-    model._forward_hooks_always_called[_HOOK] = True
+    put_forward_hooks(model, _HOOK, forward_begins, forward_ends)
 
 
 def unlisten_for_forwards(model: nn.Module) -> None:
     """Undo `listen_for_forwards`."""
-    for hooks in (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called):
-        hooks.pop(_HOOK, None)
+    drop_forward_hooks(model, lambda key, _: key == _HOOK)
 
 
 _HOOK: Any = "lightning_lora"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from typing import Any
 
 import torch
@@ -24,9 +23,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-_under_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_traces = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+from lightning_lora.engine import torch_private
+
 _exports = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
@@ -73,28 +71,28 @@ def sees_every_step() -> bool:
     place."""
     return (
         torch.compiler.is_compiling()
-        or _traces()
-        or _under_torch_func()
-        or bool(_modes())
-        or getattr(forward_ad, "_current_level", 0) >= 0
+        or torch_private.traces()
+        or torch_private.under_transforms()
+        or bool(torch_private.modes())
+        or torch_private.may_be_dual()
     )
 
 
 def is_symbolic() -> bool:
     """True if torch.fx traces the running code, with proxies in place of tensors."""
-    tracing = sys.modules.get("torch.fx._symbolic_trace")
-    return tracing is not None and tracing.is_fx_symbolic_tracing() and not _modes() and not _exports()
+    return torch_private.is_fx_traced() and not torch_private.runs_under_modes() and not _exports()
 
 
 def _can_fuse(x: Tensor, base: Tensor | None = None, *own: Tensor | None) -> bool:
     # This runs at each call, mostly after a large product has emptied the processor's caches: there, each function that
     # is called costs a few microseconds.
-    if torch.compiler.is_compiling() or _traces() or _under_torch_func() or _modes():
+    private = torch_private
+    if torch.compiler.is_compiling() or private.traces() or private.under_transforms() or private.modes():
         return False
     for t in (x, base, *own):
         if t is not None and type(t) not in _PLAIN_TENSORS:
             return False
-    if getattr(forward_ad, "_current_level", 0) >= 0:  # within dual_level
+    if private.may_be_dual():
         given = (t for t in (x, base, *own) if t is not None)
         if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
             return False
@@ -362,7 +360,7 @@ def _without(X: Tensor, dropped: Tensor | None) -> Tensor:
 def _no_view(y: Tensor) -> Tensor:
     """y in the same memory, but not as a view: the next layer may change it in place (nn.ReLU(inplace=True)), which
     autograd refuses for a view that a function returns."""
-    if not y._is_view():
+    if not torch_private.is_view(y):
         return y
     return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.size(), y.stride())
 

@@ -38,6 +38,7 @@ from lightning_lora.engine.plan import planned, variants_of
 from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.targets import Selection, select
+from lightning_lora.engine.torch_private import check_overridden, persistent_buffers
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import Vocabulary, token_tensors, vocabulary
 from lightning_lora.engine.weights import check_unsharded, is_plain, shape_of
@@ -119,6 +120,7 @@ def inject(
     """
     tree = Tree.of(model)
     model = tree.root  # the record is left on the module inside all wrappers
+    check_overridden()
     config = with_plain_names(LoRAConfig() if config is None else check_is_config(config), tree)
     _check_unadapted(model, tree)
     selection = select(model, config, tree)
@@ -346,9 +348,8 @@ def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selec
                 seen.add(id(p))
                 whole[full] = p
         if is_saved(module):
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
-                    whole[f"{prefix}.{name}" if prefix else name] = buffer
+            for name, buffer in persistent_buffers(module):
+                whole[f"{prefix}.{name}" if prefix else name] = buffer
     if config.bias != "none" and not any("bias" in name.rpartition(".")[2] for name in whole):
         raise TargetError(
             f"bias={config.bias!r} trains no parameter: {type(model).__name__} has no such bias. Set bias='none'."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.checked import number
 from lightning_lora.engine.layers import adapters, pairs
 from lightning_lora.engine.shown import base_parameter
+from lightning_lora.engine.torch_private import calls_hooks
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import TrainingError, listed
 
@@ -180,7 +182,7 @@ def replace_hooks(optimizer: Optimizer, kind: str | None = None, *handles: Remov
 
 def check_hooks(optimizer: Optimizer, consequence: str) -> None:
     """Raise TrainingError, whose message ends in `consequence`, for an optimizer whose steps do not call hooks."""
-    if not getattr(type(optimizer).step, "hooked", False) or "_optimizer_step_pre_hooks" not in vars(optimizer):
+    if not calls_hooks(optimizer):
         raise TrainingError(
             f"{type(optimizer).__name__} does not call the hooks of torch's optimizers around its step (it was made "
             f"without Optimizer.__init__), so {consequence}"
@@ -235,7 +237,7 @@ class _LoRAPlus:
                 optimizer.register_step_post_hook(self.after_step),
             ]
             # A step that raised leaves the groups split. They are joined before a state dict is made or loaded.
-            if "_optimizer_state_dict_pre_hooks" in vars(optimizer):
+            with suppress(AttributeError):  # one made without Optimizer.__init__ has no place for them
                 handles += [
                     optimizer.register_state_dict_pre_hook(lambda _: self.join()),
                     optimizer.register_load_state_dict_pre_hook(lambda *_: self.join()),

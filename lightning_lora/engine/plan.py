@@ -26,6 +26,7 @@ from lightning_lora.engine.layers.linear import FastPathLinearLoRA, OutProjectio
 from lightning_lora.engine.layers.pair import AdapterSpec
 from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.swap import remembered
+from lightning_lora.engine.torch_private import PADDING
 from lightning_lora.engine.tree import Target, last_part
 from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import TargetError
@@ -189,13 +190,10 @@ _EVERY_MODULE = frozenset(vars(nn.Module()))
 def _own_values(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     """A function that returns the values of those attributes of a module that not every nn.Module has."""
     own = [name for name in names if name not in _EVERY_MODULE]
-    if len(own) > 1 and _PADDING not in own:
+    if len(own) > 1 and PADDING not in own:
         return itemgetter(*own)
     # Convolutions have an attribute that is a list, which cannot be hashed.
     return lambda state: tuple(tuple(v) if isinstance(v := state[name], list) else v for name in own)
-
-
-_PADDING = "_reversed_padding_repeated_twice"
 
 
 def _kind(target: Target, spec: AdapterSpec, config: LoRAConfig) -> Kind:

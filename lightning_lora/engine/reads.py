@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lightning_lora.engine import fused
 from lightning_lora.engine.forwards import SCOPE
 from lightning_lora.engine.shown import ShownWeight, counted_twice, hidden, made
+from lightning_lora.engine.torch_private import version, without_torch_function
 from lightning_lora.errors import AdapterStateError
 
 
@@ -51,7 +52,7 @@ class _Show(torch.autograd.Function):
 
 
 def _versions(leaves: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(-1 if t.is_inference() else t._version for t in leaves)
+    return tuple(-1 if t.is_inference() else version(t) for t in leaves)
 
 
 _GIVEN: WeakKeyDictionary[nn.Module, dict[str, ShownWeight]] = WeakKeyDictionary()
@@ -100,16 +101,16 @@ def show(
         scope = SCOPE.get()
         place = id(own), id(live), name, now[1:]
         if scope is not None and place in scope[1]:
-            value, version, then = scope[1][place]
-            if value._version == version and then == now:
+            value, noted, then = scope[1][place]
+            if version(value) == noted and then == now:
                 return value
         value = _Show.apply(compute, None, _versions(trained), *trained) if through else compute()
         # Without `through` the value keeps tensors for its backward pass, so two backward passes cannot share it.
         if scope is not None and not is_drawn and not now[2] and (through or not value.requires_grad):
-            scope[1][place] = value, value._version, now
+            scope[1][place] = value, version(value), now
         return value
 
-    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+    with without_torch_function(), torch.inference_mode(False):
         if through:
             weight = _Show.apply(compute, own, _versions(trained), *trained)
         else:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.forwards import SCOPE
+from lightning_lora.engine.torch_private import schema, stand_in, without_torch_function
 from lightning_lora.errors import AdapterStateError
 
 # Names of torch's functions: a method, the function in `torch` and the operator have the same name.
@@ -144,7 +145,7 @@ class ShownWeight(nn.Parameter):
         first = args[0] if args else None
         if isinstance(first, ShownWeight) and _is_view(func):
             return _view_of(func, first, args, kwargs)
-        name = func._schema.name.rpartition(":")[2]
+        name = schema(func).name.rpartition(":")[2]
         written = _written(func, name, args, kwargs)
         if any(True for _ in _all(written)):
             return _write(func, name, written, args, kwargs)
@@ -201,7 +202,7 @@ def _all(value: Any) -> Iterator[ShownWeight]:
 
 def _is_view(func: Any) -> bool:
     """True if an operator of torch returns a view of its first argument."""
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema(func).returns)
 
 
 def _view(func: Any, name: str, w: ShownWeight, args: Any, kwargs: Any) -> Any:
@@ -211,7 +212,7 @@ def _view(func: Any, name: str, w: ShownWeight, args: Any, kwargs: Any) -> Any:
         return func(*_each(args, _own), **kwargs)
     if any(a is not w for a in _all((args, kwargs))) or not _shares(func(*_each(args, _own), **kwargs), w.lora_own):
         return func(*_each(args, _shown), **_each(kwargs, _shown))  # no view but a copy: a reshape after a transpose
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         views = func(*args, **kwargs)  # this arrives at __torch_dispatch__, which calls `_view_of`
     for view in _all(views) if name in ("data", "detach") else ():
         view.lora_is_trained = False
@@ -237,9 +238,9 @@ def _view_of(func: Any, w: ShownWeight, args: Any, kwargs: Any) -> Any:
 
 def made(own: Tensor, shown: Callable[[], Tensor], of: ShownWeight | None) -> ShownWeight:
     """Make a ShownWeight that stands for `own` and computes `shown()`; `of` is the one that it is a view of, if any."""
-    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):  # it may be used outside inference mode
+    with without_torch_function(), torch.inference_mode(False):  # it may be used outside inference mode
         # Its memory is the base's: torch runs `other.weight.data = layer.weight` without calling our methods.
-        it: Any = torch.Tensor._make_subclass(ShownWeight, own.detach(), False)
+        it: Any = stand_in(ShownWeight, own.detach(), False)
     it.__dict__.update(
         lora_own=own,
         lora_shown=shown,
@@ -259,9 +260,9 @@ def made(own: Tensor, shown: Callable[[], Tensor], of: ShownWeight | None) -> Sh
 def _written(func: Any, name: str, args: Any, kwargs: Any) -> dict[Any, Any]:
     """The arguments that `func` writes to, by their position or name."""
     operator = func.default if hasattr(func, "overloads") and func.overloads() == ["default"] else func
-    schema = getattr(operator, "_schema", None)
-    if schema is not None:
-        of = enumerate(schema.arguments)
+    known = schema(operator)
+    if known is not None:
+        of = enumerate(known.arguments)
         places = {k for i, a in of if a.alias_info is not None and a.alias_info.is_write for k in (i, a.name)}
     elif name in _WRITES or (name.endswith("_") and not name.endswith("__")):
         places = {0, "self", "tensor", "input", "out"}

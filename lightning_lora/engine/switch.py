@@ -23,14 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_lora.engine import torch_private as private
 from lightning_lora.errors import AdapterStateError
 
 used = False
 """True while a block is open in any thread, or a backward pass may compute again what was computed in one. While it is
 False layers do not ask the switch, and compiled code contains no check but torch.compile's guard on this flag."""
-
-_next_node: Any = torch._C._autograd._get_sequence_nr
-_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 @dataclass(eq=False)
@@ -85,10 +83,10 @@ def _this_thread() -> int:
 
 def _is_off(module: nn.Module) -> bool:
     """True if the adapter of `module` is off here. Ask only while `used` is true."""
-    block, task = _innermost(), torch._C._current_graph_task_id()
-    node: Any = torch._C._current_autograd_node()
+    block, task = _innermost(), private.backward_task()
+    node: Any = private.node_now()
     if node is not None and task != (-1 if block is None else block.task):
-        return _comes_again(id(module), node._sequence_nr(), task)
+        return _comes_again(id(module), private.number_of(node), task)
     _local.again = None
     while block is not None and not (block.is_open and id(module) in block.modules):
         block = block.outer if block.outer is not None and block.outer.task == block.task else None
@@ -96,7 +94,9 @@ def _is_off(module: nn.Module) -> bool:
         return False
     # Checkpointing may be around this layer: a non-reentrant checkpoint sets hooks on saved tensors; a reentrant one
     # has made its node and turned gradients off. If gradients were off from the start, nothing is computed again.
-    is_inside = _hooks(True) is not None if torch.is_grad_enabled() else _next_node() > block.first
+    is_inside = (
+        private.saved_tensors_hooks(True) is not None if torch.is_grad_enabled() else private.next_node() > block.first
+    )
     block.may_come_again |= is_inside
     return True
 
@@ -121,7 +121,7 @@ def _comes_again(module: int, number: int, task: int) -> bool:
     around: tuple[int, int] | None = getattr(_local, "again", None)
     if _was_off(module, number):
         if around is None or around[1] != task:  # with gradients off, the checkpoint's own node was made just before
-            _local.again = _next_node() - (not torch.is_grad_enabled()), task
+            _local.again = private.next_node() - (not torch.is_grad_enabled()), task
         return True
     if around is not None and around[1] != task:
         if isinstance(threading.current_thread(), threading._DummyThread):
@@ -160,7 +160,7 @@ def _was_off(module: int, number: int) -> bool:
 @contextmanager
 def off(model: nn.Module, modules: frozenset[int]) -> Iterator[None]:
     """Switch the adapters of `modules`, the ids of all modules of `model`, off in this thread or task."""
-    block = _Block(modules, torch._C._current_graph_task_id(), _this_thread(), _next_node(), _innermost())
+    block = _Block(modules, private.backward_task(), _this_thread(), private.next_node(), _innermost())
     raised: BaseException | None = None
     _opens(block)
     _OFF.set(block)
@@ -202,7 +202,7 @@ def _closes(block: _Block, model: nn.Module, modules: frozenset[int]) -> None:
     global used
     with _lock:
         _open.remove(block)
-        if block.may_come_again and block.thread == _this_thread() and (last := _next_node()) > block.first:
+        if block.may_come_again and block.thread == _this_thread() and (last := private.next_node()) > block.first:
             if id(model) not in _past:
                 _past[id(model)] = _Past(modules)
                 weakref.finalize(model, _forget, id(model)).atexit = False

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine.torch_private import unrearranged
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError, listed
 
@@ -104,7 +105,7 @@ def unpacked(W: Any) -> tuple[Tensor, Any]:
     state.original_nested = False
     # bitsandbytes' inverse changes the state in place, and is right except for the scales, which it leaves transposed
     # as (blocks of a row, rows).
-    data, state = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse(W.data, state)
+    data, state = unrearranged(W.data, state)
     state.absmax = packed.absmax.T.to(torch.float32).flatten()
     state.offset = state.state2 = None
     return data, state

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine.torch_private import version
 from lightning_lora.engine.weights import is_quantized
 
 _FEWEST = 64
@@ -41,7 +42,7 @@ def witness_of(tensors: Iterable[tuple[str, Tensor]]) -> tuple[Any, ...] | None:
         if t.layout is not torch.strided or t.is_meta or t.is_inference() or _is_shared(t):
             return None
         shape, strides = t.shape, t.stride()
-        marks.append((name, id(t), t.data_ptr(), t._version, shape, strides, t.dtype, t.device))
+        marks.append((name, id(t), t.data_ptr(), version(t), shape, strides, t.dtype, t.device))
         if t.numel():
             sample = torch.as_strided(t, *_spread(shape, strides))
             sample = sample.view(torch.uint8) if t.dtype.itemsize == 1 else sample  # float8 is compared as bytes
@@ -62,7 +63,7 @@ def marks_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         marks[name] = type(t)
         if type(t) is not nn.Parameter or t.layout is not torch.strided or t.is_meta:
             continue
-        marks[name] = (t.data_ptr(), None if t.is_inference() else t._version, t.shape, t.dtype)
+        marks[name] = (t.data_ptr(), None if t.is_inference() else version(t), t.shape, t.dtype)
         if t.numel():
             sample = torch.as_strided(t, *_spread(t.shape, t.stride()))
             sample = sample.view(torch.uint8) if t.dtype.itemsize == 1 else sample

@@ -48,6 +48,7 @@ from lightning_lora.hub.format.matching import Fit, fit
 from lightning_lora.hub.format.peft import ends_with, exact_targets, targets_of
 from lightning_lora.hub.format.reading import NOTE, check_folder, open_tensors
 from lightning_lora.hub.format.writing import local_path, write_adapter
+from lightning_lora.hub.hub_private import commit_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -105,7 +106,7 @@ def save_adapter(
 
     base_model = _base_id(root, base_model)
     if revision is None and base_model is not None:
-        revision = getattr(getattr(root, "config", None), "_commit_hash", None)
+        revision = commit_of(getattr(root, "config", None))
     config = to_peft(
         injection.config,
         ranks={name: spec.rank for name, spec in targets.specs.items()},
@@ -303,7 +304,7 @@ def _task_of(root: nn.Module) -> str | None:
 
 def _base_id(root: nn.Module, given: str | None) -> str | None:
     """The base's id on the Hub, or None where it is a local path or not known."""
-    name = given if given is not None else getattr(getattr(root, "config", None), "_name_or_path", None)
+    name = given if given is not None else getattr(getattr(root, "config", None), "name_or_path", None)
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or os.path.exists(name):
         return None
     return name

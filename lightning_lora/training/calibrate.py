@@ -3,7 +3,6 @@ the strategy's device, from the run's own training data."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from lightning_lora.engine.weights import is_sharded
 from lightning_lora.errors import ConfigError, TrainingError
 from lightning_lora.hub.base_weights import weights_of
 from lightning_lora.hub.format.layout import adapter_root
+from lightning_lora.training.lightning_private import metric_state, moved_batch, put_metric_state, training_loader
 from lightning_lora.training.run_state import random_state, set_random_state
 
 
@@ -85,8 +85,7 @@ def _check_measurable(module: LightningModule, config: LoRAConfig) -> None:
 def _loss(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> Tensor | None:
     """What training_step gives for a batch, as Lightning's own loop calls it."""
     precision = trainer.precision_plugin
-    batch = module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
-    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    batch = moved_batch(trainer, batch)
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     with precision.train_step_context():
         output = module.training_step(batch, index) if takes_index else module.training_step(batch)
@@ -96,8 +95,7 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> 
 @contextmanager
 def _batches(trainer: Trainer, count: int) -> Iterator[Iterator[tuple[Any, int]]]:
     """The first batches of the training data with their numbers; loaders are afterwards as they were."""
-    source = trainer.fit_loop._data_source
-    loader = source.dataloader()
+    loader = training_loader(trainer)
     combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
     limit = trainer.limit_train_batches
     count = min(count, limit) if isinstance(limit, int) else count
@@ -128,7 +126,7 @@ def _silent(module: LightningModule) -> Iterator[None]:
     loggers = trainer.loggers
     attributes: dict[str, Any] = module.__dict__
     own = {name: attributes[name] for name in _LOGS if name in attributes}
-    metrics = [(m, _state(m)) for m in module.modules() if isinstance(m, Metric)]
+    metrics = [(m, metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
     buffers = [(t, t.clone()) for t in module.buffers()]
     try:
         trainer.loggers = [DummyLogger() for _ in loggers]
@@ -140,7 +138,7 @@ def _silent(module: LightningModule) -> Iterator[None]:
             del attributes[name]
         attributes.update(own)
         for metric, state in metrics:
-            vars(metric).update(state)
+            put_metric_state(metric, *state)
         with torch.no_grad():
             for tensor, value in buffers:
                 tensor.copy_(value)
@@ -149,18 +147,13 @@ def _silent(module: LightningModule) -> Iterator[None]:
 _LOGS = ("log", "log_dict")
 
 
-def _state(metric: Metric) -> dict[str, Any]:
-    """What an update of `metric` changes."""
-    return {name: copy.deepcopy(vars(metric)[name]) for name in (*metric._defaults, "_update_count", "_computed")}
-
-
 def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def _original(module: LightningModule, root: str, config: LoRAConfig) -> Any:
     """Where the weights are that a quantized base was made from: those of its name on the Hub, or its folder."""
     name, base = adapter_root(module)
-    source = getattr(getattr(base, "config", None), "_name_or_path", None)
+    source = getattr(getattr(base, "config", None), "name_or_path", None)
     if not source:
         raise ConfigError(
             f"init={config.init!r} starts from the weights that the base was quantized from, and this "

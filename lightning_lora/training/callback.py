@@ -27,6 +27,7 @@ from lightning_lora.engine.product_decay import check_strength
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, listed
 from lightning_lora.training.base_watch import BaseWatch, check_averages
 from lightning_lora.training.checkpoint import accept_adapters
+from lightning_lora.training.lightning_private import average_of
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.run_state import watch_buffers
@@ -286,7 +287,7 @@ class LoRACallback(Callback):
                 "EMAWeightAveraging, or name the norms in modules_to_save."
             )
         # Averaging copies the module in its own setup: a copy without adapters would not match.
-        average = getattr(callback, "_average_model", None)
+        average = average_of(callback)
         if average is not None and not has_adapters(average):
             callback.setup(trainer, pl_module, "fit")
 

@@ -186,8 +186,12 @@ def check_no_adapter_folder(path: Any) -> None:
 
 def accept_adapters(module: nn.Module) -> None:
     """Let `module.load_state_dict` take an adapter's state dict."""
-    if not any(getattr(hook, "hook", None) is fill_in_base for hook in module._load_state_dict_pre_hooks.values()):
+    if not vars(module).get(_ACCEPTS):
         module.register_load_state_dict_pre_hook(fill_in_base)
+        vars(module)[_ACCEPTS] = True
+
+
+_ACCEPTS = "lora_accepts_adapters"
 
 
 def fill_in_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

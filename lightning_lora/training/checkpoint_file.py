@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -220,8 +219,8 @@ def write_whole_files(io: CheckpointIO) -> CheckpointIO:
 
 def _writer(io: CheckpointIO) -> CheckpointIO:
     """The one that writes the file: a wrapper, such as AsyncCheckpointIO, may get another with each call."""
-    while isinstance(io, _WrappingCheckpointIO) and io.checkpoint_io is not None:
-        io = io.checkpoint_io
+    while (inner := getattr(io, "checkpoint_io", None)) is not None:
+        io = inner
     return io
 
 

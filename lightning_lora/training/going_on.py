@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
-from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
-from lightning.pytorch.loops.training_epoch_loop import RestartStage as EpochStage
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lightning_lora.errors import TrainingError, listed
+from lightning_lora.training import lightning_private as private
 from lightning_lora.training.loaders import LoaderStart, knows_its_place
 from lightning_lora.training.rounds import have_round, named
 from lightning_lora.training.run_state import set_random_state
@@ -42,32 +39,24 @@ def restore(resume: ExactResume, trainer: Any, ranks: list[dict[str, Any] | None
     resume.random = saved["random"]
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
-            callback._last_global_step_saved = resume.saved_at.get(callback.state_key, 0)
-    epoch_loop = fit_loop.epoch_loop
+            private.set_step_of_last_save(callback, resume.saved_at.get(callback.state_key, 0))
     every = trainer.reload_dataloaders_every_n_epochs
     if every:  # Lightning counts from the epoch of the checkpoint, not from the last one that loaded anew
-        fit_loop._last_train_dl_reload_epoch = place["epoch"] - place["epoch"] % every
+        private.set_last_reload(fit_loop, place["epoch"] - place["epoch"] % every)
     resume.own.say_what_is_absent(saved["own"])
     _say_what_is_not_exact(resume, trainer, saved)
-    trainer._logger_connector._callback_metrics.update(tensors(saved["callback_metrics"], trainer.lightning_module))
-    for loop in (fit_loop, epoch_loop, epoch_loop.val_loop):
-        loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
-    fit_loop._restart_stage, epoch_loop._restart_stage = FitStage.NONE, EpochStage.NONE
+    private.live_callback_metrics(trainer).update(tensors(saved["callback_metrics"], trainer.lightning_module))
+    private.forget_restart(fit_loop)
     resume.random_at = place["total"]
-    epoch_loop._batches_that_stepped = saved.get("stepped", epoch_loop._batches_that_stepped)
-    resume.stepped = (place["total"], epoch_loop._batches_that_stepped)
-    if fit_loop._combined_loader_states_to_load and fit_loop._combined_loader is not None:
-        # Lightning loads the state of stateful loaders after a checkpoint in mid-epoch only.
-        fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
-        fit_loop._combined_loader_states_to_load = []
-        iter(fit_loop._data_fetcher)
+    private.set_batches_that_stepped(trainer, saved.get("stepped", private.batches_that_stepped(trainer)))
+    resume.stepped = (place["total"], private.batches_that_stepped(trainer))
+    private.load_loader_states(fit_loop)
     begun = int(place["kind"] == "inside")
     for counts in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
         counts.ready = counts.started = place["epoch"] + begun
         counts.processed = counts.completed = place["epoch"]
     if place["kind"] == "inside":
-        fit_loop._restart_stage = FitStage.RESTARTED_MID_EPOCH
-        fit_loop._resuming_from_checkpoint = True  # or the epoch would start with an iterator that nobody uses
+        private.restart_in_epoch(fit_loop)
         resume.entry = saved
         return
     if not (every and fit_loop.epoch_progress.current.completed % every == 0):
@@ -78,13 +67,13 @@ def restore(resume: ExactResume, trainer: Any, ranks: list[dict[str, Any] | None
 def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any) -> None:
     """In the loop over batches, before the first one: to where the checkpoint was saved."""
     place = saved["place"]
-    epoch_loop = trainer.fit_loop.epoch_loop
-    batch = epoch_loop.batch_progress
+    batch = trainer.fit_loop.epoch_loop.batch_progress
     for counts, value in ((batch.current, place["batches"]), (batch.total, place["total"])):
         counts.ready = counts.started = counts.processed = counts.completed = value
     batch.is_last_batch = place["is_last"]
-    if "stepped" in saved and not place["ended"] and not epoch_loop._should_accumulate():
-        epoch_loop._batches_that_stepped -= 1  # the end of the batch has to come, and counts it
+    if "stepped" in saved and not place["ended"] and not private.is_accumulating(trainer):
+        # The end of the batch has to come, and counts it.
+        private.set_batches_that_stepped(trainer, private.batches_that_stepped(trainer) - 1)
     rest = saved["round"] or {"hook": ""}
     last = None
     if not place["is_last"] or rest["hook"] == "on_train_batch_end":
@@ -93,14 +82,14 @@ def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any
     resume.metrics.load(saved["metrics"])
     resume.trained.set_gradients(saved["gradients"])
     if place["batches"]:
-        trainer._logger_connector._first_loop_iter = False
+        private.logging_goes_on(trainer)
     for callback in trainer.callbacks:
         if isinstance(callback, GradientAccumulationScheduler):  # it acts when an epoch starts, and this one has
             callback.on_train_epoch_start(trainer)
     for i, state in enumerate(saved["fetched_at"], 1):
         resume.fetched_at[place["total"] - i] = state or saved["random"]
     resume.validated = place["total"] if place["validated"] else -1
-    epoch_loop._skip_next_val = place["validated"] and not place["ended"]
+    private.skip_next_validation(trainer, place["validated"] and not place["ended"])
     resume.random, resume.random_at = saved["random"], place["total"]
     if rest["hook"] == "on_train_epoch_end":
         resume.rest = rest["of"]
@@ -128,9 +117,7 @@ def _skip(start: LoaderStart, saved: dict[str, Any], fetcher: Any) -> Any:
     start.set(saved["start"])
     start.replayed = saved["restarts"]
     iter(fetcher)
-    items = fetcher
-    if isinstance(fetcher, _DataLoaderIterDataFetcher):
-        items = fetcher.iterator_wrapper
+    items = private.iterator_given(fetcher) or fetcher
     count = saved["fetched"] if saved["fetched"] is not None else place["batches"]
     for i in range(count):
         for state in saved["fetched_at"][count - 1 - i : count - i]:  # this batch or the next one is fetched from it
@@ -166,10 +153,8 @@ def _have_rest(resume: ExactResume, trainer: Any, rest: dict[str, Any], last: An
             )
         return
     else:
-        batch = trainer.precision_plugin.convert_input(last[0])
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
-        trainer._logger_connector.on_batch_start(batch)
+        batch = private.moved_batch(trainer, last[0])
+        private.logging_begins(trainer, batch)
         args = (move_data_to_device(rest["outputs"], module.device), batch, index)
     if rest["torn"]:
         rank_zero_warn(
@@ -180,11 +165,11 @@ def _have_rest(resume: ExactResume, trainer: Any, rest: dict[str, Any], last: An
     have_round(trainer, rest["hook"], rest["of"], *args)
     trainer.training = True
     if args:
-        trainer._logger_connector.on_batch_end()
+        private.logging_ends(trainer)
 
 
 def _say_what_is_not_exact(resume: ExactResume, trainer: Any, saved: dict[str, Any]) -> None:
-    place, loader = saved["place"], trainer.fit_loop._combined_loader
+    place, loader = saved["place"], private.combined_loader(trainer.fit_loop)
     loaders = list(loader.flattened) if loader is not None else []
     inside = place["kind"] == "inside" and place["batches"] > 0
     if inside and place["of"] != trainer.num_training_batches:

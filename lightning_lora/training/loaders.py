@@ -14,9 +14,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe, Sampler, get_worker_info
-from torch.utils.data._utils.worker import _generate_state
 
+from lightning_lora.engine.torch_private import living_iterator, numpy_seed, send_seed, shared_seed
 from lightning_lora.errors import TrainingError, listed
+from lightning_lora.training.lightning_private import combined_loader, restart_loaders
 from lightning_lora.training.run_state import RandomState, random_state, set_python_state, set_random_state
 
 # A CombinedLoader that tells the random state from which each of its iterators was made.
@@ -65,13 +66,14 @@ def _watched_class(base_class: type[CombinedLoader]) -> type[CombinedLoader]:
         seed_persistent_workers(self)
         iterator = base_class.__iter__(self)
         for loader in self.flattened:
-            if isinstance(getattr(getattr(loader, "_iterator", None), "_shared_seed", None), _WorkerSeed):
-                loader._iterator._shared_seed = None  # or a stateful loader's state would hold it
+            living = living_iterator(loader)
+            if isinstance(shared_seed(living), _WorkerSeed):
+                send_seed(living, None)  # or a stateful loader's state would hold it
         set_random_state(before)
         torch.empty((), dtype=torch.int64).random_()
         start.restarts = {}
         if len(self.flattened) > 1:
-            self._iterator.iterables = [_Restarting(*item, start) for item in enumerate(self.flattened)]
+            restart_loaders(self, [_Restarting(*item, start) for item in enumerate(self.flattened)])
         return iterator
 
     return type(f"Watched{base_class.__name__}", (base_class,), {"__iter__": __iter__})
@@ -129,11 +131,10 @@ def seed_persistent_workers(combined: CombinedLoader) -> None:
 
 
 def _seed_workers(loader: Any) -> None:
-    iterator = getattr(loader, "_iterator", None)
+    iterator = living_iterator(loader)
     if iterator is not None and loader.persistent_workers and not isinstance(loader.dataset, IterDataPipe):
         seed = torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item()
-        iterator._base_seed = seed
-        iterator._shared_seed = _WorkerSeed(seed)
+        send_seed(iterator, _WorkerSeed(seed), base=seed)
 
 
 class _WorkerSeed:
@@ -156,7 +157,7 @@ def _seed_worker(base_seed: int) -> None:
     object.__setattr__(info, "seed", base_seed + info.id)  # its own __setattr__ lets nobody
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        numpy.random.seed(_generate_state(base_seed, info.id))
+        numpy.random.seed(numpy_seed(base_seed, info.id))
 
 
 # What data loaders, samplers and modules keep of their own that training changes: random generators and counters.
@@ -247,7 +248,7 @@ class LoaderState:
 def state_of(trainer: Trainer) -> LoaderState:
     """What the loaders, the modules and the callbacks of `trainer` have of their own."""
     loops = {"train": trainer.fit_loop, "validation": trainer.fit_loop.epoch_loop.val_loop}
-    combined = {name: loop._combined_loader for name, loop in loops.items()}  # type: ignore[attr-defined]
+    combined = {name: combined_loader(loop) for name, loop in loops.items()}
     loaders = {
         f"{name} loader {i}": loader
         for name, several in combined.items()

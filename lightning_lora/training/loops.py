@@ -5,20 +5,17 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lora.training.rounds import only
 
 if TYPE_CHECKING:
-    from lightning_lora.training.resume import ExactResume
+    from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop as _ValidationHost
+    from lightning.pytorch.loops.fit_loop import _FitLoop as _FitHost
+    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as _LoopHost
 
-    _FitHost = _FitLoop
-    _LoopHost = _TrainingEpochLoop
-    _ValidationHost = _EvaluationLoop
+    from lightning_lora.training.resume import ExactResume
 else:
     _FitHost = _LoopHost = _ValidationHost = object
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 
 from lightning_lora.engine.swap import swapped_class
+from lightning_lora.training import lightning_private as private
 from lightning_lora.training.going_on import enter, restore, tensors
 from lightning_lora.training.loaders import (
     LoaderStart,
@@ -138,7 +138,7 @@ class ExactResume:
             "start": self.start.epoch if place["kind"] == "inside" else None,
             "restarts": self.start.restarts if place["kind"] == "inside" else {},
             "fetched": held["fetched"],
-            "fetched_at": self._fetched_at(place["total"]) if rest or self._fetches_ahead() else [],
+            "fetched_at": self._fetched_at(place["total"]) if rest or private.fetches_ahead(trainer) else [],
             "metrics": plain(held["metrics"]) if place["kind"] == "inside" else None,
             "gradients": self._open_gradients(),
             "callback_metrics": tensors(self._callback_metrics()),
@@ -153,7 +153,7 @@ class ExactResume:
         trainer = self.trainer
         if trainer.world_size > 1 and trainer.state.status == TrainerStatus.INTERRUPTED:
             # Asked for, those of an epoch are summed over processes, of which this one may be the only one that asks.
-            return trainer._logger_connector._callback_metrics
+            return private.live_callback_metrics(trainer)
         return trainer.callback_metrics
 
     def _has_changed(self) -> bool:
@@ -213,7 +213,7 @@ class ExactResume:
         for counts in step.values():
             counts["ready"] = counts["completed"]
         if "combined_loader" in loops["state_dict"]:
-            loader = self.trainer.fit_loop._combined_loader
+            loader = private.combined_loader(self.trainer.fit_loop)
             if loader is not None and not all(map(knows_its_place, loader.flattened)):
                 del loops["state_dict"]["combined_loader"]
             elif amid or self._is_at_batch_end():
@@ -232,7 +232,7 @@ class ExactResume:
         for callback in self.trainer.checkpoint_callbacks if self.trainer is not None else ():
             if isinstance(callback, ModelCheckpoint):
                 saves = path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
-                steps[callback.state_key] = self.trainer.global_step if saves else callback._last_global_step_saved
+                steps[callback.state_key] = self.trainer.global_step if saves else private.step_of_last_save(callback)
         return steps
 
     def _in_batch(self) -> bool:
@@ -255,19 +255,19 @@ class ExactResume:
 
     def _stepped(self) -> int:
         """After how many batches, of those that are done, the optimizer has stepped."""
-        epoch_loop, (done, stepped) = self.trainer.fit_loop.epoch_loop, self.stepped
-        return stepped + int(epoch_loop.batch_progress.total.processed > done and not epoch_loop._should_accumulate())
+        (done, stepped), batch = self.stepped, self.trainer.fit_loop.epoch_loop.batch_progress
+        return stepped + int(batch.total.processed > done and not private.is_accumulating(self.trainer))
 
     def _open_gradients(self) -> dict[str, Tensor]:
         """The gradients that the next batch adds to."""
         module = self.trainer.lightning_module
         if self._in_batch() and self.gradients is not None:
             return self.gradients
-        epoch_loop, window = self.trainer.fit_loop.epoch_loop, self.trainer.accumulate_grad_batches
         if self._in_batch():
-            is_open = epoch_loop.batch_progress.current.processed % window != 0
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            is_open = done % self.trainer.accumulate_grad_batches != 0
         else:
-            is_open = self.place()["kind"] == "inside" and epoch_loop._should_accumulate()
+            is_open = self.place()["kind"] == "inside" and private.is_accumulating(self.trainer)
         return self.trained.gradients() if is_open or not module.automatic_optimization else {}
 
     # Noted while training goes on.
@@ -290,6 +290,7 @@ class ExactResume:
 
     def on_train_start(self, trainer: Any, own: Callback) -> None:
         """Go on where the checkpoint was saved, or start so that a later checkpoint can."""
+        private.check(trainer)
         self.trainer, self.holders = trainer, Holders(trainer, own)
         ranks, self.saved, self.entry = self.saved, None, None
         self.amid, self.before, self.rest = "", {}, None
@@ -305,15 +306,14 @@ class ExactResume:
                 loop.__class__ = swapped_class("Resumed", mixin, type(loop))
             loop.lora_resume = self
         self._watch_loaders()
-        epoch_loop = fit_loop.epoch_loop
-        self.stepped = (epoch_loop.batch_progress.total.processed, epoch_loop._batches_that_stepped)
+        self.stepped = (fit_loop.epoch_loop.batch_progress.total.processed, private.batches_that_stepped(trainer))
         if ranks is not None:
             restore(self, trainer, ranks)
         else:
             self._note_random()
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:
-        fetcher = trainer.fit_loop._data_fetcher
+        fetcher = private.data_fetcher(trainer)
         if fetcher is not None and not is_watched(fetcher.combined_loader):  # loaders are made anew for each epoch
             self._watch_loaders()
         set_random_state(self.random)
@@ -337,7 +337,7 @@ class ExactResume:
             self._note_random()
         self.extra = False
         self.ended = done = batch.total.processed
-        self.stepped = (done, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self.stepped = (done, private.batches_that_stepped(trainer))
         self.fetched_at = {done: self.random} | {n: self.fetched_at.get(n, self.random) for n in (done - 1, done - 2)}
         self.begin("batch")
         self.gradients = None
@@ -353,12 +353,11 @@ class ExactResume:
     def begin_validation(self) -> None:
         """Before its iterator is made."""
         trainer = self.trainer
-        epoch_loop = trainer.fit_loop.epoch_loop
-        if epoch_loop.val_loop._combined_loader is not self.validated_on:
+        if private.combined_loader(trainer.fit_loop.epoch_loop.val_loop) is not self.validated_on:
             self._find_state()
         self.begin("validation")
         stopping, trainer.should_stop = trainer.should_stop, False
-        self.extra = stopping and not epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        self.extra = stopping and not private.would_validate(trainer)
         trainer.should_stop = stopping
         set_random_state(self.random)
         if self.validated_on is not None:
@@ -373,7 +372,7 @@ class ExactResume:
         epoch_loop = self.trainer.fit_loop.epoch_loop
         stopped = self.trainer.should_stop or 0 <= epoch_loop.max_steps <= epoch_loop.global_step
         self.ended = epoch_loop.batch_progress.total.processed
-        self.cut = stopped and not epoch_loop._num_ready_batches_reached()
+        self.cut = stopped and not private.is_epoch_through(self.trainer)
         if not self.extra:  # which began before
             self.begin("epoch end")
 
@@ -389,15 +388,14 @@ class ExactResume:
     def _held(self) -> dict[str, Any]:
         trainer = self.trainer
         self.buffers.note()
-        fit_loop = trainer.fit_loop
-        loader, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
+        fetcher = private.data_fetcher(trainer)
         return {
             "own": self.own.state(),
             "metrics": self.metrics.state(),
-            "loaders": loader._state_dicts() if loader is not None else [],
-            "fetched": fetcher.fetched if isinstance(fetcher, _DataLoaderIterDataFetcher) else None,
+            "loaders": private.loader_states(private.combined_loader(trainer.fit_loop)),
+            "fetched": fetcher.fetched if private.iterator_given(fetcher) is not None else None,
             "others": self.holders.state(in_batch=self.amid == "batch"),
-            "total": fit_loop.epoch_loop.batch_progress.total.processed,
+            "total": trainer.fit_loop.epoch_loop.batch_progress.total.processed,
             "version": self._version(),
         }
 
@@ -410,19 +408,14 @@ class ExactResume:
         """The random state when the last two of so many batches began, the later one first."""
         return [self.fetched_at.get(done - 1), self.fetched_at.get(done - 2)]
 
-    def _fetches_ahead(self) -> bool:
-        """Whether Lightning fetches each batch before the one ahead of it is trained on, to know which is the last."""
-        fetcher = self.trainer.fit_loop._data_fetcher
-        return isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is None
-
     def _watch_loaders(self) -> None:
         self.start = LoaderStart()
         self._find_state()
-        if (loader := self.trainer.fit_loop._combined_loader) is not None:
+        if (loader := private.combined_loader(self.trainer.fit_loop)) is not None:
             watch(loader, self.start)
 
     def _find_state(self) -> None:
-        self.validated_on = self.trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        self.validated_on = private.combined_loader(self.trainer.fit_loop.epoch_loop.val_loop)
         self.own = self.start.own = state_of(self.trainer)
 
 

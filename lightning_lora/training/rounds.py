@@ -7,19 +7,17 @@ run: after resuming, they have it.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+
+from lightning_lora.training.lightning_private import call_hook, hook_calls
 
 # What callbacks, the data module and optimizers hold of their own, to be saved as it was when a batch began.
 
@@ -105,23 +103,15 @@ class Round:
 
 def running_round(trainer: Any) -> Round | None:
     """The one that is running in this thread."""
-    for frame, was_raised in _frames(trainer):
-        known, hook = frame.f_locals, frame.f_locals.get("hook_name")
-        if hook not in _HOOKS or frame.f_code not in (_CALLBACKS, _OF_MODULE):
+    for hook, by, later, args, was_raised in hook_calls(trainer):
+        if hook not in _HOOKS:
             continue
-        if frame.f_code is _OF_MODULE:
-            by, later = trainer.lightning_module, []
-        else:
-            by, turn = known.get("callback"), known["callbacks"]
-            later = turn[next((i for i, c in enumerate(turn) if c is by), -1) + 1 :]
         if was_raised:  # it did not get to its end
             later = [by, *later]
-        if frame.f_code is _CALLBACKS and known["monitoring_callbacks"] is None:
-            later = [*later, trainer.lightning_module]
         rest = [name for name, one in named(trainer) if any(one is x for x in later) and _has(one, hook)]
         has_state = by is trainer.lightning_module or is_overridden("state_dict", by)
         torn = rest[0] if was_raised and rest and has_state and not isinstance(by, Checkpoint) else ""
-        return Round(hook, None if was_raised else by, torn, rest, known["args"])
+        return Round(hook, None if was_raised else by, torn, rest, args)
     return None
 
 
@@ -151,8 +141,7 @@ def only(trainer: Any, hook: str, rest: list[str]) -> Iterator[None]:
 def have_round(trainer: Any, hook: str, rest: list[str], *args: Any) -> None:
     """Call `hook` of those that `rest` names, as Lightning does."""
     with only(trainer, hook, rest):
-        call._call_callback_hooks(trainer, hook, *args)
-        call._call_lightning_module_hook(trainer, hook, *args)
+        call_hook(trainer, hook, *args)
 
 
 def saved_outputs(value: Any) -> tuple[Any, bool]:
@@ -168,21 +157,5 @@ def saved_outputs(value: Any) -> tuple[Any, bool]:
     return (value, True) if isinstance(value, (int, float, str, bool, type(None))) else (None, False)
 
 
-def _frames(trainer: Any) -> Iterator[tuple[FrameType, bool]]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame, False
-        frame = frame.f_back
-    if trainer.state.status == TrainerStatus.INTERRUPTED:
-        error = sys.exc_info()[1]
-        trace = error.__traceback__ if error is not None else None
-        while trace is not None:
-            yield trace.tb_frame, True
-            trace = trace.tb_next
-
-
 def _has(one: Any, hook: str) -> bool:
     return callable(getattr(one, hook)) and is_overridden(hook, one, Callback if isinstance(one, Callback) else None)
-
-
-_CALLBACKS, _OF_MODULE = call._call_callback_hooks.__code__, call._call_lightning_module_hook.__code__

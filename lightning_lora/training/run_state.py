@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
-from torch.distributed.distributed_c10d import _get_default_store
 from torchmetrics import Metric
 
-from lightning_lora.engine import adapter_tensors
+from lightning_lora.engine import adapter_tensors, torch_private
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import is_sharded
 from lightning_lora.errors import CheckpointError, listed
+from lightning_lora.training.lightning_private import metric_state, put_metric_state, restored_result, results
 
 # The state of the global random generators: Python's, torch's, numpy's and CUDA's.
 
@@ -62,7 +61,7 @@ def set_random_state(state: RandomState) -> None:
 def _numpy_state(numpy: Any) -> Any:
     """numpy takes 50 us to tell its state, too much after every batch: it is asked only where its memory changed."""
     global _last_numpy
-    generator = numpy.random.mtrand._rand._bit_generator
+    generator: Any = getattr(numpy.random, "get_bit_generator", lambda: None)()  # numpy has it from 1.24 on
     if type(generator) is not numpy.random.MT19937:
         return numpy.random.get_state()
     # 624 keys and a position. Where a second normal number is kept for the next call, that call changes neither.
@@ -105,11 +104,14 @@ def _left_in_store(own: Any, ranks: list[Any]) -> list[Any]:
     # which the processes have met, and nobody but the first looks there.
     global _exchanges
     _exchanges += 1
-    rank, store = distributed.get_rank(), _get_default_store()
+    rank = distributed.get_rank()
     ranks[rank] = own
+    if torch_private.processes_store is None:
+        return ranks
+    store = torch_private.processes_store()
     if rank != 0:
         with suppress(RuntimeError):  # the first process has ended, and the store with it
-            store.set(f"lightning_lora/{_exchanges}/{rank}", pickle.dumps(own))  # type: ignore[arg-type]
+            store.set(f"lightning_lora/{_exchanges}/{rank}", pickle.dumps(own))
         return ranks
     for other in range(1, len(ranks)):
         key = f"lightning_lora/{_exchanges}/{other}"
@@ -184,7 +186,7 @@ class BufferWatch:
 
     def note(self) -> None:
         for name, buffer in self._changed():
-            self._copies[name] = (buffer, buffer._version, buffer.detach().clone())
+            self._copies[name] = (buffer, torch_private.version(buffer), buffer.detach().clone())
 
     def before(self) -> dict[str, Tensor]:
         """Those that have changed since `note`, as they were then."""
@@ -193,7 +195,9 @@ class BufferWatch:
     def _changed(self) -> Iterator[tuple[str, Tensor]]:
         for name, owner, key in self._owners:
             buffer, known = owner._buffers.get(key), self._copies.get(name)
-            if buffer is not None and (known is None or buffer is not known[0] or buffer._version != known[1]):
+            if buffer is None:
+                continue
+            if known is None or buffer is not known[0] or torch_private.version(buffer) != known[1]:
                 yield name, buffer
 
 
@@ -202,11 +206,10 @@ def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen = {id(tensor) for tensor in adapter_tensors(module).values()}
     tree = Tree.of(module)
     for prefix, inner in (*tree.modules, *tree.wrappers):
-        for name, buffer in inner.named_buffers(prefix, recurse=False):
-            last = name.rpartition(".")[2]
-            if last not in inner._non_persistent_buffers_set and id(buffer) not in seen:
+        for name, buffer in torch_private.persistent_buffers(inner):
+            if id(buffer) not in seen:
                 seen.add(id(buffer))
-                yield name, buffer
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _hash(buffer: Tensor) -> str:
@@ -229,7 +232,7 @@ class Trained:
 
     def version(self) -> int:
         """A number that changes when one of them does."""
-        return sum(p._version for p in self._parameters.values())
+        return sum(torch_private.version(p) for p in self._parameters.values())
 
     def gradients(self) -> dict[str, Tensor]:
         """Copies of all gradients; of a sharded one, of this process's part."""
@@ -275,12 +278,9 @@ class EpochMetrics:
         torchmetrics adds in place, but to lists only at their end."""
         logged = {
             key: (metric, metric.has_reset, metric.value if metric.is_tensor else None, _count(metric))
-            for key, metric in self._trainer.fit_loop.epoch_loop._results.items()
+            for key, metric in results(self._trainer).items()
         }
-        modules = {
-            name: (metric._update_count, {key: _copy(getattr(metric, key)) for key in metric._defaults})
-            for name, metric in self._modules.items()
-        }
+        modules = {name: metric_state(metric) for name, metric in self._modules.items()}
         return {"logged": logged, "modules": modules}
 
     def load(self, state: Metrics) -> None:
@@ -289,16 +289,15 @@ class EpochMetrics:
         for name, (count, values) in state["modules"].items():
             if (metric := self._modules.get(name)) is None:
                 continue
-            metric._update_count, metric._computed = count, None
-            for key, value in values.items():
-                setattr(metric, key, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
-        results = self._trainer.fit_loop.epoch_loop._results
+            here = {k: [e.to(device) for e in v] if isinstance(v, list) else v.to(device) for k, v in values.items()}
+            put_metric_state(metric, count, here)
+        logged = results(self._trainer)
         for key, saved in state["logged"].items():
             value = saved["value"]
             if value is None:
                 value = self._modules.get(saved["meta"]["metric_attribute"])
             if value is not None:
-                results[key] = _restored(saved, value, device)
+                logged[key] = restored_result(saved, value, device)
 
 
 def plain(state: Metrics) -> Metrics:
@@ -311,35 +310,5 @@ def plain(state: Metrics) -> Metrics:
     return {"logged": logged, "modules": state["modules"]}
 
 
-def _restored(saved: dict[str, Any], value: Tensor | Metric, device: torch.device) -> _ResultMetric:
-    meta = _AnyMetadata(**saved["meta"])
-    restored = meta.metric = _ResultMetric(meta, isinstance(value, Tensor))
-    restored.has_reset, restored._update_count = saved["has_reset"], 1
-    restored.value = value.to(device) if isinstance(value, Tensor) else value
-    if saved["count"] is not None:
-        restored.cumulated_batch_size = saved["count"].to(device)
-    return restored
-
-
-class _AnyMetadata(_Metadata):
-    """How a restored value is logged, until the module logs it again and says so itself."""
-
-    metric: _ResultMetric
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.sync = _Sync()
-
-    def __ne__(self, other: Any) -> bool:
-        self.metric.meta = other
-        return False
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _count(metric: _ResultMetric) -> Tensor | None:
+def _count(metric: Any) -> Tensor | None:
     return getattr(metric, "cumulated_batch_size", None)
-
-
-def _copy(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value.detach().clone()

@@ -15,7 +15,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from lightning_lora.engine import adapter_tensors, injections
 from lightning_lora.engine.inits import INITS
@@ -52,12 +51,21 @@ class WholeCheckpoints(_Host):
         return checkpoint
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state: dict[str, Any] = tree_map_only(Tensor, whole, Strategy.optimizer_state(self, optimizer))
+        state: dict[str, Any] = _whole(Strategy.optimizer_state(self, optimizer))
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
             optimizer.load_state_dict(_sharded_as(optimizer, state))
+
+
+def _whole(value: Any) -> Any:
+    """`value` with each tensor in its dicts, lists and tuples whole."""
+    if isinstance(value, Tensor):
+        return whole(value)
+    if isinstance(value, dict):
+        return {key: _whole(inner) for key, inner in value.items()}
+    return type(value)(map(_whole, value)) if type(value) in (list, tuple) else value
 
 
 def check_sharded(module: nn.Module, processes: int) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from huggingface_hub import constants
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
@@ -26,6 +25,7 @@ from lightning_lora.hub import load_adapter
 from lightning_lora.hub.format.writing import hub_address
 from lightning_lora.hub.pull import adapter_folder, pull
 from lightning_lora.training.checkpoint import checkpoint_adapter
+from lightning_lora.training.lightning_private import multiprocessing_launcher
 from lightning_lora.training.signals import SigtermLater
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 def adapt_before_launch() -> None:
     """Let every LoRACallback of a Trainer act in the launching process, before and after the run."""
-    original = _MultiProcessingLauncher.launch
+    launcher = multiprocessing_launcher()
+    original = launcher.launch
     if hasattr(original, "adapts_before"):
         return
 
@@ -63,7 +64,7 @@ def adapt_before_launch() -> None:
         return result
 
     launch.adapts_before = True  # type: ignore[attr-defined]
-    _MultiProcessingLauncher.launch = launch  # type: ignore[method-assign]
+    launcher.launch = launch
 
 
 def _save_on_exception(function: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:

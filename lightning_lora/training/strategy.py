@@ -51,6 +51,7 @@ from lightning_lora.training.checkpoint import (
 )
 from lightning_lora.training.checkpoint_address import is_local, local_path
 from lightning_lora.training.checkpoint_file import leave_out_base, read_checkpoint, write_whole_files
+from lightning_lora.training.lightning_private import checkpoint_of
 from lightning_lora.training.resume import ExactResume
 from lightning_lora.training.run_state import changed_buffers, restore_buffers
 from lightning_lora.training.sharding import WholeCheckpoints
@@ -110,7 +111,10 @@ class AdapterStrategy(_Host):
 
     def _may_be_alone(self) -> bool:
         """Whether this process saves on an exception, which the others may not have had: it would wait for ever."""
-        trainer = getattr(self.lightning_module, "_trainer", None)  # its property raises where there is none
+        try:
+            trainer: Any = self.lightning_module.trainer if self.lightning_module is not None else None
+        except RuntimeError:  # the module has none
+            return False
         return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
 
     def barrier(self, name: str | None = None) -> None:
@@ -216,7 +220,7 @@ class AdapterStrategy(_Host):
         `known_base`. Called in every process: of sharded weights each has a part."""
         module = self.lightning_module
         assert module is not None
-        checkpoint = module.trainer._checkpoint_connector.dump_checkpoint()
+        checkpoint = checkpoint_of(module.trainer)
         leave_out_base_weights(checkpoint, module)
         return {"tensors": checkpoint["state_dict"], "known_base": self._base(module, *adapter_root(module))}
 

@@ -16,6 +16,7 @@ from lightning_lora.engine.layers import geometry_of
 from lightning_lora.engine.layers.conv import ConvLoRA
 from lightning_lora.engine.layers.embedding import EmbeddingLoRA
 from lightning_lora.engine.layers.linear import LinearLoRA
+from lightning_lora.engine.torch_private import padded
 from lightning_lora.errors import TargetError
 
 if TYPE_CHECKING:
@@ -177,9 +178,8 @@ class ConvCell(Cell, serves=ConvLoRA):
         return base + torch.einsum("ner...,nro->neo...", h, B).reshape(base.shape)
 
     def _convolved(self, x: Tensor, A: Tensor, groups: int = 1) -> Tensor:
-        module, padding = self.module, self.module.padding
-        if module.padding_mode != "zeros":
-            x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+        module = self.module
+        x, padding = padded(module, x)
         h: Tensor = self.geometry.lora_convolve(x, A, None, module.stride, padding, module.dilation, groups)
         return h
 

@@ -30,6 +30,7 @@ from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.shown import METADATA
 from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.targets import select
+from lightning_lora.engine.torch_private import CALL, stand_in, without_torch_function
 from lightning_lora.engine.tree import Target, Tree
 from lightning_lora.errors import AdapterStateError, BankError, TargetError
 
@@ -51,7 +52,7 @@ class GuardedWeight(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if (name == "__get__" and func.__self__.__name__ not in _VALUES) or name in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **(kwargs or {}))
         layers = {v.bank_layer for v in (*args, *(kwargs or {}).values()) if isinstance(v, GuardedWeight)}
         raise AdapterStateError(
@@ -65,19 +66,16 @@ def in_a_forward() -> bool:
     """True if the code that reads an attribute (two frames up) runs in the forward of a module."""
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code is _CALL:
+        if frame.f_code is CALL:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
 
 
-_CALL = nn.Module._call_impl.__code__
-
-
 def guarded(own: nn.Parameter, name: str) -> GuardedWeight:
     """A guarded stand-in for `own`, the weight of the layer `name`."""
-    with torch._C.DisableTorchFunctionSubclass():
-        weight: Any = torch.Tensor._make_subclass(GuardedWeight, own.data, own.requires_grad)
+    with without_torch_function():
+        weight: Any = stand_in(GuardedWeight, own.data, own.requires_grad)
     weight.bank_layer = name
     return weight
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_lora.engine.torch_private import is_view
 from lightning_lora.errors import AdapterStateError
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class One(Routing):
     def copies(self) -> int:
         """Bytes of the factors that are kept here in another dtype than that of the slots."""
         parts = (t for factors in list(self._factors.values()) for t in factors)
-        return sum(t.nbytes for t in parts if t._base is None)  # a tensor with a _base is a view of the slab
+        return sum(t.nbytes for t in parts if not is_view(t))  # the others lie in the slab
 
     def add(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         if self.is_affine:

@@ -7,13 +7,11 @@ known (the beams of `generate`), given by the user, or an error: a guess could u
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence, Set
-from types import CodeType, FrameType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.bank.layout import AS_THEY_ARE, Said
 from lightning_lora.engine.bank.routing import FEW_POSITIONS, One, Routing
+from lightning_lora.engine.torch_private import CALL, GENERATE_LOCALS, called, generation
 from lightning_lora.errors import AdapterStateError
 
 if TYPE_CHECKING:
@@ -32,22 +31,15 @@ if TYPE_CHECKING:
 #
 # It reads Python's call stack, which is slow: a layer whose input plainly has the rows first never asks.
 
-_CALL: CodeType = nn.Module.__call__.__code__
-"""The code that runs for every call of a module; its local variables are the module and the arguments."""
-
 
 def beams(layer: nn.Module) -> tuple[int, int] | None:
     """The number of prompts that transformers' `generate` was given, and the number of rows to which it has repeated
     them, with the beams (or returned sequences) of a prompt side by side. None if `layer` does not run in `generate`.
     """
-    code = _generate(sys.modules.get("transformers.generation.utils"))
-    frame: FrameType | None = sys._getframe(1) if code is not None else None
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    if frame is None:
+    known = generation()
+    if known is None:
         return None
-    known = frame.f_locals
-    config, prompts, ids = (known.get(name) for name in ("generation_config", "batch_size", "input_ids"))
+    config, prompts, ids = (known[name] for name in GENERATE_LOCALS[1:])
     if not isinstance(prompts, int) or not isinstance(ids, Tensor) or id(layer) not in _members(known["self"]):
         return None
     times = max(getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1)
@@ -73,7 +65,7 @@ def runs_elsewhere(served: Set[int]) -> bool:
     """True if another thread is calling a module that contains one of the layers whose ids are `served`."""
     here = threading.get_ident()
     return any(
-        not served.isdisjoint(_members(call.f_locals["self"]))
+        not served.isdisjoint(_members(called(call)[0]))
         for thread, frame in sys._current_frames().items()
         if thread != here
         for call in _calls(frame)
@@ -84,7 +76,7 @@ def _calls(frame: FrameType | None) -> list[FrameType]:
     """The calls of modules that led to `frame`, the innermost first."""
     calls: list[FrameType] = []
     while frame is not None:
-        if frame.f_code is _CALL:
+        if frame.f_code is CALL:
             calls.append(frame)
         frame = frame.f_back
     return calls
@@ -92,10 +84,9 @@ def _calls(frame: FrameType | None) -> list[FrameType]:
 
 def _inputs(layer: nn.Module, served: Set[int]) -> Iterator[Tensor]:
     for call in reversed(_calls(sys._getframe(1))):
-        known = call.f_locals
-        module = known["self"]
+        module, *given = called(call)
         if module is not layer and served <= _members(module):
-            return _tensors((known["args"], known["kwargs"]))
+            return _tensors(given)
     return iter(())
 
 
@@ -119,13 +110,6 @@ def _members(module: nn.Module) -> frozenset[int]:
     if members is None:
         members = _MEMBERS[module] = frozenset(map(id, module.modules()))
     return members
-
-
-@functools.lru_cache(maxsize=2)
-def _generate(utils: Any) -> CodeType | None:
-    """The code of `GenerationMixin.generate`; None if transformers' generation was not imported."""
-    mixin = getattr(utils, "GenerationMixin", None)
-    return None if mixin is None else inspect.unwrap(mixin.generate).__code__
 
 
 class Rows(Routing):

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine import switch
+from lightning_lora.engine import switch, torch_private
 from lightning_lora.engine.layers.base import Adapter, adapters
 from lightning_lora.engine.layers.linear import LinearLoRA
+from lightning_lora.engine.torch_private import drop_forward_hooks
 from lightning_lora.errors import AdapterStateError, TargetError
 
 
@@ -158,11 +159,10 @@ class Invocation:
         autograd's, and they need `invoked`."""
 
         def begins(_: Tensor) -> None:
-            task = torch._C._current_graph_task_id()
+            task = torch_private.backward_task()
             if task not in self.backwards:
                 self.backwards[task] = []
-                engine: Any = torch.autograd.Variable._execution_engine
-                engine.queue_callback(lambda: self.backwards.pop(task, None))
+                torch_private.when_backward_ends(lambda: self.backwards.pop(task, None))
             forwards = self.backwards[task]
             if all(other is not invoked for other in forwards):
                 forwards.append(invoked)
@@ -257,20 +257,12 @@ def stop_listening(model: nn.Module) -> None:
     """Undo `listen`."""
     for module in model.modules():
         module.__dict__.pop("lora_invocation", None)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Invocation)]:
-                del hooks[key]
-                for flags in (
-                    module._forward_pre_hooks_with_kwargs,
-                    module._forward_hooks_with_kwargs,
-                    module._forward_hooks_always_called,
-                ):
-                    flags.pop(key, None)
+        drop_forward_hooks(module, lambda _, hook: isinstance(getattr(hook, "__self__", None), Invocation))
 
 
 def backward_pass() -> int:
     """The id of the backward pass that runs here; -1 outside of any, and always where torch.compile traces."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+    return -1 if torch.compiler.is_compiling() else torch_private.backward_task()
 
 
 def _are_same(ids: Tensor | None, others: Tensor | None) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter, keeps_attributes
 from lightning_lora.engine.layers.pair import BIAS, AdapterSpec
+from lightning_lora.engine.torch_private import convolved, convolves_otherwise, output_padding, padded
 from lightning_lora.errors import AdapterStateError, TargetError
 
 _EXACT = (torch.float32, torch.float64)
@@ -39,7 +39,7 @@ class Convolution(Adapter):
         """True if the class of `module` may do more than convolve with its weight and add its bias."""
         own = type(module)
         known = next(parent for parent in own.__mro__ if parent in Adapter.geometries)
-        return any(getattr(own, name, None) is not getattr(known, name, None) for name in ("forward", "_conv_forward"))
+        return convolves_otherwise(own, known)
 
 
 class ConvLoRA(Convolution):
@@ -72,8 +72,7 @@ class ConvLoRA(Convolution):
             input, kwargs = self.given_by_name(kwargs)
         if args or kwargs or not self._is_faster_in_one(input):
             return super().forward(input, *args, **kwargs)
-        base: Any = self
-        return base._conv_forward(input, self.adapted_weight(dropped=True).to(input.dtype), self.own("bias"))
+        return convolved(self, input, self.adapted_weight(dropped=True).to(input.dtype), self.own("bias"))
 
     def _is_faster_in_one(self, x: Tensor) -> bool:
         """True if one convolution of x, with W + s B A, is faster than three, with W, A and B.
@@ -112,9 +111,7 @@ class ConvLoRA(Convolution):
 
     def update(self, x: Tensor) -> Tensor:  # (N, in, *size) -> (N, out, *size')
         base: Any = self
-        x, padding = self.lora_dropout(x), base.padding
-        if base.padding_mode != "zeros":  # pad first, then convolve without padding, as the base does
-            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        x, padding = padded(base, self.lora_dropout(x))
         A, B, bias = self.factors_in(x.dtype)
         h = self.lora_convolve(x, A, None, base.stride, padding, base.dilation)
         return self.lora_convolve(h, B, bias, groups=base.groups)
@@ -213,9 +210,7 @@ class ConvTransposeLoRA(Convolution):
         base: Any = self
         x = self.lora_dropout(x)
         A, B, bias = self.factors_in(x.dtype)
-        padding = base._output_padding(
-            x, output_size, base.stride, base.padding, base.kernel_size, len(base.kernel_size), base.dilation
-        )
+        padding = output_padding(base, x, output_size)
         h = self.lora_pointwise(x, A, groups=base.groups)
         B = self.from_output(self, B.flatten(1))  # as a transposed convolution stores its weight: rank first
         return self.lora_convolve(h, B, bias, base.stride, base.padding, padding, base.groups, base.dilation)

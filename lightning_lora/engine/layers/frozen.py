@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.engine import switch
 from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.torch_private import NORMS, flat_weights
 
 if TYPE_CHECKING:
     _Host = nn.Module
@@ -34,7 +34,7 @@ class FrozenNorm(_Host):
 
 def may_have_running_statistics(cls: type[nn.Module]) -> bool:
     """True if a module of that class can have running statistics that are not frozen yet."""
-    return issubclass(cls, _NormBase) and not issubclass(cls, FrozenNorm)
+    return issubclass(cls, NORMS) and not issubclass(cls, FrozenNorm)
 
 
 def has_running_statistics(module: nn.Module) -> bool:
@@ -113,8 +113,7 @@ class FlatWeights(_ReadHost):
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        base: Any = self
-        return [getattr(self, name, None) for name in base._flat_weights_names]
+        return [getattr(self, name, None) for name in flat_weights(self)]
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor | None]) -> None:
@@ -130,7 +129,7 @@ class FlatWeights(_ReadHost):
 
 def lay_flat(module: Any) -> None:
     """Set the base class's list of weights to the parameters that the recurrent layer `module` holds now."""
-    vars(module)["_flat_weights"] = [module._parameters.get(name) for name in module._flat_weights_names]
+    vars(module)["_flat_weights"] = [module._parameters.get(name) for name in flat_weights(module)]
 
 
 def read_by_switch(module: Any, originals: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from lightning_lora.engine.layers.base import Adapter, kept_ranks, without_autoc
 from lightning_lora.engine.layers.by_weight import kept_columns
 from lightning_lora.engine.layers.frozen import FlatWeights, lay_flat
 from lightning_lora.engine.layers.pair import MAGNITUDE, START, AdapterSpec, Pair
+from lightning_lora.engine.torch_private import flat_weights
 from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterStateError, TargetError
 
@@ -174,7 +175,7 @@ class MultiheadAttentionLoRA(ParameterLoRA, adapts=nn.MultiheadAttention):
 
     @staticmethod
     def parameters_of(module: Any) -> tuple[str, ...]:
-        if module._qkv_same_embed_dim:
+        if module._parameters.get("in_proj_weight") is not None:
             return ("in_proj_weight",)
         return ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -195,7 +196,7 @@ class RecurrentLoRA(FlatWeights, CellLoRA, adapts=nn.RNNBase):
 
     @staticmethod
     def parameters_of(module: Any) -> tuple[str, ...]:
-        return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
+        return tuple(name for name in flat_weights(module) if name.startswith("weight"))
 
     replaces = ("_flat_weights", "_update_flat_weights", "flatten_parameters")
 

@@ -14,6 +14,7 @@ from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.frozen import original
 from lightning_lora.engine.layers.pair import BIAS, AdapterSpec
 from lightning_lora.engine.reads import show
+from lightning_lora.engine.torch_private import version
 from lightning_lora.engine.weights import dense, is_plain, is_wrapper
 from lightning_lora.errors import AdapterStateError
 
@@ -125,10 +126,10 @@ class Reads(_Host):
     def _read_inside(self, name: str, so_far: dict[str, Any]) -> Any:
         """The adapted value for the base class's forward: in one forward every read gives the same tensor, since the
         forward may change it in place."""
-        value, has_graph, version = so_far.get(name, (None, False, 0))
+        value, has_graph, before = so_far.get(name, (None, False, 0))
         if value is not None and (has_graph or not torch.is_grad_enabled()):
             return value
-        if value is not None and value._version != version:
+        if value is not None and version(value) != before:
             raise AdapterStateError(
                 f"The forward of {self.lora_path!r} ({type(self).base_class.__name__}) changed its {name} in place "
                 "where gradients were off, and reads it where they are on: leave it out with exclude_modules."
@@ -138,11 +139,11 @@ class Reads(_Host):
         with torch.set_grad_enabled(so_far["grad"] or torch.is_grad_enabled()):
             value = self.value_read(name)
             has_graph = torch.is_grad_enabled()
-        version = 0
+        now = 0
         if value is not None and not torch.compiler.is_compiling():
             is_inference = value.is_inference()
-            has_graph, version = has_graph and not is_inference, 0 if is_inference else value._version
-        so_far[name] = value, has_graph, version
+            has_graph, now = has_graph and not is_inference, 0 if is_inference else version(value)
+        so_far[name] = value, has_graph, now
         return value
 
     lora_to_kernels: ClassVar[bool] = False

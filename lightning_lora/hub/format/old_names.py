@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
@@ -26,6 +25,7 @@ from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import exact_pattern
 from lightning_lora.hub.format.peft import exact_targets
 from lightning_lora.hub.format.reading import Header
+from lightning_lora.hub.hub_private import conversions, old_prefixes, renamed
 
 Renaming = Callable[[str], str]
 
@@ -82,18 +82,10 @@ def renamed_config(config: LoRAConfig, root: nn.Module, adapted: Iterable[str], 
 
 def _of_transformers(root: Any) -> Renaming | None:
     """How transformers renames the tensors of an old checkpoint for `root`, if that is one of its models."""
-    if "transformers" not in sys.modules or not hasattr(root, "config"):
-        return None
-    table = getattr(root, "_checkpoint_conversion_mapping", None)  # of transformers 4
-    if table:
+    if table := old_prefixes(root):
         return lambda name: _replaced(name, table)
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return None
-    renamings = [step for step in get_model_conversion_mapping(root) if isinstance(step, WeightRenaming)]
-    return lambda name: str(rename_source_key(name, renamings, [])[0])
+    steps = conversions(root, "WeightRenaming")
+    return (lambda name: renamed(name, steps)) if steps else None
 
 
 def _replaced(name: str, table: dict[str, str]) -> str:
@@ -295,16 +287,9 @@ def _stack(
 def _tables(root: Any) -> list[tuple[list[tuple[str, str]], str]]:
     """How the weights of experts became stacks: of each part what is before and after the number of the expert, and the
     name of the parameter."""
-    if "transformers" not in sys.modules or not hasattr(root, "config"):
-        return []
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-    except ImportError:
-        return []
     tables = []
-    for step in get_model_conversion_mapping(root):
-        if not isinstance(step, WeightConverter) or len(step.target_patterns) != 1:
+    for step in conversions(root, "WeightConverter"):
+        if len(step.target_patterns) != 1:
             continue
         how = [(type(op).__name__, getattr(op, "dim", None)) for op in step.operations]
         ends = [re.fullmatch(r"\.?(.+)\.\*\.(.+)\.weight", p.replace("\\", "")) for p in step.source_patterns]

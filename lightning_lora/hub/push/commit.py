@@ -20,6 +20,7 @@ from lightning_lora.hub.card import RunFacts, merge_cards
 from lightning_lora.hub.client import DEADLINE, SLOWEST, retried
 from lightning_lora.hub.format.reading import CARD
 from lightning_lora.hub.format.writing import local_path
+from lightning_lora.hub.hub_private import is_left_out
 from lightning_lora.hub.push.repository import Destination, HubRepository
 from lightning_lora.hub.push.staging import PICTURE, Staged, digest, stage
 
@@ -225,7 +226,7 @@ class Push:
             num_threads=1,
             free_memory=False,
         )
-        if operation._should_ignore:  # the client would leave the file out of the commit, with a line in its log
+        if is_left_out(operation):  # the client would only write a line to its log
             raise HubError(
                 f"{self.repository.repo_id} has a .gitignore that keeps {operation.path_in_repo} out. Remove that line "
                 "of it on the Hub."

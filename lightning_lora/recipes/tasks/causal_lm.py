@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lora.engine import injections
 from lightning_lora.errors import ConfigError
+from lightning_lora.hub.hub_private import attention_of
 from lightning_lora.recipes.models import ModelSource, context_of
 from lightning_lora.recipes.tasks.base import (
     IGNORED,
@@ -175,7 +176,7 @@ def check_apart(model: nn.Module, batch: Mapping[str, Any]) -> None:
     # makes some 1 %, and may send a single token to other experts.
     changes = (behind - alone).std(-1) / alone.std(-1)
     if not max(float(changes[:2].min()), float(changes.median())) <= 0.03:
-        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        attention = attention_of(getattr(model, "config", None))
         raise ConfigError(
             f"{type(model).__name__} (attention: {attention}) lets packed examples see each other, or does not count "
             "their positions anew. Leave packing off (data.packing=false), or try another model.attn_implementation."

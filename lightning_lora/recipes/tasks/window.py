@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
+from lightning_lora.training.lightning_private import is_accumulating
 from lightning_lora.training.run_state import of_all_ranks
 
 _KEY = "window_weight"
@@ -55,7 +56,7 @@ class WeighedWindow(pl.LightningModule):
             self._window = resumed
         super().backward(loss * weight, *args, **kwargs)
         self._window = (self._window or 0) + weight
-        if not trainer.fit_loop._should_accumulate():
+        if not is_accumulating(trainer):
             self._divide()
 
     def _divide(self) -> None:

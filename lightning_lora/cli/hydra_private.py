@@ -1,0 +1,32 @@
+"""Private names of Hydra: each once, with why."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from typing import Any
+
+from lightning_lora.borrowed import found, needed
+
+
+def hydra_parser() -> ArgumentParser:
+    """The parser of Hydra's own flags. Raises MovedError where it is elsewhere: what Hydra would make of a command line
+    is not known then."""
+    parser: ArgumentParser = needed("hydra._internal.utils:get_args_parser", "reads a command line as Hydra does")()
+    return parser
+
+
+def located(path: str) -> Any:
+    """The object at the dotted `path`. Raises the error of the import. Hydra's public function does the same, and
+    logs each failure by itself: it is taken where the private one is gone."""
+    from hydra.utils import get_object
+
+    return found("hydra._internal.utils:_locate", "finds a class without a line in the log", get_object)(path)
+
+
+def completions(loader: Any, command: str, line: str) -> list[str]:
+    """What the last word of `line` could become, whichever shell asks; empty where Hydra no longer tells."""
+    complete = found(
+        "hydra._internal.core_plugins.bash_completion:BashCompletion", "completes a command line", lambda _: None
+    )(loader)
+    query = getattr(complete, "_query", None)
+    return [] if query is None else list(query(config_name=command, line=line))

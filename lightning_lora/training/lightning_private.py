@@ -1,0 +1,377 @@
+"""Private names of Lightning and torchmetrics: each once, with why.
+
+An exact resumption reads and sets counters of Lightning's loops. `check` looks for all of them when training starts,
+and raises MovedError where one is gone: a counter that is set under an old name would do nothing, and the resumed run
+would be another one without a word. What is used outside of an exact resumption raises MovedError by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import reduce
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_lora.borrowed import PURPOSES, attribute, found, replace
+from lightning_lora.errors import MovedError
+
+_RESUMES = "makes a resumed run the run that was not interrupted"
+
+
+class _Gone:
+    """In the place of a class that Lightning no longer has: `check` has raised MovedError before anybody asks it."""
+
+
+def _of_loops(name: str, otherwise: Any = _Gone) -> Any:
+    return found(f"lightning.pytorch.{name}", _RESUMES, otherwise)
+
+
+_IteratorFetcher = _of_loops("loops.fetchers:_DataLoaderIterDataFetcher")
+_PrefetchFetcher = _of_loops("loops.fetchers:_PrefetchDataFetcher")
+_FitStage = _of_loops("loops.fit_loop:RestartStage")
+_EpochStage = _of_loops("loops.training_epoch_loop:RestartStage")
+_Metadata = _of_loops("trainer.connectors.logger_connector.result:_Metadata")
+_ResultMetric = _of_loops("trainer.connectors.logger_connector.result:_ResultMetric")
+_Sync = _of_loops("trainer.connectors.logger_connector.result:_Sync")
+_call_callbacks = _of_loops("trainer.call:_call_callback_hooks")
+_call_module = _of_loops("trainer.call:_call_lightning_module_hook")
+for _name in ("_state_dicts", "_load_state_dicts"):
+    _of_loops(f"utilities:CombinedLoader.{_name}")
+
+_RESTART = ("_restarting", "_loaded_from_state_dict", "_resuming_from_checkpoint")
+ATTRIBUTES = {
+    "fit_loop": (
+        *(*_RESTART, "_restart_stage", "_combined_loader", "_combined_loader_states_to_load", "_data_fetcher"),
+        *("_data_source", "_last_train_dl_reload_epoch", "_should_accumulate", "on_advance_start", "on_advance_end"),
+    ),
+    "fit_loop.epoch_loop": (
+        *(*_RESTART, "_restart_stage", "_results", "_batches_that_stepped", "_skip_next_val", "_should_accumulate"),
+        *("_should_check_val_fx", "_num_ready_batches_reached", "advance", "on_advance_end"),
+    ),
+    "fit_loop.epoch_loop.val_loop": (*_RESTART, "_combined_loader", "reset", "_on_evaluation_end", "on_run_end"),
+    "_logger_connector": (
+        *("_callback_metrics", "_first_loop_iter", "on_batch_start", "on_batch_end", "should_update_logs"),
+    ),
+    "_checkpoint_connector": ("dump_checkpoint",),
+    "strategy": ("_setup_model", "_checkpoint_io"),
+    "lightning_module": ("_on_before_batch_transfer",),
+}
+"""Where in a Trainer -> the attributes that we read or set there, and the methods in whose place ours are called."""
+
+HOOK_LOCALS = ("hook_name", "callback", "callbacks", "monitoring_callbacks", "args")
+"""Local variables of the function that calls a hook of all callbacks: they tell who has had the hook."""
+
+
+def check(trainer: Any) -> None:
+    """Raise MovedError if the installed Lightning lacks one of the names by which a run is resumed exactly. Called
+    before our methods stand in front of the loops'."""
+    for path in [path for path, purpose in PURPOSES.items() if purpose is _RESUMES]:
+        if found(path, _RESUMES) is None:
+            raise MovedError(path.replace(":", "."), _RESUMES)
+    for where, names in ATTRIBUTES.items():
+        owner = reduce(lambda one, name: attribute(one, name, _RESUMES), where.split("."), trainer)
+        for name in names:
+            attribute(owner, name, _RESUMES)
+    known: CodeType = _call_callbacks.__code__
+    for name in HOOK_LOCALS:
+        if name not in (*known.co_varnames, *known.co_cellvars):
+            raise MovedError(f"lightning.pytorch.trainer.call._call_callback_hooks with a local {name}", _RESUMES)
+
+
+# Counters of the loops.
+
+
+def forget_restart(fit_loop: Any) -> None:
+    """Have the loops go on as if nothing had been loaded: with the start of an epoch."""
+    epoch_loop = fit_loop.epoch_loop
+    for loop in (fit_loop, epoch_loop, epoch_loop.val_loop):
+        loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+    fit_loop._restart_stage, epoch_loop._restart_stage = _FitStage.NONE, _EpochStage.NONE
+
+
+def restart_in_epoch(fit_loop: Any) -> None:
+    """Have the loop over epochs go on inside of one, whose start is through."""
+    fit_loop._restart_stage = _FitStage.RESTARTED_MID_EPOCH
+    fit_loop._resuming_from_checkpoint = True  # or the epoch would start with an iterator that nobody uses
+
+
+def load_loader_states(fit_loop: Any) -> None:
+    """Load what a checkpoint brought for stateful loaders: Lightning does so after a checkpoint in mid-epoch only."""
+    if fit_loop._combined_loader_states_to_load and fit_loop._combined_loader is not None:
+        fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
+        fit_loop._combined_loader_states_to_load = []
+        iter(fit_loop._data_fetcher)
+
+
+def set_last_reload(fit_loop: Any, epoch: int) -> None:
+    """Say in which epoch the loaders were made anew last (reload_dataloaders_every_n_epochs)."""
+    fit_loop._last_train_dl_reload_epoch = epoch
+
+
+def batches_that_stepped(trainer: Any) -> int:
+    """After how many batches the optimizer has stepped; Lightning counts a batch at its end."""
+    count: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return count
+
+
+def set_batches_that_stepped(trainer: Any, count: int) -> None:
+    """Set what `batches_that_stepped` returns."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = count
+
+
+def is_accumulating(trainer: Any) -> bool:
+    """True if the optimizer does not step after the present batch. Raises MovedError where Lightning does not tell."""
+    return bool(attribute(trainer.fit_loop, "_should_accumulate", "weighs the batches that are accumulated")())
+
+
+def skip_next_validation(trainer: Any, skips: bool) -> None:
+    """Say whether the validation after the present batch has been already."""
+    trainer.fit_loop.epoch_loop._skip_next_val = skips
+
+
+def would_validate(trainer: Any) -> bool:
+    """True if a validation comes after the present batch."""
+    fit_loop = trainer.fit_loop
+    return bool(fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher))
+
+
+def is_epoch_through(trainer: Any) -> bool:
+    """True if all batches of the epoch have been trained on."""
+    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def step_of_last_save(callback: Any) -> int:
+    """At which step a ModelCheckpoint last saved. Raises MovedError where it does not note it."""
+    step: int = attribute(callback, "_last_global_step_saved", _RESUMES)
+    return step
+
+
+def set_step_of_last_save(callback: Any, step: int) -> None:
+    """Set what `step_of_last_save` returns. Raises MovedError as it does."""
+    replace(callback, _RESUMES, _last_global_step_saved=step)
+
+
+# Data.
+
+
+def combined_loader(loop: Any) -> Any:
+    """The CombinedLoader of a loop over epochs or over a validation; None before it is made."""
+    return loop._combined_loader
+
+
+def loader_states(loader: CombinedLoader | None) -> list[dict[str, Any]]:
+    """The states of the stateful loaders in it."""
+    return [] if loader is None else loader._state_dicts()
+
+
+def restart_loaders(loader: Any, wrapped: list[Any]) -> None:
+    """Have a CombinedLoader that goes on start `wrapped` in place of the loaders that are through before others.
+    Raises MovedError where its iterator takes them from elsewhere."""
+    replace(attribute(loader, "_iterator", _RESUMES), _RESUMES, iterables=wrapped)
+
+
+def data_fetcher(trainer: Any) -> Any:
+    """What fetches the batches of the training; None before it is made."""
+    return trainer.fit_loop._data_fetcher
+
+
+def iterator_given(fetcher: Any) -> Any:
+    """The iterator that `fetcher` gives to a training_step which asks for it; None where that gets batches."""
+    return fetcher.iterator_wrapper if isinstance(fetcher, _IteratorFetcher) else None
+
+
+def fetches_ahead(trainer: Any) -> bool:
+    """True if each batch is fetched before the one ahead of it is trained on, to know which one is the last."""
+    fetcher = data_fetcher(trainer)
+    return isinstance(fetcher, _PrefetchFetcher) and fetcher.length is None
+
+
+def training_loader(trainer: Any) -> Any:
+    """What train_dataloader of the module or the data module returns. Raises MovedError where it cannot be asked."""
+    return attribute(trainer.fit_loop, "_data_source", "measures a start on batches").dataloader()
+
+
+def moved_batch(trainer: Any, batch: Any) -> Any:
+    """`batch` in the precision and on the device in which training_step gets it. Raises MovedError where the hook
+    that Lightning calls before the transfer has another name."""
+    module = trainer.lightning_module
+    hook = attribute(module, "_on_before_batch_transfer", "gives training_step a batch")
+    return trainer.strategy.batch_to_device(hook(trainer.precision_plugin.convert_input(batch), dataloader_idx=0))
+
+
+# Hooks.
+
+
+class HookCall(NamedTuple):
+    """A running call of a hook of all callbacks, or of the module."""
+
+    hook: str
+    by: Any
+    """Whose turn it is."""
+    later: list[Any]
+    """Whose turn is still to come."""
+    args: tuple[Any, ...]
+    was_raised: bool
+    """True if the exception that ends the run came out of it."""
+
+
+def hook_calls(trainer: Any) -> Iterator[HookCall]:
+    """Those of this thread, the innermost first. They are read from Lightning's local variables."""
+    module = trainer.lightning_module
+    for frame, was_raised in _frames(trainer):
+        known = frame.f_locals
+        if frame.f_code is _call_module.__code__:
+            yield HookCall(known["hook_name"], module, [], known["args"], was_raised)
+        elif frame.f_code is _call_callbacks.__code__ and "callbacks" in known:
+            by, turn = known.get("callback"), known["callbacks"]
+            later = turn[next((i for i, c in enumerate(turn) if c is by), -1) + 1 :]
+            if known["monitoring_callbacks"] is None:  # else the module has had it, or checkpoints are still to come
+                later = [*later, module]
+            yield HookCall(known["hook_name"], by, later, known["args"], was_raised)
+
+
+def _frames(trainer: Any) -> Iterator[tuple[FrameType, bool]]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame, False
+        frame = frame.f_back
+    if trainer.state.status == TrainerStatus.INTERRUPTED:
+        error = sys.exc_info()[1]
+        trace = error.__traceback__ if error is not None else None
+        while trace is not None:
+            yield trace.tb_frame, True
+            trace = trace.tb_next
+
+
+def call_hook(trainer: Any, hook: str, *args: Any) -> None:
+    """Call `hook` of all callbacks and of the module, as Lightning does."""
+    _call_callbacks(trainer, hook, *args)
+    _call_module(trainer, hook, *args)
+
+
+# What was logged.
+
+
+def live_callback_metrics(trainer: Any) -> dict[str, Any]:
+    """The metrics that callbacks see, to read without summing over processes, or to write to."""
+    metrics: dict[str, Any] = trainer._logger_connector._callback_metrics
+    return metrics
+
+
+def logging_begins(trainer: Any, batch: Any) -> None:
+    """Tell Lightning's logging that `batch` begins."""
+    trainer._logger_connector.on_batch_start(batch)
+
+
+def logging_ends(trainer: Any) -> None:
+    """Tell Lightning's logging that the batch is through."""
+    trainer._logger_connector.on_batch_end()
+
+
+def logging_goes_on(trainer: Any) -> None:
+    """Tell Lightning's logging that the next batch is not the first one of its epoch."""
+    trainer._logger_connector._first_loop_iter = False
+
+
+def rows_still_to_log(trainer: Any) -> int:
+    """How many rows Lightning logs of a batch after the hooks at its end, in which a checkpoint may be saved; a
+    resumed run does not log them again. Raises MovedError where it does not tell."""
+    why = "goes on with the metrics of a run"
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    connector = attribute(trainer, "_logger_connector", why)
+    if batches.completed == batches.processed or not attribute(connector, "should_update_logs", why):
+        return 0
+    return int(bool(attribute(trainer.fit_loop.epoch_loop, "_results", why).metrics(on_step=True)["log"]))
+
+
+def results(trainer: Any) -> dict[str, Any]:
+    """What `self.log` has gathered in the running epoch, each under Lightning's key."""
+    gathered: dict[str, Any] = trainer.fit_loop.epoch_loop._results
+    return gathered
+
+
+def restored_result(saved: dict[str, Any], value: Tensor | Metric, device: torch.device) -> Any:
+    """The entry of `results` with what a checkpoint holds of it."""
+    meta = _AnyMetadata(**saved["meta"])
+    restored = meta.metric = _ResultMetric(meta, isinstance(value, Tensor))
+    restored.has_reset, restored._update_count = saved["has_reset"], 1
+    restored.value = value.to(device) if isinstance(value, Tensor) else value
+    if saved["count"] is not None:
+        restored.cumulated_batch_size = saved["count"].to(device)
+    return restored
+
+
+class _AnyMetadata(_Metadata):  # type: ignore[valid-type, misc]
+    """How a restored value is logged, until the module logs it again and says so itself."""
+
+    metric: Any
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sync = _Sync()
+
+    def __ne__(self, other: Any) -> bool:
+        self.metric.meta = other
+        return False
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_GATHERS = "puts back what a metric of torchmetrics has gathered"
+
+
+def metric_state(metric: Metric) -> tuple[int, dict[str, Any]]:
+    """How often `metric` was updated, and copies of what it has gathered. An update adds to tensors in place, but to
+    lists only at their end. Raises MovedError where torchmetrics keeps them elsewhere."""
+    gathered = {name: getattr(metric, name) for name in attribute(metric, "_defaults", _GATHERS)}
+    copies = {n: list(v) if isinstance(v, list) else v.detach().clone() for n, v in gathered.items()}
+    return attribute(metric, "_update_count", _GATHERS), copies
+
+
+def put_metric_state(metric: Metric, count: int, values: dict[str, Any]) -> None:
+    """Put back what `metric_state` returned. Raises MovedError as it does; the metric is then as it was."""
+    replace(metric, _GATHERS, _update_count=count, _computed=None)
+    for name, value in values.items():
+        setattr(metric, name, value)
+
+
+# The rest of a Trainer.
+
+
+def checkpoint_of(trainer: Any) -> dict[str, Any]:
+    """The checkpoint that `trainer.save_checkpoint` would write. Raises MovedError where it cannot be had."""
+    connector = attribute(trainer, "_checkpoint_connector", "writes the last adapter of a run")
+    checkpoint: dict[str, Any] = attribute(connector, "dump_checkpoint", "writes the last adapter of a run")()
+    return checkpoint
+
+
+def average_of(callback: Any) -> Any:
+    """The copy of the module in which a callback averages weights; None before it is made. Raises MovedError where it
+    is kept elsewhere: a copy that has no adapters would average nothing."""
+    return attribute(callback, "_average_model", "averages the weights of adapters")
+
+
+def multiprocessing_launcher() -> Any:
+    """The class that launches processes by `multiprocessing`. Raises MovedError where it is gone: the weights that
+    those processes train would get lost."""
+    path = "lightning.pytorch.strategies.launchers.multiprocessing:_MultiProcessingLauncher"
+    purpose = "brings trained adapters back from launched processes"
+    launcher = found(path, purpose)
+    if launcher is None:
+        raise MovedError(path.replace(":", "."), purpose)
+    return launcher
+
+
+def starts_scripts(trainer: Any) -> bool:
+    """True if further processes are started by the script that runs; also where it cannot be known and there are
+    several."""
+    path = "lightning.pytorch.strategies.launchers:_SubprocessScriptLauncher"
+    launcher = found(path, "refuses sweeps whose jobs would start each other")
+    return trainer.world_size > 1 and (launcher is None or isinstance(trainer.strategy.launcher, launcher))
