@@ -76,7 +76,15 @@ def run(settings: dict[str, Any]) -> float | None:
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
     from lightning_lora import LoRACallback  # torch is slow to import
-    from lightning_lora.cli.runs import EarlierMetrics, MeasuredEnd, end_of, is_requeued, shows_progress, start_from
+    from lightning_lora.cli.runs import (
+        EarlierMetrics,
+        MeasuredEnd,
+        end_of,
+        is_requeued,
+        shows_progress,
+        start_from,
+        tell_loggers,
+    )
     from lightning_lora.engine.weights import shape_of
     from lightning_lora.training.checkpoint import check_no_adapter_folder
     from lightning_lora.training.checkpoint_file import fetched
@@ -100,6 +108,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     _train_new_heads(settings, task)
     earlier = EarlierMetrics(folder)
     callbacks, bars = shows_progress(settings, [*build_each(settings, "callbacks"), MeasuredEnd(), earlier])
+    tell_loggers(settings, callbacks)
     trainer: Trainer = build(settings, "trainer", callbacks=callbacks, logger=build_each(settings, "logger"), **bars)
     _check_processes(trainer)
     if trainer.is_global_zero:
@@ -107,7 +116,10 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     earlier.set_aside(trainer)
 
     measures = settings["evaluate_before"] and (checkpoint is not None or not is_requeued(trainer))
+    # Settings are logged with the training: TensorBoard shows only the first that it is given.
+    logs, trainer.enable_autolog_hparams = trainer.enable_autolog_hparams, False
     earlier.before = before = _validate(trainer, task, data, None) if measures else {}
+    trainer.enable_autolog_hparams = logs
     if trainer.received_sigterm:  # fit would forget it
         raise SystemExit(TERMINATED)
     _check_monitor(settings, task, before)

@@ -39,6 +39,12 @@ class Regression(pl.LightningModule):
         return self.optimizer(self.parameters())
 
 
+class Remembering(Regression):
+    def __init__(self, width: int = 8, optimizer=None):
+        super().__init__(width, optimizer=optimizer)
+        self.save_hyperparameters("width")
+
+
 class Narrow(Regression):
     def __init__(self, width: int = 8):
         if width > 100:

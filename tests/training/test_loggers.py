@@ -1,0 +1,144 @@
+"""What loggers are told of a run: the settings of its adapters, once, whatever the module saves by itself."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lightning_lora import LoRACallback
+
+from .lit import Lit, data, loader, trainer
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "hparams.yaml").read_text())
+
+
+def csv(folder: Path) -> CSVLogger:
+    return CSVLogger(folder, name="", version="")
+
+
+class Silent(Lit):
+    """Saves no hyper-parameters."""
+
+    def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class Warmed(Silent):
+    """Starts at a rate of zero, and climbs."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 4))]
+
+
+@pytest.mark.parametrize(
+    ("module", "theirs"), [(Silent(lr=0.03), {}), (Lit(lr=0.03), {"seed": 0, "lr": 0.03}), (Warmed(lr=0.03), {})]
+)
+def test_a_logger_gets_what_the_adapter_is_and_how_it_trains_beside_what_the_module_saves(tmp_path, module, theirs):
+    callback = LoRACallback(rank=2, alpha=6, target_modules=["net.0"], dropout=0.1, lora_plus_ratio=4)
+    trainer(callback, max_epochs=1, logger=csv(tmp_path)).fit(module, loader(8))
+    assert settings(tmp_path) == theirs | {
+        "lora/rank": 2,
+        "lora/alpha": 6,
+        "lora/target_modules": ["net.0"],
+        "lora/dropout": 0.1,
+        "lora/lora_plus_ratio": 4,
+        "optimizer/class": "AdamW",
+        "optimizer/lr": 0.03,
+        "data/class": type(data()).__name__,
+    }
+
+
+class Strict(DummyLogger):
+    """As MLflow: a setting that was logged can be logged again, and not changed. As TensorBoard: the first is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Any] = {}
+        self.all: dict[str, Any] = {}
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        changed = [name for name in params if name in self.all and self.all[name] != params[name]]
+        if changed:
+            raise ValueError(f"changing {changed} is not allowed")
+        self.first = self.first or dict(params)
+        self.all.update(params)
+
+
+def test_the_first_that_a_logger_is_given_has_all_settings_of_module_and_adapter_in_it():
+    logger = Strict()
+    trainer(LoRACallback(rank=2), max_epochs=1, logger=logger).fit(Lit())
+    assert logger.first == logger.all
+    assert {"seed", "lr", "lora/rank", "optimizer/lr"} <= logger.first.keys()
+
+
+class OwnNames(Lit):
+    """Saves settings by names that ours have too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"lora": {"rank": 99}, "optimizer": "adam", "data": "mine"})
+
+
+def test_settings_of_the_module_keep_their_names_and_ours_get_another(tmp_path):
+    trainer(LoRACallback(rank=2), max_epochs=1, logger=csv(tmp_path)).fit(OwnNames())
+    logged = settings(tmp_path)
+    assert (logged["lora"], logged["optimizer"], logged["data"]) == ({"rank": 99}, "adam", "mine")
+    assert (logged["run/lora/rank"], logged["run/optimizer/class"]) == (2, "AdamW")
+
+
+class Half(Warmed):
+    def configure_optimizers(self) -> Any:
+        optimizer = super(Warmed, self).configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+@pytest.mark.parametrize("schedule", [Half, Silent])
+def test_a_resumed_run_logs_the_rate_that_its_checkpoint_goes_on_with(tmp_path, schedule):
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    logger = Strict()
+    trainer(LoRACallback(rank=2), saver, max_epochs=1, logger=logger).fit(schedule(lr=0.5))
+    resumed = trainer(LoRACallback(rank=2), saver, max_epochs=2, logger=logger)
+    resumed.fit(schedule(lr=7.0), ckpt_path=tmp_path / "last.ckpt")  # Lightning takes the checkpoint's
+    assert resumed.optimizers[0].param_groups[0]["lr"] < 1
+    assert logger.all["optimizer/lr"] == 0.5
+
+
+def test_a_logger_that_refuses_a_changed_setting_does_not_end_a_second_run():
+    logger, module = Strict(), Silent(lr=0.5)
+    trainer(LoRACallback(rank=2), max_epochs=1, logger=logger).fit(module)
+    module.lr = 0.25
+    with pytest.warns(match="Strict did not take the settings of this run: changing .'optimizer/lr'. is not allowed"):
+        trainer(LoRACallback(rank=2), max_epochs=1, logger=logger).fit(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*The number of training batches")
+def test_the_rate_that_a_finder_found_is_logged(tmp_path):
+    module = Silent(lr=0.5)
+    finder = LearningRateFinder(num_training_steps=30, early_stop_threshold=None)
+    settings_ = {"max_epochs": 8, "default_root_dir": tmp_path, "logger": csv(tmp_path), "enable_checkpointing": True}
+    trainer(LoRACallback(rank=2), finder, **settings_).fit(module)
+    assert settings(tmp_path)["optimizer/lr"] == pytest.approx(module.lr) != 0.5
+
+
+def test_rates_of_several_groups_are_logged_each_and_a_trainer_that_logs_no_settings_logs_none_of_ours(tmp_path):
+    class Groups(Silent):
+        def configure_optimizers(self) -> Any:
+            heads = [{"params": self.net[0].parameters(), "lr": 0.1}, {"params": self.net[3].parameters()}]
+            return torch.optim.SGD(heads, lr=0.2)
+
+    trainer(LoRACallback(rank=2), max_epochs=1, logger=csv(tmp_path / "a")).fit(Groups())
+    assert settings(tmp_path / "a")["optimizer/lr"] == [0.1, 0.2]
+    silent = partial(trainer, LoRACallback(rank=2), max_epochs=1, enable_autolog_hparams=False)
+    silent(logger=(logger := Strict())).fit(Groups())
+    assert logger.all == {}
