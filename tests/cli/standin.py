@@ -45,6 +45,11 @@ class Remembering(Regression):
         self.save_hyperparameters("width")
 
 
+class Unannotated(torch.optim.AdamW):
+    def __init__(self, params, lr=1e-3, weight_decay=0.0):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+
 class Narrow(Regression):
     def __init__(self, width: int = 8):
         if width > 100:
