@@ -27,7 +27,14 @@ from lightning_lora.engine.product_decay import check_strength
 from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, listed
 from lightning_lora.training.base_watch import BaseWatch, check_averages
 from lightning_lora.training.checkpoint import accept_adapters
-from lightning_lora.training.loggers import Settings, adapter_settings, data_settings, log_settings, optimizer_settings
+from lightning_lora.training.loggers import (
+    Settings,
+    adapter_settings,
+    data_settings,
+    log_settings,
+    optimizer_settings,
+    show_both_rates,
+)
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.run_state import watch_buffers
@@ -385,6 +392,8 @@ class LoRACallback(Callback):
         self._heard_backward = False
         self._held = 0
         self._log_settings(trainer, pl_module)
+        if self._policy.lora_plus_ratio is not None:
+            show_both_rates(trainer)
 
     def _log_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.config is not None

@@ -1,16 +1,23 @@
-"""What the loggers of a run are told of its adapters: their settings, as hyper-parameters."""
+"""What the loggers of a run are told of its adapters: their settings, as hyper-parameters, and both rates of LoRA+."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.swap import swapped_class
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+    _Monitor = LearningRateMonitor
+else:
+    _Monitor = Callback  # its own base: only then do the layouts agree, and Python allows the swap
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Group ("lora", "optimizer", "data") -> name -> value."""
@@ -68,3 +75,35 @@ def data_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """The class of the training data: the data module's, or the data set's where a loader was given to fit."""
     given = trainer.datamodule or trainer.fit_loop._data_source.instance or module  # type: ignore[attr-defined]
     return {"class": type(getattr(given, "dataset", given)).__name__}
+
+
+class ShowsBothRates(_Monitor):
+    """Mixin in front of LearningRateMonitor: under LoRA+ it sees B's groups, which are there while a step runs alone."""
+
+    def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        with _both_rates(trainer):
+            super().on_train_start(trainer, *args, **kwargs)  # type: ignore[safe-super]
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        with _both_rates(trainer):
+            super().on_train_epoch_start(trainer, *args, **kwargs)  # type: ignore[safe-super]
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        with _both_rates(trainer):
+            super().on_train_batch_start(trainer, *args, **kwargs)  # type: ignore[safe-super]
+
+
+@contextmanager
+def _both_rates(trainer: Trainer) -> Iterator[None]:
+    policy = getattr(trainer.strategy, "lora", None)  # a monitor may be used in a later run without adapters
+    with ExitStack() as shown:
+        for rates in policy.rates if policy is not None else ():
+            shown.enter_context(rates.shown())
+        yield
+
+
+def show_both_rates(trainer: Trainer) -> None:
+    """Have every LearningRateMonitor of `trainer` show B's rate beside A's."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LearningRateMonitor) and not isinstance(callback, ShowsBothRates):
+            callback.__class__ = swapped_class("LoRA", ShowsBothRates, type(callback))

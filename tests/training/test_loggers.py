@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_lora import LoRACallback
 
-from .lit import Lit, data, loader, trainer
+from .lit import Lit, data, loader, net, trainer
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -142,3 +142,59 @@ def test_rates_of_several_groups_are_logged_each_and_a_trainer_that_logs_no_sett
     silent = partial(trainer, LoRACallback(rank=2), max_epochs=1, enable_autolog_hparams=False)
     silent(logger=(logger := Strict())).fit(Groups())
     assert logger.all == {}
+
+
+class ByHand(Half):
+    """LoRA+ as somebody would write it without this package's."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def configure_optimizers(self) -> Any:
+        shares = [self.net[0], self.net[3]] if self.groups == 2 else [self]
+        names = [f"pg{n}/" if len(shares) > 1 else "" for n in (1, 2)]
+        parts = [
+            {"params": [p for n, p in share.named_parameters() if n.endswith(f"lora_{f}")], "name": f"{name}lora_{f}"}
+            for share, name in zip(shares, names)
+            for f in "AB"
+        ]
+        optimizer = torch.optim.AdamW([p | {"lr": 0.04 if p["name"].endswith("B") else 0.01} for p in parts])
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+class Shared(Half):
+    def __init__(self, groups: int) -> None:
+        super().__init__(lr=0.01)
+        self.groups = groups
+
+    def configure_optimizers(self) -> Any:
+        shares = [self.net[0], self.net[3]] if self.groups == 2 else [self]
+        optimizer = torch.optim.AdamW([{"params": share.parameters()} for share in shares], lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_monitor_of_learning_rates_shows_those_of_lora_plus_as_of_groups_made_by_hand(tmp_path, groups):
+    plus, by_hand = (LearningRateMonitor("step"), LearningRateMonitor("step"))
+    run = {"max_epochs": 2, "log_every_n_steps": 1}
+    module = Shared(groups)
+    trained = trainer(LoRACallback(rank=2, lora_plus_ratio=4), plus, logger=csv(tmp_path), **run)
+    torch.manual_seed(0)
+    trained.fit(module)
+    torch.manual_seed(0)
+    trainer(LoRACallback(rank=2), by_hand, logger=DummyLogger(), **run).fit(other := ByHand(groups))
+    assert plus.lrs == by_hand.lrs
+    assert {name.rpartition("_")[2] for name in plus.lrs} == {"A", "B"}
+    assert "lr-AdamW/" + ("lora_B" if groups == 1 else "pg2/lora_B") in (tmp_path / "metrics.csv").read_text()
+    assert all(map(torch.equal, module.parameters(), other.parameters())), "being looked at changes no step"
+    assert [sorted(group) for group in trained.optimizers[0].state_dict()["param_groups"]] == [
+        sorted({*torch.optim.AdamW(net().parameters()).state_dict()["param_groups"][0], "initial_lr"})
+    ] * groups
+
+
+def test_what_is_trained_whole_is_shown_with_the_rate_of_the_others(tmp_path):
+    monitor = LearningRateMonitor()
+    callback = LoRACallback(rank=2, lora_plus_ratio=4, modules_to_save=["net.5"])
+    trainer(callback, monitor, max_epochs=1, logger=csv(tmp_path), log_every_n_steps=1).fit(Silent(lr=0.5))
+    assert {name: rates[-1] for name, rates in monitor.lrs.items()} == {"lr-AdamW/others": 0.5, "lr-AdamW/lora_B": 2.0}
