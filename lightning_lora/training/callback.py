@@ -31,6 +31,7 @@ from lightning_lora.training.loggers import (
     Settings,
     adapter_settings,
     data_settings,
+    log_adapters,
     log_settings,
     optimizer_settings,
     show_both_rates,
@@ -218,6 +219,7 @@ class LoRACallback(Callback):
         if self._policy.push is not None and stage == "fit":
             self._policy.push.check(trainer)
         attach(trainer.strategy, self._policy)
+        log_adapters(trainer)
         # Layers may be built by the module's own hooks, which run after this one: adapt after the last of them.
         hooks = ("setup",) if shards(trainer.strategy) else ("configure_model", "setup")  # configure_model shards it
         last = next((h for h in hooks if is_overridden(h, pl_module)), None)

@@ -1,23 +1,27 @@
-"""What the loggers of a run are told of its adapters: their settings, as hyper-parameters, and both rates of LoRA+."""
+"""What the loggers of a run are told of its adapters: their settings, as hyper-parameters; both rates of LoRA+; and the
+adapter folder beside a checkpoint that is logged as a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.swap import swapped_class
+from lightning_lora.training.strategy import adapter_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    _Monitor = LearningRateMonitor
+    _Monitor, _MLFlow, _Wandb = LearningRateMonitor, MLFlowLogger, WandbLogger
 else:
-    _Monitor = Callback  # its own base: only then do the layouts agree, and Python allows the swap
+    _Monitor, _MLFlow, _Wandb = Callback, Logger, Logger  # their own base: Python allows no swap to another layout
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Group ("lora", "optimizer", "data") -> name -> value."""
@@ -78,7 +82,7 @@ def data_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
 
 
 class ShowsBothRates(_Monitor):
-    """Mixin in front of LearningRateMonitor: under LoRA+ it sees B's groups, which are there while a step runs alone."""
+    """Mixin in front of LearningRateMonitor: under LoRA+ it sees B's groups, which else are there only in a step."""
 
     def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         with _both_rates(trainer):
@@ -107,3 +111,46 @@ def show_both_rates(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LearningRateMonitor) and not isinstance(callback, ShowsBothRates):
             callback.__class__ = swapped_class("LoRA", ShowsBothRates, type(callback))
+
+
+class MLFlowAdapters(_MLFlow):
+    """Mixin in front of MLFlowLogger: with each checkpoint of `log_model` goes the adapter folder beside it, as the
+    artifact "CHECKPOINT/adapter"."""
+
+    def _scan_and_log_checkpoints(self, checkpoint_callback: Any) -> None:
+        before = dict(self._logged_model_time)
+        super()._scan_and_log_checkpoints(checkpoint_callback)
+        for path, folder in _new_adapters(before, self._logged_model_time):
+            self.experiment.log_artifacts(self.run_id, str(folder), f"{Path(path).stem}/adapter")
+
+
+class WandbAdapters(_Wandb):
+    """Mixin in front of WandbLogger: with each checkpoint of `log_model` goes the adapter folder beside it, as an
+    artifact that is named as the checkpoint's, with "-adapter" behind."""
+
+    def _scan_and_log_checkpoints(self, checkpoint_callback: Any) -> None:
+        import wandb
+
+        before = dict(self._logged_model_time)
+        super()._scan_and_log_checkpoints(checkpoint_callback)
+        for path, folder in _new_adapters(before, self._logged_model_time):
+            name, metadata = f"{self._checkpoint_name}-adapter", {"checkpoint": Path(path).name}
+            artifact = wandb.Artifact(name=name, type="model", metadata=metadata)
+            artifact.add_dir(str(folder))
+            is_best = path == checkpoint_callback.best_model_path
+            self.experiment.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
+
+
+def _new_adapters(before: Mapping[str, float], logged: Mapping[str, float]) -> list[tuple[str, Path]]:
+    """The checkpoints that were logged by now, and not `before`, that have an adapter folder; with that."""
+    new = [path for path, time in logged.items() if before.get(path) != time]
+    folders = [(path, adapter_folder(str(Path(path).resolve()))) for path in new]  # last.ckpt may be a link
+    return [(path, folder) for path, folder in folders if folder.is_dir()]
+
+
+def log_adapters(trainer: Trainer) -> None:
+    """Have MLflow's and W&B's logger of `trainer` take adapter folders where they take checkpoints."""
+    for logger in trainer.loggers:
+        for kind, mixin in ((MLFlowLogger, MLFlowAdapters), (WandbLogger, WandbAdapters)):
+            if isinstance(logger, kind) and not isinstance(logger, mixin) and getattr(logger, "_log_model", False):
+                logger.__class__ = swapped_class("LoRA", mixin, type(logger))

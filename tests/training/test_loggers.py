@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
+import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, load_adapter
+from lightning_lora.engine import adapter_state_dict
 
 from .lit import Lit, data, loader, net, trainer
 
@@ -198,3 +203,105 @@ def test_what_is_trained_whole_is_shown_with_the_rate_of_the_others(tmp_path):
     callback = LoRACallback(rank=2, lora_plus_ratio=4, modules_to_save=["net.5"])
     trainer(callback, monitor, max_epochs=1, logger=csv(tmp_path), log_every_n_steps=1).fit(Silent(lr=0.5))
     assert {name: rates[-1] for name, rates in monitor.lrs.items()} == {"lr-AdamW/others": 0.5, "lr-AdamW/lora_B": 2.0}
+
+
+class Tracked:
+    """MLflow's client, as far as Lightning's logger uses it: artifacts are copied into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(lifecycle_stage="active", experiment_id="0")
+
+    def create_run(self, **_: Any) -> Any:
+        return SimpleNamespace(info=SimpleNamespace(run_id="1"))
+
+    def log_artifact(self, run: str, path: str, place: str) -> None:
+        (self.folder / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, self.folder / place)
+
+    def log_artifacts(self, run: str, folder: str, place: str) -> None:
+        shutil.copytree(folder, self.folder / place, dirs_exist_ok=True)
+
+    def log_batch(self, *_: Any, **__: Any) -> None: ...
+    def get_run(self, run: str) -> None: ...
+
+
+@pytest.fixture
+def mlflow(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("lightning.pytorch.loggers.mlflow._MLFLOW_AVAILABLE", True)
+    names = ("mlflow", "mlflow.tracking", "mlflow.tracking.context", "mlflow.entities", "mlflow.utils.mlflow_tags")
+    modules = {name: ModuleType(name) for name in names}
+    modules["mlflow"].set_tracking_uri = lambda uri: None  # type: ignore[attr-defined]
+    modules["mlflow.tracking"].MlflowClient = lambda uri: Tracked(tmp_path / "tracked")  # type: ignore[attr-defined]
+    modules["mlflow.tracking"].context = modules["mlflow.tracking.context"]  # type: ignore[attr-defined]
+    modules["mlflow.entities"].Param = modules["mlflow.entities"].Metric = dict  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return tmp_path / "tracked"
+
+
+@pytest.mark.parametrize(("log_model", "names"), [(True, ["epoch1", "last"]), ("all", ["epoch0", "epoch1", "last"])])
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_mlflow_takes_the_adapter_folder_with_each_checkpoint(mlflow, tmp_path, log_model, names, save_last):
+    naming = {"filename": "epoch{epoch}", "auto_insert_metric_name": False, "save_last": save_last}
+    saver = ModelCheckpoint(tmp_path / "checkpoints", **naming)
+    logger = MLFlowLogger(log_model=log_model, tracking_uri="none")
+    trainer(LoRACallback(rank=2), saver, max_epochs=2, logger=logger).fit(Lit())
+    assert sorted(path.name for path in mlflow.iterdir()) == names
+    for name in names:
+        saved = torch.load(mlflow / name / f"{name}.ckpt")["state_dict"]
+        load_adapter(module := Lit(), mlflow / name / "adapter")
+        assert all(torch.equal(tensor, saved[key]) for key, tensor in adapter_state_dict(module).items())
+
+
+@pytest.mark.parametrize(("log_model", "adapts"), [(False, {}), (True, {"save_adapter": False})])
+def test_mlflow_takes_no_folder_where_there_is_none_or_no_model_is_logged(mlflow, tmp_path, log_model, adapts):
+    logger = MLFlowLogger(log_model=log_model, tracking_uri="none")
+    saver = ModelCheckpoint(tmp_path / "checkpoints")
+    trainer(LoRACallback(rank=2, **adapts), saver, max_epochs=1, logger=logger).fit(Lit())
+    assert not list(mlflow.rglob("adapter"))
+    assert mlflow.is_dir() == log_model
+
+
+class Artifact:
+    """W&B's, as far as it is used here."""
+
+    def __init__(self, name: str, type: str, metadata: dict[str, Any]) -> None:
+        self.name, self.files = name, []
+
+    def add_file(self, path: str, name: str, policy: str) -> None:
+        self.files.append(name)
+
+    def add_dir(self, path: str) -> None:
+        self.files += sorted(file.name for file in Path(path).iterdir())
+
+
+def test_wandb_takes_the_adapter_folder_as_an_artifact_beside_the_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
+    for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(Artifact=Artifact, RunDisabled=None, Run=None))
+    logged: list[tuple[str, list[str], list[str]]] = []
+    run = SimpleNamespace(
+        id="7",
+        config=SimpleNamespace(update=lambda *_, **__: None),
+        log=lambda *_: None,
+        log_artifact=lambda artifact, aliases: logged.append((artifact.name, artifact.files, aliases)),
+    )
+    saver = ModelCheckpoint(tmp_path)
+    trainer(
+        LoRACallback(rank=2), saver, max_epochs=1, logger=WandbLogger(log_model=True, experiment=run)
+    ).fit(Lit())  # fmt: skip
+    adapter = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    both = ["latest", "best"]
+    assert logged == [("model-7", ["model.ckpt"], both), ("model-7-adapter", adapter, both)]
+
+
+def test_a_monitor_and_a_logger_that_were_used_can_be_pickled(mlflow):
+    monitor, logger = LearningRateMonitor(), MLFlowLogger(log_model=True, tracking_uri="none")
+    callback = LoRACallback(rank=2, lora_plus_ratio=4)
+    trainer(callback, monitor, max_epochs=1, logger=logger).fit(Lit())
+    logger._mlflow_client = None
+    for it in (monitor, logger):
+        assert type(pickle.loads(pickle.dumps(it))) is type(it)
