@@ -19,9 +19,12 @@ from lightning_lora.training.strategy import adapter_folder
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    _Monitor, _MLFlow, _Wandb = LearningRateMonitor, MLFlowLogger, WandbLogger
+    _Monitor = LearningRateMonitor
+    _MLFlow = MLFlowLogger
+    _Wandb = WandbLogger
 else:
-    _Monitor, _MLFlow, _Wandb = Callback, Logger, Logger  # their own base: Python allows no swap to another layout
+    _Monitor = Callback  # their own base: only then do the layouts agree, and Python allows the swap
+    _MLFlow = _Wandb = Logger
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Group ("lora", "optimizer", "data") -> name -> value."""
