@@ -3,6 +3,9 @@
 lightning-lora train                                       the embedded model and data: needs no network
 lightning-lora train lora.rank=16 optimizer.lr=5e-4        any setting, by its name
 lightning-lora train model=pretrained model.name=ID data=text data.source.path=notes.txt
+lightning-lora train data=instructions data.source.path=chats.jsonl    rows of messages, or of prompt and response
+lightning-lora train task=sequence_classification data=text_classification data.source.path=rows.csv model=ID
+lightning-lora train task=image_classification data=images data.source.path=FOLDER model=ID    a folder for each label
 lightning-lora train -m lora.rank=4,8,16                   a sweep, with one table at its end
 lightning-lora train ckpt_path=RUN/checkpoints/last.ckpt   go on from a checkpoint
 lightning-lora train adapter=RUN/adapter                   a new run that starts from a trained adapter

@@ -89,15 +89,15 @@ class ShowsBothRates(_Monitor):
 
     def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         with _both_rates(trainer):
-            super().on_train_start(trainer, *args, **kwargs)  # type: ignore[safe-super]
+            super().on_train_start(trainer, *args, **kwargs)
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         with _both_rates(trainer):
-            super().on_train_epoch_start(trainer, *args, **kwargs)  # type: ignore[safe-super]
+            super().on_train_epoch_start(trainer, *args, **kwargs)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         with _both_rates(trainer):
-            super().on_train_batch_start(trainer, *args, **kwargs)  # type: ignore[safe-super]
+            super().on_train_batch_start(trainer, *args, **kwargs)
 
 
 @contextmanager

@@ -114,8 +114,8 @@ class ChatEncoder:
                     f"Column {self.messages_column!r} must hold lists of messages with role and content (or from and "
                     f"value), but there is {given!r:.120}"
                 )
-            roles = chat.roles_of(given)
-            given = [as_message(message, self.messages_column, roles) for message in given]
+            known = chat.roles_of(given)
+            given = [as_message(message, self.messages_column, known) for message in given]
         else:
             texts = {"user": row[self.prompt_column]}
             if not self.prompts:
@@ -230,10 +230,10 @@ class _Chat:
             if isinstance(message[name], str) or message[name] not in (0, 1):
                 raise DataError(f"The {name} of a message is 0 or 1, and not {message[name]!r}: {message!r:.200}")
         if any(name in message for name in LEARNED_OR_NOT):
-            wanted = [message.pop(name) for name in LEARNED_OR_NOT if name in message]
-            if message.get("role") != "assistant" and any(wanted):
+            given = [message.pop(name) for name in LEARNED_OR_NOT if name in message]
+            if message.get("role") != "assistant" and any(given):
                 raise DataError(f"Only what the assistant says can be learned, and this is not: {message!r:.200}")
-            message["weight"] = int(all(wanted) and message.get("weight", 1))
+            message["weight"] = int(all(given) and message.get("weight", 1))
         if message.get("train_detail"):
             raise DataError(f"Parts of a message cannot be left out (train_detail); give train: {message!r:.200}")
         calls = [{**call} for call in message.get("tool_calls") or []]
