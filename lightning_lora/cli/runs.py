@@ -6,6 +6,7 @@ import contextlib
 import csv
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_lora import LoRACallback, LoRAConfig, load_adapter
 from lightning_lora.cli.process import is_terminal, quieten, use_available_cores
 from lightning_lora.cli.results import METRICS, written
-from lightning_lora.cli.settings import build, target, task_and_data
+from lightning_lora.cli.settings import HYDRA_KEYS, build, target, task_and_data
 from lightning_lora.errors import ConfigError
 from lightning_lora.hub.format.writing import hub_address
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.training.lightning_private import rows_still_to_log
+from lightning_lora.training.loggers import Settings, log_settings, optimizer_settings
 
 # How far a run has come: Lightning's bars where a person watches, one line for each validation in a log.
 
@@ -61,6 +63,48 @@ class Lines(pl.Callback):
             metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if not n.endswith(("_step", "_epoch"))}
             values = "  ".join(f"{name} {written(value)}" for name, value in sorted(metrics.items()))
             print(f"step {trainer.global_step:,}  {values}", flush=True)
+
+
+# What loggers are told of a run beside its metrics.
+
+
+def tell_loggers(settings: dict[str, Any], callbacks: list[pl.Callback]) -> None:
+    """Have the settings of a run logged as hyper-parameters: by its LoRACallback, which adds the adapter's own, or by a
+    callback that is put into `callbacks` where there is none."""
+    used = [value for name in ("task", "data") for value in settings[name].values()]
+    shared = [name for name in ("model", "optimizer", "scheduler") if settings[name] and settings[name] in used]
+    nodes = [settings[name] for name in shared]
+    groups = {name: dict(_flat(settings[name], nodes)) for name in ("data", "task", *shared)}
+    groups["run"] = {"seed": settings["seed"]}
+    adapting = [callback for callback in callbacks if isinstance(callback, LoRACallback)]
+    if adapting:
+        adapting[0].settings_of_run = groups
+    else:
+        callbacks.append(LoggedSettings(groups))
+
+
+def _flat(node: dict[str, Any], elsewhere: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The settings of a node by name, those of a node in it as "name/name"; without what is a group of its own."""
+    for name, value in node.items():
+        if name == "_target_":
+            yield "class", value.rpartition(".")[2]
+        elif isinstance(value, dict) and "_target_" in value:
+            if value not in elsewhere:
+                yield from ((f"{name}/{inner}", setting) for inner, setting in _flat(value, elsewhere))
+        elif name not in HYDRA_KEYS:
+            yield name, value
+
+
+class LoggedSettings(pl.Callback):
+    """Logs the settings of a run without adapters."""
+
+    def __init__(self, groups: Settings) -> None:
+        self._groups = groups
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A checkpoint brings the rates of a run that is resumed, whatever its settings say.
+        rates = optimizer_settings(trainer) if trainer.ckpt_path is None else {"lr": None}
+        log_settings(trainer, pl_module, self._groups, {"optimizer": rates})
 
 
 # The end of a run is measured and kept, wherever in an epoch it lies.

@@ -206,14 +206,26 @@ def _check_call(where: str, function: Any, values: dict[str, Any], raw: dict[str
     for name, value in given.items():
         if name in known:
             # A node's type is known only once it is built; the constructor that takes it will say.
-            if not _holds_node(value) and (what := type_problem(function, name, value)):
-                yield f"{_join(where, name)}: {what}"
+            if not _holds_node(value) and (what := type_problem(function, name, value) or _no_rate(known[name], value)):
+                yield f"{_join(where, name)}: {what}{_instead_of_null(_join(where, name), known[name], value)}"
         elif not takes_any_name(function):
             yield unknown_key(where, name, known, function.__name__ if where else None)
     if not values.get("_partial_") and "_args_" not in values:
         for name, parameter in known.items():
             if parameter.default is parameter.empty and name not in given:
                 yield f"{_join(where, name)}: a value is missing. Give it with {_join(where, name)}=..."
+
+
+def _no_rate(parameter: inspect.Parameter, value: Any) -> str | None:
+    """What is wrong with a learning rate of null, also where it is not annotated; None by default: an optimizer that
+    sets its own."""
+    return "null is no learning rate." if parameter.name == "lr" and value is None is not parameter.default else None
+
+
+def _instead_of_null(key: str, parameter: inspect.Parameter, value: Any) -> str:
+    if value is not None or not isinstance(parameter.default, (bool, int, float, str)):
+        return ""
+    return f" Give {key}=VALUE, or leave it out with ~{key}: it is then {json.dumps(parameter.default)}."
 
 
 def unknown_key(where: str, name: str, known: Any, taker: str | None) -> str:

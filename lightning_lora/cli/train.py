@@ -3,6 +3,9 @@
 lightning-lora train                                       the embedded model and data: needs no network
 lightning-lora train lora.rank=16 optimizer.lr=5e-4        any setting, by its name
 lightning-lora train model=pretrained model.name=ID data=text data.source.path=notes.txt
+lightning-lora train data=instructions data.source.path=chats.jsonl    rows of messages, or of prompt and response
+lightning-lora train task=sequence_classification data=text_classification data.source.path=rows.csv model=ID
+lightning-lora train task=image_classification data=images data.source.path=FOLDER model=ID    a folder for each label
 lightning-lora train -m lora.rank=4,8,16                   a sweep, with one table at its end
 lightning-lora train ckpt_path=RUN/checkpoints/last.ckpt   go on from a checkpoint
 lightning-lora train adapter=RUN/adapter                   a new run that starts from a trained adapter
@@ -76,7 +79,15 @@ def run(settings: dict[str, Any]) -> float | None:
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
     from lightning_lora import LoRACallback  # torch is slow to import
-    from lightning_lora.cli.runs import EarlierMetrics, MeasuredEnd, end_of, is_requeued, shows_progress, start_from
+    from lightning_lora.cli.runs import (
+        EarlierMetrics,
+        MeasuredEnd,
+        end_of,
+        is_requeued,
+        shows_progress,
+        start_from,
+        tell_loggers,
+    )
     from lightning_lora.engine.weights import shape_of
     from lightning_lora.training.checkpoint import check_no_adapter_folder
     from lightning_lora.training.checkpoint_file import fetched
@@ -100,6 +111,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     _train_new_heads(settings, task)
     earlier = EarlierMetrics(folder)
     callbacks, bars = shows_progress(settings, [*build_each(settings, "callbacks"), MeasuredEnd(), earlier])
+    tell_loggers(settings, callbacks)
     trainer: Trainer = build(settings, "trainer", callbacks=callbacks, logger=build_each(settings, "logger"), **bars)
     _check_processes(trainer)
     if trainer.is_global_zero:
@@ -107,7 +119,10 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     earlier.set_aside(trainer)
 
     measures = settings["evaluate_before"] and (checkpoint is not None or not is_requeued(trainer))
+    # Settings are logged with the training: TensorBoard shows only the first that it is given.
+    logs, trainer.enable_autolog_hparams = trainer.enable_autolog_hparams, False
     earlier.before = before = _validate(trainer, task, data, None) if measures else {}
+    trainer.enable_autolog_hparams = logs
     if trainer.received_sigterm:  # fit would forget it
         raise SystemExit(TERMINATED)
     _check_monitor(settings, task, before)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,13 +119,14 @@ def fit_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> Optimiz
     return OptimizerReport(trained=trained, dropped=dropped, replaced=replaced, added=len(orphans))
 
 
-def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
+def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> LoRAPlus:
     """Train every B with `ratio` times the learning rate of its group (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
 
     While a step runs, B has a group of its own, as if the optimizer had been made with it. Numbers that the optimizer
     keeps in its groups (a count of steps, a sum of weights) are then kept for B separately. Between steps a group is as
     the user made it, so every scheduler, the learning-rate finder and the optimizer's state dict see one learning rate
-    per group. Numbers of B that differ are stored in the group under "lora_plus", for the state dict.
+    per group. Numbers of B that differ are stored in the group under "lora_plus", for the state dict. Who wants to read
+    B's rate as well does so within `shown()` of what is returned.
 
     If an optimizer holds another one (SAM, Lookahead), the groups of both are split. Raises ConfigError for a ratio
     that is not a finite number above 0. Raises TrainingError for an optimizer that would not use such groups: LBFGS,
@@ -133,7 +134,7 @@ def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
     """
     check_ratio(ratio)
     optimizers = with_inner(optimizer)
-    factors_b = {id(pair.B) for pair in pairs(model)}
+    factors_a, factors_b = ({id(getattr(pair, name)) for pair in pairs(model)} for name in "AB")
     advice = (
         "To get the same without it, leave lora_plus_ratio out, and give the optimizer the parameters called lora_B in "
         f"a group of their own, with {ratio:g} times the learning rate of the others."
@@ -153,7 +154,7 @@ def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
         for group in one.param_groups:
             if any(id(p) in factors_b for p in group["params"]):
                 _check_rate(one, group, advice)
-    _LoRAPlus(optimizers, factors_b, float(ratio))
+    return LoRAPlus(optimizers, factors_a, factors_b, float(ratio))
 
 
 def check_ratio(ratio: object) -> None:
@@ -223,11 +224,11 @@ class _Half:
     """True if the group holds B alone: the twin then takes its place."""
 
 
-class _LoRAPlus:
+class LoRAPlus:
     """Splits each group into A's and B's while a step runs, and joins it again after."""
 
-    def __init__(self, optimizers: list[Optimizer], factors_b: set[int], ratio: float) -> None:
-        self.optimizers, self.factors_b, self.ratio = optimizers, factors_b, ratio
+    def __init__(self, optimizers: list[Optimizer], factors_a: set[int], factors_b: set[int], ratio: float) -> None:
+        self.optimizers, self.factors_a, self.factors_b, self.ratio = optimizers, factors_a, factors_b, ratio
         self.running: Optimizer | None = None
         """The optimizer whose step is running with split groups (the outermost one)."""
         self.halves: list[_Half] = []
@@ -285,10 +286,7 @@ class _LoRAPlus:
         bs = [p for p in params if id(p) in self.factors_b]
         if not bs:
             return [group]
-        own = {key: b for key, (a, b) in group.get(_OWN, {}).items() if key in group and _same(group[key], a)}
-        shared = {key: _copied(group[key]) for key in group.keys() - own.keys() - {"params", _OWN}}
-        rates = {key: shared[key] * self.ratio for key in _RATES if shared.get(key) is not None}
-        twin = {**shared, **rates, **own, "params": bs}
+        own, twin = self.twin(group, bs)
         given = {key: twin[key] for key in _RATES if key in twin}
         half = _Half(group, params, twin, given, frozenset(own).intersection(_RATES), len(bs) == len(params))
         self.halves.append(half)
@@ -296,6 +294,38 @@ class _LoRAPlus:
             return [twin]
         group["params"] = [p for p in params if id(p) not in self.factors_b]
         return [group, twin]
+
+    def twin(self, group: dict[str, Any], bs: list[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The numbers that are B's own already, and B's group."""
+        own = {key: b for key, (a, b) in group.get(_OWN, {}).items() if key in group and _same(group[key], a)}
+        shared = {key: _copied(group[key]) for key in group.keys() - own.keys() - {"params", _OWN}}
+        rates = {key: shared[key] * self.ratio for key in _RATES if shared.get(key) is not None}
+        return own, {**shared, **rates, **own, "params": bs}
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Meanwhile the optimizers have B's groups beside those of the rest, named, for whoever reads their rates."""
+        self.join()
+        lists = {id(one.param_groups): one.param_groups for one in self.optimizers}.values()
+        before = [(groups, list(groups)) for groups in lists]
+        for groups, theirs in before:
+            names = [g.get("name", f"pg{i}" if len(theirs) > 1 else "") for i, g in enumerate(theirs, start=1)]
+            groups[:] = [part for name, group in zip(names, theirs) for part in self.named(group, name)]
+        try:
+            yield
+        finally:
+            for groups, theirs in before:
+                groups[:] = theirs
+
+    def named(self, group: dict[str, Any], name: str) -> list[dict[str, Any]]:
+        bs = [p for p in group["params"] if id(p) in self.factors_b]
+        rest = [p for p in group["params"] if id(p) not in self.factors_b]
+        if not bs:
+            return [{**group, "name": name} if name else group]
+        kind = "lora_A" if all(id(p) in self.factors_a for p in rest) else "others"
+        parts = [(kind, {**group, "params": rest})] if rest else []
+        parts.append(("lora_B", self.twin(group, bs)[1]))
+        return [{**part, "name": f"{name}/{kind}" if name else kind} for kind, part in parts]
 
     def join(self) -> None:
         self.running = None

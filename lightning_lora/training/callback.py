@@ -28,6 +28,15 @@ from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, T
 from lightning_lora.training.base_watch import BaseWatch, check_averages
 from lightning_lora.training.checkpoint import accept_adapters
 from lightning_lora.training.lightning_private import average_of
+from lightning_lora.training.loggers import (
+    Settings,
+    adapter_settings,
+    data_settings,
+    log_adapters,
+    log_settings,
+    optimizer_settings,
+    show_both_rates,
+)
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.run_state import watch_buffers
@@ -166,6 +175,9 @@ class LoRACallback(Callback):
         self._absent: Exception | None = None
         self._savers: list[Any] = []
         self._trains: set[str] = set()
+        self._optimizer_settings: dict[str, Any] | None = None
+        self.settings_of_run: Settings = {}
+        """What loggers are given beside the settings of the adapter, the optimizer and the data."""
         if self._origin is not None:
             self._policy.adapt_as_in = self._adapt_as_in
         adapt_before_launch()
@@ -201,12 +213,14 @@ class LoRACallback(Callback):
         self._absent = None
         self._savers = list(trainer.checkpoint_callbacks)
         self._policy.folder = None
+        self._optimizer_settings = None
         self._policy.bases.clear()  # another module, or other base weights, may come with this run
         self._policy.watch = None
         self._goes_on = None
         if self._policy.push is not None and stage == "fit":
             self._policy.push.check(trainer)
         attach(trainer.strategy, self._policy)
+        log_adapters(trainer)
         # Layers may be built by the module's own hooks, which run after this one: adapt after the last of them.
         hooks = ("setup",) if shards(trainer.strategy) else ("configure_model", "setup")  # configure_model shards it
         last = next((h for h in hooks if is_overridden(h, pl_module)), None)
@@ -380,6 +394,23 @@ class LoRACallback(Callback):
         self._awaits_gradient = {pair.name: pair for pair in pairs(pl_module)}
         self._heard_backward = False
         self._held = 0
+        self._log_settings(trainer, pl_module)
+        if self._policy.lora_plus_ratio is not None:
+            show_both_rates(trainer)
+
+    def _log_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.config is not None
+        comes_later = trainer.ckpt_path is not None and shards(trainer.strategy)
+        if self._optimizer_settings is None and not comes_later:  # else those of the checkpoint hold
+            self._optimizer_settings = optimizer_settings(trainer)
+        policy = self._policy
+        plus = {"lora_plus_ratio": policy.lora_plus_ratio, "product_decay": policy.product_decay}
+        settings = {
+            "lora": adapter_settings(self.config, **plus),
+            "optimizer": self._optimizer_settings or {"lr": None},
+            "data": data_settings(trainer, pl_module),
+        }
+        log_settings(trainer, pl_module, self.settings_of_run, settings)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._heard_backward = True
@@ -448,10 +479,12 @@ class LoRACallback(Callback):
             self._policy.push.finish(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random": self._resume.state_dict()}
+        return {"random": self._resume.state_dict(), "optimizer": self._optimizer_settings}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resume.on_save_checkpoint(checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume.load_state_dict(state_dict["random"])
+        # Not there in those of an earlier version: which rate it goes on with is not known before it was loaded.
+        self._optimizer_settings = state_dict.get("optimizer", {"lr": None})

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.engine import adapter_state_dict, adapter_tensors, adapters, injections
 from lightning_lora.engine.layers.frozen import freeze_statistics, has_running_statistics
-from lightning_lora.engine.optim import fit_optimizers, lora_plus
+from lightning_lora.engine.optim import LoRAPlus, fit_optimizers, lora_plus
 from lightning_lora.engine.product_decay import product_decay
 from lightning_lora.engine.shown import base_parameter
 from lightning_lora.engine.state import describe_base, load_adapter_state_dict, names_in_state_dict
@@ -83,6 +83,8 @@ class AdapterPolicy:
     sigterm: SigtermLater = field(default_factory=SigtermLater)
     only_launched: bool = False
     """Whether training went on in processes that this one launched, and failed: here it never began."""
+    rates: list[LoRAPlus] = field(default_factory=list)
+    """Those of LoRA+, one for each optimizer."""
     folder: Path | None = None
     """The adapter folder that was written last."""
     adapt_as_in: Callable[[Mapping[str, Any], LightningModule], None] | None = None
@@ -137,9 +139,8 @@ class AdapterStrategy(_Host):
         if self.lora.product_decay is not None:  # before LoRA+, whose rates for a step are then still there
             for optimizer in self.optimizers:
                 product_decay(optimizer, module, self.lora.product_decay)
-        if self.lora.lora_plus_ratio is not None:
-            for optimizer in self.optimizers:
-                lora_plus(optimizer, module, self.lora.lora_plus_ratio)
+        ratio = self.lora.lora_plus_ratio
+        self.lora.rates = [] if ratio is None else [lora_plus(one, module, ratio) for one in self.optimizers]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         module = self.lightning_module

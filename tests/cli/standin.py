@@ -39,6 +39,17 @@ class Regression(pl.LightningModule):
         return self.optimizer(self.parameters())
 
 
+class Remembering(Regression):
+    def __init__(self, width: int = 8, optimizer=None):
+        super().__init__(width, optimizer=optimizer)
+        self.save_hyperparameters("width")
+
+
+class Unannotated(torch.optim.AdamW):
+    def __init__(self, params, lr=1e-3, weight_decay=0.0):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+
 class Narrow(Regression):
     def __init__(self, width: int = 8):
         if width > 100:

@@ -283,3 +283,29 @@ def test_an_adapter_that_is_not_there_or_is_meant_otherwise_says_so(cli):
     assert f"it as adapter={adapter}" in cli.err
     assert cli.train("lora=none", f"adapter={adapter}") == 2
     assert "is for a LoRACallback" in cli.err
+
+
+def hyperparameters(folder: Path) -> dict[str, object]:
+    return yaml.safe_load((folder / "hparams.yaml").read_text())
+
+
+@pytest.mark.parametrize("more", [["lora.rank=2"], ["lora=none"], ["lora.rank=2", "evaluate_before=false"]])
+def test_a_run_logs_its_settings_as_hyper_parameters_with_what_the_users_module_saves(cli, more):
+    assert cli.train("task._target_=standin.Remembering", "optimizer.lr=3e-3", "task.width=16", *more) == 0
+    adapter = {} if "lora=none" in more else {"lora/rank": 2, "lora/alpha": 16.0, "lora/target_modules": "all-linear"}
+    assert hyperparameters(cli.folder) == adapter | {
+        "width": 16,
+        "task/class": "Remembering",
+        "task/width": 16,
+        "data/class": "Sums",
+        "optimizer/class": "AdamW",
+        "optimizer/lr": 3e-3,
+        "optimizer/weight_decay": 0.0,
+        "run/seed": 0,
+    }
+
+
+def test_a_run_logs_the_config_of_the_adapter_that_it_starts_from(cli):
+    assert cli.train("lora.rank=2") == 0
+    assert cli.train(f"adapter={cli.folder}/adapter", "hydra.run.dir=runs/it/two") == 0
+    assert hyperparameters(cli.folder)["lora/rank"] == 2

@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_lora.errors import DataError
 from lightning_lora.recipes.data.answers import UNHEARD, Messages, Span, find_answers, in_common
-from lightning_lora.recipes.data.shapes import Shape
+from lightning_lora.recipes.data.shapes import ROLES, Shape, as_message
 from lightning_lora.recipes.tasks.base import IGNORED
 
 PLAIN_TEMPLATE = (
@@ -37,6 +37,8 @@ PLAIN_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '\n\n### Response:\n' }}{%- endif -%}"
 )
 """For base models, whose tokenizer has no template of its own."""
+LEARNED_OR_NOT = ("train", "training", "loss")
+"""What axolotl and ms-swift have in a message where OpenAI has `weight`."""
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 """How a template marks what the assistant says."""
 
@@ -109,9 +111,11 @@ class ChatEncoder:
             given = row[self.messages_column]
             if not isinstance(given, list) or not all(_is_message(message) for message in given):
                 raise DataError(
-                    f"Column {self.messages_column!r} must hold lists of messages with role and content, but there is "
-                    f"{given!r:.120}"
+                    f"Column {self.messages_column!r} must hold lists of messages with role and content (or from and "
+                    f"value), but there is {given!r:.120}"
                 )
+            known = chat.roles_of(given)
+            given = [as_message(message, self.messages_column, known) for message in given]
         else:
             texts = {"user": row[self.prompt_column]}
             if not self.prompts:
@@ -222,8 +226,16 @@ class _Chat:
     def as_template_has_it(self, message: dict[str, Any]) -> dict[str, Any]:
         """`message` as transformers' templates take it: arguments as dicts, and texts where they know no parts."""
         message = {name: value for name, value in message.items() if value is not None}
-        if message.get("weight", 1) not in (0, 1):
-            raise DataError(f"The weight of a message is 0 or 1, and not {message['weight']!r}: {message!r:.200}")
+        for name in (name for name in ("weight", *LEARNED_OR_NOT) if name in message):
+            if isinstance(message[name], str) or message[name] not in (0, 1):
+                raise DataError(f"The {name} of a message is 0 or 1, and not {message[name]!r}: {message!r:.200}")
+        if any(name in message for name in LEARNED_OR_NOT):
+            given = [message.pop(name) for name in LEARNED_OR_NOT if name in message]
+            if message.get("role") != "assistant" and any(given):
+                raise DataError(f"Only what the assistant says can be learned, and this is not: {message!r:.200}")
+            message["weight"] = int(all(given) and message.get("weight", 1))
+        if message.get("train_detail"):
+            raise DataError(f"Parts of a message cannot be left out (train_detail); give train: {message!r:.200}")
         calls = [{**call} for call in message.get("tool_calls") or []]
         for call in calls:
             of_call = call["function"] = {**call.get("function", {})} if "function" in call else call
@@ -239,6 +251,11 @@ class _Chat:
             if not self._reads_parts():
                 message["content"] = "".join(texts)
         return message
+
+    def roles_of(self, messages: Messages) -> set[Any]:
+        """The roles in `messages` that the template is given as they are: its own, and all that no other format has."""
+        known = {"system", "user", "assistant", "tool", *(["observation"] if "observation" in self.template else [])}
+        return known | {message.get("role") for message in messages} - ROLES.keys() - {None}
 
     def reads_tools(self, messages: Messages) -> bool:
         """Whether the text is another than without the tools; a template that needs them reads them."""
@@ -277,7 +294,9 @@ def _arguments_as_text(messages: Messages) -> Messages:
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and "role" in message and ("content" in message or bool(message.get("tool_calls")))
+    if not isinstance(message, dict):
+        return False
+    return {"role", "content"} <= message.keys() or {"from", "value"} <= message.keys() or "tool_calls" in message
 
 
 def _parsed(value: Any) -> Any:

@@ -33,7 +33,8 @@ class InstructionData(SourceData):
     models that have none), or Jinja text.
 
     The template is given the columns `tools` (a list of JSON schemas, or its text) and `chat_template_kwargs`. Messages
-    may have `tool_calls`, text in parts, and `weight`: an answer of weight 0 is read and not learned. What a template
+    may have `tool_calls`, text in parts, and `weight`: an answer of weight 0 (axolotl: `train: false`) is read and not
+    learned. What a template
     marks by {% generation %} is learned; of others it is each answer with the token that ends it.
 
     A conversation is cut at `max_length` tokens, or at the model's own context where that is less. One that has no

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "bot", "model", "bing", "bard"), "assistant"),
     "system": "system",
+    **dict.fromkeys(("tool", "observation"), "tool"),
+    "function_call": "function_call",
 }
-"""Who speaks, in ShareGPT's words -> in those of a chat template."""
+"""Who speaks, in ShareGPT's and LLaMA-Factory's words -> in those of a chat template."""
 
 
 class Shape(NamedTuple):
@@ -58,19 +61,41 @@ def _alpaca(row: Row) -> list[Message]:
 
 
 def _sharegpt(row: Row) -> list[Message]:
-    """`conversations` of messages with `from` and `value`, or with `role` and `content`."""
-    messages = []
-    for message in _list(row, "conversations"):
-        who, said = ("from", "value") if message.get("from") is not None else ("role", "content")
-        role = ROLES.get(str(message.get(who)).lower())
-        if role is None or not isinstance(message.get(said), str):
-            raise DataError(
-                f"A message of conversations has {who} (one of {listed(ROLES, 99)}) and {said} (a text), and not "
-                f"{message!r:.120}"
-            )
-        rest = {name: value for name, value in message.items() if name not in (who, said)}
-        messages.append({**rest, "role": role, "content": message[said]})
+    """`conversations` of messages in any of the words of `as_message`; `system` may be a column of its own."""
+    messages = [as_message(message, "conversations", ()) for message in _list(row, "conversations")]
+    if row.get("system") and not any(message["role"] == "system" for message in messages):
+        messages.insert(0, {"role": "system", "content": _text(row, "system")})
     return messages
+
+
+def as_message(message: Message, column: str, roles: Collection[str]) -> Message:
+    """`message` in the words of a chat template, for one of ShareGPT or LLaMA-Factory. One of `roles` stays.
+
+    A function_call, whose text is JSON, becomes an assistant's tool_calls.
+    """
+    if message.get("role") in roles:
+        return message
+    who, said = ("from", "value") if message.get("from") is not None else ("role", "content")
+    role, content = ROLES.get(str(message.get(who)).lower()), message.get(said)
+    if role is None or not isinstance(content, str):
+        raise DataError(
+            f"A message of {column} has {who} (one of {listed(ROLES, 99)}) and {said} (a text), and not "
+            f"{message!r:.120}"
+        )
+    rest = {key: value for key, value in message.items() if key not in (who, said)}
+    if role == "function_call":
+        try:
+            calls = json.loads(str(content))
+            calls = [{name: call[name] for name in ("name", "arguments")} for call in _several(calls)]
+        except (ValueError, TypeError, KeyError):
+            raise DataError(f"A function_call is JSON with name and arguments, and not {content!r:.120}") from None
+        calls = [{"type": "function", "function": call} for call in calls]
+        return {**rest, "role": "assistant", "content": "", "tool_calls": calls}
+    return {**rest, "role": role, "content": content}
+
+
+def _several(calls: Any) -> list[Any]:
+    return calls if isinstance(calls, list) else [calls]
 
 
 def _completion(row: Row) -> list[Message]:

@@ -6,6 +6,7 @@ A source is plain settings with one method, `load`. What the rows mean is the da
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -138,17 +139,16 @@ class DataSource:
         options: dict[str, Any] = {}
         if kind == "csv":
             options = {"sep": "\t" if _suffix(every[0]) == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
-        if kind == "json":
-            options["field"] = _field_of(every)
         if kind == "text":
             options["sample_by"] = self.text_unit
+        read = functools.partial(datasets.load_dataset, kind, cache_dir=_cache_for(every), **options)
+        fields = self._splits_in(every) if kind == "json" else []
         try:
-            found = datasets.load_dataset(
-                kind,
-                data_files={split: [str(file) for file in group] for split, group in files.items()},
-                cache_dir=_cache_for(every),
-                **options,
-            )
+            if fields:
+                found = DatasetDict({name: read(data_files=str(every[0]), field=name)["train"] for name in fields})
+            else:
+                paths_of = {split: [str(file) for file in group] for split, group in files.items()}
+                found = read(data_files=paths_of, **({"field": _field_of(every)} if kind == "json" else {}))
         except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError, StopIteration) as error:
             raise DataError(_what_is_wrong(every, kind, error)) from error
         if any("__index_level_0__" in rows.column_names for rows in found.values()):
@@ -157,6 +157,21 @@ class DataSource:
                 "comma in it needs quotes."
             )
         return found
+
+    def _splits_in(self, files: list[Path]) -> list[str]:
+        """The splits by which one JSON object holds its rows: {"train": [...], "test": [...]}."""
+        named = (self.train_split, self.validation_split, self.test_split, "train", *VALIDATION_NAMES, "test")
+        for file in files:
+            whole = _object_in(file)
+            found = [name for name in dict.fromkeys(named) if name is not None and _is_rows(whole.get(name))]
+            if found and len(files) > 1:
+                raise DataError(
+                    f"{file} holds its rows by split ({listed(found)}): give it alone, as path, without other files, "
+                    "validation_path and test_path."
+                )
+            if found:
+                return found
+        return []
 
     def _load_dataset(self) -> DatasetDict:
         if self.validation_path is not None or self.test_path is not None or self.format is not None:
@@ -279,17 +294,26 @@ def _cache_for(files: list[Path]) -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"lightning-lora-{seen.hexdigest()[:16]}")
 
 
+def _object_in(file: Path) -> dict[str, Any]:
+    """The one JSON object that `file` is; an empty one where it is something else."""
+    if file.suffix.lower() == ".json":
+        with contextlib.suppress(ValueError), file.open(encoding="utf-8-sig") as opened:
+            # One object a line, or a fault, is found where it is read.
+            return json.load(opened) if opened.read(1) == "{" and not opened.seek(0) else {}
+    return {}
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+
+
 def _field_of(files: list[Path]) -> str | None:
     """The key of the rows where each file is one JSON object that holds them: {"data": [...]}; None where none is."""
     found = set()
     for file in files:
-        whole: Any = {}
-        if file.suffix.lower() == ".json":
-            with contextlib.suppress(ValueError), file.open(encoding="utf-8-sig") as opened:
-                # One object a line, or a fault, is found where it is read.
-                whole = json.load(opened) if opened.read(1) == "{" and not opened.seek(0) else {}
+        whole = _object_in(file)
         fields = [name for name in LISTS if isinstance(whole.get(name), list)]
-        found.add(fields[0] if len(fields) == 1 and all(isinstance(row, dict) for row in whole[fields[0]]) else None)
+        found.add(fields[0] if len(fields) == 1 and _is_rows(whole[fields[0]]) else None)
     if len(found) > 1:
         raise DataError(f"{listed(map(str, files))} hold their rows in different places: {listed(map(str, found))}.")
     return found.pop()

@@ -64,7 +64,7 @@ class CausalLM(Task):
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
         if not temperature >= 0:
             raise ConfigError(f"temperature is {temperature}; it must be 0 (greedy) or larger.")
-        self.save_hyperparameters(ignore=["model", "optimizer", "scheduler"])
+        self.save_hyperparameters("max_new_tokens", "temperature")
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self._apart = False

@@ -37,7 +37,7 @@ class Classification(Task):
     ) -> None:
         super().__init__(model, optimizer, scheduler, learning_rate, gradient_checkpointing)
         label_names = None if label_names is None else [str(name) for name in label_names]
-        self.save_hyperparameters(ignore=["model", "optimizer", "scheduler"])
+        self.save_hyperparameters("label_names", logger=False)
         self.label_names: list[str] | None = label_names
 
     def build_model(self) -> PreTrainedModel:

@@ -227,3 +227,37 @@ def test_a_prompt_is_the_one_of_transformers_with_tools():
                 "input_ids"
             ]
         )
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("field", [{"train": False}, {"training": False}, {"loss": 0}, {"train": False, "weight": 1}])
+def test_an_answer_that_other_formats_leave_out_of_training_is_not_learned(field, marked):
+    tokenizer = tokenizer_of(TEMPLATES["chatml"], marked)
+    chat = [{**USER, "train": False}, {**HELLO, **field}, BYE, {**SEEN, "train": True}]
+    assert encoded(tokenizer, chat) == encoded(tokenizer, [USER, {**HELLO, "weight": 0}, BYE, SEEN])
+    refused = [
+        ({**HELLO, "train": "no"}, "The train of a message is 0 or 1"),
+        ({**USER, "train": True}, "Only what the assistant says can be learned"),
+        ({**HELLO, "train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]}, "train_detail"),
+    ]
+    for message, said in refused:
+        with pytest.raises(DataError, match=said):
+            encoded(tokenizer, [USER, HELLO, message])
+
+
+def test_calls_and_observations_of_llama_factory_are_tool_calls_and_tools():
+    arguments = {"city": "Rome"}
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    right = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "17"}, HELLO]
+    theirs = [
+        ("user", USER["content"]),
+        ("function_call", json.dumps({"name": "weather", "arguments": arguments})),
+        ("observation", "17"),
+        ("assistant", HELLO["content"]),
+    ]
+    tokenizer = tokenizer_of(TEMPLATES["qwen2_5"], marked=True)
+    expected = tokenizer.apply_chat_template(right, tools=TOOLS, return_assistant_tokens_mask=True)
+    for who, said in (("role", "content"), ("from", "value")):
+        row = encoded(tokenizer, [{who: role, said: text} for role, text in theirs], TOOLS)
+        assert row["input_ids"] == expected["input_ids"]
+        assert learned(row) == expected["assistant_masks"]

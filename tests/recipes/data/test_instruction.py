@@ -172,6 +172,23 @@ SHAPES = [
         [{"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}],
         [("user", "Hi"), ("assistant", "Hello")],
     ),
+    (
+        [
+            {
+                "system": "Be kind.",
+                "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+            }
+        ],
+        [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello")],
+    ),
+    (
+        [{"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}],
+        [("user", "Hi"), ("assistant", "Hello")],
+    ),
+    (
+        [{"messages": [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "Hello"}]}],
+        [("user", "Hi"), ("assistant", "Hello")],
+    ),
     ([{"prompt": "Hi", "completion": "Hello"}], [("user", "Hi"), ("assistant", "Hello")]),
     (
         [{"prompt": CHAT[:2], "completion": CHAT[2:3]}],
@@ -198,6 +215,9 @@ def test_a_common_shape_is_taken_by_the_names_of_its_columns(llama, rows, messag
         ({"conversations": [{"from": "alien", "value": "Hi"}]}, "one of human, user, gpt"),
         ({"conversations": [{"from": "human", "value": None}]}, "value .a text."),
         ({"conversations": "Hi"}, "conversations must be a list of messages"),
+        ({"messages": [{"speaker": "A", "text": "Hi"}]}, "lists of messages with role and content .or from and value."),
+        ({"messages": [{"from": "alien", "value": "Hi"}]}, "one of human, user, gpt"),
+        ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "is JSON with name and arguments, and not"),
         ({"instruction": 3, "output": "x"}, "instruction must be text"),
         ({"instruction": "x", "output": None}, "needs a user and an assistant"),
         ({"instruction": "x", "output": "y", "history": ["a"]}, "history holds pairs"),

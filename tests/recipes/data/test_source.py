@@ -242,3 +242,24 @@ def test_folders_of_save_to_disk_are_read(tmp_path):
     assert DataSource(str(tmp_path / "one")).load().predict["number"][:] == list(range(5))
     both = DataSource(str(tmp_path / "two")).load()
     assert (both.train["number"][:], both.validation["number"][:]) == (list(range(5)), [4])
+
+
+def test_rows_by_split_in_one_json_object_are_those_splits(tmp_path):
+    parts = {"train": [{"text": f"a{n}"} for n in range(9)], "test": [{"text": "t"}], "validation": [{"text": "v"}]}
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": 1, **parts}))
+    splits = DataSource(str(path)).load()
+    assert [list(rows["text"]) for rows in splits[:3]] == [
+        [row["text"] for row in parts[name]] for name in ("train", "validation", "test")
+    ]
+    path.write_text(json.dumps({"train": parts["train"]}))
+    splits = DataSource(str(path), validation_fraction=0.3).load()
+    assert sorted([*splits.train["text"], *splits.validation["text"]]) == [f"a{n}" for n in range(9)]
+    path.write_text(json.dumps({"test": parts["test"]}))
+    with pytest.raises(DataError, match=r"has no split 'train'\. Its splits are: test"):
+        DataSource(str(path)).load()
+    other = tmp_path / "more.json"
+    other.write_text(json.dumps({"validation": parts["validation"]}))
+    (tmp_path / "rows.json").write_text(json.dumps(parts["train"]))
+    with pytest.raises(DataError, match=r"more.json holds its rows by split \(validation\): give it alone"):
+        DataSource(str(path), validation_path=str(other)).load()
