@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -17,17 +15,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import Unpack
 
 from lightning_lora.checked import whole
-from lightning_lora.engine import InjectionReport, LoRAConfig, adapter_tensors, inject, injections
-from lightning_lora.engine.config import Bias, FurtherFields, check_is_config
+from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injections
+from lightning_lora.engine.config import Bias, FurtherFields
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.optim import check_ratio
-from lightning_lora.engine.peft_names import unknown_name
 from lightning_lora.engine.product_decay import check_strength
-from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, TrainingError, listed
-from lightning_lora.training.base_watch import BaseWatch, check_averages
+from lightning_lora.errors import AdapterStateError, TargetError
 from lightning_lora.training.checkpoint import accept_adapters
-from lightning_lora.training.lightning_private import average_of
 from lightning_lora.training.loggers import (
     Settings,
     adapter_settings,
@@ -46,24 +41,23 @@ from lightning_lora.training.starting import (
     adapt_before_launch,
     adapted_as_in,
     adapters_present,
+    call_after,
+    given_fields,
 )
 from lightning_lora.training.strategy import (
     AdapterPolicy,
     adapter_folder,
     attach,
-    check_only_adapters,
     has_adapters,
     shards,
-    unfrozen,
 )
+from lightning_lora.training.watches import BaseWatch, TrainedWatch, adapt_averages, check_averages
 
 if TYPE_CHECKING:
     from lightning_lora.hub.push.background import Job
 
 # They put layers of their own in the place of a model's.
 _REPLACES_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
-
-_SETTINGS = ("adapter", "lora_plus_ratio", "product_decay", "push", "save_adapter", "check_base", "init_batches")
 
 
 class LoRACallback(Callback):
@@ -125,27 +119,11 @@ class LoRACallback(Callback):
                 "lora_ga") is measured on, when training starts; a resumed run measures nothing.
             config_fields: The other fields of a LoRAConfig, instead of `config`.
         """
-        known = LoRAConfig.__dataclass_fields__
         spelled = {
             "rank": rank, "alpha": alpha, "dropout": dropout, "exclude_modules": exclude_modules, "bias": bias,
             "modules_to_save": modules_to_save, "use_rslora": use_rslora, "use_dora": use_dora, "init": init,
         }  # fmt: skip
-        further = known.keys() - spelled.keys() - {"target_modules"}
-        if config_fields.keys() >= further and (config is not None or adapter is not None):
-            # LightningCLI gives all of them, those that nobody set by their defaults.
-            defaults = LoRAConfig().to_dict()
-            config_fields = {n: v for n, v in config_fields.items() if n not in defaults or v != defaults[n]}  # type: ignore[assignment]
-        given: dict[str, Any] = {name: value for name, value in spelled.items() if value is not None}
-        given.update(config_fields)
-        if target_modules != "all-linear":  # None is a value there, beside target_parameters
-            given["target_modules"] = target_modules
-        if config is not None and given:
-            raise ConfigError(f"Give either a LoRAConfig or its fields, not both: {listed(given)}.")
-        if config is not None:
-            check_is_config(config)
-        for name in config_fields:
-            if name not in known:
-                raise ConfigError(f"LoRACallback has no setting {name!r}. {unknown_name(name, [*known, *_SETTINGS])}")
+        given = given_fields(config, spelled, target_modules, config_fields, from_file=adapter is not None)
         if lora_plus_ratio is not None:
             check_ratio(lora_plus_ratio)
         if product_decay is not None:
@@ -165,16 +143,13 @@ class LoRACallback(Callback):
             init_batches=init_batches,
         )
         self._resume = self._policy.resume
-        self._awaits_gradient: dict[str, Any] | None = None
-        self._heard_backward = False
-        self._held = 0
+        self._trained: TrainedWatch | None = None
         self._first_step = 0
         self._goes_on: str | None = None
         self._was_launched = False
         self._is_as_loaded = False
         self._absent: Exception | None = None
         self._savers: list[Any] = []
-        self._trains: set[str] = set()
         self._optimizer_settings: dict[str, Any] | None = None
         self.settings_of_run: Settings = {}
         """What loggers are given beside the settings of the adapter, the optimizer and the data."""
@@ -227,23 +202,7 @@ class LoRACallback(Callback):
         if last is None:
             self._adapt(trainer, pl_module)
         else:
-            self._adapt_after(last, trainer, pl_module)
-
-    def _adapt_after(self, hook: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        original = getattr(pl_module, hook)
-        had_own = hook in pl_module.__dict__  # LightningCLI, for one, puts hooks on the instance
-
-        @functools.wraps(original)  # Lightning asks of the function underneath whether the hook is overridden
-        def hook_then_adapt(*args: Any, **kwargs: Any) -> Any:
-            if had_own:
-                pl_module.__dict__[hook] = original
-            else:
-                pl_module.__dict__.pop(hook, None)
-            result = original(*args, **kwargs)
-            self._adapt(trainer, pl_module)
-            return result
-
-        pl_module.__dict__[hook] = hook_then_adapt
+            call_after(pl_module, last, lambda: self._adapt(trainer, pl_module))
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not has_adapters(pl_module):
@@ -266,11 +225,9 @@ class LoRACallback(Callback):
 
     def _is_adapted(self, trainer: Trainer, pl_module: LightningModule) -> None:
         accept_adapters(pl_module)
-        self._trains = {name for name, t in adapter_tensors(pl_module).items() if t.requires_grad}
+        self._trained = TrainedWatch(pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-                    self._adapt_average(callback, trainer, pl_module)
+            adapt_averages(trainer, pl_module)
 
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the adapters that the module has already: those of a run before, or of inject or load_adapter."""
@@ -291,19 +248,6 @@ class LoRACallback(Callback):
         what = f"{type(pl_module).__name__} has adapters already ({size})"
         how = "training goes on from them. To start anew, call lightning_lora.remove"
         self._goes_on = f"{what}, as inject left them." if is_fresh else f"{what}: {how}({root}) before you fit."
-
-    def _adapt_average(self, callback: Callback, trainer: Trainer, pl_module: LightningModule) -> None:
-        frozen = [name for _, injection in injections(pl_module) for name in injection.frozen_norms]
-        if frozen and isinstance(callback, StochasticWeightAveraging):
-            raise TrainingError(
-                "StochasticWeightAveraging estimates the statistics of batch norms anew, and those of "
-                f"{listed(frozen)} are frozen with the base: it would reset them. Use WeightAveraging or "
-                "EMAWeightAveraging, or name the norms in modules_to_save."
-            )
-        # Averaging copies the module in its own setup: a copy without adapters would not match.
-        average = average_of(callback)
-        if average is not None and not has_adapters(average):
-            callback.setup(trainer, pl_module, "fit")
 
     def _inject(self, pl_module: LightningModule, trainer: Trainer) -> None:
         if self._origin is not None:
@@ -375,62 +319,28 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_present(trainer, pl_module)
-        frozen = [
-            name for name, t in adapter_tensors(pl_module).items() if name in self._trains and not t.requires_grad
-        ]
-        finetuning = [type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning)]  # type: ignore[attr-defined]
-        if frozen and finetuning:
-            raise TrainingError(
-                f"{listed(finetuning)} has frozen {listed(frozen, 4)} after the model was adapted, so they would not "
-                "train; later it would train weights of the base, which are not saved with an adapter. Leave it out: "
-                "LoRACallback freezes the base by itself. Name what is to be trained whole in modules_to_save."
-            )
+        assert self._trained is not None
+        self._trained.start(trainer, pl_module)
         if self._policy.push is not None:
             self._policy.push.start(trainer, pl_module)
         check_averages(pl_module)
         watch_buffers(pl_module)
         if not shards(trainer.strategy):  # of whose weights each process sees a part
             self._policy.watch = BaseWatch(pl_module, is_error=self._policy.check_base)
-        self._awaits_gradient = {pair.name: pair for pair in pairs(pl_module)}
-        self._heard_backward = False
-        self._held = 0
-        self._log_settings(trainer, pl_module)
-        if self._policy.lora_plus_ratio is not None:
-            show_both_rates(trainer)
-
-    def _log_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.config is not None
         comes_later = trainer.ckpt_path is not None and shards(trainer.strategy)
         if self._optimizer_settings is None and not comes_later:  # else those of the checkpoint hold
             self._optimizer_settings = optimizer_settings(trainer)
-        policy = self._policy
-        plus = {"lora_plus_ratio": policy.lora_plus_ratio, "product_decay": policy.product_decay}
-        settings = {
-            "lora": adapter_settings(self.config, **plus),
-            "optimizer": self._optimizer_settings or {"lr": None},
-            "data": data_settings(trainer, pl_module),
-        }
-        log_settings(trainer, pl_module, self.settings_of_run, settings)
+        plus = {"lora_plus_ratio": self._policy.lora_plus_ratio, "product_decay": self._policy.product_decay}
+        lora, optimizer = adapter_settings(self.config, **plus), self._optimizer_settings or {"lr": None}
+        data = data_settings(trainer, pl_module)
+        log_settings(trainer, pl_module, self.settings_of_run, {"lora": lora, "optimizer": optimizer, "data": data})
+        if self._policy.lora_plus_ratio is not None:
+            show_both_rates(trainer)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._heard_backward = True
-        if self._awaits_gradient:
-            waiting = self._awaits_gradient.items()
-            self._awaits_gradient = {name: p for name, p in waiting if p.A.grad is None and p.B.grad is None}
-
-    def _report_unused(self, pl_module: LightningModule) -> None:
-        unused, self._awaits_gradient = self._awaits_gradient, None
-        if unused:
-            rank_zero_warn(
-                f"{len(unused)} adapters received no gradient in the first batch: {listed(unused)}. Their layers are "
-                "not called, or their outputs do not reach the loss, so they will not train. Leave them out with "
-                "exclude_modules if that is meant."
-            )
-        if awake := unfrozen(pl_module):
-            rank_zero_warn(
-                f"{listed(awake)} was frozen, and requires grad again: something unfroze it when training started. No "
-                "optimizer holds it, so it does not train, but its gradients take time and memory."
-            )
+        if self._trained is not None:
+            self._trained.after_backward()
 
     # Exact resumption.
 
@@ -446,16 +356,14 @@ class LoRACallback(Callback):
         self._resume.on_train_epoch_start(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        held = sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        if held != self._held:
-            check_only_adapters(trainer.optimizers, pl_module)
-            self._held = held
+        if self._trained is not None:
+            self._trained.before_batch(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._awaits_gradient is not None and self._heard_backward:  # not so where a training_step returned None
-            self._report_unused(pl_module)
+        if self._trained is not None:
+            self._trained.after_batch(pl_module)
         if self._policy.watch is not None:
             self._policy.watch.after_batch(pl_module, trainer.global_step > self._first_step)
         self._resume.on_train_batch_end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -16,6 +16,8 @@ from torch import nn
 
 from lightning_lora.engine import Injection, InjectionReport, LoRAConfig, inject, injections, remove
 from lightning_lora.engine.as_injected import check_as_injected
+from lightning_lora.engine.config import check_is_config
+from lightning_lora.engine.peft_names import unknown_name
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.same_config import differences
 from lightning_lora.engine.tree import Tree, submodule
@@ -83,6 +85,27 @@ def _save_on_exception(function: Any, trainer: Any, *args: Any, **kwargs: Any) -
         raise
 
 
+# Adapt a module whose layers are built by hooks of its own.
+
+
+def call_after(module: LightningModule, hook: str, function: Callable[[], None]) -> None:
+    """Let `function` run once, after the next call of `module`'s own hook of this name."""
+    original = getattr(module, hook)
+    had_own = hook in module.__dict__  # LightningCLI, for one, puts hooks on the instance
+
+    @functools.wraps(original)  # Lightning asks of the function underneath whether the hook is overridden
+    def hook_and_function(*args: Any, **kwargs: Any) -> Any:
+        if had_own:
+            module.__dict__[hook] = original
+        else:
+            module.__dict__.pop(hook, None)
+        result = original(*args, **kwargs)
+        function()
+        return result
+
+    module.__dict__[hook] = hook_and_function
+
+
 # Adapters that a module has before a run: of a run before (a cell that is run again), of inject or load_adapter.
 
 
@@ -139,6 +162,40 @@ def _differing(model: nn.Module, injection: Injection, config: LoRAConfig) -> li
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+# The config, as LoRACallback takes it: whole, or its fields by name.
+
+_SETTINGS = ("adapter", "lora_plus_ratio", "product_decay", "push", "save_adapter", "check_base", "init_batches")
+
+
+def given_fields(
+    config: LoRAConfig | None,
+    spelled: Mapping[str, Any],
+    target_modules: Any,
+    others: Mapping[str, Any],
+    *,
+    from_file: bool,
+) -> dict[str, Any]:
+    """The fields of a LoRAConfig that the user set: of those that the signature spells, where None is unset, and of the
+    `others`. Raises ConfigError for fields beside a `config`, and for a name that is none."""
+    known = LoRAConfig.__dataclass_fields__
+    further = known.keys() - spelled.keys() - {"target_modules"}
+    if others.keys() >= further and (config is not None or from_file):
+        # LightningCLI gives all of them, those that nobody set by their defaults.
+        defaults = LoRAConfig().to_dict()
+        others = {name: value for name, value in others.items() if name not in defaults or value != defaults[name]}
+    given = {name: value for name, value in spelled.items() if value is not None} | dict(others)
+    if target_modules != "all-linear":  # None is a value there, beside target_parameters
+        given["target_modules"] = target_modules
+    if config is not None and given:
+        raise ConfigError(f"Give either a LoRAConfig or its fields, not both: {listed(given)}.")
+    if config is not None:
+        check_is_config(config)
+    for name in others:
+        if name not in known:
+            raise ConfigError(f"LoRACallback has no setting {name!r}. {unknown_name(name, [*known, *_SETTINGS])}")
+    return given
 
 
 # Training that goes on from an adapter that was saved, by us or by others: `LoRACallback(adapter=...)`.

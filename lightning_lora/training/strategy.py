@@ -7,7 +7,7 @@ user chose. It stays after the run, so that a later `trainer.save_checkpoint` wr
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,21 +25,18 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_lora.engine import adapter_state_dict, adapter_tensors, adapters, injections
 from lightning_lora.engine.layers.frozen import freeze_statistics, has_running_statistics
 from lightning_lora.engine.optim import LoRAPlus, fit_optimizers, lora_plus
 from lightning_lora.engine.product_decay import product_decay
-from lightning_lora.engine.shown import base_parameter
 from lightning_lora.engine.state import describe_base, load_adapter_state_dict, names_in_state_dict
 from lightning_lora.engine.swap import swapped_class
-from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.tree import submodule
 from lightning_lora.engine.weights import whole
 from lightning_lora.errors import TrainingError, listed
 from lightning_lora.files import remove_folder
 from lightning_lora.hub import adapter_root, save_adapter
-from lightning_lora.training.base_watch import BaseWatch
 from lightning_lora.training.calibrate import start_waiting
 from lightning_lora.training.checkpoint import (
     LEFT_OUT,
@@ -56,6 +53,7 @@ from lightning_lora.training.resume import ExactResume
 from lightning_lora.training.run_state import changed_buffers, restore_buffers
 from lightning_lora.training.sharding import WholeCheckpoints
 from lightning_lora.training.signals import SigtermLater
+from lightning_lora.training.watches import BaseWatch, unfrozen
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -335,27 +333,6 @@ def check_all_is_saved(module: nn.Module) -> None:
             "adapted. To train it too, name its module in modules_to_save; under ddp_spawn, ddp_fork and ddp_notebook, "
             "layers must be built in __init__ or configure_model, not in setup."
         )
-
-
-def check_only_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
-    """Raise TrainingError for a parameter of `module` that an optimizer got after `setup_optimizers` made it right."""
-    names = {id(p): name for name, p in Tree.of(module).parameters}
-    saved = {id(t) for t in adapter_tensors(module).values()}
-    given = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    held = (id(base_parameter(p)) for p in given)
-    lost = [names[key] for key in held if key in names and key not in saved]
-    if lost:
-        raise TrainingError(
-            f"{listed(lost)} came into an optimizer while training went on, but not into the adapter: it would be "
-            "trained, and not saved. Take out what unfreezes it (a BackboneFinetuning callback, for example), or name "
-            "its module in modules_to_save."
-        )
-
-
-def unfrozen(module: nn.Module) -> list[str]:
-    """The names of parameters of the base that require grad."""
-    saved = {id(t) for t in adapter_tensors(module).values()}
-    return [name for name, p in Tree.of(module).parameters if p.requires_grad and id(p) not in saved]
 
 
 def freeze_new_norms(module: nn.Module) -> None:
