@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.inject import injections, release, weight_users
-from lightning_lora.engine.layers.base import Adapter, adapters
+from lightning_lora.engine.layers.base import Adapter, adapters, unadapt
 from lightning_lora.engine.layers.pair import BIAS, FACTORS
-from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory, largest_in, repeats
-from lightning_lora.engine.present import check_some_of_ours
+from lightning_lora.engine.present import check_removable, check_some_of_ours
 from lightning_lora.engine.tree import Tree, name_in, submodule, unwrapped
 from lightning_lora.engine.weights import dense, is_plain, stored
 from lightning_lora.errors import AdapterStateError, listed
@@ -87,7 +86,7 @@ def merge(model: nn.Module) -> None:
     for module in mergeable.values():
         values, attributes = _merged(module)
         kind = type(module)
-        swap_back(module)
+        unadapt(module)
         for name, value in values.items():
             parameter = module._parameters[name]
             assert parameter is not None
@@ -140,7 +139,7 @@ def merged(model: nn.Module) -> Iterator[None]:
             values, attributes = _merged(module)
             before = {name: module._parameters[name] for name in values}, {n: getattr(module, n) for n in attributes}
             kind = type(module)
-            undo.append((module, *before, swap_back(module)))
+            undo.append((module, *before, unadapt(module)))
             for name, value in values.items():
                 module._parameters[name] = _parameter(value)
             vars(module).update(attributes)
@@ -149,10 +148,10 @@ def merged(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         say_again(said)
-        for module, parameters, attributes, swap_again in undo:
+        for module, parameters, attributes, adapt_again in undo:
             module._parameters.update(parameters)
             vars(module).update(attributes)
-            swap_again()
+            adapt_again()
             module.parameters_replaced(module)
 
 

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.engine import adapter_tensors
-from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.swap import swap
 from lightning_lora.errors import CheckpointError, listed
 from lightning_lora.hub.format.writing import FULL, has_less_room, own_name, reason, remove_leftovers
 from lightning_lora.hub.resume import is_local, is_on_hub, local_checkpoint, local_path
@@ -213,7 +213,7 @@ def write_whole_files(io: CheckpointIO) -> CheckpointIO:
     """`io`, which writes files whole or not at all from now on, if it is Lightning's plain one or wraps that."""
     writer: Any = _writer(io)
     if type(writer) is TorchCheckpointIO:
-        writer.__class__ = swapped_class("Whole", WholeFileIO, TorchCheckpointIO)
+        swap(writer, "Whole", WholeFileIO)
     return io
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from lightning_lora.engine.bank.rows import begins_as_an_input
 from lightning_lora.engine.bank.structure import NOT_HIDDEN, Hidden
 from lightning_lora.engine.layers import geometry_of
-from lightning_lora.engine.layers.base import has_own_forward, name_of_input
+from lightning_lora.engine.layers.base import has_own_forward
 from lightning_lora.engine.layers.dora import gains, output_norms
+from lightning_lora.engine.swap import name_of_input
 from lightning_lora.engine.weights import can_be_dense, dense, is_quantized
 from lightning_lora.errors import AdapterFormatError, AdapterStateError
 

@@ -21,14 +21,12 @@ from lightning_lora.engine.bank.rows import runs_elsewhere
 from lightning_lora.engine.bank.slots import Entry
 from lightning_lora.engine.bank.structure import hidden, sequence_first
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.layers import geometry_of
-from lightning_lora.engine.layers.base import AdapterSpec
-from lightning_lora.engine.layers.swapping import check_swappable
+from lightning_lora.engine.layers import Adapter, AdapterSpec, geometry_of
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import check_called, only_reads, reads_weight, way_of
 from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.shown import METADATA
-from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.swap import check_swappable, is_swapped, swap, swap_back
 from lightning_lora.engine.targets import select
 from lightning_lora.engine.tree import Target, Tree
 from lightning_lora.errors import AdapterStateError, BankError, TargetError
@@ -143,7 +141,7 @@ def _(base: Tensor, x: Tensor, key: int) -> None:
 def check_bankable(target: Target) -> None:
     """Raise TargetError if a bank cannot serve the layer."""
     child = target.name.rpartition(".")[2]
-    check_swappable(target.module, target.name)
+    check_swappable(target.module, target.name, Adapter)
     if isinstance(target.module, NonDynamicallyQuantizableLinear) or only_reads(target.parent, child):
         raise TargetError(
             f"{target.name!r} lies in a {type(target.parent).__name__}, which reads its weight and never calls it: "
@@ -186,17 +184,14 @@ def check_one_device(layers: Iterable[tuple[str, nn.Module]]) -> None:
 
 def attach(module: Any, cell: Cell) -> None:
     """Let `cell` serve `module`, in place."""
-    # The old class's forward, bound (see check_swappable), would hide the new class's.
-    module.__dict__.pop("forward", None)
     module.__dict__["bank_cell"] = cell
-    base_class: Any = type(module)
     can_guard = type(module._parameters.get("weight")) is nn.Parameter  # not a computed or a quantized weight
-    module.__class__ = swapped_class("Banked", GuardedBanked if can_guard else Banked, base_class)
+    swap(module, "Banked", GuardedBanked if can_guard else Banked)
 
 
 def check_detachable(module: Any) -> None:
     """Raise AdapterStateError if `detach` would undo more than `attach` did."""
-    if "base_class" not in type(module).__dict__:
+    if not is_swapped(type(module)):
         raise AdapterStateError(
             f"{module.bank_cell.name!r} changed its class to {type(module).__name__} since the bank was made (by a "
             "parametrization, or by inject): undo that first."
@@ -205,9 +200,8 @@ def check_detachable(module: Any) -> None:
 
 def detach(module: Any) -> None:
     """Undo `attach`."""
-    module.__dict__.pop("forward", None)
     del module.__dict__["bank_cell"]
-    module.__class__ = type(module).base_class
+    swap_back(module)
 
 
 def new_cells(
