@@ -1,8 +1,16 @@
-"""Notes which forward of an adapted model runs here, so that a weight that it reads several times is computed once."""
+"""Which forwards run: of an adapted model, noted as it begins and ends; of any module, found in the call stack."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Set
 from contextvars import ContextVar
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -48,3 +56,103 @@ def unlisten_for_forwards(model: nn.Module) -> None:
 
 
 _HOOK: Any = "lightning_lora"
+
+
+# Reads Python's call stack to find out which modules run, and what they were called with.
+#
+# That is slow: it is asked only where a tensor's shape does not answer.
+
+_CALL: CodeType = nn.Module.__call__.__code__
+"""The code that runs for every call of a module; its local variables are the module and the arguments."""
+
+
+def beams(layer: nn.Module) -> tuple[int, int] | None:
+    """The number of prompts that transformers' `generate` was given, and the number of rows to which it has repeated
+    them, with the beams (or returned sequences) of a prompt side by side. None if `layer` does not run in `generate`.
+    """
+    code = _generate(sys.modules.get("transformers.generation.utils"))
+    frame: FrameType | None = sys._getframe(1) if code is not None else None
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    known = frame.f_locals
+    config, prompts, ids = (known.get(name) for name in ("generation_config", "batch_size", "input_ids"))
+    if not isinstance(prompts, int) or not isinstance(ids, Tensor) or id(layer) not in _members(known["self"]):
+        return None
+    times = max(getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1)
+    return (prompts, ids.shape[0]) if ids.shape[0] == prompts * times else None
+
+
+def begins_as_an_input(x: Tensor, layer: nn.Module, served: Set[int]) -> bool | None:
+    """True if `x` is a view, with the same first dimension, of a tensor that the model was called with. False if it is
+    a view with another first dimension; None if it is no view of such a tensor.
+
+    "The model" is the outermost running module that contains all the layers whose ids are `served`.
+    """
+    found = None
+    for given in _inputs(layer, served):
+        if given.dim() and given.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            found = given.shape[0] == x.shape[0] and given.stride(0) == x.stride(0)
+            if found:
+                return True
+    return found
+
+
+def runs_elsewhere(served: Set[int]) -> bool:
+    """True if another thread is calling a module that contains one of the layers whose ids are `served`."""
+    here = threading.get_ident()
+    return any(
+        not served.isdisjoint(_members(call.f_locals["self"]))
+        for thread, frame in sys._current_frames().items()
+        if thread != here
+        for call in _calls(frame)
+    )
+
+
+def _calls(frame: FrameType | None) -> list[FrameType]:
+    """The calls of modules that led to `frame`, the innermost first."""
+    calls: list[FrameType] = []
+    while frame is not None:
+        if frame.f_code is _CALL:
+            calls.append(frame)
+        frame = frame.f_back
+    return calls
+
+
+def _inputs(layer: nn.Module, served: Set[int]) -> Iterator[Tensor]:
+    for call in reversed(_calls(sys._getframe(1))):
+        known = call.f_locals
+        module = known["self"]
+        if module is not layer and served <= _members(module):
+            return _tensors((known["args"], known["kwargs"]))
+    return iter(())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+    elif dataclasses.is_dataclass(value):
+        for part in dataclasses.fields(value):
+            yield from _tensors(getattr(value, part.name, None))
+
+
+_MEMBERS: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def _members(module: nn.Module) -> frozenset[int]:
+    """The ids of `module` and of all modules inside it."""
+    members = _MEMBERS.get(module)
+    if members is None:
+        members = _MEMBERS[module] = frozenset(map(id, module.modules()))
+    return members
+
+
+@functools.lru_cache(maxsize=2)
+def _generate(utils: Any) -> CodeType | None:
+    """The code of `GenerationMixin.generate`; None if transformers' generation was not imported."""
+    mixin = getattr(utils, "GenerationMixin", None)
+    return None if mixin is None else inspect.unwrap(mixin.generate).__code__

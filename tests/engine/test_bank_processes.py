@@ -67,7 +67,7 @@ def outputs_are_right(base: nn.Module, bank: Bank, alone: dict[str, nn.Module], 
 def test_a_process_that_is_forked_while_an_adapter_moves_has_it_where_it_went():
     base, factors, alone = small(3)
     store = SlowStore()
-    bank = served(base, 1, MOST, host_capacity=0, store=store)
+    bank = served(base, 1, MOST, host_capacity=0, disk=store)
     bank.put("a0", factors["a0"])
     moves = threading.Thread(target=bank.put, args=("a1", factors["a1"]))
     moves.start()
