@@ -99,6 +99,14 @@ def begins_as_an_input(x: Tensor, layer: nn.Module, served: Set[int]) -> bool | 
     return found
 
 
+def is_running(call: FrameType) -> bool:
+    """True if `call` is one of the calls that led here; False for a generator that is suspended."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is not None
+
+
 def runs_elsewhere(served: Set[int]) -> bool:
     """True if another thread is calling a module that contains one of the layers whose ids are `served`."""
     here = threading.get_ident()

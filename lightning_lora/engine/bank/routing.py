@@ -6,9 +6,12 @@ it when they run, also from inside a compiled graph, so a graph does not depend 
 
 from __future__ import annotations
 
+import inspect
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from lightning_lora.engine.bank.cells import Cell, Factors
 from lightning_lora.engine.bank.layout import Said
-from lightning_lora.engine.forwards import runs_elsewhere
+from lightning_lora.engine.forwards import is_running, runs_elsewhere
 from lightning_lora.errors import AdapterStateError, BankError
 
 Names: TypeAlias = str | Sequence[str | None] | None
@@ -37,6 +40,8 @@ class Routes:
         """The routing in use in this thread or task."""
         for routes, routing, use in _IN_USE.get():
             if routes is self:
+                if use.suspended:
+                    _check_alone(use)
                 if routing is not None and not use.is_open:
                     raise AdapterStateError(
                         "This code runs in a copied context (an asyncio task's, for example) that was made inside a "
@@ -65,12 +70,21 @@ class Routes:
 
     def updates(self) -> bool:
         """True if layers that are called here add updates to their outputs."""
-        routing = next((routing for routes, routing, _ in _IN_USE.get() if routes is self), None)
+        routing, use = next((entry[1:] for entry in _IN_USE.get() if entry[0] is self), (None, None))
+        if use is not None and use.suspended:
+            _check_alone(use)
         return routing is not None and routing is not self.folded
 
     def enter(self, routing: Routing | None, use: Use | Folded) -> None:
         """Use `routing` in this thread or task until `use` leaves."""
         _IN_USE.set(((self, routing, use), *_IN_USE.get()))
+
+    def suspended(self) -> tuple[FrameType, ...]:
+        """The generators and coroutines that are suspended inside of what is in use here."""
+        if not (in_use := _IN_USE.get()):
+            return ()
+        outer = (_resumable(use.frame) for routes, _, use in in_use if routes is self)
+        return tuple(frame for frame in outer if frame is not None and not is_running(frame))
 
     def leave(self, use: Use | Folded) -> bool:
         """Use again, in this thread or task, what was in use before `use` was entered. Returns whether nothing was
@@ -141,14 +155,20 @@ class One(Routing):
 class Use:
     """The context manager that `bank.use` returns. It can be entered again after it was left, not while it is open."""
 
-    __slots__ = ("_begin", "_end", "_routes", "is_open", "names", "routing", "said", "thread")
+    __slots__ = ("_begin", "_end", "_routes", "frame", "is_open", "names", "routing", "said", "suspended", "thread")
 
     routing: Routing | None
+    frame: FrameType | None
+    """The call that entered it, while it is open."""
+    suspended: tuple[FrameType, ...]
+    """The generators that were suspended inside of `bank.use` when it was entered. They share what is in use with it:
+    as long as it is open, none of them may run the model."""
 
     def __init__(
         self, routes: Routes, names: Names, said: Said, begin: Callable[[Use], None], end: Callable[[Use], None]
     ) -> None:
         self.names, self.said, self.is_open = names, said, False
+        self.frame, self.suspended = None, ()
         self._routes, self._begin, self._end = routes, begin, end
 
     def __enter__(self) -> None:
@@ -156,6 +176,7 @@ class Use:
             raise BankError("This bank.use(...) is entered already: call bank.use(...) again for another `with` block.")
         self.thread = threading.get_ident()
         self._begin(self)
+        self.frame, self.suspended = sys._getframe(1), self._routes.suspended()
         self._routes.enter(self.routing, self)
 
     def __exit__(self, raised: type[BaseException] | None = None, *_: object) -> None:
@@ -165,16 +186,41 @@ class Use:
             raise BankError(
                 f"`with bank.use({self.names!r:.80})` was left in another thread or task than it was entered in, or "
                 "while one that was entered after it is open: what the model computed meanwhile may have used what "
-                "that one names, or nothing. Leave first what was entered last, where it was entered; of generators "
-                "that yield inside of it, each runs in a thread, a task or a contextvars.Context of its own."
+                f"that one names, or nothing. {_APART}"
             )
 
     def end(self) -> None:
         """End the use, in whichever thread this is called."""
         self.is_open = False
+        self.frame, self.suspended = None, ()
         if self.routing is not None:
             self.routing.close()
         self._end(self)
+
+
+_APART = (
+    "Leave first what was entered last, where it was entered; of generators that yield inside of it, each runs in a "
+    "thread, a task or a contextvars.Context of its own."
+)
+_RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def _check_alone(use: Any) -> None:
+    """Raise AdapterStateError in a generator that was suspended inside of `bank.use` when `use` was entered."""
+    inside = next(filter(is_running, use.suspended), None)
+    if inside is not None:
+        raise AdapterStateError(
+            f"The model runs in {inside.f_code.co_name!r}, inside of its `with bank.use(...)`, while `with bank.use("
+            f"{use.names!r:.80})` is open, which was entered elsewhere after this one had yielded: a thread has one "
+            f"choice at a time. {_APART}"
+        )
+
+
+def _resumable(frame: FrameType | None) -> FrameType | None:
+    """The innermost generator or coroutine among the callers that `frame` begins with."""
+    while frame is not None and not frame.f_code.co_flags & _RESUMABLE:
+        frame = frame.f_back
+    return frame
 
 
 # Puts an adapter into the base's own weights for a while, and lets no other thread compute with changing weights.
@@ -188,6 +234,8 @@ class Use:
 class Folded(Routing):
     """The routing for an adapter that is in the base's weights, from `begin` to `end`. Both are called with the bank's
     lock held."""
+
+    frame, suspended = None, ()
 
     def __init__(self, name: str, routes: Routes) -> None:
         self.name, self.thread = name, threading.get_ident()
