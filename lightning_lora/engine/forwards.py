@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CodeType, FrameType
 from typing import Any
@@ -16,29 +18,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCOPE: ContextVar[tuple[Any, dict[Any, tuple[Tensor, int, Any]], int] | None] = ContextVar("forward", default=None)
+from lightning_lora.errors import AdapterStateError
+
+SCOPE: ContextVar[tuple[Any, dict[Any, tuple[Tensor, int, Any]], int, list[int]] | None] = ContextVar(
+    "forward", default=None
+)
 """The running forward of an adapted model: the forward around it (or None), the adapted weights computed in it so far,
-and the id of the model."""
+the id of the model, and the number of the last swap of its layers that it knows of."""
+
+_HOOK: Any = "lightning_lora"
+_SWAP = "lora_swap"
+"""The attribute of an adapted model with the number of the last swap of its layers; below zero while they change."""
+_numbers = itertools.count(1)
 
 
 def forward_begins(module: nn.Module, args: Any) -> None:
     """A forward pre-hook of an adapted model: opens the scope of its forward."""
     if torch.compiler.is_compiling():
         return
+    swap: int = module.__dict__.get(_SWAP, 0)
+    if swap < 0:
+        raise AdapterStateError(
+            f"Another thread is just merging {type(module).__name__}, or removing its adapter, or undoing that: call "
+            "the model again after it."
+        )
     around = scope = SCOPE.get()
     while scope is not None:
-        outer, _, of = scope
+        outer, _, of, _ = scope
         if of == id(module):  # an interrupt (Ctrl-C) left it open: torch calls no hook then
             around = outer
         scope = outer
-    SCOPE.set((around, {}, id(module)))
+    SCOPE.set((around, {}, id(module), [swap]))
 
 
 def forward_ends(module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook, called also if the forward raised: closes the scope."""
-    if not torch.compiler.is_compiling():
-        scope = SCOPE.get()
-        SCOPE.set(None if scope is None else scope[0])
+    if torch.compiler.is_compiling():
+        return
+    scope = SCOPE.get()
+    if scope is None:
+        return
+    SCOPE.set(scope[0])
+    if scope[2] == id(module) and scope[3][0] != module.__dict__.get(_SWAP, scope[3][0]):
+        raise AdapterStateError(
+            f"Another thread has merged {type(module).__name__}, or has removed its adapter, or has undone that, while "
+            "this forward ran: its output may be of neither. Call the model again, and keep threads apart."
+        )
 
 
 def listen_for_forwards(model: nn.Module) -> None:
@@ -47,15 +72,44 @@ def listen_for_forwards(model: nn.Module) -> None:
     model._forward_pre_hooks[_HOOK] = forward_begins
     model._forward_hooks[_HOOK] = forward_ends
     model._forward_hooks_always_called[_HOOK] = True
+    model.__dict__[_SWAP] = 0
 
 
 def unlisten_for_forwards(model: nn.Module) -> None:
     """Undo `listen_for_forwards`."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called):
         hooks.pop(_HOOK, None)
+    model.__dict__.pop(_SWAP, None)
 
 
-_HOOK: Any = "lightning_lora"
+@contextmanager
+def swapping(owners: Iterable[nn.Module], layers: Iterable[nn.Module], *, refuses: bool = True) -> Iterator[bool]:
+    """The `layers` of the adapted models `owners` change inside the block, which no forward of another thread may see.
+
+    Gives whether one is running in another thread; with `refuses`, that is an AdapterStateError. A forward of an owner
+    that begins inside of the block raises it, and so does at its end one that was running.
+    """
+    before = {id(owner): (owner, owner.__dict__.get(_SWAP, 0)) for owner in owners}
+    for owner, _ in before.values():
+        owner.__dict__[_SWAP] = -1  # from now on, a forward raises as it begins
+    is_running = runs_elsewhere({id(layer) for layer in layers})
+    if is_running and refuses:
+        for owner, swap in before.values():
+            owner.__dict__[_SWAP] = swap
+        raise AdapterStateError(
+            "The model runs in another thread, which would find some layers changed and others not: merge, unmerge or "
+            "remove when no other thread uses the model. AdapterBank serves threads."
+        )
+    try:
+        yield is_running
+    finally:
+        number, scope = next(_numbers), SCOPE.get()
+        for owner, _ in before.values():
+            owner.__dict__[_SWAP] = number
+        while scope is not None:  # forwards of this very thread, around the change
+            if scope[2] in before and scope[3][0] == before[scope[2]][1]:
+                scope[3][0] = number
+            scope = scope[0]
 
 
 # Reads Python's call stack to find out which modules run, and what they were called with.
@@ -111,7 +165,7 @@ def runs_elsewhere(served: Set[int]) -> bool:
     """True if another thread is calling a module that contains one of the layers whose ids are `served`."""
     here = threading.get_ident()
     return any(
-        not served.isdisjoint(_members(call.f_locals["self"]))
+        any(id(module) in served for module in call.f_locals["self"].modules())
         for thread, frame in sys._current_frames().items()
         if thread != here
         for call in _calls(frame)

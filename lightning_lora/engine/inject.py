@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig, check_is_config
-from lightning_lora.engine.forwards import listen_for_forwards, unlisten_for_forwards
+from lightning_lora.engine.forwards import listen_for_forwards, swapping, unlisten_for_forwards
 from lightning_lora.engine.layers.alora import check_readers, listen, stop_listening
 from lightning_lora.engine.layers.base import adapt, is_adapter, unadapt
 from lightning_lora.engine.layers.fresh import Measured, check_measured, drawing_on, fresh_tensors
@@ -243,9 +243,9 @@ def remove(model: nn.Module) -> None:
     # released last, has their original state.
     records = [(m, m.__dict__[RECORD]) for _, m in tree.modules if RECORD in m.__dict__][::-1]
     restored = [originals_of(owner, injection) for owner, injection in records]
-    for module in adapted:
-        unadapt(module)
-    with torch.no_grad():
+    with swapping([owner for owner, _ in records], adapted), torch.no_grad():
+        for module in adapted:
+            unadapt(module)
         for tensor, original in (pair for pairs in restored for pair in pairs):
             tensor.copy_(original)
     for owner, injection in records:
