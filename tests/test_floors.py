@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_an_import_that_goes_up_is_seen():
     assert going_up("def f():\n    from ..training import callback", "lightning_lora.hub.adapters")
     assert going_up("import lightning_lora.cli.main", "lightning_lora.training.callback")
     assert not going_up("from ..engine import inject", "lightning_lora.hub.adapters")
+
+
+def test_no_files_of_the_engine_import_each_other_in_a_circle():
+    files = {
+        ".".join(["lightning_lora", *f.relative_to(PACKAGE).with_suffix("").parts]): f for f in PACKAGE.rglob("*.py")
+    }
+    names = {module.removesuffix(".__init__"): module for module in files if module.startswith("lightning_lora.engine")}
+    graph = {}
+    for module in names.values():
+        if not module.endswith(".__init__"):  # it hands names on
+            found = [
+                name for _, name in imports(ast.parse(files[module].read_text("utf-8")), module.rpartition(".")[0])
+            ]
+            graph[module] = {n if n in names else n.rpartition(".")[0] for n in found} - {module}
+    assert len(list(TopologicalSorter(graph).static_order())) > len(graph) > 10  # raises CycleError, with the circle
 
 
 def test_the_top_imports_the_floors_only_when_asked():

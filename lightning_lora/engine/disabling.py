@@ -14,6 +14,7 @@ from lightning_lora.engine.inject import injections, originals_of
 from lightning_lora.engine.layers.base import is_adapter
 from lightning_lora.engine.layers.frozen import read_by_switch
 from lightning_lora.engine.present import RECORD
+from lightning_lora.engine.swap import is_swapped
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import is_sharded
 from lightning_lora.errors import AdapterStateError, listed
@@ -84,7 +85,7 @@ def _check(tree: Tree) -> None:
             f"{listed(map(repr, outside), 3)} of this {kind} was adapted as a part of a larger module, and other parts "
             "may be trained too: pass the module that inject was called on (under a Trainer, the LightningModule)."
         )
-    changed = [name for name, module in adapted if "base_class" not in type(module).__dict__]
+    changed = [name for name, module in adapted if not is_swapped(type(module))]
     if changed:
         raise AdapterStateError(
             f"{listed(map(repr, changed))} changed its class after it was adapted (a parametrization, for example): "

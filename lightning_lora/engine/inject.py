@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig, check_is_config
-from lightning_lora.engine.forwards import listen_for_forwards, unlisten_for_forwards
+from lightning_lora.engine.forwards import listen_for_forwards, swapping, unlisten_for_forwards
 from lightning_lora.engine.layers.alora import check_readers, listen, stop_listening
-from lightning_lora.engine.layers.base import is_adapter
+from lightning_lora.engine.layers.base import adapt, is_adapter, unadapt
 from lightning_lora.engine.layers.fresh import Measured, check_measured, drawing_on, fresh_tensors
 from lightning_lora.engine.layers.frozen import (
     FrozenNorm,
@@ -30,12 +30,11 @@ from lightning_lora.engine.layers.frozen import (
     release_statistics,
 )
 from lightning_lora.engine.layers.quantized import is_kept, keep_in_place, let_go, may_be_kept
-from lightning_lora.engine.layers.swapping import check_removable, swap, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import planned, variants_of
-from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours
+from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours, check_removable
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.targets import Selection, select
 from lightning_lora.engine.torch_private import check_overridden, persistent_buffers
@@ -187,9 +186,9 @@ def inject(
     variants = variants_of(config)
     for (target, kind), own in zip(plan, tensors):
         mixin = (*variants, kind.geometry) if variants else kind.geometry
-        swap(target.module, mixin, kind.spec, own, target.name)
+        adapt(target.module, mixin, kind.spec, own, target.name)
     for (name, module, rows_of_tokens, spec), own in zip(vocabularies, tokens):
-        swap(module, rows_of_tokens, spec, own, name)
+        adapt(module, rows_of_tokens, spec, own, name)
     listen_for_forwards(model)
     if config.alora_invocation_tokens:
         listen(model, config.alora_invocation_tokens)
@@ -246,9 +245,9 @@ def remove(model: nn.Module) -> None:
     # released last, has their original state.
     records = [(m, m.__dict__[RECORD]) for _, m in tree.modules if RECORD in m.__dict__][::-1]
     restored = [originals_of(owner, injection) for owner, injection in records]
-    for module in adapted:
-        swap_back(module)
-    with torch.no_grad():
+    with swapping([owner for owner, _ in records], adapted), torch.no_grad():
+        for module in adapted:
+            unadapt(module)
         for tensor, original in (pair for pairs in restored for pair in pairs):
             tensor.copy_(original)
     for owner, injection in records:

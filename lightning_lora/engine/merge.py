@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.as_injected import check_as_injected
+from lightning_lora.engine.forwards import swapping
 from lightning_lora.engine.inject import injections, release, weight_users
-from lightning_lora.engine.layers.base import Adapter, adapters
+from lightning_lora.engine.layers.base import Adapter, adapters, unadapt
 from lightning_lora.engine.layers.pair import BIAS, FACTORS
-from lightning_lora.engine.layers.swapping import check_removable, swap_back
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory, largest_in, repeats
-from lightning_lora.engine.present import check_some_of_ours
+from lightning_lora.engine.present import check_removable, check_some_of_ours
 from lightning_lora.engine.tree import Tree, name_in, submodule, unwrapped
 from lightning_lora.engine.weights import dense, is_plain, stored
 from lightning_lora.errors import AdapterStateError, listed
@@ -84,21 +84,22 @@ def merge(model: nn.Module) -> None:
     _check_rounding(mergeable)
     _warn_of_growth(mergeable)
     tied = tied_models(model)
-    for module in mergeable.values():
-        values, attributes = _merged(module)
-        kind = type(module)
-        swap_back(module)
-        for name, value in values.items():
-            parameter = module._parameters[name]
-            assert parameter is not None
-            in_place = is_plain(parameter) and parameter.shape == value.shape and not repeats(parameter)
-            if shared[id(parameter)] or not in_place:  # a new parameter: others keep the shared one
-                module._parameters[name] = _parameter(value)
-            else:
-                with torch.no_grad():
-                    parameter.copy_(value)
-        vars(module).update(attributes)
-        kind.parameters_replaced(module)
+    with swapping([owner for owner, _ in records], mergeable.values()):
+        for module in mergeable.values():
+            values, attributes = _merged(module)
+            kind = type(module)
+            unadapt(module)
+            for name, value in values.items():
+                parameter = module._parameters[name]
+                assert parameter is not None
+                in_place = is_plain(parameter) and parameter.shape == value.shape and not repeats(parameter)
+                if shared[id(parameter)] or not in_place:  # a new parameter: others keep the shared one
+                    module._parameters[name] = _parameter(value)
+                else:
+                    with torch.no_grad():
+                        parameter.copy_(value)
+            vars(module).update(attributes)
+            kind.parameters_replaced(module)
     say_what_is_true(tied)
     for owner, injection in records:
         release(owner, injection)
@@ -109,14 +110,16 @@ def merged(model: nn.Module) -> Iterator[None]:
     """Merge the adapters of `model` inside a `with` block, where its layers are the base's and as fast as those.
 
     The merged weights are new tensors. After the block the model is as before, bit for bit. It warns of lost precision
-    as `merge` does. No other thread may call the model while the block is entered or left: it would find some layers
-    merged and others not. Threads that share a model take `AdapterBank.folded`, which keeps them apart.
+    as `merge` does. Threads that share the model take `AdapterBank.folded`, which keeps them apart: here none may call
+    it while the block is entered or left.
 
     Args:
         model: The module that `inject` was called on, or a module around it.
 
     Raises:
-        AdapterStateError: There are no adapters, or a layer cannot be merged; the message says why.
+        AdapterStateError: There are no adapters, or a layer cannot be merged; the message says why. Or the model runs
+            in another thread as the block is entered (nothing is changed then) or left; a forward that runs there
+            meanwhile raises it as well.
 
     Example:
         >>> import torch
@@ -129,31 +132,41 @@ def merged(model: nn.Module) -> Iterator[None]:
         >>> type(model[0]).__name__
         'LoRALinear'
     """
+    mergeable = _mergeable(model)
+    owners = [submodule(model, name) for name, _ in injections(model)]
+    _check_rounding(mergeable)
+    _warn_of_growth(mergeable)
+    tied = tied_models(model)
+    merged_layers = [(module, type(module), *_merged(module)) for module in mergeable.values()]
     undo = []
-    said: list[tuple[Any, Any]] = []
-    try:
-        mergeable = _mergeable(model)
-        _check_rounding(mergeable)
-        _warn_of_growth(mergeable)
-        tied = tied_models(model)
-        for module in mergeable.values():
-            values, attributes = _merged(module)
+    with swapping(owners, mergeable.values()):
+        for module, kind, values, attributes in merged_layers:
             before = {name: module._parameters[name] for name in values}, {n: getattr(module, n) for n in attributes}
-            kind = type(module)
-            undo.append((module, *before, swap_back(module)))
+            undo.append((module, *before, unadapt(module)))
             for name, value in values.items():
                 module._parameters[name] = _parameter(value)
             vars(module).update(attributes)
             kind.parameters_replaced(module)
         said = say_what_is_true(tied)
+    raised: type[BaseException] | None = None
+    try:
         yield
+    except BaseException as error:
+        raised = type(error)
+        raise
     finally:
-        say_again(said)
-        for module, parameters, attributes, swap_again in undo:
-            module._parameters.update(parameters)
-            vars(module).update(attributes)
-            swap_again()
-            module.parameters_replaced(module)
+        with swapping(owners, mergeable.values(), refuses=False) as is_running:
+            say_again(said)
+            for module, parameters, attributes, adapt_again in undo:
+                module._parameters.update(parameters)
+                vars(module).update(attributes)
+                adapt_again()
+                module.parameters_replaced(module)
+        if is_running and raised in (None, GeneratorExit):
+            raise AdapterStateError(
+                f"`with merged(...)` was left while the {type(model).__name__} ran in another thread, which found some "
+                "layers merged and others not. It is unmerged now: call it there again, and keep threads apart."
+            )
 
 
 def _mergeable(model: nn.Module) -> dict[str, Adapter]:

@@ -24,8 +24,7 @@ from lightning_lora.engine.layers.conv import ConvLoRA, Convolution
 from lightning_lora.engine.layers.fresh import Recipe, check_init, device_of, recipes, tensor_shapes
 from lightning_lora.engine.layers.linear import FastPathLinearLoRA, OutProjectionLoRA
 from lightning_lora.engine.layers.pair import AdapterSpec
-from lightning_lora.engine.layers.swapping import check_swappable
-from lightning_lora.engine.swap import remembered
+from lightning_lora.engine.swap import check_swappable, remembered
 from lightning_lora.engine.torch_private import PADDING
 from lightning_lora.engine.tree import Target, last_part
 from lightning_lora.engine.weights import is_plain

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_lora.engine import switch
 from lightning_lora.engine.layers.base import is_adapter
+from lightning_lora.engine.swap import TAKE_OFF_HOOKS, is_swapped, is_wrapped
 from lightning_lora.engine.tree import NAMES as WRAPPERS
 from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.weights import check_unsharded
 from lightning_lora.errors import AdapterStateError, listed
 
 RECORD = "lora_injection"
@@ -53,6 +56,35 @@ def check_some_of_ours(model: nn.Module, tree: Tree) -> None:
     if not tree.of_classes(is_adapter):
         why = _where_they_are(model, tree)
         raise AdapterStateError(why or f"{type(model).__name__} has no adapters: call inject(model, config) first.")
+
+
+def check_removable(model: nn.Module, tree: Tree | None = None) -> None:
+    """Raise AdapterStateError if the adapters of `model` cannot be taken off just now; `tree` is Tree.of(model), if
+    known."""
+    tree = tree or Tree.of(model)
+    check_unsharded(
+        model,
+        "To remove or merge its adapter, save it (save_adapter, in every process), and load it into a model that is "
+        "not sharded.",
+        tree,
+    )
+    if switch.is_open(frozenset(id(module) for _, module in tree.modules)):
+        raise AdapterStateError(
+            f"The adapters of {type(model).__name__} are switched off just now: leave `with disabled(model)` first, in "
+            "every thread and task."
+        )
+    changed = {cls for cls in tree.classes if is_adapter(cls) and not is_swapped(cls)}
+    for name, module in tree.of_classes(is_adapter):
+        if type(module) in changed:
+            raise AdapterStateError(
+                f"{name!r} changed its class to {type(module).__name__} after it was adapted (a parametrization, for "
+                "example). Undo that first, then remove or merge the adapter."
+            )
+        if is_wrapped(module):
+            raise AdapterStateError(
+                f"{name!r} was given a forward on the instance after it was adapted, as accelerate's hooks do, which "
+                f"calls the adapted one: {TAKE_OFF_HOOKS}, then remove or merge the adapter."
+            )
 
 
 def are_merged(model: nn.Module, tree: Tree) -> bool:

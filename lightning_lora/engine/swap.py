@@ -1,16 +1,120 @@
-"""Makes the class for a class swap: a subclass with a mixin in front of the object's present class.
+"""Swaps the class of an object for a subclass with a mixin in front of it, and swaps it back.
 
-An object that gets such a class keeps its identity, its attributes, and all references to it. The class is made once
-for each mixin and base class, as FSDP2's `fully_shard` does. The base class holds it, so both live equally long: a
-class that was made in a function can be freed, with its closure. The new class cannot be imported by a name, so it
-defines how its objects are pickled.
+The object keeps its identity, its attributes, and all references to it. The class is made once for each mixin and base
+class, as FSDP2's `fully_shard` does. The base class holds it, so both live equally long: a class that was made in a
+function can be freed, with its closure. The new class cannot be imported by a name, so it defines how its objects are
+pickled.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
+from torch import nn
+
+from lightning_lora.errors import TargetError
+
+TAKE_OFF_HOOKS = "take them off with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+
+
+def swap(thing: Any, prefix: str, mixin: Any, reads: tuple[str, ...] = ()) -> None:
+    """Give `thing` the class that `swapped_class` makes of its own."""
+    _forget_bound_forward(thing)
+    # Not nn.Module's __setattr__, which looks for parameters and takes longer than the rest of a swap.
+    object.__setattr__(thing, "__class__", swapped_class(prefix, mixin, type(thing), reads))
+
+
+def swap_back(thing: Any) -> None:
+    """Undo `swap`."""
+    _forget_bound_forward(thing)
+    object.__setattr__(thing, "__class__", type(thing).base_class)
+
+
+def read_also(thing: Any, reads: tuple[str, ...]) -> None:
+    """Let `thing`, which has a swapped class, answer reads of these attributes as well."""
+    cls = type(thing)
+    prefix = cls.__name__.removesuffix(cls.base_class.__name__)
+    object.__setattr__(thing, "__class__", swapped_class(prefix, cls.mixin, cls.base_class, (*cls.reads, *reads)))
+
+
+def is_swapped(cls: Any) -> bool:
+    """True if `swap` has made `cls`. False if another class was put in front of that since, as a parametrization does:
+    `swap_back` would undo that as well."""
+    return "base_class" in cls.__dict__
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """True if the instance has a forward other than its class's, as accelerate's hooks put there."""
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    is_own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", 0) is type(module).forward
+    return not is_own
+
+
+def _forget_bound_forward(thing: Any) -> None:
+    # accelerate, once undone, leaves the class's own forward on the instance, where it would hide the new class's.
+    if not is_wrapped(thing):
+        thing.__dict__.pop("forward", None)
+
+
+def check_swappable(module: nn.Module, name: str, mixin: Any) -> None:
+    """Raise TargetError if a swap with `mixin` would not change the forward of `module`, or would hide its
+    attributes."""
+    if is_wrapped(module):
+        raise TargetError(
+            f"{name!r} has a forward of its own on the instance, as accelerate's hooks put there, and it would bypass "
+            f"the adapter. Adapt the model first and add hooks after, or {TAKE_OFF_HOOKS}."
+        )
+    taken = _taken(module, _own_names(mixin))
+    if taken is not None:
+        raise TargetError(
+            f"{name!r} ({type(module).__name__}) already has an attribute {taken!r} of its own, which the adapter "
+            "needs. Rename it, or leave the module out with exclude_modules."
+        )
+
+
+def _taken(module: nn.Module, names: frozenset[str]) -> str | None:
+    """One of `names` that `module` has as an attribute, or None. A class is searched once: models have thousands of
+    modules and few classes."""
+    cls: Any = type(module)
+    if cls.__getattr__ is not nn.Module.__getattr__:  # it may answer for any name
+        return next((name for name in names if hasattr(module, name)), None)
+    for own in (module.__dict__, module._parameters, module._buffers, module._modules):
+        if not names.isdisjoint(own):
+            return min(names.intersection(own))
+    known = remembered(cls)
+    if names not in known:
+        known[names] = min((name for name in names if hasattr(cls, name)), default=None)
+    found: str | None = known[names]
+    return found
+
+
+def _own_names(mixin: Any) -> frozenset[str]:
+    """The names that a mixin adds to nn.Module's, but for those that it overrides on purpose. A class that uses one of
+    them would get ours in place of its own."""
+    known = remembered(mixin)
+    if _OWN not in known:
+        classes = mixin.__mro__[:-1]
+        attributes = {name for cls in classes for name in vars(cls)}
+        instances = {name for cls in classes for name in inspect.get_annotations(cls) if name.startswith("lora")}
+        known[_OWN] = frozenset((attributes | instances).difference(dir(nn.Module), mixin.replaces, (REMEMBERED,)))
+    names: frozenset[str] = known[_OWN]
+    return names
+
+
+def name_of_input(cls: Any) -> str:
+    """The name of the first argument of `cls.forward`, after self."""
+    known = remembered(cls)
+    if _INPUT not in known:
+        known[_INPUT] = list(inspect.signature(cls.forward).parameters)[1]
+    name: str = known[_INPUT]
+    return name
+
+
+_INPUT, _OWN = "name of the input", "own names"
 REMEMBERED = "_lora_remembered"
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.layers.swapping import check_swappable
 from lightning_lora.engine.layers.tokens import TokenLogits, TokenRows, TokenSpec
+from lightning_lora.engine.swap import check_swappable
 from lightning_lora.engine.targets import Selection, name_matches
 from lightning_lora.engine.tree import Tree, unwrapped
 from lightning_lora.errors import TargetError, closest, listed

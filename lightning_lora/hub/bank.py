@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig, adapters
-from lightning_lora.engine.bank import Bank, LayerFactors
+from lightning_lora.engine.bank import USUAL_RANK, Bank, LayerFactors, Store
 from lightning_lora.engine.layers import FACTORS
 from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE, START
 from lightning_lora.engine.state import adapter_tensors, compare_bases, describe_base
@@ -27,8 +28,6 @@ from lightning_lora.hub.format.matching import Fit, fit
 from lightning_lora.hub.format.reading import CONFIG, Header, check_folder, open_tensors
 from lightning_lora.hub.format.writing import local_path
 from lightning_lora.hub.store import DiskStore
-
-USUAL_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -77,46 +76,16 @@ class AdapterBank(Bank):
     `prefetch`. What the slots take is `plan`, whose text says it; it is checked against what is free.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        capacity: int = 64,
-        max_rank: int = USUAL_RANK,
-        *,
-        target_modules: str | list[str] = "all-linear",
-        exclude_modules: str | list[str] | None = None,
-        dtype: torch.dtype | None = None,
-        host_capacity: int | None = None,
-        disk: str | os.PathLike[str] | None = None,
-    ) -> None:
-        """
-        Args:
-            model: The base, or what holds it, such as a LightningModule.
-            capacity: Adapters that have a slot at the same time.
-            max_rank: The largest rank that fits. Memory grows with it; smaller ranks take no more time for it.
-            target_modules: All layers that any of the adapters adapts, by the rules of LoRAConfig.
-            exclude_modules: Layers that none of them adapts.
-            dtype: Of the slots; None is the base's. An adapter in a wider one is rounded.
-            host_capacity: Adapters that wait in the processor's memory; None sets no limit.
-            disk: A folder for those beyond that; None keeps none there.
+    def _store(self, disk: str | os.PathLike[str] | Store | None) -> Store | None:
+        return DiskStore(local_path(disk)) if isinstance(disk, str | os.PathLike) else super()._store(disk)
 
-        Raises ConfigError for a number that cannot be, TargetError for a layer that cannot be served,
-        AdapterStateError where `model` has adapters or a bank, BankError where the slots do not fit into memory.
-        """
-        store = None if disk is None else DiskStore(local_path(disk))
-        super().__init__(
-            model,
-            capacity,
-            max_rank,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            dtype=dtype,
-            host_capacity=host_capacity,
-            store=store,
-        )
-        self._names = {id(cell.module): name for name, cell in self._cells.items()}
-        self._fits: dict[Any, tuple[Fit, dict[str, _Part | _Whole]]] = {}
-        self._bases: dict[tuple[int, ...], dict[str, Any]] = {}
+    @cached_property
+    def _fits(self) -> dict[Any, tuple[Fit, dict[str, _Part | _Whole]]]:
+        return {}
+
+    @cached_property
+    def _bases(self) -> dict[tuple[int, ...], dict[str, Any]]:
+        return {}
 
     @classmethod
     def from_folders(
@@ -264,10 +233,11 @@ class AdapterBank(Bank):
         return replace(found[0], where=where), found[1]
 
     def _layers(self, plan: Fit, config: LoRAConfig) -> dict[str, _Part | _Whole]:
+        names = {id(cell.module): name for name, cell in self._cells.items()}
         layers: dict[str, _Part | _Whole] = {}
         for module, parts in _parts_in(plan, self.max_rank).items():
             target = submodule(plan.root, module)
-            name = self._names.get(id(target), module)
+            name = names.get(id(target), module)
             if "weight" in parts:
                 layers[name] = _whole(target, parts)
                 continue

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.engine import adapter_tensors
-from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.swap import swap
 from lightning_lora.errors import CheckpointError, listed
 from lightning_lora.files import FULL, flush, has_less_room, reason, written_beside
 from lightning_lora.training.checkpoint_address import is_local, is_on_hub, local_checkpoint, local_path
@@ -213,7 +213,7 @@ def write_whole_files(io: CheckpointIO) -> CheckpointIO:
     """`io`, which writes files whole or not at all from now on, if it is Lightning's plain one or wraps that."""
     writer: Any = _writer(io)
     if type(writer) is TorchCheckpointIO:
-        writer.__class__ = swapped_class("Whole", WholeFileIO, TorchCheckpointIO)
+        swap(writer, "Whole", WholeFileIO)
     return io
 
 

@@ -24,7 +24,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 
-from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.swap import swap
 from lightning_lora.training import lightning_private as private
 from lightning_lora.training.going_on import enter, restore, tensors
 from lightning_lora.training.loaders import (
@@ -303,7 +303,7 @@ class ExactResume:
         mixins = (ResumedFitLoop, ResumedEpochLoop, ResumedValidationLoop)
         for loop, mixin in zip((fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop), mixins):
             if not hasattr(loop, "lora_resume"):
-                loop.__class__ = swapped_class("Resumed", mixin, type(loop))
+                swap(loop, "Resumed", mixin)
             loop.lora_resume = self
         self._watch_loaders()
         self.stepped = (fit_loop.epoch_loop.batch_progress.total.processed, private.batches_that_stepped(trainer))

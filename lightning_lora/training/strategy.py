@@ -31,7 +31,7 @@ from lightning_lora.engine.layers.frozen import freeze_statistics, has_running_s
 from lightning_lora.engine.optim import LoRAPlus, fit_optimizers, lora_plus
 from lightning_lora.engine.product_decay import product_decay
 from lightning_lora.engine.state import describe_base, load_adapter_state_dict, names_in_state_dict
-from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.swap import swap
 from lightning_lora.engine.tree import submodule
 from lightning_lora.engine.weights import whole
 from lightning_lora.errors import TrainingError, listed
@@ -286,7 +286,7 @@ def attach(strategy: Strategy, policy: AdapterPolicy) -> None:
     strategy.lora = policy  # type: ignore[union-attr]
     if not isinstance(strategy, AdapterStrategy):
         mixins = (AdapterStrategy, WholeCheckpoints) if shards(strategy) else AdapterStrategy
-        strategy.__class__ = swapped_class("LoRA", mixins, type(strategy))
+        swap(strategy, "LoRA", mixins)
 
 
 def shards(strategy: Strategy) -> bool:

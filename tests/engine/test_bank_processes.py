@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -68,7 +70,7 @@ def outputs_are_right(base: nn.Module, bank: Bank, alone: dict[str, nn.Module], 
 def test_a_process_that_is_forked_while_an_adapter_moves_has_it_where_it_went():
     base, factors, alone = small(3)
     store = SlowStore()
-    bank = served(base, 1, MOST, host_capacity=0, store=store)
+    bank = served(base, 1, MOST, host_capacity=0, disk=store)
     bank.put("a0", factors["a0"])
     moves = threading.Thread(target=bank.put, args=("a1", factors["a1"]))
     moves.start()
@@ -114,7 +116,7 @@ def test_what_another_thread_holds_is_held_by_nobody_in_a_process_that_is_forked
     assert forked(work)
 
 
-def streamed(base: nn.Module, bank: Bank, name: str, x: Tensor) -> Generator[Tensor, None, None]:
+def streamed(base: nn.Module, bank: Bank, name: Any, x: Tensor) -> Generator[Tensor, None, None]:
     with bank.use(name):
         while True:
             yield base(x)
@@ -135,6 +137,45 @@ def test_what_is_left_before_what_was_entered_after_it_leaves_that_in_use():
     assert close_to(next(second), alone["a1"](x)), "the bare base"
     second.close()
     assert base(x).equal(plain)
+    assert not bank._slots.busy()
+
+
+def test_generators_in_one_thread_do_not_compute_with_each_others_adapters():
+    base, factors, alone = small(2)
+    bank = served(base, 2, MOST)
+    for name, values in factors.items():
+        bank.put(name, values)
+    x = torch.randn(3, 6)
+    for other in ("a1", None, ["a1", None, "a1"]):
+        first, second = streamed(base, bank, "a0", x), streamed(base, bank, other, x)
+        assert close_to(next(first), alone["a0"](x))
+        expected = next(second)
+        with pytest.raises(AdapterStateError, match=r"'streamed', inside of its .* while .* is open.* of its own"):
+            next(first)
+        assert next(second).equal(expected)
+        second.close()
+        first = streamed(base, bank, "a0", x)
+        assert close_to(next(first), alone["a0"](x))
+        first.close()
+
+    apart = {name: (contextvars.copy_context(), streamed(base, bank, name, x)) for name in ("a0", "a1")}
+    for name in ("a0", "a1", "a0", "a1"):
+        context, rows = apart[name]
+        assert close_to(context.run(next, rows), alone[name](x))
+    for context, rows in apart.values():
+        context.run(rows.close)
+
+    @contextlib.contextmanager
+    def using(name: str) -> Iterator[None]:  # a generator that is suspended while the block runs
+        with bank.use(name):
+            yield
+
+    with using("a0"):
+        with using("a1"):
+            assert close_to(base(x), alone["a1"](x))
+        with bank.use("a1"):
+            assert close_to(base(x), alone["a1"](x))
+        assert close_to(base(x), alone["a0"](x))
     assert not bank._slots.busy()
 
 

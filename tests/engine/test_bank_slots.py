@@ -59,7 +59,7 @@ def test_beyond_the_slots_the_longest_unused_waits_in_memory_and_then_in_the_sto
 
     base, factors, alone = small(12)
     shelf, x = Shelf(), torch.randn(3, 6)
-    bank = served(base, 3, MOST, host_capacity=2, store=shelf)
+    bank = served(base, 3, MOST, host_capacity=2, disk=shelf)
     for name, part in factors.items():
         bank.put(name, part)
     assert len(bank) == 12
@@ -554,7 +554,7 @@ def test_a_store_that_is_full_serves_all_that_it_has_written(host_capacity: int)
 
     base, factors, alone = small(9)
     shelf, x = Shelf(), torch.randn(3, 6)
-    bank = served(base, 3, MOST, host_capacity=host_capacity, store=shelf)
+    bank = served(base, 3, MOST, host_capacity=host_capacity, disk=shelf)
     names = list(factors)
     for name in names[:8]:
         bank.put(name, factors[name])

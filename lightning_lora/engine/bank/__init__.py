@@ -3,6 +3,6 @@
 from lightning_lora.engine.bank.bank import Bank
 from lightning_lora.engine.bank.cells import LayerFactors
 from lightning_lora.engine.bank.slab import MemoryPlan
-from lightning_lora.engine.bank.slots import Store
+from lightning_lora.engine.bank.slots import USUAL_RANK, Store
 
-__all__ = ["Bank", "LayerFactors", "MemoryPlan", "Store"]
+__all__ = ["USUAL_RANK", "Bank", "LayerFactors", "MemoryPlan", "Store"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,62 +15,75 @@ from torch import nn
 
 from lightning_lora.checked import whole
 from lightning_lora.engine.bank.cells import LayerFactors
-from lightning_lora.engine.bank.copies import Rooms
 from lightning_lora.engine.bank.forking import survive_forks
-from lightning_lora.engine.bank.layers import Folded, attach, check_detachable, check_one_device, detach, new_cells
+from lightning_lora.engine.bank.layers import attach, check_detachable, check_one_device, detach, new_cells
 from lightning_lora.engine.bank.layout import Index, Layout, Said, said
-from lightning_lora.engine.bank.routing import One, Routes, Routing
-from lightning_lora.engine.bank.rows import Rows
-from lightning_lora.engine.bank.slab import MemoryPlan, Slab, free_bytes, plan_of, problem_written, watched, write
-from lightning_lora.engine.bank.slots import Entry, HostStore, Slots, Store
-from lightning_lora.engine.bank.structure import Inside
-from lightning_lora.engine.bank.use import Names, Use
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, BankError, ConfigError, TargetError, listed
+from lightning_lora.engine.bank.routing import Folded, Names, One, Routes, Routing, Use
+from lightning_lora.engine.bank.rows import Inside, Rows
+from lightning_lora.engine.bank.slab import MemoryPlan, Slab, check_fits, check_memory, plan_of, watched, write
+from lightning_lora.engine.bank.slots import USUAL_RANK, Entry, HostStore, Rooms, Slots, Store
+from lightning_lora.errors import AdapterStateError, BankError, ConfigError, TargetError, listed
 
 
 class Bank:
-    """Serves many adapters on `model`, whose targeted layers it swaps in place.
+    """The part of AdapterBank that needs no files: `put` adds an adapter that is given as tensors.
 
-    `put` adds an adapter that is given as tensors; the hub's AdapterBank reads adapters from files. All methods may be
-    called from any thread.
+    All methods may be called from any thread.
     """
 
     def __init__(
         self,
         model: nn.Module,
         capacity: int = 64,
-        max_rank: int = 16,
+        max_rank: int = USUAL_RANK,
         *,
         target_modules: str | list[str] = "all-linear",
         exclude_modules: str | list[str] | None = None,
         dtype: torch.dtype | None = None,
         host_capacity: int | None = None,
-        store: Store | None = None,
+        disk: str | os.PathLike[str] | Store | None = None,
     ) -> None:
+        """
+        Args:
+            model: The base, or what holds it, such as a LightningModule.
+            capacity: Adapters that have a slot at the same time.
+            max_rank: The largest rank that fits. Memory grows with it; smaller ranks take no more time for it.
+            target_modules: All layers that any of the adapters adapts, by the rules of LoRAConfig.
+            exclude_modules: Layers that none of them adapts.
+            dtype: Of the slots; None is the base's. An adapter in a wider one is rounded.
+            host_capacity: Adapters that wait in the processor's memory; None sets no limit.
+            disk: A folder for those beyond that, or a Store; None keeps none there.
+
+        Raises ConfigError for a number that cannot be, TargetError for a layer that cannot be served,
+        AdapterStateError where `model` has adapters or a bank, BankError where the slots do not fit into memory.
+        """
         if host_capacity is not None:
             whole("host_capacity", host_capacity, least=0)
+        store = self._store(disk)
         self.model, self.capacity, self.max_rank = model, capacity, max_rank
         self._routes = Routes()
-        self._cells = new_cells(model, self._routes, target_modules, exclude_modules)
+        self._cells = new_cells(model, target_modules, exclude_modules)
         self._plan = plan_of(self._cells, capacity, max_rank, dtype)
         # The bank lives on this weight's device and follows it.
         self._watched = watched(self._cells)
-        self._device = self._plan.device
-        free = free_bytes(self._device)
-        if free is not None and self._plan.bytes > free:
-            raise BankError(
-                f"The bank does not fit: {self._plan}, where {free / 2**30:.3g} GiB are free. Lower max_rank, or "
-                "capacity: adapters without a slot wait in the processor's memory, or on disk."
-            )
-        self._slots = Slots(self._allocated(self._device), capacity, HostStore(host_capacity, store))
+        check_memory(self._plan)
+        self._slots = Slots(self._allocated(self._plan.device), capacity, HostStore(host_capacity, store))
+        self._uses: dict[Use, Sequence[Entry]] = {}
+        """The open `with bank.use(...)` blocks, and the adapters that each uses."""
         self._insides: list[Inside] = []
         self._folded: Folded | None = None
         self._is_open = True
         self._fetcher: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         for cell in self._cells.values():
-            attach(cell.module, cell)
+            attach(cell, self._routes)
         survive_forks(self)
+
+    def _store(self, disk: str | os.PathLike[str] | Store | None) -> Store | None:
+        """The store that the argument `disk` means."""
+        if isinstance(disk, str | os.PathLike):
+            raise ConfigError(f"disk={disk!r} is a folder, which AdapterBank takes; Bank takes a Store.")
+        return disk
 
     @property
     def plan(self) -> MemoryPlan:
@@ -79,18 +93,14 @@ class Bank:
         return replace(self._plan, copies=of_entries + self._rooms.bytes)
 
     @classmethod
-    def plan_for(
-        cls,
-        model: nn.Module,
-        capacity: int = 64,
-        max_rank: int = 16,
-        *,
-        target_modules: str | list[str] = "all-linear",
-        exclude_modules: str | list[str] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> MemoryPlan:
-        """The memory that the slots of such a bank would take. Nothing is allocated, and `model` is not changed."""
-        return plan_of(new_cells(model, Routes(), target_modules, exclude_modules), capacity, max_rank, dtype)
+    def plan_for(cls, *args: Any, **settings: Any) -> MemoryPlan:
+        """The memory that the slots of a bank with the same arguments would take. Nothing is allocated, and the model
+        is not changed."""
+        bound = inspect.signature(cls).bind(*args, **settings)
+        bound.apply_defaults()
+        given = bound.arguments
+        cells = new_cells(given["model"], given["target_modules"], given["exclude_modules"])
+        return plan_of(cells, given["capacity"], given["max_rank"], given["dtype"])
 
     @property
     def names(self) -> list[str]:
@@ -128,7 +138,7 @@ class Bank:
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(f"The name of an adapter must be a text that is not empty, not {name!r}.")
-        rank = self._checked(name, factors)
+        rank = check_fits(self._cells, name, factors, self.max_rank)
         is_affine = any(values.is_affine for values in factors.values())
         with self._slots.change:
             self._check_open()
@@ -137,10 +147,11 @@ class Bank:
             slot, leaving = self._slots.take_slot(name, makes_room=False)
         try:
             self._slots.move_out(leaving, slot)
-            self._write(name, slot, factors)
+            self._slots.clear(slot)
+            write(self._slots.slab, self._cells, slot, name, factors)
             with self._slots.change:
                 old = self._slots.settled(name) if name in self else None
-                if old is not None and (not replace or self._is_folded(old)):
+                if old is not None and (not replace or self._is_folded(name)):
                     raise BankError(
                         f"{name!r} was added by another thread at the same time, or is folded into the base: remove "
                         "it, or leave `with bank.folded(...)`, and add it again."
@@ -153,14 +164,6 @@ class Bank:
                 self._slots.give_back(slot)
             raise
 
-    def _write(self, name: str, slot: int, factors: Mapping[str, LayerFactors]) -> None:
-        self._slots.clear(slot)
-        with torch.no_grad():
-            write(self._slots.slab, self._cells, slot, factors)
-            problem = problem_written(self._slots.slab, self._cells, slot, factors)
-        if problem:
-            raise AdapterFormatError(f"The adapter {name!r} holds {problem}. Nothing was added.")
-
     def check_new(self, name: str) -> None:
         """Raise BankError if the name is taken."""
         if name in self:
@@ -170,12 +173,12 @@ class Bank:
         """Remove the adapter. A batch that is using it goes on with it."""
         with self._slots.change:
             entry = self._slots.settled(name)
-            if self._is_folded(entry):
+            if self._is_folded(name):
                 raise BankError(f"{name!r} is folded into the base: leave `with bank.folded(...)` first.")
             self._slots.remove(entry)
 
-    def _is_folded(self, entry: Entry) -> bool:
-        return self._folded is not None and self._folded.entry is entry
+    def _is_folded(self, name: str) -> bool:
+        return self._folded is not None and self._folded.name == name
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep the adapter in its slot when others need room; `pinned=False` undoes it."""
@@ -231,7 +234,8 @@ class Bank:
         """
         if not (names is None or isinstance(names, str)):
             names = list(names)
-        return Use(self, names, said(len(names) if isinstance(names, list) else 1, layout, rows))
+        how = said(len(names) if isinstance(names, list) else 1, layout, rows)
+        return Use(self._routes, names, how, self._begin, self._end)
 
     def rows_inside(self, module: nn.Module, rows: Callable[..., Index]) -> Inside:
         """Let the function `rows` say, in each call of `module`, to which row each position belongs.
@@ -259,59 +263,56 @@ class Bank:
         self._insides.append(inside)
         return inside
 
-    def _enter(self, use: Use) -> None:
+    def _begin(self, use: Use) -> None:
         with self._slots.lock:
             self._check_open()
-            use.routing, use.entries = self._routed(use.names, use.said)
+            use.routing, self._uses[use] = self._routed(use.names, use.said)
             use.is_open = True
-            self._slots.uses.add(use)
+
+    def _end(self, use: Use) -> None:
+        with self._slots.lock:
+            self._slots.release(self._uses.pop(use, ()))
 
     def _routed(self, names: Names, said: Said) -> tuple[Routing | None, Sequence[Entry]]:
-        if isinstance(names, str):
-            if self._folded is not None:
-                return self._enter_folded([names])
+        """The routing for `names`, and the adapters that it uses, each in a slot and with one user more."""
+        if isinstance(names, str) and self._folded is None:  # the usual case, without the lists below
             entry = self._slots.resident(names)
             entry.users += 1
             return self._one(entry), (entry,)
-        return self._enter_rows([None] if names is None else list(names), said)
+        of_rows: Sequence[str | None] = [names] if isinstance(names, str) or names is None else names
+        if not of_rows:
+            raise BankError("bank.use was given an empty list: name an adapter, or None, for each row.")
+        distinct = list(dict.fromkeys(of_rows))
+        if self._folded is not None:
+            if distinct != [self._folded.name]:
+                raise BankError(
+                    f"{self._folded.name!r} is folded into the base, so nothing else can be used: "
+                    f"{listed(map(str, distinct))}."
+                )
+            return self._folded, ()
+        named = [name for name in distinct if name is not None]
+        for name in named:  # before any is brought into a slot
+            self._slots.entry(name)
+        ones: dict[str | None, One] = {}
+        entries: list[Entry] = []
+        try:
+            for name in named:
+                entry = self._slots.resident(name)
+                entry.users += 1  # an entry with users stays in its slot
+                entries.append(entry)
+                ones[name] = self._one(entry)
+        except BaseException:
+            self._slots.release(entries)
+            raise
+        if not named:
+            return None, ()
+        return Rows([ones.get(name) for name in of_rows], self.capacity, self._plan.device, self._rooms, said), entries
 
     def _one(self, entry: Entry) -> One:
         if entry.one is None:
             assert entry.slot is not None
-            entry.one = One(entry.slot, entry.rank, entry.is_affine, self._device)
+            entry.one = One(entry.slot, entry.rank, entry.is_affine, self._plan.device)
         return entry.one
-
-    def _enter_rows(self, names: list[str | None], said: Said) -> tuple[Routing | None, Sequence[Entry]]:
-        if not names:
-            raise BankError("bank.use was given an empty list: name an adapter, or None, for each row.")
-        distinct = [name for name in dict.fromkeys(names) if name is not None]
-        if self._folded is not None:
-            return self._enter_folded(distinct if None not in names else [*distinct, None])
-        for name in distinct:
-            self._slots.entry(name)
-        if not distinct:
-            return None, ()
-        entries: list[Entry] = []
-        try:
-            for name in distinct:
-                entry = self._slots.resident(name)
-                entry.users += 1  # an entry with users stays in its slot
-                entries.append(entry)
-        except BaseException:
-            self._slots.release(entries)
-            raise
-        ones = {entry.name: self._one(entry) for entry in entries}
-        of_rows = [None if name is None else ones[name] for name in names]
-        return Rows(of_rows, self.capacity, self._device, self._rooms, said), entries
-
-    def _enter_folded(self, names: Sequence[str | None]) -> tuple[Routing | None, Sequence[Entry]]:
-        assert self._folded is not None
-        if list(names) != [self._folded.name]:
-            raise BankError(
-                f"{self._folded.name!r} is folded into the base, so nothing else can be used: "
-                f"{listed(map(str, names))}."
-            )
-        return self._folded, ()
 
     @contextmanager
     def folded(self, name: str) -> Iterator[None]:
@@ -326,13 +327,14 @@ class Bank:
         with self._slots.change:
             self._check_open()
             entry = self._slots.resident(name)
-            is_bare = any(use.routing is None for use in self._slots.uses)
+            is_bare = any(use.routing is None for use in self._uses)
             busy = listed(map(repr, self._slots.busy())) or "The bare base" * is_bare
             if busy or self._folded is not None:
                 what = busy or repr(self._folded and self._folded.name)
                 raise BankError(f"{what} is in use: fold an adapter when nothing else is in use.")
-            fold = Folded(entry, self._routes)
-            fold.begin(list(self._cells.values()))
+            assert entry.slot is not None
+            fold = Folded(name, self._routes)
+            fold.begin(entry.slot, list(self._cells.values()))
             entry.users += 1
             self._folded = fold
         try:
@@ -345,7 +347,7 @@ class Bank:
             if self._folded is fold:
                 fold.end()
                 self._folded = None
-                self._slots.release([fold.entry])
+                self._slots.release([self._slots.entry(fold.name)])
 
     def close(self) -> None:
         """Take the bank off the model, which is then as before. Raises BankError while an adapter is in use."""
@@ -370,7 +372,7 @@ class Bank:
             raise BankError("The bank was closed.")
         parameters, name = self._watched
         device = parameters[name].device
-        if device != self._device:
+        if device != self._plan.device:
             check_one_device((name, cell.module) for name, cell in self._cells.items())
             self._follow(device)
 
@@ -384,7 +386,6 @@ class Bank:
         before = self._slots.slab
         self._slots.slab = self._allocated(device)
         self._slots.slab.data.copy_(before.data)
-        self._device = device
         self._plan = replace(self._plan, device=device)
         for entry in self._slots.entries.values():
             entry.one = None
@@ -396,20 +397,3 @@ class Bank:
         for name, cell in self._cells.items():
             cell.A, cell.B, cell.gain, cell.shift = slab.views[name]
         return slab
-
-    def _checked(self, name: str, factors: Mapping[str, LayerFactors]) -> int:
-        """The largest rank in `factors`. Raises AdapterFormatError if they do not fit the bank."""
-        problems = [] if factors else ["it adapts nothing"]
-        unknown = [layer for layer in factors if layer not in self._cells]
-        if unknown:
-            endings = sorted({layer.rpartition(".")[2] for layer in unknown})
-            problems.append(
-                f"it adapts {listed(unknown, 3)}, which this bank does not serve (make it with target_modules "
-                f"that name {listed(map(repr, endings))} too)"
-            )
-        for layer, values in factors.items():
-            if layer in self._cells:
-                problems += self._cells[layer].problems(values, self.max_rank)
-        if problems:
-            raise AdapterFormatError(f"{name!r} does not fit the bank: {listed(problems)}. Nothing was added.")
-        return max(values.A.shape[0] for values in factors.values())

@@ -9,32 +9,27 @@ from __future__ import annotations
 
 import functools
 import itertools
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.bank.rows import begins_as_an_input
-from lightning_lora.engine.bank.structure import NOT_HIDDEN, Hidden
+from lightning_lora.engine.bank.layout import NOT_HIDDEN, Hidden
+from lightning_lora.engine.forwards import begins_as_an_input
 from lightning_lora.engine.layers import geometry_of
-from lightning_lora.engine.layers.base import has_own_forward, name_of_input
+from lightning_lora.engine.layers.base import has_own_forward
 from lightning_lora.engine.layers.dora import gains, output_norms
+from lightning_lora.engine.swap import name_of_input
 from lightning_lora.engine.weights import can_be_dense, dense, is_quantized
 from lightning_lora.errors import AdapterFormatError, AdapterStateError
 
-if TYPE_CHECKING:
-    from lightning_lora.engine.bank.copies import Copies
-    from lightning_lora.engine.bank.routing import Routes
-    from lightning_lora.engine.bank.rows import Rows
-
-CELLS: weakref.WeakValueDictionary[int, Cell] = weakref.WeakValueDictionary()
-"""key -> cell: a compiled graph can hold the number, and not the object."""
 _KEYS = itertools.count()
 
 Factors = tuple[Tensor, ...]
+Copied = Callable[[Tensor, Tensor], Tensor]
+"""(slots, *shape), and the index of n slots -> (n, *shape), contiguous."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,61 @@ class LayerFactors:
         return self.magnitude is not None or self.bias is not None
 
 
+FEW_POSITIONS = 4
+"""Rows are grouped by adapter for at most so many positions (tokens) a row, as in decoding. With more positions the
+gather costs more than it saves."""
+
+
+class Groups:
+    """Groups rows by adapter; each group is padded to the size of the largest."""
+
+    def __init__(self, index: Tensor, order: Tensor, back: Tensor) -> None:
+        self.index = index
+        """The slot of each group."""
+        self._order, self._back = order, back
+
+    @staticmethod
+    def of(slots: list[int], device: torch.device) -> Groups | None:
+        """The groups of rows that have these slots. None if each row has an adapter of its own, or if padding would
+        cost more than grouping saves."""
+        members: dict[int, list[int]] = {}
+        for row, slot in enumerate(slots):
+            members.setdefault(slot, []).append(row)
+        longest = max(map(len, members.values()))
+        if len(members) == len(slots) or len(members) * longest > 2 * len(slots):
+            return None
+        order: list[int] = []
+        back = [0] * len(slots)
+        for rows in members.values():
+            for place, row in enumerate(rows):
+                back[row] = len(order) + place
+            order += rows + rows[:1] * (longest - len(rows))
+        index, at, where = (torch.tensor(values, device=device) for values in (list(members), order, back))
+        return Groups(index, at, where)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """(rows, positions, n) -> (groups, longest * positions, n)"""
+        return x.index_select(0, self._order).view(len(self.index), -1, x.shape[-1])
+
+    def scattered(self, update: Tensor) -> Tensor:
+        """Undo `gathered`: (groups, longest * positions, n) -> (rows, positions, n)"""
+        return update.view(len(self._order), -1, update.shape[-1]).index_select(0, self._back)
+
+
+class OwnAdapters(Protocol):
+    """What a cell asks of a batch in which each row has an adapter of its own."""
+
+    count: int
+    index: Tensor
+    """The slot of each row."""
+
+    def groups(self, positions: int) -> Groups | None:
+        """The grouping of rows that have the same adapter, if it saves time for so many positions; else None."""
+
+    def factors(self, cell: Cell, dtype: torch.dtype, groups: Groups | None = None) -> Factors:
+        """A and B of each row, or of each group, as `cell.many` gives them."""
+
+
 class Cell:
     """One layer's part of a bank."""
 
@@ -68,14 +118,18 @@ class Cell:
     gain: Tensor
     shift: Tensor
     hidden: Hidden = NOT_HIDDEN
-    """Why the rows cannot be found in the layer's input, where the model's structure shows that (structure.py)."""
+    """Why the rows cannot be found in the layer's input, where the model's structure shows that."""
+    served: Set[int] = frozenset()
+    """The ids of all layers of the bank."""
+    sequence_first: str | None = None
+    """A module of the model that takes the sequence before the rows, where there is one."""
 
     def __init_subclass__(cls, serves: type) -> None:
         Cell.kinds[serves] = cls
 
-    def __init__(self, name: str, module: nn.Module, routes: Routes) -> None:
+    def __init__(self, name: str, module: nn.Module) -> None:
         geometry: Any = geometry_of(type(module))
-        self.name, self.module, self.routes, self.geometry = name, module, routes, geometry
+        self.name, self.module, self.geometry = name, module, geometry
         cls: Any = type(module)
         self.base_class, self.input_name = cls, name_of_input(cls)
         self.groups: int = getattr(module, "groups", 1)
@@ -86,7 +140,6 @@ class Cell:
         self.computing: set[int] = set()
         """The threads in which the layer's own forward runs."""
         self.key = next(_KEYS)
-        CELLS[self.key] = self
 
     def __reduce__(self) -> Any:
         raise AdapterStateError(
@@ -107,7 +160,7 @@ class Cell:
         """Add the update of one adapter, for all rows, to `base`, the layer's output for x."""
         raise NotImplementedError
 
-    def add_rows(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    def add_rows(self, base: Tensor, x: Tensor, rows: OwnAdapters) -> Tensor:
         """Add to `base`, the layer's output for x, the update of each row's own adapter."""
         raise NotImplementedError
 
@@ -133,13 +186,13 @@ class Cell:
         """Why the first dimension of x may not count the rows, though it has their number; or None."""
         if x.shape[0] not in x.shape[1:-1]:
             return None
-        if self.routes.sequence_first is not None:
+        if self.sequence_first is not None:
             return (
-                f"the next dimension has the same size, and {self.routes.sequence_first!r} takes the sequence first, "
+                f"the next dimension has the same size, and {self.sequence_first!r} takes the sequence first, "
                 "so rows and positions cannot be told apart. Pad the batch to another length, or use one adapter for "
                 "it."
             )
-        if begins_as_an_input(x, self.module, self.routes.served) is False:
+        if begins_as_an_input(x, self.module, self.served) is False:
             return "the model was called with it transposed, so its first dimension is not that of the rows."
         return None
 
@@ -147,9 +200,9 @@ class Cell:
         """A and B of one adapter, in the shapes that `add_one` takes."""
         return self.A[slot, :rank], self.B[slot, :rank]
 
-    def many(self, index: Tensor, rank: int, copies: Copies) -> Factors:
+    def many(self, index: Tensor, rank: int, copied: Copied) -> Factors:
         """A and B of several adapters, copied from the slab, in the shapes that `add_rows` takes."""
-        return copies.of(self.A[:, :rank], index), copies.of(self.B[:, :rank], index)
+        return copied(self.A[:, :rank], index), copied(self.B[:, :rank], index)
 
     # All cells share these.
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lightning_lora.engine.bank.bank import Bank
+from typing import Any
 
 _lock = threading.RLock()
-_banks: weakref.WeakSet[Bank] = weakref.WeakSet()
-_held: list[Bank] = []
+_banks: weakref.WeakSet[Any] = weakref.WeakSet()
+_held: list[Any] = []
 
 
-def survive_forks(bank: Bank) -> None:
+def survive_forks(bank: Any) -> None:
     """Let a process that is forked from now on use `bank`."""
     with _lock:
         _banks.add(bank)
@@ -45,7 +42,7 @@ def _in_child() -> None:
     here = threading.get_ident()
     for bank in _held:
         bank._rooms.lock, bank._slots.store.lock = threading.Lock(), threading.Lock()
-        for use in [use for use in bank._slots.uses if use.thread != here]:
+        for use in [use for use in bank._uses if use.thread != here]:
             use.end()
         if bank._folded is not None and bank._folded.thread != here:
             bank._unfold(bank._folded)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.engine.bank.cells import Cell, Factors, copy_scaled
-from lightning_lora.engine.bank.routing import FEW_POSITIONS
-from lightning_lora.engine.bank.rows import begins_as_an_input
-from lightning_lora.engine.bank.structure import NOT_HIDDEN
+from lightning_lora.engine.bank.cells import FEW_POSITIONS, Cell, Copied, Factors, OwnAdapters, copy_scaled
+from lightning_lora.engine.bank.layout import NOT_HIDDEN
+from lightning_lora.engine.forwards import begins_as_an_input
 from lightning_lora.engine.layers import geometry_of
 from lightning_lora.engine.layers.conv import ConvLoRA
 from lightning_lora.engine.layers.embedding import EmbeddingLoRA
 from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.engine.torch_private import padded
 from lightning_lora.errors import TargetError
-
-if TYPE_CHECKING:
-    from lightning_lora.engine.bank.copies import Copies
-    from lightning_lora.engine.bank.routing import Routes
-    from lightning_lora.engine.bank.rows import Rows
 
 MANY_ROWS = 16
 """With at least so many rows of x, and always in 16 bits, A x^T takes up to a third less time than x A^T."""
@@ -58,7 +52,7 @@ class LinearCell(Cell, serves=LinearLoRA):
             return base
         return base + torch.bmm(t, B).view(base.shape)
 
-    def add_rows(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    def add_rows(self, base: Tensor, x: Tensor, rows: OwnAdapters) -> Tensor:
         # The beams and tokens of a row lie together: to the routing they are one row with more positions.
         x = x.reshape(rows.count, -1, x.shape[-1])
         groups = rows.groups(positions=x.shape[1])
@@ -96,7 +90,7 @@ class EmbeddingCell(Cell, serves=EmbeddingLoRA):
     def doubt(self, x: Tensor) -> str | None:
         # A learned table of positions gets (positions,), one of relative positions gets (positions, positions).
         is_clear = x.dim() > 1 and x.shape[0] not in x.shape[1:]
-        if is_clear or begins_as_an_input(x, self.module, self.routes.served):
+        if is_clear or begins_as_an_input(x, self.module, self.served):
             return None
         return (
             "a learned table of positions gets inputs of that shape, too, and the model was not called with this "
@@ -110,14 +104,14 @@ class EmbeddingCell(Cell, serves=EmbeddingLoRA):
     def one(self, slot: int, rank: int) -> Factors:
         return self.A[slot, :, :rank], self.B[slot, :rank]
 
-    def many(self, index: Tensor, rank: int, copies: Copies) -> Factors:
-        return (copies.of(self.B[:, :rank], index),)  # add_rows reads only those rows of A that it looks up
+    def many(self, index: Tensor, rank: int, copied: Copied) -> Factors:
+        return (copied(self.B[:, :rank], index),)  # add_rows reads only those rows of A that it looks up
 
     def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
         A, B = factors
         return base + self._scaled(F.embedding(x, A) @ B)
 
-    def add_rows(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    def add_rows(self, base: Tensor, x: Tensor, rows: OwnAdapters) -> Tensor:
         (B,) = rows.factors(self, base.dtype)
         ids = x.reshape(rows.count, -1)
         found = self.A[rows.index[:, None], ids, : B.shape[1]].to(B.dtype)  # (rows, positions, rank)
@@ -136,8 +130,8 @@ class ConvCell(Cell, serves=ConvLoRA):
 
     module: Any
 
-    def __init__(self, name: str, module: nn.Module, routes: Routes) -> None:
-        super().__init__(name, module, routes)
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
         self.channels_last = len(self.module.kernel_size)  # type: ignore[misc]
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
@@ -169,7 +163,7 @@ class ConvCell(Cell, serves=ConvLoRA):
         h = self._convolved(x if self.is_batched(x) else x[None], A)
         return base + torch.einsum("nr...,ro->no...", h, B).view(base.shape)
 
-    def add_rows(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    def add_rows(self, base: Tensor, x: Tensor, rows: OwnAdapters) -> Tensor:
         A, B = rows.factors(self, base.dtype)
         # The rows become groups of channels of one image, so that each is convolved with its own A.
         side = x.reshape(rows.count, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)

@@ -1,34 +1,32 @@
 """Swaps the class of a layer that a bank serves, so the layer keeps its identity, its weight and its state-dict keys.
 
-The layer also holds its cell, which is no parameter and no buffer: so checkpoints of the base do not contain it.
+The layer also holds its cell and the bank's routes, which are no parameters and no buffers: so checkpoints of the base
+do not contain them.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.engine.bank.cells import CELLS, Cell
+from lightning_lora.engine.bank.cells import Cell
 from lightning_lora.engine.bank.kinds import cell_kind
-from lightning_lora.engine.bank.routing import Routes, Routing
-from lightning_lora.engine.bank.rows import runs_elsewhere
-from lightning_lora.engine.bank.slots import Entry
-from lightning_lora.engine.bank.structure import hidden, sequence_first
+from lightning_lora.engine.bank.layout import hidden, sequence_first
+from lightning_lora.engine.bank.routing import Routes
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.layers import geometry_of
-from lightning_lora.engine.layers.base import AdapterSpec
-from lightning_lora.engine.layers.swapping import check_swappable
+from lightning_lora.engine.layers import Adapter, AdapterSpec, geometry_of
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import check_called, only_reads, reads_weight, way_of
 from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.shown import METADATA
-from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.swap import check_swappable, is_swapped, swap, swap_back
 from lightning_lora.engine.targets import select
 from lightning_lora.engine.torch_private import CALL, stand_in, without_torch_function
 from lightning_lora.engine.tree import Target, Tree
@@ -90,22 +88,23 @@ class Banked(_Host):
     """Mixin in front of a layer's own class: adds the updates that are in use here to the layer's output."""
 
     bank_cell: Cell
+    bank_routes: Routes
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        cell = self.bank_cell
+        cell, routes = self.bank_cell, self.bank_routes
         x: Any = args[0] if args else kwargs.get(cell.input_name)
         if torch.compiler.is_compiling():
             base: Tensor = super().forward(*args, **kwargs)
             torch.ops.lightning_lora.banked(base, x, cell.key)
             return base
-        cell.routes.check_weights()
+        routes.check_weights()
         here = threading.get_ident()
         cell.computing.add(here)
         try:
             base = super().forward(*args, **kwargs)
         finally:
             cell.computing.discard(here)
-        return cell.routes.apply(cell, base, x)
+        return routes.apply(cell, base, x)
 
 
 class GuardedBanked(Banked):
@@ -119,16 +118,20 @@ class GuardedBanked(Banked):
         if torch.compiler.is_compiling() or type(own) is not nn.Parameter:
             return own
         cell = self.bank_cell
-        if threading.get_ident() in cell.computing or not cell.routes.updates() or not in_a_forward():
+        if threading.get_ident() in cell.computing or not self.bank_routes.updates() or not in_a_forward():
             return own
         return guarded(own, cell.name)
+
+
+_SERVED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""The key of a cell -> its layer: a compiled graph can hold the number, and not the object."""
 
 
 # A custom operation, which torch.compile does not look into: the routing is asked for when the graph runs.
 @torch.library.custom_op("lightning_lora::banked", mutates_args=("base",))
 def _banked(base: Tensor, x: Tensor, key: int) -> None:
-    cell = CELLS[key]
-    output = cell.routes.apply(cell, base, x)
+    layer = _SERVED[key]
+    output = layer.bank_routes.apply(layer.bank_cell, base, x)
     if output is not base:
         base.copy_(output)
 
@@ -141,7 +144,7 @@ def _(base: Tensor, x: Tensor, key: int) -> None:
 def check_bankable(target: Target) -> None:
     """Raise TargetError if a bank cannot serve the layer."""
     child = target.name.rpartition(".")[2]
-    check_swappable(target.module, target.name)
+    check_swappable(target.module, target.name, Adapter)
     if isinstance(target.module, NonDynamicallyQuantizableLinear) or only_reads(target.parent, child):
         raise TargetError(
             f"{target.name!r} lies in a {type(target.parent).__name__}, which reads its weight and never calls it: "
@@ -182,19 +185,18 @@ def check_one_device(layers: Iterable[tuple[str, nn.Module]]) -> None:
         )
 
 
-def attach(module: Any, cell: Cell) -> None:
-    """Let `cell` serve `module`, in place."""
-    # The old class's forward, bound (see check_swappable), would hide the new class's.
-    module.__dict__.pop("forward", None)
-    module.__dict__["bank_cell"] = cell
-    base_class: Any = type(module)
+def attach(cell: Cell, routes: Routes) -> None:
+    """Let `cell` serve its layer, in place, as `routes` say."""
+    module: Any = cell.module
+    module.__dict__["bank_cell"], module.__dict__["bank_routes"] = cell, routes
+    _SERVED[cell.key] = module
     can_guard = type(module._parameters.get("weight")) is nn.Parameter  # not a computed or a quantized weight
-    module.__class__ = swapped_class("Banked", GuardedBanked if can_guard else Banked, base_class)
+    swap(module, "Banked", GuardedBanked if can_guard else Banked)
 
 
 def check_detachable(module: Any) -> None:
     """Raise AdapterStateError if `detach` would undo more than `attach` did."""
-    if "base_class" not in type(module).__dict__:
+    if not is_swapped(type(module)):
         raise AdapterStateError(
             f"{module.bank_cell.name!r} changed its class to {type(module).__name__} since the bank was made (by a "
             "parametrization, or by inject): undo that first."
@@ -203,13 +205,12 @@ def check_detachable(module: Any) -> None:
 
 def detach(module: Any) -> None:
     """Undo `attach`."""
-    module.__dict__.pop("forward", None)
-    del module.__dict__["bank_cell"]
-    module.__class__ = type(module).base_class
+    del module.__dict__["bank_cell"], module.__dict__["bank_routes"]
+    swap_back(module)
 
 
 def new_cells(
-    model: nn.Module, routes: Routes, target_modules: str | list[str], exclude_modules: str | list[str] | None
+    model: nn.Module, target_modules: str | list[str], exclude_modules: str | list[str] | None
 ) -> dict[str, Cell]:
     """Make a cell for each layer that a bank is to serve. The model is not changed. Raises TargetError, BankError or
     AdapterStateError if one of them cannot be served."""
@@ -221,66 +222,8 @@ def new_cells(
     for target in selection.targets:
         check_bankable(target)
     check_one_device((target.name, target.module) for target in selection.targets)
-    cells = {}
+    cells, served = {}, frozenset(id(target.module) for target in selection.targets)
     for target in selection.targets:
-        cells[target.name] = cell = cell_kind(target.module, target.name)(target.name, target.module, routes)
-        cell.hidden = hidden(modules, target.name)
-    routes.served = frozenset(id(cell.module) for cell in cells.values())
-    routes.sequence_first = sequence_first(modules)
+        cells[target.name] = cell = cell_kind(target.module, target.name)(target.name, target.module)
+        cell.hidden, cell.served, cell.sequence_first = hidden(modules, target.name), served, sequence_first(modules)
     return cells
-
-
-# Puts an adapter into the base's own weights for a while, and lets no other thread compute with changing weights.
-#
-# All threads share the weights. So `routes.folded` is set before they are changed and reset after they are changed
-# back, and a layer checks it before and after it has read them: a thread that has not entered `bank.use` of that
-# adapter gets an error. A thread that enters it while they are being changed waits for the bank's lock. A thread that
-# is still inside when they are changed back gets an error, too.
-
-
-class Folded(Routing):
-    """The routing for an adapter that is in the base's weights, from `begin` to `end`. Both are called with the bank's
-    lock held."""
-
-    def __init__(self, entry: Entry, routes: Routes) -> None:
-        self.entry, self.name, self.thread = entry, entry.name, threading.get_ident()
-        self._routes, self.is_open = routes, False
-        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-
-    def begin(self, cells: Sequence[Cell]) -> None:
-        """Put the adapter into the weights, and use it in this thread. If it raises, nothing is changed."""
-        slot = self.entry.slot
-        assert slot is not None
-        self._routes.folded = self  # from now on, a forward outside bank.use raises at its first layer
-        try:
-            if runs_elsewhere(self._routes.served):
-                raise BankError(
-                    f"The model runs in another thread, which would go on with {self.name!r} in its weights: fold an "
-                    "adapter when no other thread uses the model."
-                )
-            with torch.no_grad():
-                folded = [cell.folded(slot) for cell in cells]
-        except BaseException:
-            self._routes.folded = None
-            raise
-        for cell, parameters in zip(cells, folded):
-            self._before.append((cell.module._parameters, dict(cell.module._parameters)))
-            cell.module._parameters.update(parameters)
-        self.is_open = True
-        self._routes.enter(self, self)
-
-    def end(self) -> None:
-        """Put the weights back as they were."""
-        self.is_open = False
-        for parameters, before in self._before:
-            parameters.update(before)
-        self._routes.folded = None
-        self._routes.leave(self)
-
-    def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
-        if not self.is_open:
-            raise AdapterStateError(
-                f"{self.name!r} was folded into the base when this thread entered bank.use, and is not folded any "
-                "more: leave `with bank.folded(...)` after all threads that use it, or enter bank.use again."
-            )
-        return base

@@ -6,50 +6,43 @@ it when they run, also from inside a compiled graph, so a graph does not depend 
 
 from __future__ import annotations
 
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from types import FrameType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_lora.engine.bank.cells import Cell, Factors
+from lightning_lora.engine.bank.layout import Said
+from lightning_lora.engine.forwards import is_running, runs_elsewhere
 from lightning_lora.engine.torch_private import is_view
-from lightning_lora.errors import AdapterStateError
+from lightning_lora.errors import AdapterStateError, BankError
 
-if TYPE_CHECKING:
-    from lightning_lora.engine.bank.cells import Cell, Factors
-    from lightning_lora.engine.bank.layers import Folded
-
-InUse: TypeAlias = "tuple[tuple[Routes, Routing | None, Entered], ...]"
+Names: TypeAlias = str | Sequence[str | None] | None
+InUse: TypeAlias = "tuple[tuple[Routes, Routing | None, Use | Folded], ...]"
 _IN_USE: ContextVar[InUse] = ContextVar("lightning_lora_bank", default=())
 """What was entered in this thread or task and not left, for all banks, the last one first. A routing of None is the
 bare base."""
-
-FEW_POSITIONS = 4
-"""Rows are grouped by adapter for at most so many positions (tokens) a row, as in decoding. With more positions the
-gather costs more than it saves."""
-
-
-class Entered(Protocol):
-    """The `with` block that owns a routing: it enters the routing and leaves it."""
-
-    is_open: bool
 
 
 class Routes:
     """The routings of one bank."""
 
-    served: frozenset[int] = frozenset()
-    """The ids of its layers."""
     folded: Folded | None = None
     """The routing of an adapter that is folded into the base's weights. It is set before the weights are changed, and
     reset after they are changed back. A layer checks it before it reads them, and after."""
-    sequence_first: str | None = None
-    """A module of the model that takes the sequence before the rows, where there is one."""
 
     def current(self) -> Routing | None:
         """The routing in use in this thread or task."""
         for routes, routing, use in _IN_USE.get():
             if routes is self:
+                if use.suspended:
+                    _check_alone(use)
                 if routing is not None and not use.is_open:
                     raise AdapterStateError(
                         "This code runs in a copied context (an asyncio task's, for example) that was made inside a "
@@ -78,14 +71,23 @@ class Routes:
 
     def updates(self) -> bool:
         """True if layers that are called here add updates to their outputs."""
-        routing = next((routing for routes, routing, _ in _IN_USE.get() if routes is self), None)
+        routing, use = next((entry[1:] for entry in _IN_USE.get() if entry[0] is self), (None, None))
+        if use is not None and use.suspended:
+            _check_alone(use)
         return routing is not None and routing is not self.folded
 
-    def enter(self, routing: Routing | None, use: Entered) -> None:
+    def enter(self, routing: Routing | None, use: Use | Folded) -> None:
         """Use `routing` in this thread or task until `use` leaves."""
         _IN_USE.set(((self, routing, use), *_IN_USE.get()))
 
-    def leave(self, use: Entered) -> bool:
+    def suspended(self) -> tuple[FrameType, ...]:
+        """The generators and coroutines that are suspended inside of what is in use here."""
+        if not (in_use := _IN_USE.get()):
+            return ()
+        outer = (_resumable(use.frame) for routes, _, use in in_use if routes is self)
+        return tuple(frame for frame in outer if frame is not None and not is_running(frame))
+
+    def leave(self, use: Use | Folded) -> bool:
         """Use again, in this thread or task, what was in use before `use` was entered. Returns whether nothing was
         entered after it; such a block stays in use."""
         in_use = _IN_USE.get()
@@ -149,3 +151,131 @@ class One(Routing):
                 factors = tuple(t.to(base.dtype) for t in cell.one(self.slot, self.rank))
             self._factors[cell.key] = factors
         return cell.add_one(base, x, factors)
+
+
+class Use:
+    """The context manager that `bank.use` returns. It can be entered again after it was left, not while it is open."""
+
+    __slots__ = ("_begin", "_end", "_routes", "frame", "is_open", "names", "routing", "said", "suspended", "thread")
+
+    routing: Routing | None
+    frame: FrameType | None
+    """The call that entered it, while it is open."""
+    suspended: tuple[FrameType, ...]
+    """The generators that were suspended inside of `bank.use` when it was entered. They share what is in use with it:
+    as long as it is open, none of them may run the model."""
+
+    def __init__(
+        self, routes: Routes, names: Names, said: Said, begin: Callable[[Use], None], end: Callable[[Use], None]
+    ) -> None:
+        self.names, self.said, self.is_open = names, said, False
+        self.frame, self.suspended = None, ()
+        self._routes, self._begin, self._end = routes, begin, end
+
+    def __enter__(self) -> None:
+        if self.is_open:
+            raise BankError("This bank.use(...) is entered already: call bank.use(...) again for another `with` block.")
+        self.thread = threading.get_ident()
+        self._begin(self)
+        self.frame, self.suspended = sys._getframe(1), self._routes.suspended()
+        self._routes.enter(self.routing, self)
+
+    def __exit__(self, raised: type[BaseException] | None = None, *_: object) -> None:
+        was_last = self._routes.leave(self)
+        self.end()
+        if not was_last and raised in (None, GeneratorExit):
+            raise BankError(
+                f"`with bank.use({self.names!r:.80})` was left in another thread or task than it was entered in, or "
+                "while one that was entered after it is open: what the model computed meanwhile may have used what "
+                f"that one names, or nothing. {_APART}"
+            )
+
+    def end(self) -> None:
+        """End the use, in whichever thread this is called."""
+        self.is_open = False
+        self.frame, self.suspended = None, ()
+        if self.routing is not None:
+            self.routing.close()
+        self._end(self)
+
+
+_APART = (
+    "Leave first what was entered last, where it was entered; of generators that yield inside of it, each runs in a "
+    "thread, a task or a contextvars.Context of its own."
+)
+_RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def _check_alone(use: Any) -> None:
+    """Raise AdapterStateError in a generator that was suspended inside of `bank.use` when `use` was entered."""
+    inside = next(filter(is_running, use.suspended), None)
+    if inside is not None:
+        raise AdapterStateError(
+            f"The model runs in {inside.f_code.co_name!r}, inside of its `with bank.use(...)`, while `with bank.use("
+            f"{use.names!r:.80})` is open, which was entered elsewhere after this one had yielded: a thread has one "
+            f"choice at a time. {_APART}"
+        )
+
+
+def _resumable(frame: FrameType | None) -> FrameType | None:
+    """The innermost generator or coroutine among the callers that `frame` begins with."""
+    while frame is not None and not frame.f_code.co_flags & _RESUMABLE:
+        frame = frame.f_back
+    return frame
+
+
+# Puts an adapter into the base's own weights for a while, and lets no other thread compute with changing weights.
+#
+# All threads share the weights. So `routes.folded` is set before they are changed and reset after they are changed
+# back, and a layer checks it before and after it has read them: a thread that has not entered `bank.use` of that
+# adapter gets an error. A thread that enters it while they are being changed waits for the bank's lock. A thread that
+# is still inside when they are changed back gets an error, too.
+
+
+class Folded(Routing):
+    """The routing for an adapter that is in the base's weights, from `begin` to `end`. Both are called with the bank's
+    lock held."""
+
+    frame, suspended = None, ()
+
+    def __init__(self, name: str, routes: Routes) -> None:
+        self.name, self.thread = name, threading.get_ident()
+        self._routes, self.is_open = routes, False
+        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def begin(self, slot: int, cells: Sequence[Cell]) -> None:
+        """Put the adapter, which lies in `slot`, into the weights, and use it in this thread. If it raises, nothing is
+        changed."""
+        self._routes.folded = self  # from now on, a forward outside bank.use raises at its first layer
+        try:
+            if runs_elsewhere({id(cell.module) for cell in cells}):
+                raise BankError(
+                    f"The model runs in another thread, which would go on with {self.name!r} in its weights: fold an "
+                    "adapter when no other thread uses the model."
+                )
+            with torch.no_grad():
+                folded = [cell.folded(slot) for cell in cells]
+        except BaseException:
+            self._routes.folded = None
+            raise
+        for cell, parameters in zip(cells, folded):
+            self._before.append((cell.module._parameters, dict(cell.module._parameters)))
+            cell.module._parameters.update(parameters)
+        self.is_open = True
+        self._routes.enter(self, self)
+
+    def end(self) -> None:
+        """Put the weights back as they were."""
+        self.is_open = False
+        for parameters, before in self._before:
+            parameters.update(before)
+        self._routes.folded = None
+        self._routes.leave(self)
+
+    def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
+        if not self.is_open:
+            raise AdapterStateError(
+                f"{self.name!r} was folded into the base when this thread entered bank.use, and is not folded any "
+                "more: leave `with bank.folded(...)` after all threads that use it, or enter bank.use again."
+            )
+        return base

@@ -6,110 +6,18 @@ known (the beams of `generate`), given by the user, or an error: a guess could u
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-import threading
-import weakref
-from collections.abc import Iterator, Mapping, Sequence, Set
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.bank.layout import AS_THEY_ARE, Said
-from lightning_lora.engine.bank.routing import FEW_POSITIONS, One, Routing
-from lightning_lora.engine.torch_private import CALL, GENERATE_LOCALS, called, generation
+from lightning_lora.engine.bank.cells import FEW_POSITIONS, Cell, Factors, Groups
+from lightning_lora.engine.bank.layout import AS_THEY_ARE, Index, Said, checked_index
+from lightning_lora.engine.bank.routing import One, Routes, Routing
+from lightning_lora.engine.bank.slots import Copies, Rooms
+from lightning_lora.engine.forwards import beams
 from lightning_lora.errors import AdapterStateError
-
-if TYPE_CHECKING:
-    from lightning_lora.engine.bank.cells import Cell, Factors
-    from lightning_lora.engine.bank.copies import Copies, Rooms
-
-
-# Looks into the running calls to find out how the rows lie in a layer's input, where its shape does not show it.
-#
-# It reads Python's call stack, which is slow: a layer whose input plainly has the rows first never asks.
-
-
-def beams(layer: nn.Module) -> tuple[int, int] | None:
-    """The number of prompts that transformers' `generate` was given, and the number of rows to which it has repeated
-    them, with the beams (or returned sequences) of a prompt side by side. None if `layer` does not run in `generate`.
-    """
-    known = generation()
-    if known is None:
-        return None
-    config, prompts, ids = (known[name] for name in GENERATE_LOCALS[1:])
-    if not isinstance(prompts, int) or not isinstance(ids, Tensor) or id(layer) not in _members(known["self"]):
-        return None
-    times = max(getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1)
-    return (prompts, ids.shape[0]) if ids.shape[0] == prompts * times else None
-
-
-def begins_as_an_input(x: Tensor, layer: nn.Module, served: Set[int]) -> bool | None:
-    """True if `x` is a view, with the same first dimension, of a tensor that the model was called with. False if it is
-    a view with another first dimension; None if it is no view of such a tensor.
-
-    "The model" is the outermost running module that contains all the layers whose ids are `served`.
-    """
-    found = None
-    for given in _inputs(layer, served):
-        if given.dim() and given.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-            found = given.shape[0] == x.shape[0] and given.stride(0) == x.stride(0)
-            if found:
-                return True
-    return found
-
-
-def runs_elsewhere(served: Set[int]) -> bool:
-    """True if another thread is calling a module that contains one of the layers whose ids are `served`."""
-    here = threading.get_ident()
-    return any(
-        not served.isdisjoint(_members(called(call)[0]))
-        for thread, frame in sys._current_frames().items()
-        if thread != here
-        for call in _calls(frame)
-    )
-
-
-def _calls(frame: FrameType | None) -> list[FrameType]:
-    """The calls of modules that led to `frame`, the innermost first."""
-    calls: list[FrameType] = []
-    while frame is not None:
-        if frame.f_code is CALL:
-            calls.append(frame)
-        frame = frame.f_back
-    return calls
-
-
-def _inputs(layer: nn.Module, served: Set[int]) -> Iterator[Tensor]:
-    for call in reversed(_calls(sys._getframe(1))):
-        module, *given = called(call)
-        if module is not layer and served <= _members(module):
-            return _tensors(given)
-    return iter(())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
-    elif dataclasses.is_dataclass(value):
-        for part in dataclasses.fields(value):
-            yield from _tensors(getattr(value, part.name, None))
-
-
-_MEMBERS: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
-
-
-def _members(module: nn.Module) -> frozenset[int]:
-    """The ids of `module` and of all modules inside it."""
-    members = _MEMBERS.get(module)
-    if members is None:
-        members = _MEMBERS[module] = frozenset(map(id, module.modules()))
-    return members
 
 
 class Rows(Routing):
@@ -149,7 +57,7 @@ class Rows(Routing):
                 copies = self._copies.get(groups is not None)
                 if copies is None:
                     copies = self._copies[groups is not None] = self._rooms.copies(len(index))
-                found = tuple(t.to(dtype) for t in cell.many(index, self._rank, copies))
+                found = tuple(t.to(dtype) for t in cell.many(index, self._rank, copies.of))
             self._factors[key] = found
         return found
 
@@ -291,37 +199,33 @@ class Split:
         return torch.cat(parts).index_select(0, self._back)
 
 
-class Groups:
-    """Groups rows by adapter; each group is padded to the size of the largest."""
+# Gives a part of a model its own layout of rows: an image tower, for example, may see several images for each row.
 
-    def __init__(self, index: Tensor, order: Tensor, back: Tensor) -> None:
-        self.index = index
-        """The slot of each group."""
-        self._order, self._back = order, back
 
-    @staticmethod
-    def of(slots: list[int], device: torch.device) -> Groups | None:
-        """The groups of rows that have these slots. None if each row has an adapter of its own, or if padding would
-        cost more than grouping saves."""
-        members: dict[int, list[int]] = {}
-        for row, slot in enumerate(slots):
-            members.setdefault(slot, []).append(row)
-        longest = max(map(len, members.values()))
-        if len(members) == len(slots) or len(members) * longest > 2 * len(slots):
-            return None
-        order: list[int] = []
-        back = [0] * len(slots)
-        for rows in members.values():
-            for place, row in enumerate(rows):
-                back[row] = len(order) + place
-            order += rows + rows[:1] * (longest - len(rows))
-        index, at, where = (torch.tensor(values, device=device) for values in (list(members), order, back))
-        return Groups(index, at, where)
+class Inside:
+    """The handle that `bank.rows_inside` returns: the rows lie in one module as the user says, until `remove`."""
 
-    def gathered(self, x: Tensor) -> Tensor:
-        """(rows, positions, n) -> (groups, longest * positions, n)"""
-        return x.index_select(0, self._order).view(len(self.index), -1, x.shape[-1])
+    def __init__(self, module: nn.Module, name: str, rows: Callable[..., Index], routes: Routes) -> None:
+        self._name, self._rows, self._routes = name, rows, routes
+        self._handles = (
+            module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            # Also if the module raises, so that modules called after it have the outer routing again.
+            module.register_forward_hook(self._end, always_call=True),
+        )
 
-    def scattered(self, update: Tensor) -> Tensor:
-        """Undo `gathered`: (groups, longest * positions, n) -> (rows, positions, n)"""
-        return update.view(len(self._order), -1, update.shape[-1]).index_select(0, self._back)
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routing = self._routes.current()
+        if isinstance(routing, Rows | Within):  # with one adapter for all rows the layout does not matter
+            within = Within(routing, checked_index(self._rows(*args, **kwargs), routing.count), self._name)
+            within.scope = self
+            self._routes.replace(within)
+
+    def _end(self, *_: Any) -> None:
+        routing = self._routes.current()
+        if isinstance(routing, Within) and routing.scope is self:
+            self._routes.put_back(routing)
+
+    def remove(self) -> None:
+        """Take the hooks off: the rows lie in the module as in the rest of the model again."""
+        for handle in self._handles:
+            handle.remove()

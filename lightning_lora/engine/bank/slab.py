@@ -22,7 +22,7 @@ from lightning_lora.engine.bank.cells import Cell, LayerFactors, copy_scaled
 from lightning_lora.engine.bank.kinds import LinearCell
 from lightning_lora.engine.memory import largest, largest_in, too_large
 from lightning_lora.engine.weights import dtype_of, is_plain
-from lightning_lora.errors import BankError, listed
+from lightning_lora.errors import AdapterFormatError, BankError, listed
 
 Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
 """Layer name -> the shapes of A, B, gain and shift of one adapter in the slab."""
@@ -104,7 +104,17 @@ def width_of(shapes: Shapes) -> int:
     return sum(math.prod(shape) for parts in shapes.values() for shape in parts)
 
 
-def free_bytes(device: torch.device) -> int | None:
+def check_memory(plan: MemoryPlan) -> None:
+    """Raise BankError if there is less memory free than `plan` takes."""
+    free = _free_bytes(plan.device)
+    if free is not None and plan.bytes > free:
+        raise BankError(
+            f"The bank does not fit: {plan}, where {free / 2**30:.3g} GiB are free. Lower max_rank, or capacity: "
+            "adapters without a slot wait in the processor's memory, or on disk."
+        )
+
+
+def _free_bytes(device: torch.device) -> int | None:
     """The bytes that can still be allocated on `device`; None if that is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -130,25 +140,47 @@ def _in_units(size: float) -> str:
 # else layer by layer.
 
 
-def write(slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str, LayerFactors]) -> None:
-    """Write `factors`, which fit `cells`, into the slot `slot`, which holds zeros."""
+def check_fits(cells: Mapping[str, Cell], name: str, factors: Mapping[str, LayerFactors], max_rank: int) -> int:
+    """The largest rank in `factors`, the adapter `name`. Raises AdapterFormatError if they do not fit the bank."""
+    problems = [] if factors else ["it adapts nothing"]
+    unknown = [layer for layer in factors if layer not in cells]
+    if unknown:
+        endings = sorted({layer.rpartition(".")[2] for layer in unknown})
+        problems.append(
+            f"it adapts {listed(unknown, 3)}, which this bank does not serve (make it with target_modules that name "
+            f"{listed(map(repr, endings))} too)"
+        )
+    for layer, values in factors.items():
+        if layer in cells:
+            problems += cells[layer].problems(values, max_rank)
+    if problems:
+        raise AdapterFormatError(f"{name!r} does not fit the bank: {listed(problems)}. Nothing was added.")
+    return max(values.A.shape[0] for values in factors.values())
+
+
+@torch.no_grad()
+def write(slab: Slab, cells: Mapping[str, Cell], slot: int, name: str, factors: Mapping[str, LayerFactors]) -> None:
+    """Write `factors`, the adapter `name`, which fits `cells`, into the slot `slot`, which holds zeros. Raises
+    AdapterFormatError if numbers are not finite in the slab, or would overflow in their layer."""
     plain = {name for name, values in factors.items() if type(cells[name]) is LinearCell and not values.is_affine}
     written: dict[int, set[str]] = {0: set(), 1: set()}
     for part, layers, stacked in slab.blocks:
         if part in written and plain.issuperset(layers):
-            of_block = [factors[name] for name in layers]
+            of_block = [factors[layer] for layer in layers]
             if (_write_A if part == 0 else _write_B)(stacked[slot], of_block):
                 written[part].update(layers)
-    for name, values in factors.items():
-        if not (name in written[0] and name in written[1]):
-            cells[name].write(slot, values)
+    for layer, values in factors.items():
+        if not (layer in written[0] and layer in written[1]):
+            cells[layer].write(slot, values)
+    problem = _problem_written(slab, cells, slot, factors)
+    if problem:
+        raise AdapterFormatError(f"The adapter {name!r} holds {problem}. Nothing was added.")
 
 
-def problem_written(
+def _problem_written(
     slab: Slab, cells: Mapping[str, Cell], slot: int, factors: Mapping[str, LayerFactors]
 ) -> str | None:
-    """Check `factors`, which `write` has written: the numbers that are not finite in the slab or would overflow in
-    their layer, in words; or None."""
+    """The numbers that are not finite in the slab or would overflow in their layer, in words; or None."""
     row = slab.data[slot]
     size = largest_in(row)
     if not math.isfinite(size):

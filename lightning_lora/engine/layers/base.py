@@ -5,15 +5,14 @@
     class LinearLoRA(Adapter, adapts=nn.Linear):
         def update(self, x): ...
 
-`swap` gives the module the class `LoRALinear(LinearLoRA, Linear)`. A subclass of
-nn.Linear, quantized or otherwise derived, is found through its parents and keeps its own forward.
+`adapt` gives the module the class `LoRALinear(LinearLoRA, Linear)`. A subclass of nn.Linear, quantized or otherwise
+derived, is found through its parents and keeps its own forward.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec, Pair
 from lightning_lora.engine.layers.reads import Reads
 from lightning_lora.engine.reads import forget
-from lightning_lora.engine.swap import remembered
+from lightning_lora.engine.swap import name_of_input, swap, swap_back
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import can_be_dense
 from lightning_lora.errors import AdapterStateError
@@ -44,18 +43,6 @@ def _asking(forward: Any) -> Any:
 
     asking.lora_asks = True  # type: ignore[attr-defined]
     return asking
-
-
-def name_of_input(cls: Any) -> str:
-    """The name of the first argument of `cls.forward`, after self."""
-    known = remembered(cls)
-    if _INPUT not in known:
-        known[_INPUT] = list(inspect.signature(cls.forward).parameters)[1]
-    name: str = known[_INPUT]
-    return name
-
-
-_INPUT = "name of the input"
 
 
 class Adapter(Reads):
@@ -159,10 +146,10 @@ class Adapter(Reads):
         return False
 
     def swapped_in(self) -> None:
-        """Called after `swap` has given the module its class and its adapter."""
+        """Called after `adapt` has given the module its class and its adapter."""
 
     def swapped_out(self) -> None:
-        """Called before `swap_back` takes them away."""
+        """Called before `unadapt` takes them away."""
 
     # All geometries share these.
 
@@ -300,6 +287,43 @@ class Adapter(Reads):
         forget(self)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, found, *rest)
         missing.extend(key for key in found if not (is_base_checkpoint and key in ours))
+
+
+def adapt(module: Any, mixin: Any, spec: AdapterSpec, tensors: Mapping[str, Tensor], path: str = "") -> None:
+    """Make `module`, called `path` in its model, an adapted layer, in place.
+
+    `mixin` is a geometry, or a tuple of variants and a geometry; `tensors` are the adapter's parameters and buffers by
+    name."""
+    own = module.__dict__
+    # A read of these attributes gives the adapted value. A user's own layer type may have no weight.
+    reads = tuple(spec.parameters) or (
+        ("weight",) if "weight" in own["_parameters"] or hasattr(module, "weight") else ()
+    )
+    reads = (*reads, "bias") if BIAS in tensors else reads
+    for name, tensor in tensors.items():  # not register_parameter, which would repeat checks of `check_swappable`
+        own["_parameters" if isinstance(tensor, nn.Parameter) else "_buffers"][name] = tensor
+    own["lora"], own["lora_names"], own["lora_path"] = spec, tuple(tensors), path
+    swap(module, "LoRA", mixin, reads)
+    module.swapped_in()
+
+
+def unadapt(module: Adapter) -> Callable[[], None]:
+    """Undo `adapt`: the module gets its class back and loses its adapter; its weight is not touched. Returns a function
+    that adapts it again."""
+    cls: Any = type(module)
+    own = module.__dict__
+    spec, names, path = own["lora"], own["lora_names"], own["lora_path"]
+    module.swapped_out()
+    swap_back(module)
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        held = own["_parameters"]
+        if name not in held:
+            held = own["_buffers"] if name in own["_buffers"] else own
+        tensors[name] = held.pop(name)
+    del own["lora"], own["lora_names"], own["lora_path"]
+    forget(module)
+    return functools.partial(adapt, module, cls.mixin, spec, tensors, path)
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import switch
-from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.swap import is_swapped, read_also, swap, swap_back
 from lightning_lora.engine.torch_private import NORMS, flat_weights
 
 if TYPE_CHECKING:
@@ -44,14 +44,13 @@ def has_running_statistics(module: nn.Module) -> bool:
 
 def freeze_statistics(module: Any) -> None:
     """Keep the running statistics of a norm as they are, whatever `train()` says."""
-    base_class: Any = type(module)
-    module.__class__ = swapped_class("Frozen", FrozenNorm, base_class)
+    swap(module, "Frozen", FrozenNorm)
     module.train(module.training)
 
 
 def release_statistics(module: Any) -> None:
     """Undo `freeze_statistics`."""
-    module.__class__ = type(module).base_class
+    swap_back(module)
     module.train(module.__dict__.pop("wanted_mode"))
 
 
@@ -140,21 +139,19 @@ def read_by_switch(module: Any, originals: Mapping[str, Tensor]) -> None:
         if name not in held or held[name].value is not value:
             held[name] = _Original(value)
     cls: Any = type(module)
-    reads = tuple(dict.fromkeys((*getattr(cls, "reads", ()), *originals)))
     if hasattr(cls, "read_attribute"):  # its class answers reads already: an adapted layer, or a second call
-        if reads != cls.reads:
-            prefix = cls.__name__.removesuffix(cls.base_class.__name__)
-            module.__class__ = swapped_class(prefix, cls.mixin, cls.base_class, reads)
+        if new := tuple(name for name in originals if name not in cls.reads):
+            read_also(module, new)
         return
     mixin = (TrainedWhole, FlatWeights) if isinstance(module, nn.RNNBase) else TrainedWhole
-    module.__class__ = swapped_class("Trained", mixin, cls, reads)
+    swap(module, "Trained", mixin, tuple(originals))
 
 
 def read_as_held(module: Any) -> None:
     """Undo `read_by_switch`, for a module without an adapter."""
     module.__dict__.pop(_ORIGINALS, None)
     cls: Any = type(module)
-    if issubclass(cls, TrainedWhole) and "base_class" in vars(cls):
-        module.__class__ = cls.base_class
+    if issubclass(cls, TrainedWhole) and is_swapped(cls):
+        swap_back(module)
         if isinstance(module, nn.RNNBase):
             lay_flat(module)

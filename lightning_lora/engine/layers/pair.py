@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.low_rank import singular_values
 from lightning_lora.engine.weights import shape_of
-
-if TYPE_CHECKING:
-    from lightning_lora.engine.layers.base import Adapter
 
 FACTORS = ("lora_A", "lora_B")
 """The names under which a module holds its A and its B."""
@@ -49,7 +46,8 @@ class Pair:
 
     name: str
     """The name of the module; of the parameter where single parameters are adapted (`target_parameters`, an LSTM)."""
-    module: Adapter
+    module: Any
+    """The adapted layer, an `Adapter`."""
     parameter: str
     spec: AdapterSpec
     suffix: str

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.linear import LinearLoRA, straight_through
-from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.swap import is_swapped, swap, swap_back
 from lightning_lora.engine.weights import is_rearranged, is_wrapper, unpacked
 
 if TYPE_CHECKING:
@@ -109,16 +109,13 @@ def is_kept(module: nn.Module) -> bool:
 
 def keep_in_place(module: Any) -> None:
     """Keep the weight of a Linear without an adapter as it is, and pass gradients through it."""
-    base_class: Any = type(module)
-    mixin = PassesGradient if is_wrapper(module._parameters["weight"]) else Steady4bit
-    module.__class__ = swapped_class("Steady", mixin, base_class)
+    swap(module, "Steady", PassesGradient if is_wrapper(module._parameters["weight"]) else Steady4bit)
 
 
 def let_go(module: Any) -> None:
     """Undo `keep_in_place`. A module that has replaced the kept one is left as it is."""
-    cls: Any = type(module)
-    if issubclass(cls, _KEPT) and "base_class" in vars(cls):
-        module.__class__ = cls.base_class
+    if isinstance(module, _KEPT) and is_swapped(type(module)):
+        swap_back(module)
 
 
 def _own(module: nn.Module, name: str) -> Tensor | None:
