@@ -57,7 +57,7 @@ class TextData(SourceData):
         self.collate_prompts = PadRows(self.tokenizer.pad_token_id or 0, side="left")
 
     def encode(self, rows: Any, split: str) -> Dataset:
-        require_columns(rows, [self.text_column], split)
+        require_columns(rows, [self.text_column], split, "text_column")
         ids = rows.map(
             tokenise_texts,
             batched=True,
