@@ -12,7 +12,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from lightning_lora.cli.composition import CONFIG_MODULE, composed, keys, refused_key, with_pluses
 from lightning_lora.cli.settings import ours_for, parameter_names
@@ -67,6 +67,10 @@ def explain(error: Exception) -> str | None:
     """The message for `error`; None where it is no error of the user's, and its traceback is wanted."""
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read. A setting is written key=value.{_quoted(error)}"
+    if isinstance(error, InterpolationKeyError):
+        missing = (re.search(r"'(.*)' not found", str(error)) or ["", "a setting"])[1]
+        hint = " To train without adapters: lora=none." if missing == "lora" else ""
+        return f"{error.full_key} refers to {missing}, and there is no such setting.{hint}"
     if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         return f"{error}{cause}"
@@ -110,10 +114,14 @@ def explain_composition(error: ConfigCompositionException, config_name: str, ove
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     options = error.options or []
-    plugin = PLUGINS.get(option.partition("_")[0]) if group in ("hydra/launcher", "hydra/sweeper") else None
-    if plugin is not None:
-        return f"{group}={option} needs a plugin of Hydra that is not installed. Install it with: pip install {plugin}"
+    wanted = option.partition("_")[0]
+    plugins = {name for name, package in PLUGINS.items() if package.endswith(group.removeprefix("hydra/"))}
+    if group.startswith("hydra/") and wanted in plugins:
+        needed = f"pip install {PLUGINS[wanted]}"
+        return f"{group}={option} needs a plugin of Hydra that is not installed. Install it with: {needed}"
     meant = closest(option, options, count=1)
+    if not meant and (known := closest(wanted, plugins, count=1)):
+        meant = [f"{known[0]} (pip install {PLUGINS[known[0]]})"]
     hint = f" Did you mean {group}={meant[0]}?" if meant else ""
     return (
         f"{group}={option}: there is no such option.{hint}\n"

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -117,10 +118,22 @@ def type_problem(function: Callable[..., Any], name: str, value: Any) -> str | N
             hint = f" Write {name}=[{value}]."
         except ValidationError:
             hint = ""
+        choices = sorted({str(choice) for choice in _choices(annotation)})
+        if choices and not isinstance(parameter.annotation, str):
+            return f"{json.dumps(value)} is none of {', '.join(choices)}.{hint}"
         return f"{json.dumps(value)} is not of the type {_written(parameter, annotation)}.{hint}"
     except (PydanticUserError, PydanticUndefinedAnnotation, TypeError, NameError):
         return None  # an annotation that only a type checker understands
     return None
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """All values of an annotation of literals alone (or None); an empty list for any other."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    inner = [_choices(part) for part in get_args(annotation) if part is not type(None)]
+    is_union = get_origin(annotation) in (Union, UnionType)
+    return [choice for part in inner for choice in part] if is_union and all(inner) else []
 
 
 def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:

@@ -183,7 +183,7 @@ class CombineReport:
         head = ("module", "number", "ranks", "rank", "largest error")
         lines += aligned([head, *self._rows()], right=(1, 3, 4))
         count = len(self.modules)
-        lines.append(f"{count} module{'' if count == 1 else 's'}; error: {shown_error(self.error)} of the combination")
+        lines.append(f"{count} module{'' if count == 1 else 's'}; error: {of_combination(self.error)}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def _rows(self) -> list[tuple[str, ...]]:
@@ -201,3 +201,8 @@ class CombineReport:
 def shown_error(error: float) -> str:
     """`error` for a reader: what float64 itself loses is none."""
     return f"{error:.2g}" if error > 1e-14 else "none"
+
+
+def of_combination(error: float) -> str:
+    said = shown_error(error)
+    return said if said == "none" else f"{said} of the combination"

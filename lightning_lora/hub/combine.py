@@ -30,7 +30,7 @@ from lightning_lora.hub.combinable import (
     check_bases,
     check_combinable,
     groups_of,
-    shown_error,
+    of_combination,
 )
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import to_peft
@@ -381,7 +381,7 @@ def _card(config: Mapping[str, Any], report: CombineReport, module: str, paramet
         notes={
             "combined from": ", ".join(f"{weight:g} x `{name}`" for name, weight in report.adapters),
             "combined by": report.method,
-            "error": f"{shown_error(report.error)} of the combination (Frobenius norm)",
+            "error": f"{of_combination(report.error)} (Frobenius norm)",
         }
     )
     return model_card(config, modules=len(report.modules), parameters=parameters, module=module, run=facts)

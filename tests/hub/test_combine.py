@@ -284,7 +284,7 @@ def test_it_is_saved_in_the_widest_precision_of_the_files(tmp_path):
     with_dtype(folders[0], torch.bfloat16)
     report = combine_adapters([folders[0]] * 3, tmp_path / "out", weights=[0.5, -2, 1])
     assert report.error == 0, "powers of two lose nothing"
-    assert "error: none" in str(report)
+    assert "error: none\n" in f"{report}\n"
 
 
 def test_alpha_is_the_one_that_leaves_most_factors_alone(tmp_path):

@@ -64,7 +64,7 @@ class LabelledData(SourceData):
 
     def index_of_labels(self, rows: Any, split: str) -> list[int]:
         """The label of each row as an index into `label_names`. Raises DataError for one that is not there."""
-        require_columns(rows, [self.label_column], split)
+        require_columns(rows, [self.label_column], split, "label_column")
         feature = rows.features[self.label_column]
         values = rows.with_format(None)[self.label_column]
         if isinstance(feature, datasets.ClassLabel):
@@ -112,7 +112,7 @@ class TextClassificationData(LabelledData):
         self.collate = PadRows(self.tokenizer.pad_token_id or 0)
 
     def encode(self, rows: Any, split: str) -> Any:
-        require_columns(rows, self.text_columns, split)
+        require_columns(rows, self.text_columns, split, "text_column")
         encoded = rows.map(
             tokenise_rows,
             batched=True,
@@ -156,7 +156,7 @@ class ImageClassificationData(LabelledData):
         self.collate = default_collate
 
     def encode(self, rows: Any, split: str) -> Dataset:
-        require_columns(rows, [self.image_column], split)
+        require_columns(rows, [self.image_column], split, "image_column")
         labels = None if split == "predict" else self.index_of_labels(rows, split)
         images = rows.select_columns([self.image_column])
         feature = images.features[self.image_column]
@@ -260,7 +260,7 @@ def in_rgb(image: Image, background: str = "white") -> Image:
 
 def names_of_labels(rows: Any, column: str) -> list[str]:
     """The names of the labels in `column`: those of a ClassLabel in its order, else the values there are, sorted."""
-    require_columns(rows, [column], "train")
+    require_columns(rows, [column], "train", "label_column")
     feature = rows.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)

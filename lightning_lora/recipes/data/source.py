@@ -241,14 +241,16 @@ class DataSource:
         return splits
 
 
-def require_columns(rows: Dataset, columns: Iterable[str], split: str) -> None:
-    """Raise DataError, with the columns that there are, unless `rows` has all of `columns`."""
+def require_columns(rows: Dataset, columns: Iterable[str], split: str, setting: str | None = None) -> None:
+    """Raise DataError, with the columns that there are and the `setting` that names one, unless `rows` has all of
+    `columns`."""
     for column in columns:
         if column not in rows.column_names:
             meant = closest(column, rows.column_names, count=1)
             guess = f" Did you mean {meant[0]!r}?" if meant else ""
             raise DataError(
                 f"The {split} data has no column {column!r}. Its columns are: {listed(rows.column_names)}.{guess}"
+                + (f" Say which with {setting}." if setting is not None else "")
             )
 
 

@@ -44,11 +44,11 @@ class TextData(SourceData):
         if block_size < 2 or prompt_length < 1:
             raise ConfigError(f"block_size {block_size} must be at least 2, prompt_length {prompt_length} at least 1.")
         context = tokenizer.context()
-        if context is not None and max(block_size, prompt_length) > context:
-            raise ConfigError(
-                f"block_size {block_size} and prompt_length {prompt_length} must be at most {context}, the number of "
-                "tokens that the model can read."
-            )
+        for name, length in (("block_size", block_size), ("prompt_length", prompt_length)):
+            if context is not None and length > context:
+                raise ConfigError(
+                    f"{name} is {length}, and the model reads at most {context} tokens. Give {name}={context} or less."
+                )
         self.tokenizer = tokenizer.tokenizer()
         self.text_column = text_column
         self.block_size = block_size
@@ -57,7 +57,7 @@ class TextData(SourceData):
         self.collate_prompts = PadRows(self.tokenizer.pad_token_id or 0, side="left")
 
     def encode(self, rows: Any, split: str) -> Dataset:
-        require_columns(rows, [self.text_column], split)
+        require_columns(rows, [self.text_column], split, "text_column")
         ids = rows.map(
             tokenise_texts,
             batched=True,

@@ -124,7 +124,10 @@ def test_a_label_that_training_never_saw_is_an_error(bert):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"text": "x", "klass": "a"}], "no column 'label'. Its columns are: text, klass"),
+        (
+            [{"text": "x", "klass": "a"}],
+            "no column 'label'. Its columns are: text, klass. Say which with label_column.",
+        ),
         (labelled("a", None), "rows without a label"),
         (labelled(0.5, 1.5), "must hold one label per row"),
         (labelled(["a"], ["b"]), "must hold one label per row"),
