@@ -22,6 +22,7 @@ from torchmetrics import Metric
 from lightning_lora.borrowed import PURPOSES, attribute, found, replace
 from lightning_lora.errors import MovedError
 
+_LOGS = "logs an adapter folder with its checkpoint"
 _RESUMES = "makes a resumed run the run that was not interrupted"
 
 
@@ -356,6 +357,34 @@ def average_of(callback: Any) -> Any:
     """The copy of the module in which a callback averages weights; None before it is made. Raises MovedError where it
     is kept elsewhere: a copy that has no adapters would average nothing."""
     return attribute(callback, "_average_model", "averages the weights of adapters")
+
+
+def data_given(trainer: Any) -> Any:
+    """The loader, module or data module that the training data comes from; None where Lightning keeps it elsewhere."""
+    return getattr(getattr(trainer.fit_loop, "_data_source", None), "instance", None)
+
+
+def logs_hyperparameters(holder: Any) -> bool:
+    """True if Lightning logs what `holder`, a module or a data module, has by save_hyperparameters."""
+    return bool(getattr(holder, "_log_hyperparams", False))
+
+
+def logs_models(logger: Any) -> bool:
+    """True if MLflow's or W&B's `logger` logs checkpoints as models. Raises MovedError, as the two functions below,
+    where the logger does that in another way: no adapter folder would go with them."""
+    attribute(logger, "_scan_and_log_checkpoints", _LOGS)
+    logged_models(logger)
+    return bool(attribute(logger, "_log_model", _LOGS))
+
+
+def logged_models(logger: Any) -> dict[str, float]:
+    """The paths of the checkpoints that were logged, each with the time of the file."""
+    return dict(attribute(logger, "_logged_model_time", _LOGS))
+
+
+def model_name(logger: Any) -> str:
+    """What W&B's logger calls the model that it logs."""
+    return str(attribute(logger, "_checkpoint_name", _LOGS))
 
 
 def multiprocessing_launcher() -> Any:

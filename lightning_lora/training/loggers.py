@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.swap import swapped_class
+from lightning_lora.engine.swap import swap
+from lightning_lora.training import lightning_private as private
 from lightning_lora.training.strategy import adapter_folder
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def log_settings(trainer: Trainer, module: LightningModule, *several: Settings) 
     wanted = getattr(trainer, "enable_autolog_hparams", True)  # Lightning before 2.6 has no such setting
     if not (wanted and trainer.loggers and trainer.is_global_zero):
         return
-    holders = [holder for holder in (module, trainer.datamodule) if getattr(holder, "_log_hyperparams", False)]  # type: ignore[attr-defined]
+    holders = [holder for holder in (module, trainer.datamodule) if private.logs_hyperparameters(holder)]  # type: ignore[attr-defined]
     theirs = {name: value for holder in holders for name, value in holder.hparams_initial.items()}
     theirs.pop("_class_path", None)  # LightningCLI's own
     taken = {str(name).partition("/")[0] for name in theirs}
@@ -80,7 +81,7 @@ def optimizer_settings(trainer: Trainer) -> dict[str, Any]:
 
 def data_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """The class of the training data: the data module's, or the data set's where a loader was given to fit."""
-    given = trainer.datamodule or trainer.fit_loop._data_source.instance or module  # type: ignore[attr-defined]
+    given = trainer.datamodule or private.data_given(trainer) or module  # type: ignore[attr-defined]
     return {"class": type(getattr(given, "dataset", given)).__name__}
 
 
@@ -113,7 +114,7 @@ def show_both_rates(trainer: Trainer) -> None:
     """Have every LearningRateMonitor of `trainer` show B's rate beside A's."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LearningRateMonitor) and not isinstance(callback, ShowsBothRates):
-            callback.__class__ = swapped_class("LoRA", ShowsBothRates, type(callback))
+            swap(callback, "LoRA", ShowsBothRates)
 
 
 class MLFlowAdapters(_MLFlow):
@@ -121,9 +122,9 @@ class MLFlowAdapters(_MLFlow):
     artifact "CHECKPOINT/adapter"."""
 
     def _scan_and_log_checkpoints(self, checkpoint_callback: Any) -> None:
-        before = dict(self._logged_model_time)
+        before = private.logged_models(self)
         super()._scan_and_log_checkpoints(checkpoint_callback)
-        for path, folder in _new_adapters(before, self._logged_model_time):
+        for path, folder in _new_adapters(before, private.logged_models(self)):
             self.experiment.log_artifacts(self.run_id, str(folder), f"{Path(path).stem}/adapter")
 
 
@@ -134,10 +135,10 @@ class WandbAdapters(_Wandb):
     def _scan_and_log_checkpoints(self, checkpoint_callback: Any) -> None:
         import wandb
 
-        before = dict(self._logged_model_time)
+        before = private.logged_models(self)
         super()._scan_and_log_checkpoints(checkpoint_callback)
-        for path, folder in _new_adapters(before, self._logged_model_time):
-            name, metadata = f"{self._checkpoint_name}-adapter", {"checkpoint": Path(path).name}
+        for path, folder in _new_adapters(before, private.logged_models(self)):
+            name, metadata = f"{private.model_name(self)}-adapter", {"checkpoint": Path(path).name}
             artifact = wandb.Artifact(name=name, type="model", metadata=metadata)
             artifact.add_dir(str(folder))
             is_best = path == checkpoint_callback.best_model_path
@@ -155,5 +156,5 @@ def log_adapters(trainer: Trainer) -> None:
     """Have MLflow's and W&B's logger of `trainer` take adapter folders where they take checkpoints."""
     for logger in trainer.loggers:
         for kind, mixin in ((MLFlowLogger, MLFlowAdapters), (WandbLogger, WandbAdapters)):
-            if isinstance(logger, kind) and not isinstance(logger, mixin) and getattr(logger, "_log_model", False):
-                logger.__class__ = swapped_class("LoRA", mixin, type(logger))
+            if isinstance(logger, kind) and not isinstance(logger, mixin) and private.logs_models(logger):
+                swap(logger, "LoRA", mixin)

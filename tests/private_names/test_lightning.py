@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -137,6 +139,16 @@ def test_a_checkpoint_of_the_run_can_be_had(fitted: Any):
     assert lightning_private.average_of(WeightAveraging()) is None
     assert lightning_private.average_of(StochasticWeightAveraging(0.1)) is None
     assert lightning_private.rows_still_to_log(fitted) == 0
+    assert lightning_private.data_given(fitted) is not None
+    assert not lightning_private.logs_hyperparameters(fitted.lightning_module)
+    for kind in (MLFlowLogger, WandbLogger):
+        logger = kind.__new__(kind)  # which needs no server
+        vars(logger).update(_log_model="all", _logged_model_time={"a.ckpt": 1.0}, _checkpoint_name="model")
+        assert lightning_private.logs_models(logger)
+        assert lightning_private.logged_models(logger) == {"a.ckpt": 1.0}
+    assert lightning_private.model_name(logger) == "model"
+    for name in ("_log_model", "_logged_model_time", "_checkpoint_name"):
+        assert name in inspect.getsource(WandbLogger)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
@@ -176,6 +188,9 @@ def test_what_a_trainer_no_longer_has_is_said():
         lambda: lightning_private.step_of_last_save(nothing),
         lambda: lightning_private.set_step_of_last_save(nothing, 1),
         lambda: lightning_private.average_of(nothing),
+        lambda: lightning_private.logs_models(nothing),
+        lambda: lightning_private.logged_models(nothing),
+        lambda: lightning_private.model_name(nothing),
         lambda: lightning_private.checkpoint_of(nothing),
     ):
         with pytest.raises(MovedError):
