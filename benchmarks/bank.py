@@ -63,13 +63,13 @@ class Many:
     def __init__(self, base: nn.Module, folders: list[Path], counts: list[int], most_of_peft: int, rounds: int) -> None:
         self.folders, self.counts, self.most_of_peft, self.rounds = folders, counts, most_of_peft, rounds
         self.served = copy.deepcopy(base)
-        self.bank = AdapterBank(self.served, max(counts) + 8, RANK)
+        self.bank = AdapterBank(self.served, max(counts) + 8, max_rank=RANK)
         self.peft: Any = get_peft_model(
             copy.deepcopy(base), LoraConfig(r=RANK, target_modules=TARGETS), adapter_name="p0"
         ).eval()
         self.loaded = 1
         self.bank.add("b0", folders[0])
-        self.few = AdapterBank(copy.deepcopy(base), 8, RANK)
+        self.few = AdapterBank(copy.deepcopy(base), 8, max_rank=RANK)
         self.few.add("b0", folders[0])
 
     def folder(self, i: int) -> Path:
@@ -148,7 +148,7 @@ def by_layers(report: Report, place: Path, layers: list[int], rounds: int) -> No
     for count in layers:
         base = model_of(count, width=64)
         folders = peft_folders(base, place / str(count), 2)
-        bank = AdapterBank(base, 8, RANK)
+        bank = AdapterBank(base, 8, max_rank=RANK)
         for i, folder in enumerate(folders):
             bank.add(f"b{i}", folder)
         turn = [0]
@@ -167,7 +167,7 @@ def tiers(report: Report, base: nn.Module, folders: list[Path], rounds: int) -> 
     rows = []
     with tempfile.TemporaryDirectory() as disk:
         for title, own in (("memory", {}), ("disk", {"host_capacity": 0, "disk": disk})):
-            bank = AdapterBank(copy.deepcopy(base), 2, RANK, **own)
+            bank = AdapterBank(copy.deepcopy(base), 2, max_rank=RANK, **own)
             for i in range(4):
                 bank.add(f"b{i}", folders[i % len(folders)])
             times = []

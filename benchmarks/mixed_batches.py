@@ -75,7 +75,7 @@ class Contenders:
             sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12}
         self.base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=1000, num_attention_heads=8)).eval()
         self.served = copy.deepcopy(self.base)
-        self.bank = AdapterBank(self.served, 256, RANK)
+        self.bank = AdapterBank(self.served, 256, max_rank=RANK)
         config = LoraConfig(r=RANK, target_modules=TARGETS, init_lora_weights=False)
         self.peft: Any = get_peft_model(copy.deepcopy(self.base), config, adapter_name="a0").eval()
         used = 16 if quick else 64

@@ -26,7 +26,16 @@ _HOME = {
     "load_adapter_state_dict": "lightning_lora.engine",
     "save_adapter": "lightning_lora.hub",
     "load_adapter": "lightning_lora.hub",
+    "Adapter": "lightning_lora.engine",
+    "pairs": "lightning_lora.engine",
+    "init": "lightning_lora.engine.inits",
+    "calibrate": "lightning_lora.engine.calibration",
     "AdapterBank": "lightning_lora.hub.bank",
+    "MemoryPlan": "lightning_lora.engine.bank",
+    "Card": "lightning_lora.hub.card",
+    "CombineReport": "lightning_lora.hub.combinable",
+    "DryRun": "lightning_lora.hub.push.commit",
+    "ExportReport": "lightning_lora.hub.export.rewrite",
     "combine_adapters": "lightning_lora.hub.combine",
     "export_adapter": "lightning_lora.hub.export.rewrite",
     "pull_adapter": "lightning_lora.hub.pull",
@@ -39,23 +48,32 @@ _HOME = {
 }
 
 __all__ = [
+    "Adapter",
     "AdapterBank",
     "AdapterColumn",
+    "Card",
+    "CombineReport",
+    "DryRun",
+    "ExportReport",
     "HubPush",
     "InjectionReport",
     "LightningLoRAError",
     "LoRACallback",
     "LoRAConfig",
+    "MemoryPlan",
     "adapter_state_dict",
+    "calibrate",
     "combine_adapters",
     "disabled",
     "export_adapter",
+    "init",
     "inject",
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",
     "merge",
     "merged",
+    "pairs",
     "pull_adapter",
     "push_adapter",
     "remove",
@@ -64,6 +82,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lightning_lora.engine import (
+        Adapter,
         InjectionReport,
         LoRAConfig,
         adapter_state_dict,
@@ -72,15 +91,21 @@ if TYPE_CHECKING:
         load_adapter_state_dict,
         merge,
         merged,
+        pairs,
         remove,
     )
+    from lightning_lora.engine.bank import MemoryPlan
+    from lightning_lora.engine.calibration import calibrate
+    from lightning_lora.engine.inits import init
     from lightning_lora.errors import LightningLoRAError
     from lightning_lora.hub import load_adapter, save_adapter
     from lightning_lora.hub.bank import AdapterBank
+    from lightning_lora.hub.card import Card
+    from lightning_lora.hub.combinable import CombineReport
     from lightning_lora.hub.combine import combine_adapters
-    from lightning_lora.hub.export.rewrite import export_adapter
+    from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
     from lightning_lora.hub.pull import pull_adapter
-    from lightning_lora.hub.push.commit import push_adapter
+    from lightning_lora.hub.push.commit import DryRun, push_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
     from lightning_lora.training.push import HubPush

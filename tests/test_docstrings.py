@@ -12,7 +12,7 @@ import lightning_lora
 from lightning_lora import engine
 
 PUBLIC = {name: getattr(engine, name) for name in engine.__all__}
-TOP = [name for name in lightning_lora.__all__ if name in PUBLIC and name != "InjectionReport"]
+TOP = [name for name in lightning_lora.__all__ if name in PUBLIC and name not in ("Adapter", "InjectionReport")]
 
 
 def examples_of(name: str) -> list[doctest.DocTest]:

@@ -7,6 +7,17 @@ import pytest
 import lightning_lora
 
 NAMES = [
+    "Adapter",
+    "Card",
+    "CombineReport",
+    "DryRun",
+    "ExportReport",
+    "InjectionReport",
+    "LightningLoRAError",
+    "MemoryPlan",
+    "calibrate",
+    "init",
+    "pairs",
     "AdapterBank",
     "AdapterColumn",
     "HubPush",

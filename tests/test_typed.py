@@ -31,7 +31,7 @@ bank.add(3, "folder")
 with merged(torch.nn.Linear(4, 4)):
     load_adapter(torch.nn.Linear(4, 4), "folder", revison="main")
 """
-WRONG = {4: 2, 6: 1, 8: 1, 10: 1, 13: 1}
+WRONG = {4: 2, 6: 1, 8: 1, 10: 1, 13: 1, 15: 1}
 """Line -> errors."""
 
 

@@ -59,5 +59,5 @@ def run(settings: dict[str, Any]) -> None:
 
     settings = dict(settings)
     output = Path(settings.pop("output")).expanduser()
-    report = export_adapter(settings.pop("adapter"), output, settings.pop("consumer"), **settings)
+    report = export_adapter(settings.pop("adapter"), output, consumer=settings.pop("consumer"), **settings)
     print(f"{report}\nfolder: {shown(output)}")

@@ -1,7 +1,7 @@
 """Push an adapter folder to the Hub: the adapter and its card, as one commit.
 
 lightning-lora push adapter=runs/train/2026-01-31_12-00-00/adapter repo_id=user/name dry_run=true
-lightning-lora push adapter=FOLDER repo_id=user/name private=false tag=v1 'card={license: mit}'
+lightning-lora push adapter=FOLDER repo_id=user/name private=false tag=v1 'card.front_matter={license: mit}'
 
 The token is HF_TOKEN, or that of `hf auth login`; HF_ENDPOINT counts as in every program that uses huggingface_hub.
 """
@@ -29,12 +29,9 @@ class Settings:
     create_pr: bool
     message: str | None
     tag: str | None
-    metrics: dict[str, float] | None
-    data: str | None
-    datasets: list[str]
-    card: dict[str, Any] | None
+    card: dict[str, Any]
     endpoint: str | None
-    deadline: float
+    timeout: float
     dry_run: bool
     ignore_fields: list[str]
 
@@ -45,7 +42,9 @@ def run(settings: dict[str, Any]) -> None:
 
     settings = dict(settings)
     folder = Path(settings.pop("adapter")).expanduser()
-    commit = push_adapter(folder, **{**_of_run(folder), **{k: v for k, v in settings.items() if v is not None}})
+    card = {name: value for name, value in settings.pop("card").items() if value not in (None, [], {})}
+    given = {name: value for name, value in settings.items() if value is not None}
+    commit = push_adapter(folder, **given, card={**_of_run(folder), **card})
     if isinstance(commit, DryRun):
         print(f"dry run: nothing was pushed\n\n{commit}")
         return

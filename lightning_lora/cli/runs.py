@@ -250,9 +250,7 @@ class LoadedAdapter(pl.Callback):
         folder = adapter_folder(os.path.expanduser(adapter), subfolder=subfolder, ignore_fields=ignore_fields)
         if not folder.is_dir():
             raise ConfigError(f"adapter={adapter}: there is no such folder ({folder}).")
-        self.load = functools.partial(
-            load_adapter, folder_or_repo=folder, check_base=check_base, ignore_fields=ignore_fields
-        )
+        self.load = functools.partial(load_adapter, adapter=folder, check_base=check_base, ignore_fields=ignore_fields)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Layers may be built by the module's own hooks, which run after this one: load after the last of them.

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lightning_lora.engine import (
     Injection,
@@ -50,6 +51,9 @@ from lightning_lora.hub.format.reading import NOTE, check_folder, open_tensors
 from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.hub_private import commit_of
 
+if TYPE_CHECKING:
+    from lightning_lora.hub.pull import Pulling
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -61,26 +65,50 @@ def save_adapter(
     revision: str | None = None,
     task_type: str | None = None,
     metadata: Mapping[str, str] | None = None,
-    tensors: Mapping[str, Tensor] | None = None,
-    known_base: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the adapter of `model` as a folder in PEFT's format: adapter_config.json, adapter_model.safetensors,
-    README.md. Returns the folder.
+    README.md.
 
-    The names in it are relative to the base inside `model` (see `adapter_root`), so PEFT loads it onto that base.
-    `base_model` is the base's id on the Hub, by default the one that a transformers model was loaded from; a local path
-    is never written. `task_type` is PEFT's, by default that of a transformers model, and none
-    where PEFT could not call it then. `metadata` goes into the header of
-    the tensors. `tensors` are written instead of the adapter's live ones: an `adapter_state_dict` of `model`.
-    `known_base` is what `describe_base(model, root)` said, where the weights of the base need not be read again.
+    The names in it are relative to the base inside `model` (see `adapter_root`), so PEFT loads it onto that base. Where
+    the model is sharded (fully_shard), its tensors are put together here: every process must call this, and the first
+    one writes. A folder that is there is replaced as a whole, or, where it holds other files too, file by file.
 
-    Where the model is sharded (fully_shard), its tensors are put together here: every process must call this, and the
-    first one writes. With `tensors` that are whole and `known_base`, the first may call it alone.
+    Args:
+        model: What `inject` was called on, or what holds it.
+        folder: Where to write it: a local path.
+        base_model: The base's id on the Hub; by default the one that a transformers model was loaded from. A local path
+            is never written.
+        revision: The commit of the base on the Hub.
+        task_type: PEFT's; by default that of a transformers model, and none where PEFT could not call it then.
+        metadata: Further entries for the header of the tensors.
 
-    A folder that is there is replaced as a whole, or, where it holds other files too, file by file. Raises
-    AdapterStateError where `inject` was not called on `model` or inside it, ConfigError for an argument that cannot be,
-    CheckpointError where the folder cannot be written; what was there before is then still there.
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterStateError: `inject` was not called on `model` or inside it.
+        ConfigError: An argument cannot be.
+        CheckpointError: The folder cannot be written; what was there before is then still there.
     """
+    return save_tensors(
+        model, folder, None, None, base_model=base_model, revision=revision, task_type=task_type, metadata=metadata
+    )
+
+
+def save_tensors(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor] | None,
+    known_base: Mapping[str, Any] | None,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    task_type: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """`save_adapter`, of `tensors` in place of the live ones: an `adapter_state_dict` of `model`. `known_base` is what
+    `describe_base(model, root)` said, where the weights of the base need not be read again. With both, and tensors that
+    are whole, the first process may call this alone."""
     folder = local_path(folder)
     owner_name, injection = only_injection(model)
     owner = submodule(model, owner_name)
@@ -142,19 +170,19 @@ def save_adapter(
     if not any(map(is_sharded, own_tensors.values())) or is_first():
         write_adapter(folder, config, values, note, card, metadata)
     for what, names in targets.unread.items():
-        warnings.warn(f"{what}: {listed(names)}. load_adapter does.", stacklevel=3)
+        warnings.warn(f"{what}: {listed(names)}. load_adapter does.", stacklevel=4)
     return folder
 
 
 def load_adapter(
     model: nn.Module,
-    folder_or_repo: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
     *,
     revision: str | None = None,
     check_base: bool = True,
     ignore_fields: Collection[str] = (),
     load_embedding_layers: bool = False,
-    **pulling: Any,
+    **pulling: Unpack[Pulling],
 ) -> InjectionReport:
     """Adapt `model` as the adapter in a folder says and load its tensors, whether this package or PEFT wrote it.
 
@@ -178,7 +206,7 @@ def load_adapter(
     check_none_of_ours(model, Tree.of(model))
     from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
 
-    folder = adapter_folder(folder_or_repo, revision, ignore_fields=ignore_fields, **pulling)
+    folder = adapter_folder(adapter, revision, ignore_fields=ignore_fields, **pulling)
     check_folder(folder)
     config = checked_config(folder, ignore_fields)
     with open_tensors(folder) as file:

@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lightning_lora.engine import LoRAConfig, adapters
 from lightning_lora.engine.bank import USUAL_RANK, Bank, LayerFactors, Store
@@ -28,6 +29,9 @@ from lightning_lora.hub.format.matching import Fit, fit
 from lightning_lora.hub.format.reading import CONFIG, Header, check_folder, open_tensors
 from lightning_lora.hub.format.writing import local_path
 from lightning_lora.hub.store import DiskStore
+
+if TYPE_CHECKING:
+    from lightning_lora.hub.pull import Pulling
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,17 @@ class _Whole:
         return LayerFactors(A, B, 1.0, None, None if self.bias is None or b is None else _less(tensors[self.bias], b))
 
 
+class BankSettings(TypedDict, total=False):
+    """The arguments of AdapterBank that functions which make one pass on to it."""
+
+    max_rank: int
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None
+    dtype: torch.dtype | None
+    host_capacity: int | None
+    disk: str | os.PathLike[str] | None
+
+
 class AdapterBank(Bank):
     """Hundreds of adapters on one base that runs: `with bank.use("legal"): model(...)`, or row by row.
 
@@ -96,7 +111,7 @@ class AdapterBank(Bank):
         *,
         check_base: bool = True,
         ignore_fields: Collection[str] = (),
-        **settings: Any,
+        **settings: Unpack[BankSettings],
     ) -> AdapterBank:
         """A bank with room for what these adapters adapt, at their largest rank, and with all of them in it.
 
@@ -106,7 +121,8 @@ class AdapterBank(Bank):
         named = _named_folders(folders)
         modules, rank = _adapted(model, named, ignore_fields, settings.get("max_rank"))
         targets = "|".join(map(re.escape, modules))  # as a list, "fc" would mean every module that ends so
-        bank = cls(model, min(capacity, len(named)), **{"max_rank": rank, "target_modules": targets, **settings})
+        own: BankSettings = {"max_rank": rank, "target_modules": targets}
+        bank = cls(model, min(capacity, len(named)), **own | settings)
         try:
             for name, folder in named.items():
                 bank.add(name, folder, check_base=check_base, ignore_fields=ignore_fields)
@@ -118,14 +134,14 @@ class AdapterBank(Bank):
     def add(
         self,
         name: str,
-        source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
+        adapter: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
         *,
         revision: str | None = None,
         config: LoRAConfig | None = None,
         replace: bool = False,
         check_base: bool = True,
         ignore_fields: Collection[str] = (),
-        **pulling: Any,
+        **pulling: Unpack[Pulling],
     ) -> None:
         """Add an adapter: a folder in PEFT's format, "user/name" on the Hub (at `revision`; further arguments are those
         of `pull_adapter`), a state dict of PEFT's keys or of `adapter_state_dict` (with its `config`), or a model that
@@ -142,12 +158,12 @@ class AdapterBank(Bank):
         """
         if not replace:
             self.check_new(name)  # before anything is fetched
-        if isinstance(source, nn.Module):
-            factors = self._of_model(source)
-        elif isinstance(source, Mapping):
-            factors = self._of_state_dict(source, config)
+        if isinstance(adapter, nn.Module):
+            factors = self._of_model(adapter)
+        elif isinstance(adapter, Mapping):
+            factors = self._of_state_dict(adapter, config)
         else:
-            factors = self._of_folder(source, revision, check_base, ignore_fields, pulling)
+            factors = self._of_folder(adapter, revision, check_base, ignore_fields, pulling)
         self.put(name, factors, replace=replace)
 
     def _of_folder(
@@ -156,7 +172,7 @@ class AdapterBank(Bank):
         revision: str | None,
         check_base: bool,
         ignore_fields: Collection[str],
-        pulling: dict[str, Any],
+        pulling: Pulling,
     ) -> dict[str, LayerFactors]:
         folder = local_path(source)
         if pulling or revision is not None or not folder.exists():

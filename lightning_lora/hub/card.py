@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
+from lightning_lora.errors import ConfigError, listed
 from lightning_lora.hub.export.consumers import CONSUMERS
 
 BEGIN = "<!-- lightning_lora writes between this mark and the next one anew. Your own text is kept outside. -->"
@@ -38,23 +39,52 @@ _TASKS = {
 }
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What a card can say beyond the adapter itself."""
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the card of an adapter says beside what its files say. All of it is optional."""
 
-    repo_id: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    """Final values, by name: {"val_loss": 0.3}."""
     step: int | None = None
+    """The optimizer steps that were trained."""
     data: str | None = None
-    """What it was trained on, in the user's words; never a local path."""
+    """What it was trained on, in your words; never a local path."""
     datasets: Sequence[str] = ()
     """Their ids on the Hub."""
+    picture: str | os.PathLike[str] | None = None
+    """A PNG of the training curve."""
+    front_matter: Mapping[str, Any] = field(default_factory=dict)
+    """Entries for the top of the card: {"license": "mit", "language": ["en"], "tags": [...]}."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.datasets, str):
+            raise ConfigError(f"datasets of a card are a list of ids on the Hub, not {self.datasets!r}.")
+
+    @staticmethod
+    def of(given: Card | Mapping[str, Any] | None) -> Card:
+        """`given`, which may be a mapping of the fields, as a settings file has it. Raises ConfigError for another."""
+        if isinstance(given, Card):
+            return given
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigError(f"card is a lightning_lora.Card, or a mapping of its fields, not {given!r}.")
+        names = Card.__dataclass_fields__
+        if unknown := [name for name in given or {} if name not in names]:
+            raise ConfigError(
+                f"A card has no field {listed(map(repr, unknown))}: its fields are {listed(names)}. License, language "
+                "and tags go into front_matter."
+            )
+        return Card(**{name: value for name, value in (given or {}).items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts(Card):
+    """A card's facts together with those that are known where it is written."""
+
+    repo_id: str | None = None
     curve: str | None = None
     """The file name of the picture beside the card."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Further rows of the table."""
-    front_matter: Mapping[str, Any] = field(default_factory=dict)
-    """Entries that the user sets: license, language, tags."""
 
 
 def model_card(

@@ -1,4 +1,4 @@
-"""Calls to the Hub that end: each has a deadline, and fails as one of our errors, final or worth another try.
+"""Calls to the Hub that end: each has a time limit, and fails as one of our errors, final or worth another try.
 
 The client of huggingface_hub sets no timeout on whoami, create_repo, uploads and commits, and does not repeat most of
 them: a hung server would hold a run, or a thread and an open file for each call, for as long as it likes.
@@ -44,7 +44,7 @@ from lightning_lora.errors import (
 
 T = TypeVar("T")
 
-DEADLINE = 30.0
+TIMEOUT = 30.0
 """Seconds after which a call without a payload counts as hung."""
 SLOWEST = 250_000
 """Bytes per second below which an upload counts as hung."""

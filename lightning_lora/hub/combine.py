@@ -52,8 +52,8 @@ _ELSEWHERE = {
 
 
 def combine_adapters(
-    sources: Sequence[str | os.PathLike[str]],
-    target_folder: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
     *,
     weights: Sequence[float],
     method: str = "sum",
@@ -63,8 +63,7 @@ def combine_adapters(
     check_base: bool = True,
     ignore_fields: Collection[str] = (),
 ) -> CombineReport:
-    """Combine the adapters `sources` (folders in PEFT's format, or ids on the Hub), each times its weight, into one in
-    `target_folder`.
+    """Combine `adapters` (folders in PEFT's format, or ids on the Hub), each times its weight, into one in `folder`.
 
     Every method works on the updates of the weights, dW = scale * B A, module by module; their definitions are in
     lightning_lora/engine/combine.py. A negative weight takes away what an adapter learned; one with weight 0 is left
@@ -83,29 +82,29 @@ def combine_adapters(
     ConfigError for an argument that cannot be, HubError for what cannot be fetched, CheckpointError where files cannot
     be read or written.
     """
-    weights = _checked_weights(sources, weights)
+    weights = _checked_weights(adapters, weights)
     _check_method(method, rank, density, seed)
-    target = local_path(target_folder)
-    used = [(source, weight) for source, weight in zip(sources, weights) if weight]
+    target = local_path(folder)
+    used = [(source, weight) for source, weight in zip(adapters, weights) if weight]
     folders = [adapter_folder(os.path.expanduser(source), ignore_fields=ignore_fields) for source, _ in used]
-    _check_target(target, [*folders, *map(local_path, sources)])
+    _check_target(target, [*folders, *map(local_path, adapters)])
     names = _names([source for source, _ in used])
-    adapters = {name: parts_of(folder, ignore_fields) for name, folder in zip(names, folders)}
+    parts = {name: parts_of(place, ignore_fields) for name, place in zip(names, folders)}
     weight_of = {name: weight for name, (_, weight) in zip(names, used)}
-    check_combinable(adapters, weight_of)
+    check_combinable(parts, weight_of)
     if check_base:
-        check_bases(adapters)
-    modules = list(dict.fromkeys(module for parts in adapters.values() for module in parts.pairs))
-    _check_rank(rank, modules, adapters)
+        check_bases(parts)
+    modules = list(dict.fromkeys(module for one in parts.values() for module in one.pairs))
+    _check_rank(rank, modules, parts)
 
     generator = torch.Generator().manual_seed(seed)
-    combined = {module: _combined(module, adapters, weight_of, method, rank, density, generator) for module in modules}
-    written = _written(combined, adapters, weight_of, method)
-    first = next(iter(adapters.values()))
+    combined = {module: _combined(module, parts, weight_of, method, rank, density, generator) for module in modules}
+    written = _written(combined, parts, weight_of, method)
+    first = next(iter(parts.values()))
     keys = first.tensor_keys(written.pairs)
     tensors = {key: t for m, pair in written.pairs.items() for key, t in zip(keys[m], (pair.A, pair.B))}
-    tensors |= _whole(adapters, written.pairs)
-    config = _config(adapters, written)
+    tensors |= _whole(parts, written.pairs)
+    config = _config(parts, written)
     settings = {"rank": rank, "density": density, "seed": seed if method.startswith("dare") else None}
     how = ", ".join([method, *(f"{key} {value:g}" for key, value in settings.items() if value is not None)])
     report = CombineReport(
@@ -117,8 +116,8 @@ def combine_adapters(
         notes=tuple(_notes(first, config)),
     )
     # The name of the base inside the model that was trained, where it was the same in all.
-    module = _common([parts.note.get("module") or "" for parts in adapters.values()]) or ""
-    note = _note(adapters, module, report)
+    module = _common([one.note.get("module") or "" for one in parts.values()]) or ""
+    note = _note(parts, module, report)
     card = _card(config, report, module, sum(t.numel() for t in tensors.values()))
     write_adapter(target, config, tensors, note, card)
     return report

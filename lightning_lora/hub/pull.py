@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
@@ -48,6 +48,18 @@ class Pulled:
     """Name -> bytes."""
     fetched: bool
     """Whether anything came over the network, and not from the cache."""
+
+
+class Pulling(TypedDict, total=False):
+    """The arguments of `pull_adapter` that functions which may pull an adapter pass on to it."""
+
+    subfolder: str | None
+    token: str | bool | None
+    endpoint: str | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+    max_bytes: int
+    timeout: float
 
 
 def pull_adapter(
@@ -150,12 +162,12 @@ def pull(
     return Pulled(folder, repo_id, found.commit, found.files, found.fetched)
 
 
-def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
+def adapter_folder(adapter: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
     """A folder that exists as it is; what looks like an id on the Hub ("user/name", "user/name@revision") or its
     address is pulled with the `options` of `pull_adapter`. Returns it, or the `subfolder` in it."""
-    if hub_address(folder_or_repo) is not None:
-        return pull_adapter(os.fspath(folder_or_repo), revision, **options)
-    folder = local_path(folder_or_repo)
+    if hub_address(adapter) is not None:
+        return pull_adapter(os.fspath(adapter), revision, **options)
+    folder = local_path(adapter)
     if folder.exists():
         inside = options.get("subfolder") or ""
         if inside and not _is_path(inside):
@@ -163,12 +175,12 @@ def adapter_folder(folder_or_repo: str | os.PathLike[str], revision: str | None 
         if revision is not None:
             raise ConfigError(f"{str(folder)!r} is a folder here, which has no revision {revision!r}. Leave it out.")
         return folder / inside
-    if not isinstance(folder_or_repo, str) or not _ID.fullmatch(folder_or_repo.partition("@")[0]):
+    if not isinstance(adapter, str) or not _ID.fullmatch(adapter.partition("@")[0]):
         return folder
     try:
-        return pull_adapter(folder_or_repo, revision, **options)
+        return pull_adapter(adapter, revision, **options)
     except (HubNotFoundError, HubUnavailableError) as error:
-        raise type(error)(f"There is no folder {folder_or_repo!r} here, nor can it be pulled: {error}") from error
+        raise type(error)(f"There is no folder {adapter!r} here, nor can it be pulled: {error}") from error
 
 
 def _addressed(repo_id: str, revision: str | None, subfolder: str | None) -> tuple[str, str | None, str | None]:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import Unpack
 
 from lightning_lora.errors import ConfigError, DataError
-from lightning_lora.hub.bank import AdapterBank
+from lightning_lora.hub.bank import AdapterBank, BankSettings
+
+
+class FolderSettings(BankSettings, total=False):
+    """Those of `AdapterBank.from_folders`."""
+
+    capacity: int
+    check_base: bool
+    ignore_fields: Collection[str]
 
 
 class AdapterColumn(pl.Callback):
@@ -28,7 +37,7 @@ class AdapterColumn(pl.Callback):
         self,
         adapters: AdapterBank | Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str],
         column: str = "adapter",
-        **settings: Any,
+        **settings: Unpack[FolderSettings],
     ) -> None:
         if isinstance(adapters, AdapterBank) and settings:
             raise ConfigError(f"{sorted(settings)} are settings of a bank, and AdapterColumn was given a bank.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 from lightning_lora.checked import flag, number, one_of
 from lightning_lora.errors import ConfigError
+from lightning_lora.hub.card import Card
 from lightning_lora.hub.push.repository import Destination
 
 
@@ -21,21 +23,19 @@ class HubPush(Destination):
     """Tag each commit with its step: "step-120"."""
     push_checkpoints: bool = False
     """Push the training checkpoint too, so that ckpt_path="hf://user/name@revision" resumes from it."""
-    wait: float = 60.0
+    timeout_at_end: float = 60.0
     """Seconds that the end of a run waits, at most, for pushes, and a second more for each megabyte of them; after an
     exception or a signal 20 at most."""
-    data: str | None = None
-    """What it was trained on, for the card."""
-    datasets: tuple[str, ...] = ()
-    """Their ids on the Hub, for the card."""
-    card: dict[str, Any] = field(default_factory=dict)
-    """Entries for the front matter of the card: license, language, tags."""
+    card: Card | Mapping[str, Any] = field(default_factory=Card)
+    """What the cards say beside what the run knows by itself: `Card(data="...", front_matter={"license": "mit"})`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("every", self.every, ("checkpoint", "best", "end"))
-        number("wait", self.wait, least=0, unit="seconds")
+        number("timeout_at_end", self.timeout_at_end, least=0, unit="seconds")
         for name in ("tag_checkpoints", "push_checkpoints"):
             flag(name, getattr(self, name))
-        if isinstance(self.datasets, str):
-            raise ConfigError(f"datasets is {self.datasets!r}; give a list of ids.")
+        card = Card.of(self.card)
+        object.__setattr__(self, "card", card)
+        if card.metrics or card.step is not None or card.picture is not None:
+            raise ConfigError("metrics, step and picture of a card are those of the run: leave them out of HubPush.")

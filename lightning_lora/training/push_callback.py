@@ -15,13 +15,10 @@ from lightning_lora.training.pushing import Pushing
 class PushCallback(Callback):
     """Pushes as `LoRACallback(push=HubPush(repo_id, **settings))` does; does nothing where `repo_id` is None.
 
-    It goes after the LoRACallback whose adapters it pushes. It takes no token, which would get into the files of a run:
-    set HF_TOKEN, or log in with `hf auth login`.
+    It goes after the LoRACallback whose adapters it pushes.
     """
 
     def __init__(self, repo_id: str | None = None, **settings: Any) -> None:
-        if "token" in settings:
-            raise ConfigError("A token in the settings would be written into the run's files: set HF_TOKEN instead.")
         self._pushing = None if repo_id is None else Pushing(HubPush(repo_id, **settings))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -38,9 +35,8 @@ class PushCallback(Callback):
 
 
 def _signature() -> inspect.Signature:
-    """HubPush's own, without the token and with a repo_id that may be left out: what a settings file may say."""
+    """HubPush's own, with a repo_id that may be left out: what a settings file may say."""
     parameters = dict(inspect.signature(HubPush, eval_str=True).parameters)
-    del parameters["token"]
     first = parameters["repo_id"]
     parameters["repo_id"] = first.replace(annotation=str | None, default=None)
     return inspect.Signature(list(parameters.values()))

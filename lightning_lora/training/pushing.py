@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_lora.errors import ConfigError, HubError, LightningLoRAError
-from lightning_lora.hub.card import RunFacts, base_id
+from lightning_lora.hub.card import Card, RunFacts, base_id
 from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS
 from lightning_lora.hub.push.background import BackgroundPusher, Job
 from lightning_lora.hub.push.commit import in_words, stage_model
@@ -174,7 +174,8 @@ class Pushing:
         )
 
     def _facts(self, trainer: Trainer, metrics: Mapping[str, float], step: int | None = None) -> RunFacts:
-        data, datasets = self.settings.data, list(self.settings.datasets)
+        given = Card.of(self.settings.card)
+        data, datasets = given.data, list(given.datasets)
         path = base_id(getattr(getattr(trainer.datamodule, "source", None), "path", None))  # type: ignore[attr-defined]
         if not datasets and path and not os.path.splitext(path)[1]:
             datasets = [path]
@@ -190,7 +191,7 @@ class Pushing:
             data=data or (datasets[0] if datasets else None),
             datasets=datasets,
             notes=notes,
-            front_matter=self.settings.card,
+            front_matter=given.front_matter,
         )
 
     # At the end.
@@ -211,7 +212,7 @@ class Pushing:
             if self._held is not None:
                 self._held.staged.discard()
         if queue is not None:
-            self._end(queue, self.settings.wait + queue.size / 1e6, _soon_after_sigterm(trainer))
+            self._end(queue, self.settings.timeout_at_end + queue.size / 1e6, _soon_after_sigterm(trainer))
 
     def _final_job(self, trainer: Trainer, staged: Staged) -> Job:
         """The last checkpoint's, where the run ended with its values; else callbacks have changed them when training
@@ -235,7 +236,7 @@ class Pushing:
             return
         if self._held is not None:
             queue.put(self._held)
-        self._end(queue, min(self.settings.wait, WAIT_ON_EXCEPTION))
+        self._end(queue, min(self.settings.timeout_at_end, WAIT_ON_EXCEPTION))
 
     def _end(self, queue: BackgroundPusher, seconds: float, stop: Callable[[], bool] = lambda: False) -> None:
         self._queue = self._held = None

@@ -36,7 +36,8 @@ from lightning_lora.engine.tree import submodule
 from lightning_lora.engine.weights import whole
 from lightning_lora.errors import TrainingError, listed
 from lightning_lora.files import remove_folder
-from lightning_lora.hub import adapter_root, save_adapter
+from lightning_lora.hub import adapter_root
+from lightning_lora.hub.adapters import save_tensors
 from lightning_lora.training.calibrate import start_waiting
 from lightning_lora.training.checkpoint import (
     LEFT_OUT,
@@ -208,14 +209,14 @@ class AdapterStrategy(_Host):
         if folder is not None:
             # A run that is killed between the two leaves the folder of an earlier step beside this checkpoint.
             of = {"step": str(checkpoint["global_step"]), "epoch": str(checkpoint["epoch"])}
-            save_adapter(module, folder, tensors=checkpoint["state_dict"], known_base=known, metadata=of)
+            save_tensors(module, folder, checkpoint["state_dict"], known, metadata=of)
         elif self.lora.save_adapter:
             rank_zero_warn(f"No adapter folder was written beside {path}: it is not a local file.")
         if self.lora.push is not None:
             self.lora.push.on_checkpoint_saved(module, path, folder, checkpoint["state_dict"])
 
     def final_adapter(self) -> dict[str, Any]:
-        """What `save_adapter` needs to write the adapter that `trainer.save_checkpoint` would hold now: `tensors` and
+        """What `save_tensors` needs to write the adapter that `trainer.save_checkpoint` would hold now: `tensors` and
         `known_base`. Called in every process: of sharded weights each has a part."""
         module = self.lightning_module
         assert module is not None

@@ -14,7 +14,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 def test_a_finished_run_is_pushed_with_its_metrics_and_its_picture(cli, hub: HubServer) -> None:
     assert cli.train() == 0
     adapter, loss = cli.folder / "adapter", cli.results["after"]["val_loss"]
-    assert cli("push", f"adapter={adapter}", "repo_id=user/a", "tag=v1", "card={license: mit}") == 0, cli.err
+    assert cli("push", f"adapter={adapter}", "repo_id=user/a", "tag=v1", "card.front_matter={license: mit}") == 0, (
+        cli.err
+    )
     commit = hub.commits("user/a")[0].oid
     assert commit in cli.out
     assert hub.repo("user/a").private

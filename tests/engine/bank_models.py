@@ -45,9 +45,9 @@ class Small(nn.Module):
         return self.second(self.first(x).tanh())
 
 
-def served(model: nn.Module, *settings: Any, **options: Any) -> Bank:
+def served(model: nn.Module, capacity: int = 64, max_rank: int = 16, **options: Any) -> Bank:
     """Of both layers: "all-linear" would take the last for the head."""
-    return Bank(model, *settings, target_modules=["first", "second"], **options)
+    return Bank(model, capacity, max_rank=max_rank, target_modules=["first", "second"], **options)
 
 
 def small(count: int) -> tuple[nn.Module, dict[str, Mapping[str, LayerFactors]], dict[str, nn.Module]]:

@@ -53,7 +53,7 @@ def variants(case: Case, count: int) -> dict[str, nn.Module]:
 
 def bank_of(model: nn.Module, case: Case, capacity: int = 8, **settings: object) -> Bank:
     config = case.lora_config()
-    return Bank(model.eval(), capacity, MOST, target_modules=config.target_modules, **settings)
+    return Bank(model.eval(), capacity, max_rank=MOST, target_modules=config.target_modules, **settings)
 
 
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
@@ -157,7 +157,7 @@ def test_any_number_of_positions_gets_the_closed_form(dtype: torch.dtype, rows: 
     generator = torch.Generator().manual_seed(0)
     layer = nn.Sequential(nn.Linear(6, 5, bias=False)).to(dtype).eval()
     W = Rounded.of(layer[0].weight, dtype)
-    bank = Bank(layer, 4, 3)
+    bank = Bank(layer, 4, max_rank=3)
     factors = {}
     for i in range(3):
         A, B = (torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 6), (5, 3)))

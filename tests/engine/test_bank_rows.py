@@ -25,7 +25,7 @@ def no_gradients() -> Iterator[None]:
 
 def bank_on(model: nn.Module, targets: list[str], count: int = 3) -> Bank:
     """With adapters "a", "b", ... on every layer that is targeted, far from each other."""
-    bank = Bank(model.eval(), count, 2, target_modules=targets)
+    bank = Bank(model.eval(), count, max_rank=2, target_modules=targets)
     for i in range(count):
         shapes = {name: cell.geometry.shapes(cell.module, 2) for name, cell in bank._cells.items()}
         factors = {n: LayerFactors(torch.randn(A), torch.randn(B), 2.0**i) for n, (A, B) in shapes.items()}

@@ -495,7 +495,7 @@ def test_a_slot_holds_what_was_put_whether_its_layers_come_in_whole_blocks_or_no
     factors: dict[str, LayerFactors], max_rank: int, dtype: torch.dtype
 ) -> None:
     base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(4, 6))
-    bank = Bank(base, 2, max_rank, target_modules=r"\d", dtype=dtype)
+    bank = Bank(base, 2, max_rank=max_rank, target_modules=r"\d", dtype=dtype)
     bank.put("before", _layers())
     bank.put("x", factors)
     for name, cell in bank._cells.items():

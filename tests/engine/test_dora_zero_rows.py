@@ -127,7 +127,7 @@ def test_a_bank_serves_it_and_files_bring_it_back():
     assert model(x).equal(expected)
     remove(model)
     bare = copy.deepcopy(model)
-    bank = Bank(model, 2, 4, target_modules=["layer"])
+    bank = Bank(model, 2, max_rank=4, target_modules=["layer"])
     A, B, m = (saved[f"layer.{name}"] for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
     bank.put("it", {"layer": LayerFactors(A, B, 1.0, m)})
     bank.put("fresh", {"layer": LayerFactors(A, torch.zeros_like(B), 1.0, m)})

@@ -77,7 +77,7 @@ def test_a_state_dict_of_such_numbers_is_refused(case: str, dtype: torch.dtype):
 def test_a_bank_takes_none(case: str, dtype: torch.dtype):
     model, values = Base(dtype), {f"fc.lora_{f}": torch.randn(s) for f, s in (("A", (2, 6)), ("B", (5, 2)))}
     for slots in (None, torch.float32):
-        bank = Bank(model, 2, 4, target_modules=["fc"], dtype=slots)
+        bank = Bank(model, 2, max_rank=4, target_modules=["fc"], dtype=slots)
         bank.put("sane", {"fc": LayerFactors(values["fc.lora_A"], values["fc.lora_B"], 4.0)})
         wrong = {name: t.clone() for name, t in values.items()}
         TOO_LARGE[case](wrong, dtype)

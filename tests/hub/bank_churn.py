@@ -95,7 +95,12 @@ class Churn:
             self.factors[f"a{seed}"], alone = random_adapter(self.base, seed)
             self.exact[f"a{seed}"] = alone(self.inputs)
         self.bank = AdapterBank(
-            self.base, capacity, max(RANKS), target_modules=list(LAYERS), host_capacity=host_capacity, disk=disk
+            self.base,
+            capacity,
+            max_rank=max(RANKS),
+            target_modules=list(LAYERS),
+            host_capacity=host_capacity,
+            disk=disk,
         )
         for name, values in self.factors.items():
             self.bank.put(name, values)

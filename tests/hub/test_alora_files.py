@@ -50,7 +50,7 @@ def test_what_would_make_it_act_everywhere_refuses_it(tmp_path: Path) -> None:
     folder = save_adapter(model, tmp_path / "ours")
     assert "activated LoRA, by the tokens [5, 6]" in (folder / "README.md").read_text()
     with pytest.raises(AdapterFormatError, match="would act everywhere once it is rewritten"):
-        export_adapter(folder, tmp_path / "out", "vllm")
+        export_adapter(folder, tmp_path / "out", consumer="vllm")
     bank = AdapterBank(base, target_modules=["q_proj"])
     with pytest.raises(AdapterFormatError, match="a bank's adapters act everywhere"):
         bank.add("one", folder)

@@ -143,7 +143,7 @@ def test_a_start_that_is_left_out_is_served_as_further_ranks(tmp_path):
     model.fc.lora_names += ("lora_A0", "lora_B0")
     shake(model)
     base, _ = build("linears")
-    bank = AdapterBank(base, 2, 4, target_modules=["fc"])
+    bank = AdapterBank(base, 2, max_rank=4, target_modules=["fc"])
     bank.add("started", model)
     with bank.use("started"):
         torch.testing.assert_close(output(base, x), output(model.eval(), x), **CLOSE)
@@ -175,7 +175,7 @@ def test_torchs_own_transformer_is_served_from_a_folder_a_state_dict_and_a_model
             save_adapter(trained, tmp_path / str(i))
             model = network()
             plain = computed(model)
-            bank = AdapterBank(model, 3, 4, target_modules=["linear1", "linear2"])
+            bank = AdapterBank(model, 3, max_rank=4, target_modules=["linear1", "linear2"])
             bank.add("folder", tmp_path / str(i))
             bank.add("model", trained)
             bank.add("state dict", adapter_state_dict(trained), config=config)
@@ -195,7 +195,7 @@ def test_torchs_own_transformer_is_served_from_a_folder_a_state_dict_and_a_model
 
 def test_what_a_bank_does_not_serve_is_refused_by_name(tmp_path):
     model, _ = build("linears")
-    bank = AdapterBank(model, 2, 4)
+    bank = AdapterBank(model, 2, max_rank=4)
     for i, (fields, what) in enumerate(
         (
             ({"bias": "all"}, r"bias.*A bank serves low-rank updates"),
@@ -224,7 +224,7 @@ def test_tokens_and_parameters_beside_a_weight_are_refused_too(tmp_path, kind, f
     shake(trained)
     save_adapter(trained, tmp_path / "a")
     model, _ = build(kind)
-    bank = AdapterBank(model, 2, 4, target_modules=["fc", "head"] if kind == "linears" else ["fc"])
+    bank = AdapterBank(model, 2, max_rank=4, target_modules=["fc", "head"] if kind == "linears" else ["fc"])
     for source in (tmp_path / "a", trained):
         with pytest.raises(AdapterFormatError, match=f"{what}.*A bank serves low-rank updates of its layers"):
             bank.add("x", source)
@@ -246,7 +246,7 @@ def test_adapters_without_a_low_rank_update_make_no_bank(tmp_path):
 def test_a_file_that_does_not_fit_is_refused(tmp_path):
     ours(tmp_path / "a")
     model, _ = build("linears")
-    bank = AdapterBank(model, 2, 4)
+    bank = AdapterBank(model, 2, max_rank=4)
     torch.manual_seed(5)
     other = Linears()
     inject(other, LoRAConfig(rank=2, target_modules=["fc"]))
@@ -320,7 +320,7 @@ def test_adapters_beyond_memory_lie_on_disk_and_come_back(tmp_path):
 def test_a_disk_that_fails_loses_no_adapter(tmp_path):
     alone = {f"a{i}": ours(tmp_path / "in" / f"a{i}", seed=i) for i in range(3)}
     model, x = build("linears")
-    bank = AdapterBank(model, 2, 2, host_capacity=0, disk=tmp_path / "out", target_modules=["fc"])
+    bank = AdapterBank(model, 2, max_rank=2, host_capacity=0, disk=tmp_path / "out", target_modules=["fc"])
     bank.add("a0", tmp_path / "in" / "a0")
     bank.add("a1", tmp_path / "in" / "a1")
     (folder,) = (tmp_path / "out").iterdir()

@@ -69,7 +69,7 @@ def rows_of(patches_a_position: int) -> list[int]:
 def test_images_of_unequal_number_and_size_get_the_adapter_of_their_row():
     base, batch = model(), inputs()
     layers = [name for name, module in base.named_modules() if isinstance(module, nn.Linear | nn.Conv3d)]
-    bank = Bank(base, 2, 2, target_modules="|".join(map(re.escape, layers)))
+    bank = Bank(base, 2, max_rank=2, target_modules="|".join(map(re.escape, layers)))
     torch.manual_seed(2)
     for name in "ab":
         shapes = {layer: cell.geometry.shapes(cell.module, 2) for layer, cell in bank._cells.items()}

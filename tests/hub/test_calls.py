@@ -70,7 +70,7 @@ def test_calls_to_a_hub_that_hangs_end_with_their_threads_and_connections(
 ) -> None:
     hub.create_repo(REPO, files={"README.md": b"a card that is long enough to drip on " * 99})
     hub.fail(kind, times=999, seconds=seconds)
-    repository = HubRepository(Destination(REPO, deadline=0.1, endpoint=hub.endpoint, token=hub.token))
+    repository = HubRepository(Destination(REPO, timeout=0.1, endpoint=hub.endpoint), hub.token)
     before, open_before = len(ours()), connections()
     for _ in range(12):
         with pytest.raises(HubUnavailableError, match=r"did not answer within|still hang|is over"):
@@ -96,7 +96,7 @@ def test_what_ends_in_no_way_is_bounded_in_number(monkeypatch: pytest.MonkeyPatc
 
 
 def test_requests_of_others_keep_the_timeouts_that_they_have(hub: HubServer) -> None:
-    HubRepository(Destination(REPO, endpoint=hub.endpoint, token=hub.token)).call("asking", time.monotonic)
+    HubRepository(Destination(REPO, endpoint=hub.endpoint), hub.token).call("asking", time.monotonic)
     seen: list[Any] = []
     session = get_session()
     session.event_hooks["request"].append(lambda request: seen.append(dict(request.extensions["timeout"])))
@@ -130,7 +130,7 @@ def test_a_hub_that_refuses_commits_leaves_few_copies(
     model = nn.Sequential(nn.Linear(4, 4))
     inject(model, LoRAConfig(rank=2, target_modules=["0"]))
     folder = save_adapter(model, tmp_path / "adapter")
-    repository = HubRepository(Destination(REPO, endpoint=hub.endpoint, token=hub.token))
+    repository = HubRepository(Destination(REPO, endpoint=hub.endpoint), hub.token)
     repository.check()
     hub.fail(status, path="/commit/", times=999)
     pusher = BackgroundPusher(repository)

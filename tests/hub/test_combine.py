@@ -245,7 +245,7 @@ def test_ranks_are_padded_to_one_unless_an_adapter_has_several(tmp_path):
         "fc": (2, 3),
     }
     # With one rank and one alpha, what vLLM and LoRAX compute is right as it is.
-    exported = export_adapter(tmp_path / "out", tmp_path / "vllm", "vllm")
+    exported = export_adapter(tmp_path / "out", tmp_path / "vllm", consumer="vllm")
     assert exported.largest_error == 0
     _, _, folders, _ = pair("llama", tmp_path / "several")
     report = combine_adapters(folders, tmp_path / "out", weights=[1, 1])
@@ -458,7 +458,7 @@ def test_dora_is_refused_with_the_way_around_it(tmp_path):
     peft_folder(model, tmp_path / "dora", target_modules=["fc"], use_dora=True)
     with pytest.raises(AdapterFormatError, match=r"dora: DoRA rescales .* lightning-lora export"):
         combine_adapters([folders[0], tmp_path / "dora"], tmp_path / "out", weights=[1, 1])
-    export_adapter(tmp_path / "dora", tmp_path / "plain", "vllm", base=model, tolerance=0.5)
+    export_adapter(tmp_path / "dora", tmp_path / "plain", consumer="vllm", base=model, tolerance=0.5)
     combine_adapters([folders[0], tmp_path / "plain"], tmp_path / "out", weights=[1, 1])
 
 

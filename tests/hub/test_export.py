@@ -63,7 +63,7 @@ def served(model, folder, consumer, x):
 def test_an_exported_adapter_computes_there_what_the_original_does_in_peft(consumer, case, tmp_path):
     base, x = build("llama")
     wanted = output(peft_folder(base, tmp_path / "a", **CASES[case]), x)
-    report = export_adapter(tmp_path / "a", tmp_path / "b", consumer, base=base)
+    report = export_adapter(tmp_path / "a", tmp_path / "b", consumer=consumer, base=base)
     for got in served(base, tmp_path / "b", consumer, x) if consumer != "peft" else []:
         torch.testing.assert_close(got, wanted, **CLOSE)
     torch.testing.assert_close(output(by_peft(base, tmp_path / "b"), x), wanted, **CLOSE)
@@ -101,20 +101,20 @@ def test_an_adapted_embedding_is_exported(consumer, tmp_path):
     base, x = build("llama")
     fields = {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"embed_tokens": 3}, "use_rslora": True}
     wanted = output(peft_folder(base, tmp_path / "a", **fields), x)
-    export_adapter(tmp_path / "a", tmp_path / "b", consumer, base=base)
+    export_adapter(tmp_path / "a", tmp_path / "b", consumer=consumer, base=base)
     for got in served(base, tmp_path / "b", consumer, x):
         torch.testing.assert_close(got, wanted, **CLOSE)
     with pytest.raises(AdapterFormatError, match="LoRAX would silently leave out the embeddings"):
-        export_adapter(tmp_path / "a", tmp_path / "c", "lorax")
+        export_adapter(tmp_path / "a", tmp_path / "c", consumer="lorax")
 
 
 def test_transposed_layers_are_exported_where_the_consumer_has_them(tmp_path):
     base, x = build("gpt2")
     wanted = output(peft_folder(base, tmp_path / "a", target_modules=["c_attn"], fan_in_fan_out=True, r=3), x)
-    export_adapter(tmp_path / "a", tmp_path / "b", "lorax")
+    export_adapter(tmp_path / "a", tmp_path / "b", consumer="lorax")
     torch.testing.assert_close(served(base, tmp_path / "b", "lorax", x)[0], wanted, **CLOSE)
     with pytest.raises(AdapterFormatError, match="Conv1D"):
-        export_adapter(tmp_path / "a", tmp_path / "c", "llama.cpp")
+        export_adapter(tmp_path / "a", tmp_path / "c", consumer="llama.cpp")
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
@@ -123,7 +123,7 @@ def test_an_adapter_of_this_package_is_exported(consumer, tmp_path):
     model, _ = build("llama")
     inject(model, LoRAConfig(rank=4, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3}, use_rslora=True))
     shake(model)
-    export_adapter(save_adapter(model, tmp_path / "a"), tmp_path / "b", consumer)
+    export_adapter(save_adapter(model, tmp_path / "a"), tmp_path / "b", consumer=consumer)
     for got in served(base, tmp_path / "b", consumer, x) if consumer != "peft" else []:
         torch.testing.assert_close(got, output(model, x), **CLOSE)
     load_adapter(base, tmp_path / "b")  # with the fingerprint of its base, which is checked
@@ -137,7 +137,7 @@ def test_one_scale_needs_no_new_numbers(tmp_path):
     base, _ = build("llama")
     peft_folder(base, tmp_path / "a", target_modules=QV, r=3, lora_alpha=7, use_rslora=True)
     edit_tensors(tmp_path / "a", lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
-    report = export_adapter(tmp_path / "a", tmp_path / "b", "vllm")
+    report = export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm")
     before, after = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
     assert before.keys() == after.keys()
     assert all(after[k].dtype == torch.bfloat16 and torch.equal(after[k], before[k]) for k in after)
@@ -150,17 +150,17 @@ def test_scales_apart_by_a_power_of_two_cost_bfloat16_nothing_and_others_say_wha
     for alpha, most in ((4, 0), (3, 2**-8)):
         peft_folder(base, tmp_path / "a", target_modules=QV, r=4, lora_alpha=8, alpha_pattern={"q_proj": alpha})
         edit_tensors(tmp_path / "a", lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
-        report = export_adapter(tmp_path / "a", tmp_path / "b", "vllm")
+        report = export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm")
         assert report.largest_error <= most
         exact, got = vllm_of_peft(tmp_path / "a"), vllm(tmp_path / "b")
         errors = {name: float((got[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
         for name, module in report.modules.items():
             assert module.error == pytest.approx(errors[name], abs=1e-12)
-        wide = export_adapter(tmp_path / "a", tmp_path / "c", "vllm", dtype="float32")
+        wide = export_adapter(tmp_path / "a", tmp_path / "c", consumer="vllm", dtype="float32")
         assert wide.largest_error < 1e-7
         assert all(t.dtype == torch.float32 for t in tensors_of(tmp_path / "c").values())
     with pytest.raises(AdapterFormatError, match=r"rounding changes .* more than tolerance=0.0001"):
-        export_adapter(tmp_path / "a", tmp_path / "d", "vllm", tolerance=1e-4)
+        export_adapter(tmp_path / "a", tmp_path / "d", consumer="vllm", tolerance=1e-4)
 
 
 def vllm_of_peft(folder):
@@ -185,8 +185,8 @@ def test_a_scale_that_overflows_half_precision_is_refused(tmp_path):
     )
     edit_config(tmp_path / "a", alpha_pattern={"layers.0.self_attn.q_proj": 5})
     with pytest.raises(AdapterFormatError, match=r"too large for .*dtype='float32'"):
-        export_adapter(tmp_path / "a", tmp_path / "b", "vllm")
-    export_adapter(tmp_path / "a", tmp_path / "b", "vllm", dtype="float32")
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm")
+    export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm", dtype="float32")
 
 
 # DoRA.
@@ -200,13 +200,13 @@ def test_dora_becomes_a_plain_pair_with_the_error_that_is_stated(kind, tmp_path)
     adapted = peft_folder(base, tmp_path / "a", **fields)
     wanted = output(adapted, x)
     # At full rank nothing is lost but rounding.
-    report = export_adapter(tmp_path / "a", tmp_path / "b", "vllm", base=base, tolerance=1e-6)
+    report = export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm", base=base, tolerance=1e-6)
     assert report.error < 1e-6
     for got in served(base, tmp_path / "b", "vllm", x):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output(by_peft(base, tmp_path / "b"), x), wanted, rtol=1e-4, atol=1e-4)
     # At a lower one, what is lost is what the report says, by PEFT's own merged weights.
-    report = export_adapter(tmp_path / "a", tmp_path / "c", "vllm", base=base, rank=4, tolerance=10)
+    report = export_adapter(tmp_path / "a", tmp_path / "c", consumer="vllm", base=base, rank=4, tolerance=10)
     merged = adapted.merge_and_unload()
     for name, update in vllm(tmp_path / "c").items():
         W = base.get_submodule(name).weight.detach().double()
@@ -228,7 +228,7 @@ def test_the_base_of_a_dora_adapter_can_be_its_files(tmp_path):
     assert (tmp_path / "parts" / "model.safetensors.index.json").is_file()
     base.model.save_pretrained(tmp_path / "bare")  # names without "model."
     for source in (tmp_path / "whole", tmp_path / "parts", tmp_path / "bare", tmp_path / "whole" / "model.safetensors"):
-        export_adapter(tmp_path / "a", tmp_path / "b", "vllm", base=source, tolerance=1e-6)
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm", base=source, tolerance=1e-6)
         torch.testing.assert_close(served(base, tmp_path / "b", "vllm", x)[0], wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -236,19 +236,19 @@ def test_dora_that_a_low_rank_cannot_follow_is_refused_with_the_number(tmp_path)
     base, _ = build("llama")
     peft_folder(base, tmp_path / "a", target_modules=QV, use_dora=True)
     with pytest.raises(AdapterFormatError, match=r"no DoRA.*pass base="):
-        export_adapter(tmp_path / "a", tmp_path / "b", "vllm")
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm")
     with pytest.raises(AdapterFormatError, match=r"at rank 3 0\.\d+ of .* takes at most 3 here.*merge"):
-        export_adapter(tmp_path / "a", tmp_path / "b", "vllm", base=base, max_rank=3)
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm", base=base, max_rank=3)
     other, _ = build("gpt2")
     with pytest.raises(AdapterFormatError, match=r"has no weight 'model\.layers\.0"):
-        export_adapter(tmp_path / "a", tmp_path / "b", "vllm", base=other)
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm", base=other)
     assert not (tmp_path / "b").exists()
 
 
 def test_peft_keeps_dora_as_it_is(tmp_path):
     base, x = build("llama")
     wanted = output(peft_folder(base, tmp_path / "a", target_modules=QV, use_dora=True), x)
-    export_adapter(tmp_path / "a", tmp_path / "b", "peft")
+    export_adapter(tmp_path / "a", tmp_path / "b", consumer="peft")
     assert torch.equal(output(by_peft(base, tmp_path / "b"), x), wanted)
 
 
@@ -262,12 +262,12 @@ def test_overlapping_patterns_that_peft_reordered_load_again(tmp_path):
     with pytest.raises(RuntimeError, match="size mismatch"):
         by_peft(base, tmp_path / "a")
     for consumer in ("peft", "vllm"):
-        export_adapter(tmp_path / "a", tmp_path / consumer, consumer)
+        export_adapter(tmp_path / "a", tmp_path / consumer, consumer=consumer)
         torch.testing.assert_close(output(by_peft(base, tmp_path / consumer), x), wanted, **CLOSE)
     alphas = {"self_attn.q_proj": 4, ".*proj": 3}
     peft_folder(base, tmp_path / "c", target_modules=QV, rank_pattern=patterns, alpha_pattern=alphas)
     with pytest.raises(AdapterFormatError, match=r"alpha_pattern .*by hand"):
-        export_adapter(tmp_path / "c", tmp_path / "d", "peft")
+        export_adapter(tmp_path / "c", tmp_path / "d", consumer="peft")
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
@@ -277,7 +277,7 @@ def test_keys_that_carry_the_adapters_name_are_cleaned(consumer, tmp_path):
     keys = set(tensors_of(tmp_path / "a"))
     rename = lambda k: k.replace(".weight", ".default.weight")  # noqa: E731
     edit_tensors(tmp_path / "a", lambda t: [t.update({rename(k): t.pop(k)}) for k in list(t)])
-    report = export_adapter(tmp_path / "a", tmp_path / "b", consumer)
+    report = export_adapter(tmp_path / "a", tmp_path / "b", consumer=consumer)
     assert set(tensors_of(tmp_path / "b")) == keys
     assert "8 without the adapter's name" in str(report)
     torch.testing.assert_close(output(by_peft(base, tmp_path / "b"), x), wanted, **CLOSE)
@@ -291,27 +291,27 @@ def test_weights_of_the_base_are_left_out_only_where_they_are_the_bases(tmp_path
     save = {"save_embedding_layers": True}
     wanted = output(peft_folder(base, tmp_path / "a", save=save, target_modules=QV), x)
     with pytest.raises(AdapterFormatError, match=r"pass base= so that it can be compared"):
-        export_adapter(tmp_path / "a", tmp_path / "b", "vllm")
-    report = export_adapter(tmp_path / "a", tmp_path / "b", "vllm", base=base)
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm")
+    report = export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm", base=base)
     assert "left out" in str(report)
     torch.testing.assert_close(served(base, tmp_path / "b", "vllm", x)[0], wanted, **CLOSE)
     other, _ = build("llama")
     with torch.no_grad():
         other.model.embed_tokens.weight.add_(1)
     with pytest.raises(AdapterFormatError, match=r"embed_tokens\.weight of its own"):
-        export_adapter(tmp_path / "a", tmp_path / "c", "vllm", base=other)
+        export_adapter(tmp_path / "a", tmp_path / "c", consumer="vllm", base=other)
 
 
 def test_vllm_gets_the_head_of_a_classifier_and_the_others_refuse_it(tmp_path):
     base, x = build("classifier")
     fields = {"target_modules": ["query"], "task_type": "SEQ_CLS", "alpha_pattern": {"layer.0.*query": 3}}
     wanted = output(peft_folder(base, tmp_path / "a", **fields), x)
-    export_adapter(tmp_path / "a", tmp_path / "b", "vllm")
+    export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm")
     assert config_of(tmp_path / "b")["modules_to_save"] == ["classifier"]
     torch.testing.assert_close(output(by_peft(base, tmp_path / "b"), x), wanted, **CLOSE)
     for consumer in ("lorax", "llama.cpp"):
         with pytest.raises(AdapterFormatError, match=r"takes no modules that were trained whole .*classifier.*merge"):
-            export_adapter(tmp_path / "a", tmp_path / "c", consumer)
+            export_adapter(tmp_path / "a", tmp_path / "c", consumer=consumer)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -322,39 +322,41 @@ def test_llama_cpp_gets_a_head_or_an_embedding_only_where_the_base_is_known_to_h
     peft_folder(apart, tmp_path / "a", target_modules=[target, "q_proj"])
     for base in (tied, tmp_path / "tied"):
         with pytest.raises(AdapterFormatError, match=rf"share one weight, which llama.cpp .*{target}.*: merge"):
-            export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp", base=base)
+            export_adapter(tmp_path / "a", tmp_path / "b", consumer="llama.cpp", base=base)
     with pytest.raises(AdapterFormatError, match=r"may share one weight.*pass base="):
-        export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp")
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer="llama.cpp")
     edit_config(tmp_path / "a", base_model_name_or_path=str(tmp_path / "tied"))  # read where it lies here
     with pytest.raises(AdapterFormatError, match=r"share one weight.*: merge"):
-        export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp")
-    assert not export_adapter(tmp_path / "a", tmp_path / "b", "vllm").notes
-    export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp", base=apart)
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer="llama.cpp")
+    assert not export_adapter(tmp_path / "a", tmp_path / "b", consumer="vllm").notes
+    export_adapter(tmp_path / "a", tmp_path / "b", consumer="llama.cpp", base=apart)
 
 
 def test_an_embedding_of_positions_is_refused_for_llama_cpp(tmp_path):
     base, _ = build("gpt2")
     peft_folder(base, tmp_path / "a", target_modules=["wpe"])
     with pytest.raises(AdapterFormatError, match=r"no embedding but that of the tokens .*wpe"):
-        export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp", base=base)
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer="llama.cpp", base=base)
 
 
 def test_an_architecture_on_which_llama_cpp_was_not_tried_is_said(folder, tmp_path):
     base, _ = build("llama")
-    assert "tried" not in str(export_adapter(folder, tmp_path / "b", "llama.cpp", base=base))
-    assert "this base is not known (pass base=)" in str(export_adapter(folder, tmp_path / "b", "llama.cpp"))
+    assert "tried" not in str(export_adapter(folder, tmp_path / "b", consumer="llama.cpp", base=base))
+    assert "this base is not known (pass base=)" in str(export_adapter(folder, tmp_path / "b", consumer="llama.cpp"))
     base.__class__ = type("OtherForCausalLM", (type(base),), {})
-    assert "not with OtherForCausalLM: compare" in str(export_adapter(folder, tmp_path / "b", "llama.cpp", base=base))
+    assert "not with OtherForCausalLM: compare" in str(
+        export_adapter(folder, tmp_path / "b", consumer="llama.cpp", base=base)
+    )
 
 
 def test_the_size_is_said_and_that_merging_is_smaller_where_it_grows(folder, tmp_path):
     base, _ = build("llama")
     size = (folder / "adapter_model.safetensors").stat().st_size
-    report = export_adapter(folder, tmp_path / "b", "vllm", base=base)
+    report = export_adapter(folder, tmp_path / "b", consumer="vllm", base=base)
     assert (report.size_before, report.size) == (size, (tmp_path / "b" / "adapter_model.safetensors").stat().st_size)
     assert "merged" not in str(report)
     peft_folder(base, tmp_path / "dora", target_modules=QV, use_dora=True)
-    report = export_adapter(tmp_path / "dora", tmp_path / "c", "vllm", base=base, tolerance=1e-6)
+    report = export_adapter(tmp_path / "dora", tmp_path / "c", consumer="vllm", base=base, tolerance=1e-6)
     assert report.size > 1.5 * report.size_before
     assert report.size_merged == 4 * sum(p.numel() for p in base.parameters())
     said = f"merged into its base (lightning-lora merge) it is {report.size_merged / 1e6:.3g} MB"
@@ -382,7 +384,7 @@ def test_what_a_consumer_cannot_compute_is_refused(case, tmp_path):
     peft_folder(base, tmp_path / "a", **fields)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(AdapterFormatError, match=match):
-        export_adapter(tmp_path / "a", tmp_path / "b", consumer)
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer=consumer)
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -410,9 +412,9 @@ def test_arguments_that_cannot_be_are_named(folder, tmp_path):
         ("has no revision", "vllm", {"revision": "main"}),
     ]:
         with pytest.raises(ConfigError, match=match):
-            export_adapter(folder, tmp_path / "b", consumer, **arguments)
+            export_adapter(folder, tmp_path / "b", consumer=consumer, **arguments)
     with pytest.raises(AdapterFormatError, match="here at most rank 2; this adapter would have rank 4"):
-        export_adapter(folder, tmp_path / "b", "vllm", max_rank=2)
+        export_adapter(folder, tmp_path / "b", consumer="vllm", max_rank=2)
     assert not (tmp_path / "b").exists()
 
 
@@ -420,7 +422,7 @@ def test_a_rank_that_is_asked_for_is_written(folder, tmp_path):
     base, x = build("llama")
     wanted = output(by_peft(base, folder), x)
     for consumer in ("vllm", "lorax", "llama.cpp"):
-        export_adapter(folder, tmp_path / "b", consumer, rank=16)
+        export_adapter(folder, tmp_path / "b", consumer=consumer, rank=16)
         assert config_of(tmp_path / "b")["r"] == 16
         torch.testing.assert_close(served(base, tmp_path / "b", consumer, x)[0], wanted, **CLOSE)
 
@@ -443,7 +445,7 @@ def test_a_damaged_adapter_is_refused(case, folder, tmp_path):
     change, match = DAMAGED[case]
     edit_tensors(folder, change)
     with pytest.raises(AdapterFormatError, match=match):
-        export_adapter(folder, tmp_path / "b", "vllm")
+        export_adapter(folder, tmp_path / "b", consumer="vllm")
     assert not (tmp_path / "b").exists()
 
 
@@ -466,7 +468,7 @@ def test_a_damaged_adapter_is_refused(case, folder, tmp_path):
 def test_a_config_that_cannot_be_honoured_is_refused(fields, match, folder, tmp_path):
     edit_config(folder, **fields)
     with pytest.raises(AdapterFormatError, match=match):
-        export_adapter(folder, tmp_path / "b", "vllm")
+        export_adapter(folder, tmp_path / "b", consumer="vllm")
     assert not (tmp_path / "b").exists()
 
 
@@ -475,7 +477,7 @@ def test_the_adapter_itself_is_not_replaced(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     for target in (folder, tmp_path / "link"):
         with pytest.raises(ConfigError, match="choose another folder"):
-            export_adapter(folder, target, "vllm")
+            export_adapter(folder, target, consumer="vllm")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -483,7 +485,7 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(folder, tmp_path):
     (tmp_path / "file").write_text("mine")
     for target in (tmp_path / "file", tmp_path / "file" / "b"):
         with pytest.raises(CheckpointError):
-            export_adapter(folder, target, "vllm")
+            export_adapter(folder, target, consumer="vllm")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -493,7 +495,7 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(folder, tmp_path):
 def test_the_config_has_every_field_of_peft_and_the_card_says_what_it_is_for(folder, tmp_path):
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\nMine.\n")
     edit_config(folder, base_model_name_or_path="user/base", task_type="CAUSAL_LM")
-    report = export_adapter(folder, tmp_path / "b", "llama.cpp", base=build("llama")[0])
+    report = export_adapter(folder, tmp_path / "b", consumer="llama.cpp", base=build("llama")[0])
     assert config_of(tmp_path / "b").keys() == config_of(folder).keys()
     assert config_of(tmp_path / "b")["base_model_name_or_path"] == "user/base"
     card = (tmp_path / "b" / "README.md").read_text()
@@ -502,13 +504,13 @@ def test_the_config_has_every_field_of_peft_and_the_card_says_what_it_is_for(fol
     assert "license: mit" in card
     assert not report.notes
     edit_config(folder, base_model_name_or_path=str(tmp_path))
-    assert "--base" in str(export_adapter(folder, tmp_path / "b", "llama.cpp"))
+    assert "--base" in str(export_adapter(folder, tmp_path / "b", consumer="llama.cpp"))
     assert str(tmp_path) not in (tmp_path / "b" / "adapter_config.json").read_text()
 
 
 def test_a_rank_above_what_vllm_takes_unasked_comes_with_the_flag_that_it_needs(folder, tmp_path):
-    assert "--max-lora-rank" not in str(export_adapter(folder, tmp_path / "b", "vllm", rank=16))
-    assert "start vLLM with --max-lora-rank 32" in str(export_adapter(folder, tmp_path / "b", "vllm", rank=17))
+    assert "--max-lora-rank" not in str(export_adapter(folder, tmp_path / "b", consumer="vllm", rank=16))
+    assert "start vLLM with --max-lora-rank 32" in str(export_adapter(folder, tmp_path / "b", consumer="vllm", rank=17))
 
 
 def test_lorax_gets_zeros_where_a_kind_of_module_lacks_a_layer(tmp_path):
@@ -516,7 +518,7 @@ def test_lorax_gets_zeros_where_a_kind_of_module_lacks_a_layer(tmp_path):
     targets = ["layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj"]
     wanted = output(peft_folder(base, tmp_path / "a", target_modules=targets), x)
     assert not lorax(tmp_path / "a")
-    report = export_adapter(tmp_path / "a", tmp_path / "b", "lorax", base=base)
+    report = export_adapter(tmp_path / "a", tmp_path / "b", consumer="lorax", base=base)
     assert len(report.modules) == 4
     torch.testing.assert_close(served(base, tmp_path / "b", "lorax", x)[0], wanted, **CLOSE)
     assert len(tensors_of(tmp_path / "b")) == 8
@@ -526,7 +528,7 @@ def test_every_key_is_one_that_vllm_and_the_converter_of_llama_cpp_read(tmp_path
     base, _ = build("llama")
     peft_folder(base, tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
     for consumer in ("vllm", "llama.cpp"):
-        export_adapter(tmp_path / "a", tmp_path / "b", consumer, base=base)
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer=consumer, base=base)
         keys = tensors_of(tmp_path / "b")
         assert all(re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", key) for key in keys)
         assert len(peft.adapted_names(keys)) == 3

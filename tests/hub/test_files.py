@@ -31,6 +31,7 @@ from lightning_lora.engine.state import describe_base
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
 from lightning_lora.hub import adapter_root
 from lightning_lora.hub import adapters as files
+from lightning_lora.hub.adapters import save_tensors
 from tests.hub.models import (
     Linears,
     assert_same,
@@ -204,7 +205,7 @@ def test_a_base_that_is_known_is_not_read_again(tmp_path, adapted, monkeypatch):
     first = save_adapter(adapted, tmp_path / "first")
     known = describe_base(adapted, adapter_root(adapted)[1])
     monkeypatch.setattr(files, "describe_base", None)
-    second = save_adapter(adapted, tmp_path / "second", known_base=known)
+    second = save_tensors(adapted, tmp_path / "second", None, known)
     assert _note(first) == _note(second)
     assert _note(second)["base_fingerprint"] == known["base_fingerprint"]
 
@@ -451,7 +452,7 @@ def test_a_flipped_bit_in_a_folder_of_ours_is_an_error_or_changes_nothing(writte
     def read() -> torch.Tensor:
         base, _ = build("linears")
         if read_by == "bank":
-            bank = AdapterBank(base, 1, 4)
+            bank = AdapterBank(base, 1, max_rank=4)
             bank.add("x", folder)
             with bank.use("x"):
                 return output(base, x)

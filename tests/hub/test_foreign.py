@@ -81,7 +81,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "load_adapter": lambda folder: load_adapter(net(), folder),
     "a bank": lambda folder: AdapterBank(net()).add("it", folder),
     "combine": lambda folder: combine_adapters([folder], folder.parent / "out", weights=[1.0]),
-    "export": lambda folder: export_adapter(folder, folder.parent / "out", "vllm"),
+    "export": lambda folder: export_adapter(folder, folder.parent / "out", consumer="vllm"),
     "the check of what is pulled": check_adapter,
 }
 

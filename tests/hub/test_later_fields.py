@@ -43,8 +43,8 @@ READERS = {
     "a bank from folders": lambda hub, folder, out, **o: AdapterBank.from_folders(
         Linears(), {"it": folder}, check_base=False, **o
     ),
-    "export": lambda hub, folder, out, **o: export_adapter(folder, out, "vllm", **o),
-    "export to PEFT": lambda hub, folder, out, **o: export_adapter(folder, out, "peft", **o),
+    "export": lambda hub, folder, out, **o: export_adapter(folder, out, consumer="vllm", **o),
+    "export to PEFT": lambda hub, folder, out, **o: export_adapter(folder, out, consumer="peft", **o),
     "combine": lambda hub, folder, out, **o: combine_adapters([folder], out, weights=[2.0], **o),
     "push": lambda hub, folder, out, **o: push_adapter(folder, "user/name", dry_run=True, **o),
     "pull": lambda hub, folder, out, **o: pulled(hub, folder, **o),
@@ -98,7 +98,7 @@ def test_a_refused_field_leaves_the_model_as_it_was_and_an_ignored_one_changes_n
 
 def test_an_export_says_which_fields_it_left_out_and_needs_no_override_to_be_read(folder, tmp_path):
     edit_config(folder, later_config={"alpha": 2}, empty=None)
-    report = export_adapter(folder, tmp_path / "out", "peft", ignore_fields=["later_config"])
+    report = export_adapter(folder, tmp_path / "out", consumer="peft", ignore_fields=["later_config"])
     assert any("left out" in change and "later_config" in change for change in report.changes)
     load_adapter(Linears(), tmp_path / "out", check_base=False)
 
@@ -120,4 +120,4 @@ def test_a_null_boolean_is_false_as_peft_reads_it(field, source, folder, tmp_pat
     theirs = PeftModel.from_pretrained(theirs, copied)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
     for consumer in ("peft", "vllm"):
-        export_adapter(folder, tmp_path / consumer, consumer)
+        export_adapter(folder, tmp_path / consumer, consumer=consumer)

@@ -74,8 +74,8 @@ def test_they_are_read_as_peft_reads_them_wherever_a_folder_is_read(case, tmp_pa
 
     check_adapter(tmp_path / "it")
     push_adapter(tmp_path / "it", "user/name", dry_run=True)
-    export_adapter(tmp_path / "it", tmp_path / "peft", "peft")
-    export_adapter(tmp_path / "it", tmp_path / "vllm", "vllm")
+    export_adapter(tmp_path / "it", tmp_path / "peft", consumer="peft")
+    export_adapter(tmp_path / "it", tmp_path / "vllm", consumer="vllm")
     combine_adapters([tmp_path / "it"], tmp_path / "combined", weights=[1.0])
     for name in ("it", "peft", "vllm", "combined"):
         model, _ = build("llama")

@@ -195,7 +195,7 @@ def test_what_is_exported_is_computed_there(case, base_of, tmp_path):
     kind, fields = RIGHT[case]
     base = base_of(kind)
     wanted = adapted(base, tmp_path / "a", **fields)
-    report = export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp", base=base.folder, tolerance=1e-6)
+    report = export_adapter(tmp_path / "a", tmp_path / "b", consumer="llama.cpp", base=base.folder, tolerance=1e-6)
     assert not [note for note in report.notes if "tried" in note]
     assert off(base.runs(tmp_path / "b"), wanted) <= base.bound
 
@@ -225,7 +225,7 @@ def test_what_is_refused_it_refuses_or_gets_wrong(case, base_of, tmp_path):
     # r and lora_alpha as llama.cpp understands them: nothing but the case itself is in its way.
     wanted = adapted(base, tmp_path / "a", r=2, lora_alpha=4, **fields)
     with pytest.raises(AdapterFormatError, match=match):
-        export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp", base=base.folder)
+        export_adapter(tmp_path / "a", tmp_path / "b", consumer="llama.cpp", base=base.folder)
     assert not (tmp_path / "b").exists()
     try:
         got = base.runs(tmp_path / "a")
@@ -258,13 +258,13 @@ def test_experts_are_computed_there_all_together_or_refused(base_of, tmp_path):
     load_adapter(model, tmp_path / "a")
     wanted = output(model, X)
     assert float((wanted - output(base.model, X)).abs().max()) > 100 * base.bound
-    export_adapter(tmp_path / "a", tmp_path / "b", "llama.cpp", base=base.folder)
+    export_adapter(tmp_path / "a", tmp_path / "b", consumer="llama.cpp", base=base.folder)
     assert off(base.runs(tmp_path / "b"), wanted) <= base.bound
     experts(tmp_path / "some", {"w1": KINDS["w1"]}, lambda expert: 2)
     experts(tmp_path / "ranks", KINDS, lambda expert: 2 + expert)
     for folder in (tmp_path / "some", tmp_path / "ranks"):
         with pytest.raises(AdapterFormatError, match=r"experts of a layer .*merge"):
-            export_adapter(folder, tmp_path / "c", "llama.cpp", base=base.folder)
+            export_adapter(folder, tmp_path / "c", consumer="llama.cpp", base=base.folder)
         with pytest.raises(llama_cpp.LlamaError):
             base.runs(folder)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import AdapterBank, LoRAConfig, inject, load_adapter, pull_adapter, push_adapter, save_adapter
+from lightning_lora import AdapterBank, Card, LoRAConfig, inject, load_adapter, pull_adapter, push_adapter, save_adapter
 from lightning_lora.errors import ConfigError
 from lightning_lora.hub.combine import combine_adapters
 from lightning_lora.hub.export.rewrite import export_adapter
@@ -33,9 +33,9 @@ def adapted() -> nn.Module:
 ENTRANCES: dict[str, Callable[[Any, Path], Any]] = {
     "save_adapter": lambda url, folder: save_adapter(adapted(), url),
     "load_adapter": lambda url, folder: load_adapter(net(), url),
-    "export_adapter from": lambda url, folder: export_adapter(url, folder / "out", "vllm"),
-    "export_adapter to": lambda url, folder: export_adapter(folder / "a", url, "vllm"),
-    "export_adapter, base": lambda url, folder: export_adapter(folder / "a", folder / "out", "vllm", base=url),
+    "export_adapter from": lambda url, folder: export_adapter(url, folder / "out", consumer="vllm"),
+    "export_adapter to": lambda url, folder: export_adapter(folder / "a", url, consumer="vllm"),
+    "export_adapter, base": lambda url, folder: export_adapter(folder / "a", folder / "out", consumer="vllm", base=url),
     "combine_adapters from": lambda url, folder: combine_adapters([url], folder / "out", weights=[1]),
     "combine_adapters, weight 0": lambda url, folder: combine_adapters(
         [folder / "a", url], folder / "out", weights=[1, 0]
@@ -46,7 +46,7 @@ ENTRANCES: dict[str, Callable[[Any, Path], Any]] = {
     "bank.from_folders": lambda url, folder: AdapterBank.from_folders(net(), url),
     "bank.from_folders, by name": lambda url, folder: AdapterBank.from_folders(net(), {"x": url}),
     "push_adapter": lambda url, folder: push_adapter(url, "user/adapter"),
-    "push_adapter, picture": lambda url, folder: push_adapter(folder / "a", "user/adapter", picture=url),
+    "push_adapter, picture": lambda url, folder: push_adapter(folder / "a", "user/adapter", card=Card(picture=url)),
     "pull_adapter to": lambda url, folder: pull_adapter("user/adapter", local_dir=url),
     "pull_adapter, cache": lambda url, folder: pull_adapter("user/adapter", cache_dir=url),
 }

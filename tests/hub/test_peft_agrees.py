@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_adapter, remove, save_adapter
 from lightning_lora.engine.inits import INITS, Factors, Init
 from lightning_lora.errors import AdapterFormatError
+from lightning_lora.hub.adapters import save_tensors
 from tests.hub.models import assert_same, build, by_peft, edit_config, output, peft_folder, shake, state
 
 # PEFT asks transformers 5 for an attribute that is deprecated there.
@@ -197,7 +198,7 @@ def test_an_adapter_that_did_not_start_at_zero_is_written_as_a_plain_one_for_the
     assert not any("lora_A0" in name for name in adapter_state_dict(loaded))
     torch.testing.assert_close(output(loaded, x), expected, **CLOSE)
     # Of a checkpoint's tensors, which are others than the live ones, the same.
-    again = save_adapter(model, tmp_path / "again", tensors=checkpoint)
+    again = save_tensors(model, tmp_path / "again", checkpoint, None)
     assert_same(*({"tensors": load_file(f / "adapter_model.safetensors")} for f in (fresh, again)))
 
 

@@ -280,7 +280,7 @@ def test_a_cache_that_may_only_be_read_serves_what_it_holds(hub, repository, fil
 def test_no_error_shows_a_token(hub, repository, tmp_path, token, caplog):
     for call in (
         lambda: pull_adapter(ID, token=token),
-        lambda: push_adapter(pull_adapter(ID), ID, token=token, deadline=5),
+        lambda: push_adapter(pull_adapter(ID), ID, token=token, timeout=5),
     ):
         with pytest.raises(LightningLoRAError) as raised:
             call()

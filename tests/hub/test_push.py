@@ -18,7 +18,7 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, push_adapter, save_adapter
+from lightning_lora import Card, LoRAConfig, inject, push_adapter, save_adapter
 from lightning_lora.errors import (
     AdapterFormatError,
     ConfigError,
@@ -126,15 +126,15 @@ def test_a_name_without_an_account_means_that_of_the_token(hub: HubServer, folde
 
 
 def test_the_same_push_again_is_no_second_commit(hub: HubServer, folder: Path) -> None:
-    first = push_adapter(folder, REPO, metrics={"val_loss": 0.5}, tag="v1")
-    second = push_adapter(folder, REPO, metrics={"val_loss": 0.5}, tag="v1")
+    first = push_adapter(folder, REPO, card=Card(metrics={"val_loss": 0.5}), tag="v1")
+    second = push_adapter(folder, REPO, card=Card(metrics={"val_loss": 0.5}), tag="v1")
     assert first.oid == second.oid == hub.repo(REPO).tags["v1"]
     assert len(titles(hub)) == 1
 
 
 def test_a_dry_run_shows_files_and_card_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "within", None)
-    plan = push_adapter(folder, REPO, metrics={"val_loss": 0.25}, dry_run=True)
+    plan = push_adapter(folder, REPO, card=Card(metrics={"val_loss": 0.25}), dry_run=True)
     assert isinstance(plan, DryRun)
     assert sorted(plan.files) == FILES
     text = str(plan)
@@ -200,7 +200,7 @@ def test_a_local_path_of_the_base_stays_at_home(hub: HubServer, folder: Path) ->
     [
         ({"repo_id": "a/b/c"}, "repo_id"),
         ({"repo_id": ""}, "repo_id"),
-        ({"deadline": 0}, "deadline"),
+        ({"timeout": 0}, "timeout"),
         ({"branch": "dev", "create_pr": True}, "pull request"),
         ({"branch": ""}, "branch"),
     ],
@@ -277,7 +277,7 @@ def test_a_file_that_the_repository_ignores_is_said_and_nothing_is_committed(hub
 
 
 def test_a_base_that_the_hub_would_refuse_is_left_out_of_the_card(hub: HubServer, folder: Path) -> None:
-    push_adapter(folder, REPO, card={"base_model": "/home/ann/base", "license": "mit"})
+    push_adapter(folder, REPO, card=Card(front_matter={"base_model": "/home/ann/base", "license": "mit"}))
     assert b"license: mit" in hub.files(REPO)["README.md"]
     assert b"base_model" not in hub.files(REPO)["README.md"]
 
@@ -318,13 +318,13 @@ def test_a_server_that_stays_broken_is_given_up(hub: HubServer, folder: Path) ->
 
 
 def patiently(hub: HubServer, push: Callable[[float], None]) -> None:
-    """`push(deadline)` into an empty Hub, with a longer deadline where a busy machine was too slow for a short one."""
-    for deadline in (2, 10, 50):
+    """`push(timeout)` into an empty Hub, with a longer timeout where a busy machine was too slow for a short one."""
+    for timeout in (2, 10, 50):
         try:
-            push(deadline)
+            push(timeout)
             break
         except HubUnavailableError:
-            if deadline == 50:
+            if timeout == 50:
                 raise
         hub.faults.clear()
         hub.repositories.clear()
@@ -332,9 +332,9 @@ def patiently(hub: HubServer, push: Callable[[float], None]) -> None:
 
 @pytest.mark.parametrize(("method", "path"), STEPS)
 def test_a_request_that_hangs_is_asked_again(hub: HubServer, folder: Path, method: str, path: str) -> None:
-    def push(deadline: float) -> None:
+    def push(timeout: float) -> None:
         fault = hub.fail("hang", method=method, path=path)
-        push_adapter(folder, REPO, message="once", deadline=deadline)
+        push_adapter(folder, REPO, message="once", timeout=timeout)
         assert fault.hits == 1
         assert titles(hub) == ["once"]
 
@@ -347,14 +347,14 @@ def test_a_hub_that_hangs_before_the_push_is_an_error_in_time(
 ) -> None:
     hub.fail("hang", method=method, path=path, times=99)
     with no_hang(), pytest.raises(HubUnavailableError, match=r"did not answer within -?(0\.[0-3]|[\d.]+e-)"):
-        push_adapter(folder, REPO, deadline=0.3)
+        push_adapter(folder, REPO, timeout=0.3)
     assert not hub.requested("/preupload/")
 
 
-def test_an_answer_that_comes_after_its_deadline_is_found_in_the_history(hub: HubServer, folder: Path) -> None:
-    def push(deadline: float) -> None:
-        hub.fail("drip", method="POST", path="/commit/", seconds=deadline / 20)
-        push_adapter(folder, REPO, message="once", deadline=deadline)
+def test_an_answer_that_comes_after_its_timeout_is_found_in_the_history(hub: HubServer, folder: Path) -> None:
+    def push(timeout: float) -> None:
+        hub.fail("drip", method="POST", path="/commit/", seconds=timeout / 20)
+        push_adapter(folder, REPO, message="once", timeout=timeout)
         assert titles(hub) == ["once"]
 
     patiently(hub, push)
@@ -397,7 +397,7 @@ def test_without_a_network_it_says_so_in_time(folder: Path, hub: HubServer) -> N
         closed.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(HubUnavailableError, match="could not be reached"):
-        push_adapter(folder, REPO, endpoint=nobody, deadline=2)
+        push_adapter(folder, REPO, endpoint=nobody, timeout=2)
 
 
 def test_offline_is_no_fault_of_the_network(folder: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,13 +410,13 @@ def test_offline_is_no_fault_of_the_network(folder: Path, hub: HubServer, monkey
 
 
 def test_text_and_metadata_of_the_users_own_survive_the_next_push(hub: HubServer, folder: Path) -> None:
-    push_adapter(folder, REPO, metrics={"val_loss": 0.5})
+    push_adapter(folder, REPO, card=Card(metrics={"val_loss": 0.5}))
     card = hub.files(REPO)["README.md"].decode()
     edited = card.replace("---\nlibrary_name", "---\nlicense: mit\nlibrary_name", 1).replace(
         "<!-- lightning_lora writes", "Read this first.\n\n<!-- lightning_lora writes"
     )
     hub.commit(REPO, {"README.md": (edited + "\n## Limits\n\nIt only knows Latin.\n").encode()})
-    push_adapter(adapted(seed=1), REPO, metrics={"val_loss": 0.25})
+    push_adapter(adapted(seed=1), REPO, card=Card(metrics={"val_loss": 0.25}))
     card = hub.files(REPO)["README.md"].decode()
     assert "license: mit" in card
     assert card.index("Read this first.") < card.index("| rank | 2 |") < card.index("It only knows Latin.")
@@ -459,9 +459,9 @@ def test_over_xet_it_is_one_commit_too(hub: HubServer, folder: Path, kind: str |
 @pytest.mark.usefixtures("xet")
 @pytest.mark.parametrize("kind", [404, "hang"])
 def test_where_xet_does_not_work_it_goes_over_lfs(hub: HubServer, folder: Path, kind: Any) -> None:
-    def push(deadline: float) -> None:
+    def push(timeout: float) -> None:
         hub.fail(kind, path="/xet-write-token/", times=999)
-        push_adapter(folder, REPO, message="once", deadline=deadline)
+        push_adapter(folder, REPO, message="once", timeout=timeout)
         assert hub.requested("/lfs/", "PUT")
         assert titles(hub) == ["once"]
 

@@ -32,7 +32,7 @@ def test_an_adapter_in_a_folder_of_a_repository_is_pulled_and_loaded(place, sour
     bank.add("it", "user/many@main", subfolder=place, check_base=False)
     with pytest.raises(ConfigError, match="leave out one"):
         bank.add("other", "user/many@main", revision="v2", subfolder=place)
-    export_adapter("user/many", tmp_path / "exported", "vllm", subfolder=place)
+    export_adapter("user/many", tmp_path / "exported", consumer="vllm", subfolder=place)
 
 
 def test_it_is_found_in_the_cache_again(place, hub):

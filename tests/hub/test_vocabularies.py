@@ -210,8 +210,8 @@ def test_ensure_weight_tying_loads_as_peft_loads_it(case, tied, tmp_path):
 
 def test_an_export_and_a_combination_keep_both_tied_layers(tmp_path):
     want = by_peft(base(tied=True), tmp_path / "it", ensure_weight_tying=True, **TYING["head adapted"])
-    export_adapter(tmp_path / "it", tmp_path / "peft", "peft")
-    export_adapter(tmp_path / "it", tmp_path / "vllm", "vllm")
+    export_adapter(tmp_path / "it", tmp_path / "peft", consumer="peft")
+    export_adapter(tmp_path / "it", tmp_path / "vllm", consumer="vllm")
     combine_adapters([tmp_path / "it"], tmp_path / "combined", weights=[1.0])
     for name in ("peft", "vllm", "combined"):
         model = base(tied=True)

@@ -67,7 +67,7 @@ def test_an_adapter_of_mlx_lm_loads_converts_and_serves(dora, tmp_path):
     want = output(mlx_folder(model, tmp_path / "mlx", dora=dora), x)
     load_adapter(model, tmp_path / "mlx")
     torch.testing.assert_close(output(model, x), want, **CLOSE)
-    export_adapter(tmp_path / "mlx", tmp_path / "peft", "peft")
+    export_adapter(tmp_path / "mlx", tmp_path / "peft", consumer="peft")
     base, _ = build("llama")
     torch.testing.assert_close(output(by_peft(base, tmp_path / "peft"), x), want, **CLOSE)
     bank = AdapterBank.from_folders(build("llama")[0], {"mlx": tmp_path / "mlx"})
@@ -146,7 +146,7 @@ def folder(tmp_path):
 READERS = {
     "load_adapter": lambda folder: load_adapter(Linears(), folder),
     "a bank": lambda folder: AdapterBank(Linears()).add("it", folder),
-    "export": lambda folder: export_adapter(folder, folder.parent / "out", "vllm"),
+    "export": lambda folder: export_adapter(folder, folder.parent / "out", consumer="vllm"),
     "push": lambda folder: push_adapter(folder, "user/name", dry_run=True),
 }
 

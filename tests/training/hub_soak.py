@@ -179,13 +179,13 @@ def run(folder: Path, epochs: int = 0, seconds: float = 0.0, pause: float = 0.05
     """Train for at least so many epochs and seconds, with a pause of so many seconds after each epoch."""
     (folder / "tmp").mkdir()
     hub = Hub()
-    HfApi(
-        endpoint=hub.endpoint, token=hub.token
-    ).whoami()  # the first call of a process makes the client, which takes long
+    # The first call of a process makes the client, which takes long.
+    HfApi(endpoint=hub.endpoint, token=hub.token).whoami()
+    os.environ["HF_TOKEN"] = hub.token
     try:
         with temporary_files_in(folder / "tmp"):
             soak = Soak(hub, epochs, seconds, pause)
-            push = HubPush(REPO, endpoint=hub.endpoint, token=hub.token, deadline=0.5, wait=0.5)
+            push = HubPush(REPO, endpoint=hub.endpoint, timeout=0.5, timeout_at_end=0.5)
             saves = ModelCheckpoint(folder / "run", monitor="val_loss", save_top_k=2, save_last=True)
             callback = LoRACallback(rank=2, push=push)
             found = losses(callback, saves, soak, epochs=-1)

@@ -23,7 +23,7 @@ class Slowly(Callback):
 
 def main(endpoint: str, folder: str, epochs: str, seconds: str) -> None:
     checkpoint = ModelCheckpoint(folder, monitor="val_loss", save_top_k=-1, save_on_exception=True)
-    push = HubPush("user/run", endpoint=endpoint, deadline=5, wait=5)
+    push = HubPush("user/run", endpoint=endpoint, timeout=5, timeout_at_end=5)
     callbacks = [LoRACallback(rank=2, push=push), checkpoint, Slowly(float(seconds))]
     print("ready", flush=True)
     trainer(*callbacks, max_epochs=int(epochs)).fit(Lit())

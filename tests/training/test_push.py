@@ -26,7 +26,7 @@ from huggingface_hub.utils import _http, are_progress_bars_disabled, disable_pro
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from safetensors.torch import load
 
-from lightning_lora import HubPush, LoRACallback, LoRAConfig, load_from_checkpoint, push_adapter
+from lightning_lora import Card, HubPush, LoRACallback, LoRAConfig, load_from_checkpoint, push_adapter
 from lightning_lora.engine import adapter_state_dict
 from lightning_lora.errors import ConfigError, HubAccessError, HubNotFoundError, HubUnavailableError
 from lightning_lora.hub import client as calls
@@ -134,7 +134,7 @@ def test_what_was_pushed_and_what_was_not_and_the_runs_adapter_are_known_by_the_
     assert (callback.adapter_folder / FILES[1]).is_file()
 
     monkeypatch.setattr(background.BackgroundPusher, "_attempt", lambda self, job: HubUnavailableError("no"))
-    again = LoRACallback(rank=2, push=HubPush(REPO, every="end", wait=0.5))
+    again = LoRACallback(rank=2, push=HubPush(REPO, every="end", timeout_at_end=0.5))
     last = ModelCheckpoint(tmp_path / "last", monitor=None)
     trainer(again, last, max_epochs=1).fit(Lit())
     assert again.pushed == []
@@ -319,7 +319,7 @@ def test_losses_and_random_states_are_the_same_bits_with_and_without(hub: HubSer
 def test_training_never_waits_for_a_hub_that_hangs(hub: HubServer, tmp_path: Path) -> None:
     fault = hub.fail("hang", path="/preupload/", times=99)
     hangs = Calls(lambda trainer: trainer.current_epoch == 0 or wait_for(lambda: fault.hits == 1))
-    push = HubPush(REPO, deadline=3600, wait=0.5)
+    push = HubPush(REPO, timeout=3600, timeout_at_end=0.5)
     module = Lit()
     with no_hang():  # for longer than that, where anything waits for the Hub
         trainer(LoRACallback(rank=2, push=push), checkpoints(tmp_path), hangs, max_epochs=3).fit(module)
@@ -338,14 +338,18 @@ def refused(push: HubPush, error: type[Exception], words: str) -> None:
     assert not module.losses
 
 
-def test_what_will_not_be_allowed_is_said_before_the_first_step(hub: HubServer) -> None:
+def test_what_will_not_be_allowed_is_said_before_the_first_step(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.create_repo(REPO)
-    refused(HubPush(REPO, token="hf_wrong"), HubAccessError, "401")
-    refused(HubPush(REPO, token=hub.read_token), HubAccessError, "write access")
+    for token, said in (("hf_wrong", "401"), (hub.read_token, "write access")):
+        with monkeypatch.context() as patch:
+            patch.setenv("HF_TOKEN", token)
+            refused(HubPush(REPO), HubAccessError, said)
     hub.fail(400, path="/api/validate-yaml")
     refused(HubPush(REPO), Exception, "refuses the card")
     hub.fail("hang", path="/auth-check", times=9)
-    refused(HubPush(REPO, deadline=0.3), HubUnavailableError, "did not answer within")
+    refused(HubPush(REPO, timeout=0.3), HubUnavailableError, "did not answer within")
     refused(HubPush(REPO, every="best"), ConfigError, "ModelCheckpoint")
     assert titles(hub) == []
 
@@ -360,13 +364,23 @@ def test_under_two_processes_only_the_first_talks(
     trainer(LoRACallback(rank=2, push=HubPush(REPO)), checkpoints(tmp_path), **settings).fit(Lit())
     assert len(hub.requested("/whoami-v2")) == 1
     assert steps(hub) == [5]
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(Exception, match="401"):
-        trainer(LoRACallback(rank=2, push=HubPush(REPO, token="hf_wrong")), **settings).fit(Lit())
+        trainer(LoRACallback(rank=2, push=HubPush(REPO)), **settings).fit(Lit())
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"every": "epoch"}, {"wait": -1}, {"wait": "60"}, {"repo_id": "a b"}, {"datasets": "squad"}, {"private": "no"}],
+    [
+        {"every": "epoch"},
+        {"timeout_at_end": -1},
+        {"timeout_at_end": "60"},
+        {"repo_id": "a b"},
+        {"card": {"datasets": "squad"}},
+        {"card": {"license": "mit"}},
+        {"card": Card(step=3)},
+        {"private": "no"},
+    ],
 )
 def test_settings_that_cannot_be_are_refused_when_they_are_made(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
@@ -376,10 +390,6 @@ def test_settings_that_cannot_be_are_refused_when_they_are_made(settings: dict[s
 def test_the_callback_takes_no_other_push() -> None:
     with pytest.raises(ConfigError, match="HubPush"):
         LoRACallback(rank=2, push=REPO)  # type: ignore[arg-type]
-
-
-def test_a_token_is_not_shown() -> None:
-    assert "hf_secret" not in repr(HubPush(REPO, token="hf_secret"))
 
 
 def test_callbacks_that_push_can_be_copied_and_pickled(hub: HubServer, tmp_path: Path) -> None:

@@ -388,12 +388,19 @@ def is_adapter(cls: type[nn.Module]) -> bool:
 def pairs(model: nn.Module) -> Iterator[Pair]:
     """The pairs (A, B) of `model`: one for each adapted layer, or one for each adapted parameter of a layer.
 
-    >>> import torch
-    >>> from lightning_lora.engine import LoRAConfig, inject, pairs
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
-    >>> _ = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
-    >>> [(pair.name, tuple(pair.A.shape), tuple(pair.B.shape)) for pair in pairs(model)]
-    [('0', (2, 4), (3, 2))]
+    Args:
+        model: What `inject` was called on, or what holds it.
+
+    Raises:
+        Nothing: a model without adapters has no pairs.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora.engine import LoRAConfig, inject, pairs
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        >>> _ = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+        >>> [(pair.name, tuple(pair.A.shape), tuple(pair.B.shape)) for pair in pairs(model)]
+        [('0', (2, 4), (3, 2))]
     """
     for name, module in adapters(model):
         yield from module.lora_pairs(name)

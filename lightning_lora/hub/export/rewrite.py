@@ -123,8 +123,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def export_adapter(
     adapter: str | os.PathLike[str],
     folder: str | os.PathLike[str],
-    consumer: str,
     *,
+    consumer: str,
     base: Base | None = None,
     rank: int | None = None,
     max_rank: int | None = None,

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_lora
 from lightning_lora.errors import CheckpointError, HubError, HubUnavailableError
 from lightning_lora.files import within_temporary_folder
-from lightning_lora.hub.adapters import save_adapter
-from lightning_lora.hub.card import RunFacts, merge_cards
-from lightning_lora.hub.client import DEADLINE, SLOWEST, retried
+from lightning_lora.hub.adapters import save_tensors
+from lightning_lora.hub.card import Card, RunFacts, merge_cards
+from lightning_lora.hub.client import SLOWEST, TIMEOUT, plain_token, retried
 from lightning_lora.hub.format.reading import CARD
 from lightning_lora.hub.format.writing import local_path
 from lightning_lora.hub.hub_private import is_left_out
@@ -41,7 +41,7 @@ class DryRun:
 
 
 def push_adapter(
-    model_or_folder: nn.Module | str | os.PathLike[str],
+    adapter: nn.Module | str | os.PathLike[str],
     repo_id: str,
     *,
     branch: str | None = None,
@@ -51,13 +51,8 @@ def push_adapter(
     message: str | None = None,
     tag: str | None = None,
     create_pr: bool = False,
-    metrics: Mapping[str, float] | None = None,
-    step: int | None = None,
-    data: str | None = None,
-    datasets: Sequence[str] = (),
-    picture: str | os.PathLike[str] | None = None,
-    card: Mapping[str, Any] | None = None,
-    deadline: float = DEADLINE,
+    card: Card | Mapping[str, Any] | None = None,
+    timeout: float = TIMEOUT,
     dry_run: bool = False,
     ignore_fields: Collection[str] = (),
 ) -> CommitInfo | DryRun:
@@ -67,7 +62,7 @@ def push_adapter(
     same push again is no second commit. What a user wrote into the card on the Hub, or in the folder, is kept.
 
     Args:
-        model_or_folder: What `save_adapter` can save, or a folder that it or PEFT wrote.
+        adapter: A model that `save_adapter` can save, or a folder that it or PEFT wrote.
         repo_id: "user/name", or "name" in the account of the token.
         branch: Created from main where it is not there.
         private: Whether the repository is created private; one that is there stays as it is.
@@ -76,13 +71,8 @@ def push_adapter(
         message: The commit's title.
         tag: A tag for the commit.
         create_pr: Open a pull request instead of committing to a branch.
-        metrics: Final values for the card, by name.
-        step: The optimizer steps that were trained, for the card.
-        data: What it was trained on, for the card.
-        datasets: Their ids on the Hub, for the card.
-        picture: A PNG of the training curve, shown in the card.
-        card: Entries for the front matter of the card: license, language, tags.
-        deadline: Seconds after which one call to the Hub counts as hung.
+        card: What the card says beside what the files say: `Card(metrics={"val_loss": 0.3}, data="...")`.
+        timeout: Seconds after which one call to the Hub counts as hung; uploads get more, by their size.
         dry_run: Touch no network; returns a list of the files, and the card.
         ignore_fields: Fields of the folder's config that are not known here and pushed all the same, though they have
             a value.
@@ -90,32 +80,21 @@ def push_adapter(
     Raises AdapterFormatError for a folder that is no adapter or holds other weights, HubAccessError where the token is
     missing, wrong, or may not write, HubUnavailableError where the Hub cannot be reached after some tries.
     """
-    to = Destination(
-        repo_id,
-        private=private,
-        branch=branch,
-        create_pr=create_pr,
-        token=token,
-        endpoint=endpoint,
-        deadline=deadline,
-    )
-    picture = None if picture is None else local_path(picture)
-    if isinstance(model_or_folder, nn.Module):
-        staged = stage_model(model_or_folder)
-    else:
-        staged = stage(model_or_folder, ignore_fields=ignore_fields)
+    to = Destination(repo_id, private=private, branch=branch, create_pr=create_pr, endpoint=endpoint, timeout=timeout)
+    token = None if token is None else plain_token(token)
+    facts = Card.of(card)
+    picture = None if facts.picture is None else local_path(facts.picture)
+    staged = stage_model(adapter) if isinstance(adapter, nn.Module) else stage(adapter, ignore_fields=ignore_fields)
     try:
         if picture is not None:
             staged = staged.with_file(PICTURE, _content(picture))
-        run = RunFacts(
-            repo_id=repo_id, metrics=metrics or {}, step=step, data=data, datasets=datasets, front_matter=card or {}
-        )
-        title = message or f"LoRA adapter of rank {staged.config.get('r', 8)}{in_words(metrics or {}, step)}"
+        run = RunFacts(repo_id=repo_id, **vars(facts))
+        title = message or f"LoRA adapter of rank {staged.config.get('r', 8)}{in_words(run.metrics, run.step)}"
         if dry_run:
             content = staged.card(run)
             files = {name: part.size for name, part in staged.digests.items()} | {CARD: len(content.encode())}
             return DryRun(repo_id, title, files, content)
-        repository = HubRepository(to)
+        repository = HubRepository(to, token)
         repository.check(staged.card(run))
         push = Push(repository, staged, replace(run, repo_id=repository.repo_id), title)
         commit = retried(push.attempt)
@@ -131,10 +110,12 @@ def push_adapter(
         staged.discard()
 
 
-def stage_model(model: nn.Module, **settings: Any) -> Staged:
-    """A staged copy of what `save_adapter(model, ..., **settings)` writes."""
+def stage_model(
+    model: nn.Module, tensors: Mapping[str, Tensor] | None = None, known_base: Mapping[str, Any] | None = None
+) -> Staged:
+    """A staged copy of what `save_tensors` writes of these."""
     with within_temporary_folder("save") as folder:
-        return stage(save_adapter(model, folder / "adapter", **settings))
+        return stage(save_tensors(model, folder / "adapter", tensors, known_base))
 
 
 def in_words(metrics: Mapping[str, float], step: int | None = None, most: int = 3) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -15,7 +15,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from lightning_lora.checked import flag, number
 from lightning_lora.errors import ConfigError, HubError
-from lightning_lora.hub.client import DEADLINE, Api, plain_token, retried, within
+from lightning_lora.hub.client import TIMEOUT, Api, retried, within
 from lightning_lora.hub.format.writing import hub_address
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Destination:
-    """Where adapters are pushed to, and as whom. Raises ConfigError for what cannot be."""
+    """Where adapters are pushed to. Raises ConfigError for what cannot be."""
 
     repo_id: str
     """"user/name", or "name" in the account of the token."""
@@ -35,11 +35,9 @@ class Destination:
     """Created from main where it is not there; None is main."""
     create_pr: bool = False
     """Open a pull request instead of committing to a branch."""
-    token: str | None = field(default=None, repr=False)
-    """None takes HF_TOKEN, or that of `hf auth login`, which is better than to write one into a file."""
     endpoint: str | None = None
     """Of a Hub of your own; None takes HF_ENDPOINT or huggingface.co."""
-    deadline: float = DEADLINE
+    timeout: float = TIMEOUT
     """Seconds after which one call to the Hub counts as hung; uploads get more, by their size."""
 
     def __post_init__(self) -> None:
@@ -54,23 +52,22 @@ class Destination:
             raise ConfigError(f"repo_id {self.repo_id!r} cannot be the name of a repository: {error}") from error
         if self.create_pr and self.branch not in (None, "main"):
             raise ConfigError(f"A pull request is opened against main: leave out branch={self.branch!r}.")
-        number("deadline", self.deadline, above=0, unit="seconds")
+        number("timeout", self.timeout, above=0, unit="seconds")
         for name in ("private", "create_pr"):
             flag(name, getattr(self, name))
-        for name in ("branch", "token", "endpoint"):
+        for name in ("branch", "endpoint"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise ConfigError(f"{name} is empty, or no text; leave it out for the default.")
-        if self.token is not None:
-            object.__setattr__(self, "token", plain_token(self.token))
 
 
 class HubRepository:
-    """The repository of a `Destination`. Every call has a deadline, and raises HubError."""
+    """The repository of a `Destination`. Every call has a time limit, and raises HubError."""
 
-    def __init__(self, to: Destination) -> None:
+    def __init__(self, to: Destination, token: str | None = None) -> None:
+        """`token` is None for HF_TOKEN, or that of `hf auth login`."""
         self.to = to
-        self.api = Api(endpoint=to.endpoint, token=to.token)
+        self.api, self._token = Api(endpoint=to.endpoint, token=token), token
         self.repo_id = to.repo_id
         self.revision = to.branch or constants.DEFAULT_REVISION
         self.opens_pr = to.create_pr
@@ -82,13 +79,13 @@ class HubRepository:
         return f"{self.repo_id}{at}"
 
     def call(self, doing: str, function: Callable[..., T], *args: Any, seconds: float = 0.0, **kwargs: Any) -> T:
-        """`function(...)` within the deadline and `seconds` more."""
-        return within(self.to.deadline + seconds, doing, function, *args, **kwargs)
+        """`function(...)` within the timeout and `seconds` more."""
+        return within(self.to.timeout + seconds, doing, function, *args, **kwargs)
 
     def check(self, card: str | None = None) -> None:
         """Raise HubError unless what comes later will be allowed: token, repository (created where it is not there),
-        write permission, branch, and `card`. All of it within one deadline."""
-        until = time.monotonic() + self.to.deadline
+        write permission, branch, and `card`. All of it within one timeout."""
+        until = time.monotonic() + self.to.timeout
 
         def step(doing: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
             def once() -> T:
@@ -176,7 +173,7 @@ class HubRepository:
         return {ref.ref: ref.target_commit for ref in refs.pull_requests or ()}
 
     def _headers(self) -> dict[str, str]:
-        return build_hf_headers(token=self.to.token)
+        return build_hf_headers(token=self._token)
 
     def went_into(self, pull_request: str) -> None:
         """Further commits go into this pull request, by its revision."""
