@@ -76,6 +76,10 @@ def test_no_files_of_the_engine_import_each_other_in_a_circle():
     assert len(list(TopologicalSorter(graph).static_order())) > len(graph) > 10  # raises CycleError, with the circle
 
 
+def test_no_file_is_longer_than_what_is_read_in_one_go():
+    assert not [f.name for f in PACKAGE.rglob("*.py") if len(f.read_text("utf-8").splitlines()) > 400]
+
+
 def test_the_top_imports_the_floors_only_when_asked():
     tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
     guarded = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -36,11 +36,11 @@ from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import planned, variants_of
 from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours, check_removable
 from lightning_lora.engine.report import InjectionReport, rows
-from lightning_lora.engine.targets import Selection, select
-from lightning_lora.engine.torch_private import check_overridden, persistent_buffers
-from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.targets import Selection, select, tensors_trained_whole, trained_whole
+from lightning_lora.engine.torch_private import check_overridden
+from lightning_lora.engine.tree import Tree, submodule, weight_users
 from lightning_lora.engine.vocabulary import Vocabulary, token_tensors, vocabulary
-from lightning_lora.engine.weights import check_unsharded, is_plain, shape_of
+from lightning_lora.engine.weights import check_unsharded, shape_of
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
 
@@ -329,50 +329,6 @@ def _check_unadapted(model: nn.Module, tree: Tree) -> None:
         raise TargetError(f"{listed(lazy)} of {type(model).__name__} has no shape yet: run one batch through it first.")
 
 
-def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
-    """Name -> tensor, of the parameters and persistent buffers that `config` trains whole."""
-    is_saved, is_wanted = _trained_whole(config, selection)
-    whole: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for prefix, module in Tree.of(model).modules if selection.saved or config.bias != "none" else ():
-        for name, p in module.named_parameters(recurse=False):
-            if is_wanted(module, name) and id(p) not in seen:
-                full = f"{prefix}.{name}" if prefix else name
-                if not is_plain(p):
-                    why = "complex numbers" if p.is_complex() else "quantized weights"
-                    raise TargetError(
-                        f"{full!r} cannot be trained: it holds {why} ({p.dtype}). Take it out of modules_to_save, or "
-                        "set bias='none' if it is a bias."
-                    )
-                seen.add(id(p))
-                whole[full] = p
-        if is_saved(module):
-            for name, buffer in persistent_buffers(module):
-                whole[f"{prefix}.{name}" if prefix else name] = buffer
-    if config.bias != "none" and not any("bias" in name.rpartition(".")[2] for name in whole):
-        raise TargetError(
-            f"bias={config.bias!r} trains no parameter: {type(model).__name__} has no such bias. Set bias='none'."
-        )
-    return whole
-
-
-def _trained_whole(
-    config: LoRAConfig, selection: Selection
-) -> tuple[Callable[[nn.Module], bool], Callable[[nn.Module, str], bool]]:
-    """Two tests: is a module trained whole, and is a parameter of a module trained whole?"""
-    inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
-    adapted = {id(t.module) for t in selection.targets}
-
-    def is_saved(module: nn.Module) -> bool:
-        return id(module) in inside
-
-    def is_wanted(module: nn.Module, name: str) -> bool:
-        biases = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
-        return id(module) in inside or (biases and "bias" in name)
-
-    return is_saved, is_wanted
-
-
 def _check_shared(
     model: nn.Module,
     config: LoRAConfig,
@@ -384,7 +340,7 @@ def _check_shared(
     use would change unasked."""
     if not whole and not vocabularies:
         return
-    _, is_wanted = _trained_whole(config, selection)
+    _, is_wanted = trained_whole(config, selection)
     modules = Tree.of(model).modules
     memory = Memory(modules)
     trained = {id(t): name for name, t in whole.items()}
@@ -410,12 +366,3 @@ def _shared_by(name: str, others: Iterable[str], config: LoRAConfig) -> str:
         "parameter, or two in the same memory), which would be trained with it. Name both, or untie them first: give "
         "each a weight in memory of its own."
     )
-
-
-def weight_users(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[tuple[str, nn.Module]]]:
-    """id(parameter) -> the `modules` that hold it directly: more than one if weights are tied."""
-    users: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in modules:
-        for p in {id(p) for p in module._parameters.values() if p is not None}:
-            users.setdefault(p, []).append((name, module))
-    return users

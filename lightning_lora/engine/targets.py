@@ -7,18 +7,20 @@ entry of a list is the whole name or what follows a dot; `modules_to_save` are n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.engine.all_linear import all_linear, is_linear, left_out_weights, parameters_of
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
 from lightning_lora.engine.layers import Adapter, geometry_of, register_conv1d
 from lightning_lora.engine.layers.quantized import register_bitsandbytes
 from lightning_lora.engine.present import check_none_of_others
+from lightning_lora.engine.torch_private import persistent_buffers
 from lightning_lora.engine.tree import Candidates, Target, Tree, entry_matches, last_part, name_in
+from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import TargetError, closest, listed
 
 
@@ -301,3 +303,47 @@ def _check_patterns(key: str, pattern: dict[str, Any], targets: list[Target]) ->
             near = closest(entry, endings)
             guess = f"Did you mean {listed(map(repr, near))}?" if near else f"They end in: {listed(endings)}."
             raise TargetError(f"{key}: {entry!r} matches none of the {len(targets)} adapted modules. {guess}")
+
+
+def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
+    """Name -> tensor, of the parameters and persistent buffers that `config` trains whole."""
+    is_saved, is_wanted = trained_whole(config, selection)
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in Tree.of(model).modules if selection.saved or config.bias != "none" else ():
+        for name, p in module.named_parameters(recurse=False):
+            if is_wanted(module, name) and id(p) not in seen:
+                full = f"{prefix}.{name}" if prefix else name
+                if not is_plain(p):
+                    why = "complex numbers" if p.is_complex() else "quantized weights"
+                    raise TargetError(
+                        f"{full!r} cannot be trained: it holds {why} ({p.dtype}). Take it out of modules_to_save, or "
+                        "set bias='none' if it is a bias."
+                    )
+                seen.add(id(p))
+                whole[full] = p
+        if is_saved(module):
+            for name, buffer in persistent_buffers(module):
+                whole[f"{prefix}.{name}" if prefix else name] = buffer
+    if config.bias != "none" and not any("bias" in name.rpartition(".")[2] for name in whole):
+        raise TargetError(
+            f"bias={config.bias!r} trains no parameter: {type(model).__name__} has no such bias. Set bias='none'."
+        )
+    return whole
+
+
+def trained_whole(
+    config: LoRAConfig, selection: Selection
+) -> tuple[Callable[[nn.Module], bool], Callable[[nn.Module, str], bool]]:
+    """Two tests: is a module trained whole, and is a parameter of a module trained whole?"""
+    inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
+    adapted = {id(t.module) for t in selection.targets}
+
+    def is_saved(module: nn.Module) -> bool:
+        return id(module) in inside
+
+    def is_wanted(module: nn.Module, name: str) -> bool:
+        biases = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
+        return id(module) in inside or (biases and "bias" in name)
+
+    return is_saved, is_wanted

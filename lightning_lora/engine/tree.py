@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -274,6 +274,15 @@ class Candidates:
             for known in (name, *self.tree.aliases.get(id(module), ())):
                 names[last_part(known)].append((at, known))
         return names
+
+
+def weight_users(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[tuple[str, nn.Module]]]:
+    """id(parameter) -> the `modules` that hold it directly: more than one if weights are tied."""
+    users: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in modules:
+        for p in {id(p) for p in module._parameters.values() if p is not None}:
+            users.setdefault(p, []).append((name, module))
+    return users
 
 
 def _renew_locks() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_lora.engine import LoRAConfig, adapter_tensors, adapters, inject, injections
@@ -26,10 +27,11 @@ from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
 from lightning_lora.hub.format.reading import CONFIG
 from lightning_lora.training.checkpoint_file import read_checkpoint
+from lightning_lora.training.lightning_private import step_of_last_save
 from lightning_lora.training.run_state import restore_buffers
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+    from lightning.pytorch import LightningModule, Trainer
 
 METADATA = "lightning_lora"
 """The key under which a checkpoint describes its adapter; plain values only, so torch loads it with weights_only."""
@@ -214,3 +216,16 @@ def fill_in_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
                 state_dict[prefix + name] = values[ours]
             elif ours not in own:
                 state_dict[prefix + name] = tensor
+
+
+def steps_saved(trainer: Trainer | None, path: str) -> dict[str, int]:
+    """At which step each ModelCheckpoint last saved, once that is done which is about to write to `path`.
+
+    It notes the step afterwards, so that its own state does not tell: a resumed run saved again after one batch.
+    """
+    steps = {}
+    for callback in trainer.checkpoint_callbacks if trainer is not None else ():
+        if trainer is not None and isinstance(callback, ModelCheckpoint):
+            saves = path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
+            steps[callback.state_key] = trainer.global_step if saves else step_of_last_save(callback)
+    return steps

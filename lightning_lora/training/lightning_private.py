@@ -282,8 +282,7 @@ def logging_goes_on(trainer: Any) -> None:
 
 
 def rows_still_to_log(trainer: Any) -> int:
-    """How many rows Lightning logs of a batch after the hooks at its end, in which a checkpoint may be saved; a
-    resumed run does not log them again. Raises MovedError where it does not tell."""
+    """How many rows Lightning logs of a batch after the hooks at its end: a resumed run does not log them again."""
     why = "goes on with the metrics of a run"
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     connector = attribute(trainer, "_logger_connector", why)
@@ -354,8 +353,7 @@ def checkpoint_of(trainer: Any) -> dict[str, Any]:
 
 
 def average_of(callback: Any) -> Any:
-    """The copy of the module in which a callback averages weights; None before it is made. Raises MovedError where it
-    is kept elsewhere: a copy that has no adapters would average nothing."""
+    """The copy of the module in which a callback averages weights; None before it is made. Raises MovedError."""
     return attribute(callback, "_average_model", "averages the weights of adapters")
 
 
@@ -370,26 +368,23 @@ def logs_hyperparameters(holder: Any) -> bool:
 
 
 def logs_models(logger: Any) -> bool:
-    """True if MLflow's or W&B's `logger` logs checkpoints as models. Raises MovedError, as the two functions below,
-    where the logger does that in another way: no adapter folder would go with them."""
+    """True if MLflow's or W&B's `logger` logs checkpoints as models. Raises MovedError where it does so otherwise."""
     attribute(logger, "_scan_and_log_checkpoints", _LOGS)
     logged_models(logger)
     return bool(attribute(logger, "_log_model", _LOGS))
 
 
 def logged_models(logger: Any) -> dict[str, float]:
-    """The paths of the checkpoints that were logged, each with the time of the file."""
+    """The checkpoints that were logged: path -> time of the file."""
     return dict(attribute(logger, "_logged_model_time", _LOGS))
 
 
 def model_name(logger: Any) -> str:
-    """What W&B's logger calls the model that it logs."""
     return str(attribute(logger, "_checkpoint_name", _LOGS))
 
 
 def multiprocessing_launcher() -> Any:
-    """The class that launches processes by `multiprocessing`. Raises MovedError where it is gone: the weights that
-    those processes train would get lost."""
+    """The class that launches processes by `multiprocessing`. Raises MovedError where it is gone."""
     path = "lightning.pytorch.strategies.launchers.multiprocessing:_MultiProcessingLauncher"
     purpose = "brings trained adapters back from launched processes"
     launcher = found(path, purpose)
@@ -399,8 +394,7 @@ def multiprocessing_launcher() -> Any:
 
 
 def starts_scripts(trainer: Any) -> bool:
-    """True if further processes are started by the script that runs; also where it cannot be known and there are
-    several."""
+    """True if the script that runs starts further processes, or may do so: there are several."""
     path = "lightning.pytorch.strategies.launchers:_SubprocessScriptLauncher"
     launcher = found(path, "refuses sweeps whose jobs would start each other")
     return trainer.world_size > 1 and (launcher is None or isinstance(trainer.strategy.launcher, launcher))

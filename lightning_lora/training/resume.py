@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
@@ -37,12 +36,14 @@ from lightning_lora.training.loaders import (
     watch,
 )
 from lightning_lora.training.loops import ResumedEpochLoop, ResumedFitLoop, ResumedValidationLoop
-from lightning_lora.training.rounds import Holders, Round, running_round, saved_outputs
+from lightning_lora.training.rounds import Holders, rest_of, running_round
 from lightning_lora.training.run_state import (
     BufferWatch,
     EpochMetrics,
     RandomState,
     Trained,
+    callback_metrics,
+    has_stopped,
     of_all_ranks,
     plain,
     random_state,
@@ -127,7 +128,7 @@ class ExactResume:
         known = self.random_at == trainer.fit_loop.epoch_loop.batch_progress.total.processed
         amid, running = self._is_amid(), running_round(trainer)
         held = self.before if amid else self._held()
-        rest = self._rest_of(running) if running is not None and not amid else None
+        rest = rest_of(running) if running is not None and not amid else None
         return {
             "place": place,
             "round": rest,
@@ -141,20 +142,13 @@ class ExactResume:
             "fetched_at": self._fetched_at(place["total"]) if rest or private.fetches_ahead(trainer) else [],
             "metrics": plain(held["metrics"]) if place["kind"] == "inside" else None,
             "gradients": self._open_gradients(),
-            "callback_metrics": tensors(self._callback_metrics()),
-            "stopped_early": trainer.should_stop and any(_has_stopped(c) for c in trainer.callbacks),
+            "callback_metrics": tensors(callback_metrics(trainer)),
+            "stopped_early": trainer.should_stop and any(has_stopped(c) for c in trainer.callbacks),
             "seeds": self.own.seeds(),
             "amid": self.amid if amid else "",
             "changed": self._has_changed(),
             "unread": self.holders.unread if amid else [],
         }
-
-    def _callback_metrics(self) -> dict[str, Any]:
-        trainer = self.trainer
-        if trainer.world_size > 1 and trainer.state.status == TrainerStatus.INTERRUPTED:
-            # Asked for, those of an epoch are summed over processes, of which this one may be the only one that asks.
-            return private.live_callback_metrics(trainer)
-        return trainer.callback_metrics
 
     def _has_changed(self) -> bool:
         """Whether weights or schedules are other ones than the place that a checkpoint will name."""
@@ -164,15 +158,6 @@ class ExactResume:
         was_raised = self.trainer.state.status == TrainerStatus.INTERRUPTED
         between = was_raised and self.amid == "batch" and batch.processed > batch.completed
         return between and running_round(self.trainer) is None  # an exception in a schedule's step
-
-    def _rest_of(self, running: Round) -> dict[str, Any] | None:
-        if not running.rest and running.hook != "on_train_epoch_end":
-            return None
-        rest: dict[str, Any] = {"hook": running.hook, "of": running.rest, "torn": running.torn}
-        rest["random"] = random_state()
-        if running.hook == "on_train_batch_end":
-            rest["outputs"], rest["is_whole"] = saved_outputs(running.args[0])
-        return rest
 
     def place(self) -> dict[str, Any]:
         """Where the run is."""
@@ -222,18 +207,6 @@ class ExactResume:
     def values_before_batch(self) -> dict[str, Tensor]:
         """The buffers that the running batch has changed, as they were before it."""
         return self.buffers.before() if self.trainer is not None and self._is_amid() else {}
-
-    def steps_saved(self, path: str) -> dict[str, int]:
-        """At which step each ModelCheckpoint last saved, once that is done which is about to write to `path`.
-
-        It notes the step afterwards, so that its own state does not tell: a resumed run saved again after one batch.
-        """
-        steps = {}
-        for callback in self.trainer.checkpoint_callbacks if self.trainer is not None else ():
-            if isinstance(callback, ModelCheckpoint):
-                saves = path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
-                steps[callback.state_key] = self.trainer.global_step if saves else private.step_of_last_save(callback)
-        return steps
 
     def _in_batch(self) -> bool:
         """Whether a batch is begun and not through."""
@@ -422,9 +395,3 @@ class ExactResume:
 def _set_counts(progress: dict[str, Any], completed: int, ready: int) -> None:
     for counts in progress.values():
         counts.update(ready=ready, started=ready, processed=completed, completed=completed)
-
-
-def _has_stopped(callback: Any) -> bool:
-    return isinstance(callback, EarlyStopping) and (
-        callback.stopped_epoch > 0 or callback.wait_count >= callback.patience
-    )

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_lora.training.lightning_private import call_hook, hook_calls
+from lightning_lora.training.run_state import random_state
 
 # What callbacks, the data module and optimizers hold of their own, to be saved as it was when a batch began.
 
@@ -159,3 +160,13 @@ def saved_outputs(value: Any) -> tuple[Any, bool]:
 
 def _has(one: Any, hook: str) -> bool:
     return callable(getattr(one, hook)) and is_overridden(hook, one, Callback if isinstance(one, Callback) else None)
+
+
+def rest_of(running: Round) -> dict[str, Any] | None:
+    """What a checkpoint that is saved in this round holds of it: who has not had the hook yet, and its arguments."""
+    if not running.rest and running.hook != "on_train_epoch_end":
+        return None
+    rest: dict[str, Any] = {"hook": running.hook, "of": running.rest, "torn": running.torn, "random": random_state()}
+    if running.hook == "on_train_batch_end":
+        rest["outputs"], rest["is_whole"] = saved_outputs(running.args[0])
+    return rest

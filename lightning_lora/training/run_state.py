@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torchmetrics import Metric
@@ -22,7 +24,13 @@ from lightning_lora.engine import adapter_tensors, torch_private
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import is_sharded
 from lightning_lora.errors import CheckpointError, listed
-from lightning_lora.training.lightning_private import metric_state, put_metric_state, restored_result, results
+from lightning_lora.training.lightning_private import (
+    live_callback_metrics,
+    metric_state,
+    put_metric_state,
+    restored_result,
+    results,
+)
 
 # The state of the global random generators: Python's, torch's, numpy's and CUDA's.
 
@@ -312,3 +320,17 @@ def plain(state: Metrics) -> Metrics:
 
 def _count(metric: Any) -> Tensor | None:
     return getattr(metric, "cumulated_batch_size", None)
+
+
+def callback_metrics(trainer: Trainer) -> dict[str, Any]:
+    """What callbacks see of the metrics; those of an epoch are not summed over processes that may not take part."""
+    if trainer.world_size > 1 and trainer.state.status == TrainerStatus.INTERRUPTED:
+        return live_callback_metrics(trainer)
+    return trainer.callback_metrics
+
+
+def has_stopped(callback: Any) -> bool:
+    """True if `callback` is an EarlyStopping that has ended the run, or is about to."""
+    return isinstance(callback, EarlyStopping) and (
+        callback.stopped_epoch > 0 or callback.wait_count >= callback.patience
+    )

@@ -46,6 +46,7 @@ from lightning_lora.training.checkpoint import (
     check_no_adapter_folder,
     checkpoint_adapter,
     checkpoint_metadata,
+    steps_saved,
 )
 from lightning_lora.training.checkpoint_address import is_local, local_path
 from lightning_lora.training.checkpoint_file import leave_out_base, read_checkpoint, write_whole_files
@@ -192,7 +193,7 @@ class AdapterStrategy(_Host):
         before = self.lora.resume.values_before_batch()
         for values in (checkpoint["state_dict"], checkpoint[METADATA].get("buffers", {})):
             values.update({name: before[name] for name in values.keys() & before.keys()})
-        checkpoint[METADATA]["saved_at"] = self.lora.resume.steps_saved(str(filepath))
+        checkpoint[METADATA]["saved_at"] = steps_saved(self.lora.resume.trainer, str(filepath))
         if left_out := leave_out_base(checkpoint, module):
             checkpoint[METADATA][LEFT_OUT] = left_out
         super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import fused, switch
-from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec, Pair
+from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec, Pair, kept_ranks
 from lightning_lora.engine.layers.reads import Reads
 from lightning_lora.engine.reads import forget
 from lightning_lora.engine.swap import name_of_input, swap, swap_back
@@ -329,16 +329,6 @@ def unadapt(module: Adapter) -> Callable[[], None]:
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """A context without autocast on t's device. The meta device has no autocast to turn off."""
     return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
-
-
-def kept_ranks(spec: AdapterSpec, A: Tensor, dim: int = 0) -> Tensor:
-    """Draw this forward's dropout of ranks: a factor for each row of A, 0 if the row is dropped, else above 1 so that
-    the mean is 1. `dim` is the dimension of A that counts its rows (1 for a stack of matrices)."""
-    whole, each = spec.module_dropout, spec.rank_dropout
-    keep = torch.rand(spec.rank, device=A.device, dtype=torch.float32) >= each
-    keep = keep & (torch.rand(1, device=A.device, dtype=torch.float32) >= whole)
-    keep = keep.repeat(A.shape[dim] // spec.rank)  # a rank of the frozen start is dropped with the trained rank
-    return (keep.to(A.dtype) / ((1 - each) * (1 - whole))).view(-1, *(1,) * (A.dim() - dim - 1))
 
 
 def geometry_of(cls: type[nn.Module]) -> type[Adapter] | None:

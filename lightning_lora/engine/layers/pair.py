@@ -96,3 +96,13 @@ class Pair:
         """The shape of the adapted parameter."""
         weight = self.module._parameters.get(self.parameter)
         return shape_of(weight) if weight is not None else (self.B.shape[0], self.A.shape[1])
+
+
+def kept_ranks(spec: AdapterSpec, A: Tensor, dim: int = 0) -> Tensor:
+    """Draw this forward's dropout of ranks: a factor for each row of A, 0 if the row is dropped, else above 1 so that
+    the mean is 1. `dim` is the dimension of A that counts its rows (1 for a stack of matrices)."""
+    whole, each = spec.module_dropout, spec.rank_dropout
+    keep = torch.rand(spec.rank, device=A.device, dtype=torch.float32) >= each
+    keep = keep & (torch.rand(1, device=A.device, dtype=torch.float32) >= whole)
+    keep = keep.repeat(A.shape[dim] // spec.rank)  # a rank of the frozen start is dropped with the trained rank
+    return (keep.to(A.dtype) / ((1 - each) * (1 - whole))).view(-1, *(1,) * (A.dim() - dim - 1))

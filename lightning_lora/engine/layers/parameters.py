@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.layers.base import Adapter, kept_ranks, without_autocast
+from lightning_lora.engine.layers.base import Adapter, without_autocast
 from lightning_lora.engine.layers.by_weight import kept_columns
 from lightning_lora.engine.layers.frozen import FlatWeights, lay_flat
-from lightning_lora.engine.layers.pair import MAGNITUDE, START, AdapterSpec, Pair
+from lightning_lora.engine.layers.pair import MAGNITUDE, START, AdapterSpec, Pair, kept_ranks
 from lightning_lora.engine.torch_private import flat_weights
 from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterStateError, TargetError

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.inject import tensors_trained_whole
 from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.merge import output_embeddings
@@ -18,7 +17,7 @@ from lightning_lora.engine.plain_names import with_plain_names, without_wrappers
 from lightning_lora.engine.plan import promised
 from lightning_lora.engine.present import check_none_of_others, other_prefix
 from lightning_lora.engine.state import describe_base, is_finite
-from lightning_lora.engine.targets import Selection, name_matches, select
+from lightning_lora.engine.targets import Selection, name_matches, select, tensors_trained_whole
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.engine.weights import is_plain

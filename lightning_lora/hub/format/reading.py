@@ -14,10 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.inject import weight_users
 from lightning_lora.engine.present import foreign_layout_of
 from lightning_lora.engine.targets import name_matches
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.tree import Tree, weight_users
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.hub.format import mlx, peft
 from lightning_lora.hub.format.mapped import BLANK, MappedTensors
