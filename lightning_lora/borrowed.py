@@ -1,9 +1,9 @@
 """Names that other libraries keep to themselves and that this package uses all the same.
 
 A release may move such a name without a word. So each stands once, in the owner of its room (engine/torch_private.py,
-training/lightning_private.py, hub/hub_private.py, cli/hydra_private.py), with what it is for. Where it is gone, the
-owner takes a plain path that needs no such name, or what is here raises MovedError. It never goes on as if nothing had
-happened. tests/private_names checks each in the installed version.
+training/lightning_private.py and torchmetrics_private.py, hub/hub_private.py, cli/hydra_private.py), with what it is
+for. Where it is gone, the owner takes a plain path that needs no such name, or what is here raises MovedError. It never
+goes on as if nothing had happened. tests/private_names checks each in the installed version.
 """
 
 from __future__ import annotations

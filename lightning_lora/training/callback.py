@@ -23,15 +23,8 @@ from lightning_lora.engine.optim import check_ratio
 from lightning_lora.engine.product_decay import check_strength
 from lightning_lora.errors import AdapterStateError, TargetError
 from lightning_lora.training.checkpoint import accept_adapters
-from lightning_lora.training.loggers import (
-    Settings,
-    adapter_settings,
-    data_settings,
-    log_adapters,
-    log_settings,
-    optimizer_settings,
-    show_both_rates,
-)
+from lightning_lora.training.lightning_private import trainer_being_made
+from lightning_lora.training.loggers import Settings, log_adapters, log_run, optimizer_settings, show_both_rates
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.run_state import watch_buffers
@@ -42,6 +35,7 @@ from lightning_lora.training.starting import (
     adapted_as_in,
     adapters_present,
     call_after,
+    check_adapted_before_launch,
     given_fields,
 )
 from lightning_lora.training.strategy import (
@@ -155,7 +149,6 @@ class LoRACallback(Callback):
         """What loggers are given beside the settings of the adapter, the optimizer and the data."""
         if self._origin is not None:
             self._policy.adapt_as_in = self._adapt_as_in
-        adapt_before_launch()
 
     def __repr__(self) -> str:
         adapted = "" if self.report is None else f", {self.report!r}"
@@ -180,6 +173,11 @@ class LoRACallback(Callback):
         `error`, and its `source`, the adapter folder."""
         return [] if self._policy.push is None else list(self._policy.push.unpushed)
 
+    @property
+    def state_key(self) -> str:
+        adapt_before_launch(trainer_being_made())  # which asks for this key, and offers no hook
+        return super().state_key
+
     # Adapting the model.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -194,6 +192,7 @@ class LoRACallback(Callback):
         self._goes_on = None
         if self._policy.push is not None and stage == "fit":
             self._policy.push.check(trainer)
+        check_adapted_before_launch(trainer)
         attach(trainer.strategy, self._policy)
         log_adapters(trainer)
         # Layers may be built by the module's own hooks, which run after this one: adapt after the last of them.
@@ -332,9 +331,7 @@ class LoRACallback(Callback):
         if self._optimizer_settings is None and not comes_later:  # else those of the checkpoint hold
             self._optimizer_settings = optimizer_settings(trainer)
         plus = {"lora_plus_ratio": self._policy.lora_plus_ratio, "product_decay": self._policy.product_decay}
-        lora, optimizer = adapter_settings(self.config, **plus), self._optimizer_settings or {"lr": None}
-        data = data_settings(trainer, pl_module)
-        log_settings(trainer, pl_module, self.settings_of_run, {"lora": lora, "optimizer": optimizer, "data": data})
+        log_run(trainer, pl_module, self.config, self._optimizer_settings, self.settings_of_run, **plus)
         if self._policy.lora_plus_ratio is not None:
             show_both_rates(trainer)
 

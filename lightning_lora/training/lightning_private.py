@@ -1,4 +1,4 @@
-"""Private names of Lightning and torchmetrics: each once, with why.
+"""Private names of Lightning: each once, with why.
 
 An exact resumption reads and sets counters of Lightning's loops. `check` looks for all of them when training starts,
 and raises MovedError where one is gone: a counter that is set under an old name would do nothing, and the resumed run
@@ -19,9 +19,10 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_lora.borrowed import PURPOSES, attribute, found, replace
+from lightning_lora.borrowed import PURPOSES, attribute, found, needed, replace
 from lightning_lora.errors import MovedError
 
+_LAUNCHES = "brings trained adapters back from launched processes"
 _LOGS = "logs an adapter folder with its checkpoint"
 _RESUMES = "makes a resumed run the run that was not interrupted"
 
@@ -45,6 +46,10 @@ _call_callbacks = _of_loops("trainer.call:_call_callback_hooks")
 _call_module = _of_loops("trainer.call:_call_lightning_module_hook")
 for _name in ("_state_dicts", "_load_state_dicts"):
     _of_loops(f"utilities:CombinedLoader.{_name}")
+
+_trainer_init = needed(
+    "lightning.pytorch.trainer.connectors.callback_connector:_CallbackConnector.on_trainer_init", _LAUNCHES
+)
 
 _RESTART = ("_restarting", "_loaded_from_state_dict", "_resuming_from_checkpoint")
 ATTRIBUTES = {
@@ -324,24 +329,6 @@ class _AnyMetadata(_Metadata):  # type: ignore[valid-type, misc]
     __hash__ = None  # type: ignore[assignment]
 
 
-_GATHERS = "puts back what a metric of torchmetrics has gathered"
-
-
-def metric_state(metric: Metric) -> tuple[int, dict[str, Any]]:
-    """How often `metric` was updated, and copies of what it has gathered. An update adds to tensors in place, but to
-    lists only at their end. Raises MovedError where torchmetrics keeps them elsewhere."""
-    gathered = {name: getattr(metric, name) for name in attribute(metric, "_defaults", _GATHERS)}
-    copies = {n: list(v) if isinstance(v, list) else v.detach().clone() for n, v in gathered.items()}
-    return attribute(metric, "_update_count", _GATHERS), copies
-
-
-def put_metric_state(metric: Metric, count: int, values: dict[str, Any]) -> None:
-    """Put back what `metric_state` returned. Raises MovedError as it does; the metric is then as it was."""
-    replace(metric, _GATHERS, _update_count=count, _computed=None)
-    for name, value in values.items():
-        setattr(metric, name, value)
-
-
 # The rest of a Trainer.
 
 
@@ -383,14 +370,22 @@ def model_name(logger: Any) -> str:
     return str(attribute(logger, "_checkpoint_name", _LOGS))
 
 
-def multiprocessing_launcher() -> Any:
-    """The class that launches processes by `multiprocessing`. Raises MovedError where it is gone."""
+def launches_processes(launcher: Any) -> bool:
+    """True if `launcher` starts processes by `multiprocessing`. Raises MovedError where that cannot be known of one:
+    the weights that those processes train would get lost."""
     path = "lightning.pytorch.strategies.launchers.multiprocessing:_MultiProcessingLauncher"
-    purpose = "brings trained adapters back from launched processes"
-    launcher = found(path, purpose)
-    if launcher is None:
-        raise MovedError(path.replace(":", "."), purpose)
-    return launcher
+    known = found(path, _LAUNCHES)
+    if known is None and launcher is not None:
+        raise MovedError(path.replace(":", "."), _LAUNCHES)
+    return launcher is not None and isinstance(launcher, known)
+
+
+def trainer_being_made() -> Any:
+    """The Trainer whose constructor is asking a callback for its state key; None where nothing of that kind asks."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not _trainer_init.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"].trainer
 
 
 def starts_scripts(trainer: Any) -> bool:

@@ -60,6 +60,19 @@ def log_settings(trainer: Trainer, module: LightningModule, *several: Settings) 
             rank_zero_warn(f"{type(logger).__name__} did not take the settings of this run: {error}")
 
 
+def log_run(
+    trainer: Trainer,
+    module: LightningModule,
+    config: LoRAConfig,
+    optimizer: Mapping[str, Any] | None,
+    further: Settings,
+    **plus: Any,
+) -> None:
+    """Give each logger the settings of the adapter (with `plus`), of the optimizer and of the data, over `further`."""
+    lora, data = adapter_settings(config, **plus), data_settings(trainer, module)
+    log_settings(trainer, module, further, {"lora": lora, "optimizer": optimizer or {"lr": None}, "data": data})
+
+
 def adapter_settings(config: LoRAConfig, **others: Any) -> dict[str, Any]:
     """Rank, alpha, targets, and every other field of `config` that is not as it is by default; with `others`."""
     defaults = LoRAConfig().to_dict()

@@ -26,11 +26,10 @@ from lightning_lora.engine.weights import is_sharded
 from lightning_lora.errors import CheckpointError, listed
 from lightning_lora.training.lightning_private import (
     live_callback_metrics,
-    metric_state,
-    put_metric_state,
     restored_result,
     results,
 )
+from lightning_lora.training.torchmetrics_private import metric_state, put_metric_state
 
 # The state of the global random generators: Python's, torch's, numpy's and CUDA's.
 

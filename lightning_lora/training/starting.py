@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from abc import ABC
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,43 +21,51 @@ from lightning_lora.engine.config import check_is_config
 from lightning_lora.engine.peft_names import unknown_name
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.same_config import differences
+from lightning_lora.engine.swap import swap
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import shape_of
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, CheckpointError, ConfigError, HubError, listed
+from lightning_lora.errors import (
+    AdapterFormatError,
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    HubError,
+    TrainingError,
+    listed,
+)
 from lightning_lora.hub import load_adapter
 from lightning_lora.hub.format.writing import hub_address
 from lightning_lora.hub.pull import adapter_folder, pull
 from lightning_lora.training.checkpoint import checkpoint_adapter
-from lightning_lora.training.lightning_private import multiprocessing_launcher
+from lightning_lora.training.lightning_private import launches_processes
 from lightning_lora.training.signals import SigtermLater
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+    _Launcher = Any
+else:
+    _Launcher = ABC  # Lightning's own base: only then do the layouts agree, and Python allows the swap
 
 
 # Adapt the model in the process that launches others, before it does.
 #
 # With ddp_spawn, ddp_fork and ddp_notebook the Trainer's hooks run in child processes only. The parent's module would
 # stay without adapters, and Lightning, which loads the trained weights back into it without strictness, would drop them
-# silently. It offers no hook in the parent, so its launcher's `launch` is wrapped, once.
+# silently. It offers no hook in the parent, so the launcher of a Trainer that has a LoRACallback gets a class of ours.
 
 
-def adapt_before_launch() -> None:
-    """Let every LoRACallback of a Trainer act in the launching process, before and after the run."""
-    launcher = multiprocessing_launcher()
-    original = launcher.launch
-    if hasattr(original, "adapts_before"):
-        return
+class AdaptingLauncher(_Launcher):
+    """Mixin in front of Lightning's launcher of processes: each LoRACallback acts before the launch and after it."""
 
-    @functools.wraps(original)
-    def launch(self: Any, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+    def launch(self, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         ours = [c for c in getattr(trainer, "callbacks", ()) if hasattr(c, "before_launch")]
         for callback in ours:
             callback.before_launch(trainer)
         if ours:
             function = functools.partial(_save_on_exception, function, trainer)
         try:
-            result = original(self, function, *args, trainer=trainer, **kwargs)
+            result = super().launch(function, *args, trainer=trainer, **kwargs)
         except BaseException:
             for callback in ours:
                 callback.launch_failed()
@@ -65,8 +74,23 @@ def adapt_before_launch() -> None:
             callback.after_launch(trainer)
         return result
 
-    launch.adapts_before = True  # type: ignore[attr-defined]
-    launcher.launch = launch
+
+def adapt_before_launch(trainer: Trainer | None) -> None:
+    """Called for a Trainer that is just made, with a LoRACallback among its callbacks."""
+    launcher = None if trainer is None else trainer.strategy.launcher
+    if launches_processes(launcher) and not isinstance(launcher, AdaptingLauncher):
+        swap(launcher, "LoRA", AdaptingLauncher)
+
+
+def check_adapted_before_launch(trainer: Trainer) -> None:
+    """Raise TrainingError in a launched process where the one that launched it did not know of the LoRACallback."""
+    launcher = trainer.strategy.launcher
+    if launches_processes(launcher) and not isinstance(launcher, AdaptingLauncher):
+        raise TrainingError(
+            "LoRACallback was added after the Trainer was made (by its list of callbacks, or by configure_callbacks), "
+            "so the process that launched this one would not get the trained adapters back. Give the callback to "
+            "Trainer(callbacks=[...]), or use strategy='ddp'."
+        )
 
 
 def _save_on_exception(function: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -26,13 +26,17 @@ from lightning_lora.errors import MovedError
 from tests.private_names.moved import moved
 
 PACKAGE = Path(lightning_lora.__file__).parent
-ROOMS = ("engine/torch_private.py", "training/lightning_private.py", "hub/hub_private.py", "cli/hydra_private.py")
+ROOMS = (
+    *("engine/torch_private.py", "training/lightning_private.py", "training/torchmetrics_private.py"),
+    *("hub/hub_private.py", "cli/hydra_private.py"),
+)
 
 ASKED_LATE = (
     "hydra._internal.core_plugins.bash_completion:BashCompletion._query",
     "hydra._internal.utils:_locate",
     "hydra._internal.utils:get_args_parser",
     "lightning.pytorch.callbacks:RichProgressBar._get_train_description",
+    "lightning.pytorch.strategies.launchers.multiprocessing:_MultiProcessingLauncher",
     "lightning.pytorch.strategies.launchers.multiprocessing:_MultiProcessingLauncher.launch",
     "lightning.pytorch.strategies.launchers:_SubprocessScriptLauncher",
     "torch.autograd.forward_ad:_current_level",

@@ -18,9 +18,10 @@ from torchmetrics import MeanMetric
 
 from lightning_lora import LoRACallback, adapter_state_dict
 from lightning_lora.borrowed import PURPOSES
-from lightning_lora.errors import MovedError
-from lightning_lora.training import lightning_private
+from lightning_lora.errors import MovedError, TrainingError
+from lightning_lora.training import lightning_private, torchmetrics_private
 from lightning_lora.training.lightning_private import ATTRIBUTES, HOOK_LOCALS
+from lightning_lora.training.starting import AdaptingLauncher, check_adapted_before_launch
 from tests.private_names.moved import moved, take_away
 
 
@@ -97,7 +98,14 @@ class _Without:
         return _Without(inner, self.path[1:], self.name) if self.path[:1] == [name] else inner
 
 
-@pytest.mark.parametrize("path", [path for path in PURPOSES if path.startswith("lightning.pytorch.")])
+@pytest.mark.parametrize(
+    "path",
+    [
+        p
+        for p in PURPOSES
+        if p.startswith("lightning.pytorch.") and not p.endswith(":_CallbackConnector.on_trainer_init")
+    ],
+)
 def test_a_run_says_if_a_name_of_lightning_is_gone(path: str, fitted: Trainer, monkeypatch: pytest.MonkeyPatch):
     take_away(monkeypatch, path)
     with pytest.raises(MovedError, match=path.rpartition(".")[2].rpartition(":")[2]):
@@ -167,15 +175,15 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(step: int, tmp_path: 
 def test_what_a_metric_has_gathered_is_put_back_and_nothing_where_a_name_is_gone():
     metric = MeanMetric()
     metric.update(torch.tensor([1.0, 2.0]))
-    held = lightning_private.metric_state(metric)
+    held = torchmetrics_private.metric_state(metric)
     metric.update(torch.tensor([9.0]))
     assert metric.compute() == 4
-    lightning_private.put_metric_state(metric, *held)
+    torchmetrics_private.put_metric_state(metric, *held)
     assert metric.compute() == 1.5
     with pytest.raises(MovedError, match="_defaults"):
-        lightning_private.metric_state(SimpleNamespace(_update_count=1))  # type: ignore[arg-type]
+        torchmetrics_private.metric_state(SimpleNamespace(_update_count=1))  # type: ignore[arg-type]
     with pytest.raises(MovedError, match="_update_count"):
-        lightning_private.put_metric_state(SimpleNamespace(), 1, {})  # type: ignore[arg-type]
+        torchmetrics_private.put_metric_state(SimpleNamespace(), 1, {})  # type: ignore[arg-type]
 
 
 def test_what_a_trainer_no_longer_has_is_said():
@@ -198,10 +206,30 @@ def test_what_a_trainer_no_longer_has_is_said():
 
 
 def test_a_launcher_that_is_gone_is_said_or_taken_for_any(monkeypatch: pytest.MonkeyPatch):
-    assert hasattr(lightning_private.multiprocessing_launcher(), "launch")
+    launcher = Trainer(accelerator="cpu", strategy="ddp_fork", devices=2, logger=False).strategy.launcher
+    assert lightning_private.launches_processes(launcher)
+    assert not lightning_private.launches_processes(None)
     take_away(monkeypatch, "lightning.pytorch.strategies.launchers.multiprocessing:_MultiProcessingLauncher")
     with pytest.raises(MovedError, match="_MultiProcessingLauncher"):
-        lightning_private.multiprocessing_launcher()
+        lightning_private.launches_processes(launcher)
     take_away(monkeypatch, "lightning.pytorch.strategies.launchers:_SubprocessScriptLauncher")
     assert lightning_private.starts_scripts(SimpleNamespace(world_size=2))
     assert not lightning_private.starts_scripts(SimpleNamespace(world_size=1))
+
+
+def test_a_callback_hears_of_a_trainer_while_that_is_made_or_a_launched_process_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    settings: Any = {"accelerator": "cpu", "strategy": "ddp_fork", "devices": 2, "logger": False}
+    launch = type(Trainer(**settings).strategy.launcher).launch
+    assert isinstance(Trainer(**settings, callbacks=[LoRACallback(rank=2)]).strategy.launcher, AdaptingLauncher)
+    other = Trainer(**settings)
+    assert type(other.strategy.launcher).launch is launch, "nothing is patched for other Trainers"
+    other.callbacks.append(LoRACallback(rank=2))  # type: ignore[attr-defined]
+    with pytest.raises(TrainingError, match="after the Trainer was made"):
+        check_adapted_before_launch(other)
+    monkeypatch.setattr(lightning_private, "_trainer_init", lambda: None)
+    late = Trainer(**settings, callbacks=[LoRACallback(rank=2)])
+    with pytest.raises(TrainingError, match="after the Trainer was made"):
+        check_adapted_before_launch(late)
+    check_adapted_before_launch(Trainer(accelerator="cpu", logger=False))
