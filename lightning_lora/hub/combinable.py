@@ -1,5 +1,7 @@
-"""Whether several adapters can be combined, found before anything is computed: one base, one geometry for each module,
-and nothing beside the pairs that would have to be weighted.
+"""Checks that several adapters can be combined, before anything is computed, and reports what a combination did.
+
+The adapters must share one base and one geometry for each module. Only pairs can be weighted: tensors that were trained
+whole must be the same in all adapters.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ _BASE = "base_fingerprint", "base_dtypes"
 
 
 def check_combinable(adapters: Mapping[str, Parts], weights: Mapping[str, float]) -> None:
-    """Raise AdapterFormatError, naming all that is in the way, unless `adapters` (by what to call them) can be combined
-    with `weights`."""
+    """Raise AdapterFormatError, which names all problems, unless `adapters` (by their names) can be combined with
+    `weights`."""
     problems = [*_dora(adapters), *_geometries(adapters), *_whole(adapters, weights)]
     problems += [f"{name}: {why}" for name, parts in adapters.items() for why in unclear(parts)]
     if problems:
@@ -34,8 +36,8 @@ def check_combinable(adapters: Mapping[str, Parts], weights: Mapping[str, float]
 
 
 def check_bases(adapters: Mapping[str, Parts]) -> None:
-    """Raise BaseMismatchError where two of `adapters` say that they were trained on different bases: by the
-    fingerprints of the weights, or, where these cannot tell, by their ids on the Hub."""
+    """Raise BaseMismatchError where two of `adapters` were trained on different bases: the fingerprints of the weights
+    differ, or, if these show nothing, the ids on the Hub."""
     for (name, parts), (other, others) in combinations(adapters.items(), 2):
         one, two = ({key: p.note.get(key) for key in _BASE} for p in (parts, others))
         why = ""
@@ -58,7 +60,7 @@ def check_bases(adapters: Mapping[str, Parts]) -> None:
 
 
 def groups_of(pair: Pair) -> int:
-    """How many products there are side by side: those of a grouped convolution, else 1."""
+    """The number of groups of a grouped convolution, each of which has a product B A of its own; else 1."""
     return pair.rank // pair.B.shape[1]
 
 
@@ -89,7 +91,7 @@ def _geometries(adapters: Mapping[str, Parts]) -> list[str]:
 
 
 def _geometry(pair: Pair) -> str:
-    """What two pairs must share to adapt one module, in words."""
+    """The geometry of a pair, in words. Two pairs can adapt one module only if it is the same for both."""
     kind = "embedding" if pair.is_embedding else "layer" if pair.is_matrix else "convolution"
     kernel = f" with kernel {'x'.join(map(str, pair.A.shape[2:]))}" if pair.A.ndim > 2 else ""
     groups = f" in {groups_of(pair)} groups" if groups_of(pair) > 1 else ""
@@ -97,13 +99,13 @@ def _geometry(pair: Pair) -> str:
 
 
 def _whole(adapters: Mapping[str, Parts], weights: Mapping[str, float]) -> list[str]:
-    """Modules and biases that were trained whole replace the base's. What they changed is not in the file, so they can
-    only be kept, where all agree on them."""
+    """Problems with modules and biases that were trained whole. They replace the base's, and the file does not hold how
+    much they changed, so they cannot be weighted. They can be kept if they are the same in all adapters."""
     problems = []
     for what, field in (("modules_to_save", "saved"), ("biases", "biases"), ("weights of the base", "base")):
         by_adapter = {name: _by_name(getattr(parts, field)) for name, parts in adapters.items()}
         names = list(dict.fromkeys(key for tensors in by_adapter.values() for key in tensors))
-        # Of the base's own weights not every file has a copy.
+        # Not every file has a copy of the base's own weights.
         lacking = [n for n in names if field != "base" and any(n not in tensors for tensors in by_adapter.values())]
         unequal = [
             n for n in names if n not in lacking and not _all_same([t[n] for t in by_adapter.values() if n in t])
@@ -141,12 +143,13 @@ class CombinedModule:
     """One module of the combination, as it was written."""
 
     ranks: tuple[int | None, ...]
-    """Of the adapters, in their order; None where one does not adapt the module."""
+    """The ranks of the adapters, in their order; None for an adapter that does not adapt the module."""
     rank: int
     norm: float
     """Frobenius norm of the combination before it was cut to `rank` and rounded."""
     error: float
-    """What was cut off and rounded, relative to `norm`. Exact but for the rounding, which is added on top of it."""
+    """Frobenius norm of the part that was cut off, plus that of the rounding, relative to `norm`. The sum is an upper
+    bound; it is exact but for the rounding."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,9 @@ class CombineReport:
 
     folder: Path
     method: str
-    """With its settings."""
+    """The method, with its settings."""
     adapters: tuple[tuple[str, float], ...]
-    """What each is called, and its weight."""
+    """The name of each adapter, and its weight."""
     modules: Mapping[str, CombinedModule]
     alpha: float
     notes: tuple[str, ...]
@@ -170,7 +173,7 @@ class CombineReport:
 
     @property
     def largest_error(self) -> float:
-        """That of the module with the largest."""
+        """The error of the module with the largest error."""
         return max(m.error for m in self.modules.values())
 
     def __repr__(self) -> str:
@@ -187,7 +190,7 @@ class CombineReport:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """One for all modules of one ending with the same ranks."""
+        """One row for all modules whose names end alike and that have the same ranks."""
         groups: dict[tuple[str, str, str], list[CombinedModule]] = {}
         for name, m in self.modules.items():
             ranks = " + ".join("-" if rank is None else str(rank) for rank in m.ranks)
@@ -199,7 +202,7 @@ class CombineReport:
 
 
 def shown_error(error: float) -> str:
-    """`error` for a reader: what float64 itself loses is none."""
+    """`error` as a text; "none" where it is as small as the rounding of float64."""
     return f"{error:.2g}" if error > 1e-14 else "none"
 
 

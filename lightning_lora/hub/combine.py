@@ -1,4 +1,4 @@
-"""Adapters into one adapter, without a model: folders or ids on the Hub in, a folder in PEFT's format out."""
+"""Combines adapters (folders, or ids on the Hub) into one, written as a folder in PEFT's format; needs no model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from lightning_lora.hub.format.parts import Pair, Parts, parts_of
 from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.pull import adapter_folder
 
-# What PEFT and others call them -> what to say.
+# Names of methods in PEFT and elsewhere -> what the error says about them.
 _ELSEWHERE = {
     "cat": "That is 'sum' here.",
     "task_arithmetic": "That is 'sum' here, or 'svd' for a smaller rank.",
@@ -66,21 +66,21 @@ def combine_adapters(
     """Combine `adapters` (folders in PEFT's format, or ids on the Hub), each times its weight, into one in `folder`.
 
     Every method works on the updates of the weights, dW = scale * B A, module by module; their definitions are in
-    lightning_lora/engine/combine.py. A negative weight takes away what an adapter learned; one with weight 0 is left
-    out.
+    lightning_lora/engine/combine.py. A negative weight takes away what an adapter learned; an adapter with weight 0 is
+    left out.
 
     `method` is "sum" (the weighted sum, exact, with the sum of the ranks), "svd" (the closest to that sum with `rank`),
     or, on a base that several skills are to share, "ties", "dare" or "dare_ties". These keep the share `density` of
-    each update, in (0, 1], and are cut to `rank` as well, which costs more than it does for "svd". `rank` is by default
-    the largest of the adapters; `seed` is that of what DARE drops. What was cut off is in the report.
+    each update, in (0, 1], and the result is cut to `rank`, which loses more than it does for "svd". `rank` is by
+    default the largest of the adapters; `seed` decides what DARE drops. The report says how much was cut off.
 
-    Ranks, alphas, targets, scalings and precisions may differ: computed in float32 or wider, saved in the widest of the
-    files. Modules and biases that were trained whole must be the same in all. `ignore_fields` are unknown fields of the
-    configs that are passed over and left out, though they have a value. Everything is checked before anything is
-    computed. Raises AdapterFormatError for an adapter that is damaged or cannot be combined (DoRA, other shapes),
-    BaseMismatchError where two were trained on different bases (`check_base=False` combines them all the same),
-    ConfigError for an argument that cannot be, HubError for what cannot be fetched, CheckpointError where files cannot
-    be read or written.
+    Ranks, alphas, targets, scalings and precisions may differ: the combination is computed in float32 or wider, and
+    saved in the widest dtype of the files. Modules and biases that were trained whole must be the same in all.
+    `ignore_fields` are unknown fields of the configs that are ignored and left out even if they have a value.
+    Everything is checked before anything is computed. Raises AdapterFormatError for an adapter that is damaged or
+    cannot be combined (DoRA, other shapes), BaseMismatchError where two were trained on different bases
+    (`check_base=False` combines them all the same), ConfigError for an invalid argument, HubError where something
+    cannot be fetched, CheckpointError where files cannot be read or written.
     """
     weights = _checked_weights(adapters, weights)
     _check_method(method, rank, density, seed)
@@ -115,7 +115,7 @@ def combine_adapters(
         alpha=written.alpha,
         notes=tuple(_notes(first, config)),
     )
-    # The name of the base inside the model that was trained, where it was the same in all.
+    # The name of the base inside the model that was trained, if it was the same for all adapters.
     module = _common([one.note.get("module") or "" for one in parts.values()]) or ""
     note = _note(parts, module, report)
     card = _card(config, report, module, sum(t.numel() for t in tensors.values()))
@@ -171,14 +171,14 @@ def _check_rank(rank: int | None, modules: list[str], adapters: Mapping[str, Par
 
 
 def _names(sources: list[str | os.PathLike[str]]) -> list[str]:
-    """What to call the adapters on the card, which others read: an id on the Hub, or the name of a folder alone."""
+    """Names of the adapters for the card: an id on the Hub, or a folder without its path, as others read the card."""
     names: list[str] = []
     for source in sources:
         path = Path(source).expanduser()
         name = str(source)
         if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             path = path.absolute()
-            # Every run calls its own "adapter".
+            # Every run calls its folder "adapter".
             name = f"{path.parent.name}/{path.name}" if path.name == "adapter" else path.name
         again = sum(other == name or other.startswith(f"{name} (") for other in names)
         names.append(f"{name} ({again + 1})" if again else name)
@@ -208,7 +208,7 @@ def _combined(
 
 
 def _term(pair: Pair, weight: float) -> Term:
-    """As (groups, r, in) and (groups, out, r), whatever the geometry."""
+    """The pair with A as (groups, r, in) and B as (groups, out, r), for every geometry."""
     groups = groups_of(pair)
     A = pair.A.reshape(groups, pair.rank // groups, -1)
     B = pair.B.reshape(groups, pair.B.shape[0] // groups, -1)
@@ -262,8 +262,8 @@ def _written(
 
 
 def _ranks(combined: Mapping[str, Combined], adapters: Mapping[str, Parts]) -> dict[str, int]:
-    """The ranks to write. Where each adapter has one rank for all modules, so has the combination, padded with zeros:
-    vLLM and others ignore a rank_pattern, and then scale wrongly. Else each module has its own."""
+    """The ranks to write. If each adapter has one rank for all modules, the combination gets one too, padded with
+    zeros: vLLM and others ignore a rank_pattern, and then scale wrongly. Otherwise each module keeps its own rank."""
     own = {module: c.A.shape[0] * c.A.shape[-2] for module, c in combined.items()}
     if any(len({pair.rank for pair in parts.pairs.values()}) > 1 for parts in adapters.values()):
         return own
@@ -278,8 +278,8 @@ def _alpha(
     method: str,
     ranks: Mapping[str, int],
 ) -> float:
-    """The alpha with which the most B are written as they were read, or but for a power of two: a file in bfloat16
-    then loses nothing. One adapter times 1 keeps its own, times -1 changes the sign of its B alone."""
+    """The alpha with which most B stay as they were read, or change by a power of two: a file in bfloat16 then loses
+    nothing. A single adapter with weight 1 keeps its alpha; with weight -1 only the sign of its B changes."""
     if method == "sum":
         scales = [
             (module, abs(pair.scale * weights[name]))
@@ -288,7 +288,7 @@ def _alpha(
         ]
     else:
         scales = [(module, 1.0) for module in combined]
-    # Thirteen digits: 0.7 * 2 * 16 is to read 22.4.
+    # Thirteen digits, so that 0.7 * 2 * 16 reads 22.4.
     wanted = Counter(float(f"{scale * ranks[module]:.13g}") for module, scale in scales)
     allowed = [alpha for alpha in wanted if 0 < alpha / min(ranks.values()) <= LARGEST_SCALE]
 
@@ -299,13 +299,13 @@ def _alpha(
     return max(allowed, key=left_alone) if allowed else float(max(ranks.values()))
 
 
-# What is written beside the pairs.
+# Makes what is written beside the pairs: tensors trained whole, the config, the note and the card.
 
 
 def _whole(adapters: Mapping[str, Parts], pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
-    """What was trained whole, and weights of the base that PEFT wrote as well: the same in all adapters that have it.
+    """Tensors that were trained whole, and weights of the base that PEFT wrote too: equal in all adapters with them.
 
-    A key depends on which modules are adapted, and the combination adapts more than each adapter does.
+    Their keys are made anew: a key depends on which modules are adapted, and the combination may adapt more of them.
     """
     found: dict[str, Tensor] = {}
     for parts in adapters.values():
@@ -346,7 +346,7 @@ _SELECTION = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def _targets(every: list[Parts], modules: list[str]) -> tuple[str | list[str], dict[str, Any]]:
-    """target_modules for `modules`, all that one of the adapters adapts, and the fields that restrict it."""
+    """target_modules for `modules`, all those that any adapter adapts, and the fields that restrict it."""
     entries = [parts.config.target_modules for parts in every]
     fields = [{field: getattr(parts.config, field) for field in _SELECTION} for parts in every]
     lists = [entry for entry in entries if isinstance(entry, list)]
@@ -356,12 +356,12 @@ def _targets(every: list[Parts], modules: list[str]) -> tuple[str | list[str], d
         return union, {}
     if is_named and all(entry == entries[0] and field == fields[0] for entry, field in zip(entries, fields)):
         return entries[0], {field: every[0].data.get(field) for field in _SELECTION}
-    # As a list, "fc" would mean every module of the model that ends so.
+    # In a list, "fc" would select every module of the model whose name ends in it.
     return "|".join(re.escape(name) for name in modules) or "^$", {}
 
 
 def _common(values: list[Any]) -> Any:
-    """What all of `values` are, else None."""
+    """The value that all `values` have; None where they differ."""
     return values[0] if all(value == values[0] for value in values) else None
 
 

@@ -1,1 +1,1 @@
-"""An adapter rewritten for the program that will serve it."""
+"""Rewrites an adapter for the program that will serve it."""

@@ -1,7 +1,7 @@
-"""What each program that serves adapters can do, and what it gets wrong without a word: one row each.
+"""One row for each program that serves adapters: what it can do, and what it silently gets wrong.
 
-Read in their own sources: vLLM 0.33.0, LoRAX a7394ba, peft 0.21.2. llama.cpp as of llama-cpp-python 0.3.36 was run
-(tests/hub/test_llama_cpp.py).
+The rows were read in the sources of vLLM 0.33.0, LoRAX a7394ba and peft 0.21.2. llama.cpp was run, as of
+llama-cpp-python 0.3.36 (tests/hub/test_llama_cpp.py).
 """
 
 from __future__ import annotations
@@ -13,51 +13,51 @@ from lightning_lora.errors import ConfigError, closest, listed
 
 @dataclass(frozen=True, kw_only=True)
 class Consumer:
-    """The capabilities of one consumer. A field that is off is a reason to rewrite, or else to refuse."""
+    """The capabilities of one consumer. An adapter that needs more is rewritten, or refused if that is impossible."""
 
     title: str
     layout_of_peft: bool = False
     """Reads everything that PEFT writes: patterns, rsLoRA, DoRA, convolutions, whole modules, biases."""
     one_rank: bool = False
-    """Every module has to have the same rank."""
+    """Needs the same rank in every module."""
     ranks: tuple[int, ...] | None = None
-    """The ranks under which it computes what it should; None where any will do."""
+    """The ranks with which it computes rightly; None where it does so with any."""
     most_rank: int | None = None
-    """No larger rank is taken; None where any is."""
+    """The largest rank that it takes; None where it takes any."""
     limits: tuple[int, ...] = ()
-    """What its own limit on ranks can be set to; without a word from its user it is `usual_limit`."""
+    """The values that its own limit on ranks can have. Its default is `usual_limit`."""
     usual_limit: int | None = None
     flag: str = ""
-    """What sets that limit."""
+    """The option that sets this limit."""
     embeddings: bool = True
     """Adapts embeddings."""
     heads: tuple[str, ...] = ()
-    """The modules that it takes whole, at most one of them."""
+    """The modules that it takes whole. An adapter may have at most one of them."""
     every_layer: bool = False
-    """A kind of module is adapted in every layer of the model, or in none."""
+    """Needs a kind of module to be adapted in every layer of the model, or in none."""
     transposed: bool = True
     """Adapts transformers' Conv1D (GPT-2), whose weight is stored (in, out)."""
     needs_base_id: bool = False
     """Looks for the base under the id in the config."""
     tied: bool = True
-    """Adapts an output head or an embedding that share one weight in the base."""
+    """Adapts an output head or an embedding even where they share one weight in the base."""
     one_table: tuple[str, ...] = ()
-    """transformers' classes for which it has no head but the embedding, even where the base has one."""
+    """transformers' classes for which it uses the embedding as the head, even where the base has a head of its own."""
     word_tables: tuple[str, ...] = ()
     """Last parts of the names of the embeddings that it adapts; empty where it adapts any."""
     latent: bool = True
     """Adapts the projections of latent attention (DeepSeek), and the head of a model that has it."""
     experts_apart: bool = True
-    """Adapts some of the experts of a layer, or some of their matrices, or with different ranks."""
+    """Can adapt only some of the experts of a layer, or some of their matrices, and can do so with different ranks."""
     tried: tuple[str, ...] = ()
-    """transformers' classes on which it was run; empty where it does the same for all."""
+    """transformers' classes with which it was run; empty where it treats all classes alike."""
 
 
 CONSUMERS: dict[str, Consumer] = {
     # lora/peft_helper.py: rank_pattern and alpha_pattern are read since 0.33 at the latest; before, they were dropped
-    # and every module got lora_alpha / r. Refuses lora_bias, any bias, DoRA, and whole modules other than a head for
+    # and every module got lora_alpha / r. It refuses lora_bias, any bias, DoRA, and whole modules other than a head for
     # classification (lora/lora_model.py; before, any). config/lora.py: --max-lora-rank ends at 512. lora_weights.py
-    # stacks the experts of a layer, which asks for one rank. lora/utils.py: lora_A, lora_B and lora_embedding_A, _B are
+    # stacks the experts of a layer, which needs one rank. lora/utils.py: lora_A, lora_B and lora_embedding_A, _B are
     # the only tensors; keys with "base_layer" pass its check and are then taken for something else.
     "vllm": Consumer(
         title="vLLM",
@@ -68,8 +68,8 @@ CONSUMERS: dict[str, Consumer] = {
         flag="--max-lora-rank",
         heads=("classifier", "score"),
     ),
-    # server/lorax_server/adapters/lora.py: one scale for all; layers are stacked, so ranks are equal; a kind of module
-    # that one layer lacks is dropped in all layers, and tensors of another name are never looked at, both silently.
+    # server/lorax_server/adapters/lora.py: it has one scale for all modules. It stacks the layers, so ranks must be
+    # equal. It silently drops a kind of module in all layers if one layer lacks it, and ignores tensors of other names.
     # r is set to the padded rank (8, or a multiple of 16: utils/punica.py) after the first kind of module is loaded, so
     # that the others get another scale unless r was such a rank; 128 is the largest of its kernels for decoding.
     "lorax": Consumer(
@@ -101,13 +101,13 @@ CONSUMERS: dict[str, Consumer] = {
             *("GraniteForCausalLM", "Olmo2ForCausalLM", "Starcoder2ForCausalLM"),
         ),
     ),
-    # tuners/lora: what it writes itself it also reads, but its own sort_keys reorders patterns that overlap.
+    # tuners/lora: it reads all that it writes, but its sort_keys reorders patterns that overlap.
     "peft": Consumer(title="PEFT", layout_of_peft=True),
 }
 
 
 def consumer_called(name: str) -> Consumer:
-    """The row for `name`. Raises ConfigError, with the closest name, for one that there is not."""
+    """The row for `name`. Raises ConfigError, with the closest name, where there is no such row."""
     key = name.lower() if isinstance(name, str) else name
     if key not in CONSUMERS:
         near = closest(str(key), CONSUMERS, count=1)

@@ -1,8 +1,8 @@
-"""Rewrites of an adapter's pairs, dict to dict, so that a consumer with one scale and plain factors computes the same.
+"""Rewrites an adapter's pairs so that a consumer with one scale and plain factors computes the same as we do.
 
 The consumer multiplies B A of a module by alpha / rank, with one alpha; `rank` is the same for all modules or each
-module's own. alpha is chosen so that as few B as possible have to change, and those by a power of two if possible:
-a file in bfloat16 then loses nothing.
+module's own. alpha is chosen so that as few B as possible have to change, and that these change by a power of two if
+possible: a file in bfloat16 then loses nothing.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Lowered:
     B: Tensor
     is_embedding: bool
     scale: float
-    """Of the module in the adapter that was read."""
+    """The scale of the module in the adapter that was read."""
     rank_before: int
     factor: float
-    """What B was multiplied by."""
+    """The number by which B was multiplied."""
     error: float
     """Frobenius norm of the change of the update, relative to the update."""
     size: float
     """Frobenius norm of the update."""
     worst: float | None = None
-    """For DoRA: the most by which an output is off, relative to the most that the update changes one."""
+    """For DoRA: the largest error of an output, relative to the largest change that the update makes to one."""
     added: bool = False
-    """A pair of zeros for a module that was not adapted."""
+    """True for a pair of zeros, for a module that was not adapted."""
 
     @property
     def rank(self) -> int:
@@ -53,10 +53,10 @@ class Lowered:
 
 
 def with_every_layer(pairs: Mapping[str, Pair], restricted: bool, weight: WeightOf | None) -> dict[str, Pair]:
-    """`pairs`, and zeros for each kind of module (`layers.*.mlp.up_proj`) in the layers in which it is not adapted.
+    """`pairs`, with pairs of zeros for each kind of module (`layers.*.mlp.up_proj`) in the layers that do not adapt it.
 
-    `restricted` says that the config itself names layers: then only the base can tell how many there are. Raises
-    AdapterFormatError where it is not given.
+    `restricted` says that the config itself names layers: then only the base, by `weight`, shows how many there are.
+    Raises AdapterFormatError where `weight` is None then.
     """
     kinds: dict[str, dict[int, str]] = {}
     for name in pairs:
@@ -89,9 +89,9 @@ def _is_there(weight: WeightOf, name: str) -> bool:
 
 
 def dora_spectra(pairs: Mapping[str, Pair], weight: WeightOf, transposed: bool) -> dict[str, Spectrum]:
-    """The decomposed updates of the DoRA modules among `pairs`; `transposed` where linear weights are (in, out).
+    """The decomposed updates of the DoRA modules among `pairs`. `transposed` says that linear weights are (in, out).
 
-    Raises AdapterFormatError for a base that does not fit.
+    Raises AdapterFormatError where the base does not fit, or DoRA divides by zero.
     """
     spectra = {}
     for name, pair in pairs.items():
@@ -175,7 +175,7 @@ def lowered(
 
 
 def _change(B: Tensor, A: Tensor, new_B: Tensor, new_A: Tensor) -> float:
-    """||B A - B' A'||_F relative to ||B A||_F; as it is where B A is 0."""
+    """||B A - B' A'||_F relative to ||B A||_F; not divided where B A is 0."""
     return product_change(B, A, new_B, new_A) / (product_norm(B, A) or 1.0)
 
 
@@ -190,7 +190,7 @@ def _alpha(scales: Mapping[str, float], ranks: Mapping[str, int]) -> float:
 
 
 def _clean(value: float) -> float:
-    """`value`, above 0, without its rounding where it is a whole number or a power of two but for that."""
+    """The whole number or power of two that `value`, above 0, differs from by rounding alone; else `value` itself."""
     near = float(round(value)) or 2.0 ** round(math.log2(value))
     return near if math.isclose(value, near, rel_tol=1e-14) else value
 
@@ -201,7 +201,7 @@ def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(missing)], dim) if missing[dim] > 0 else factor
 
 
-# What stands against an export, found before anything is written: each as a sentence that says how to go on.
+# Finds what is in the way of an export, before anything is written. Each problem is a text that says how to go on.
 
 MERGE = "merge the adapter into its base and serve that"
 
@@ -215,7 +215,8 @@ def refuse(problems: list[str]) -> None:
 
 
 def unclear(parts: Parts) -> list[str]:
-    """PEFT sorts the patterns that it saves; where that changed their meaning for a rank, nobody knows the alphas."""
+    """The problem that alpha_pattern is ambiguous, if it is. PEFT sorts the patterns that it saves. If the ranks show
+    that this changed their order, and entries of alpha_pattern disagree, the alphas are not known."""
     if not (parts.repaired and parts.ambiguous):
         return []
     return [
@@ -226,7 +227,7 @@ def unclear(parts: Parts) -> list[str]:
 
 
 def unsupported(parts: Parts, row: Consumer, weight: WeightOf | None) -> list[str]:
-    """What `row` can neither compute nor have rewritten."""
+    """Problems with parts of the adapter that `row` cannot compute and that cannot be rewritten for it."""
     keys = parts.tensor_keys(parts.pairs)
     inner = [n for n in parts.pairs if ".base_layer." in keys[n][0] or not n]
     shapes = [n for n, pair in parts.pairs.items() if not pair.is_matrix]
@@ -257,7 +258,7 @@ def unsupported(parts: Parts, row: Consumer, weight: WeightOf | None) -> list[st
 
 
 def left_out(parts: Parts, row: Consumer, base: BaseFacts) -> list[str]:
-    """Adapted modules for which `row` has no place, so that it refuses them, aborts or leaves them out silently."""
+    """Problems with adapted modules for which `row` has no place: it refuses them, aborts, or silently drops them."""
     last = {name: name.rpartition(".")[2] for name in parts.pairs}
     words = [n for n, pair in parts.pairs.items() if pair.is_embedding]
     heads = [n for n in last if last[n] in _HEADS and not any(part.isdigit() for part in n.split("."))]
@@ -286,7 +287,7 @@ def left_out(parts: Parts, row: Consumer, base: BaseFacts) -> list[str]:
 
 
 def _uneven_experts(parts: Parts) -> list[str]:
-    """The layers of which some experts, or some of their matrices, have no adapter or one of another rank."""
+    """The layers in which some experts, or some of their matrices, have no pair or a pair of another rank."""
     layers: dict[str, dict[int, list[int]]] = {}
     for name, pair in parts.pairs.items():
         if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.\w+", name):
@@ -301,12 +302,12 @@ def _uneven_experts(parts: Parts) -> list[str]:
 
 
 def head_of(key: str) -> str:
-    """The last part of the name of the module whose parameter `key` is."""
+    """The last part of the name of the module that owns the parameter called `key`."""
     return peft.base_name(key).rpartition(".")[0].rpartition(".")[2]
 
 
 def other_base(parts: Parts, weight: WeightOf | None) -> list[str]:
-    """Weights of the base in the file can be left out where they are the base's own: servers skip them."""
+    """Problems with weights of the base in the file. Servers skip them, so they must equal the base's own."""
     problems = []
     for key, tensor in parts.base.items():
         name = peft.base_name(key)

@@ -1,4 +1,4 @@
-"""What an export did, as data and as a table."""
+"""Rewrites an adapter folder for the program that will serve it, and reports what was changed."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ class ExportReport:
     consumer: str
     folder: Path
     modules: Mapping[str, Lowered]
-    """Empty where no tensor of a pair was touched (PEFT)."""
+    """The modules as they are written; empty for PEFT, whose pairs are not rewritten."""
     changes: tuple[str, ...]
     notes: tuple[str, ...]
-    """What the user has to see to."""
+    """What the user has to do or to check."""
     size_before: int = 0
     """Bytes of the file of tensors that was read."""
     size: int = 0
-    """Bytes of the one that was written."""
+    """Bytes of the file of tensors that was written."""
     size_merged: int | None = None
-    """Bytes of the base, and so of the merged model; None where they are not known."""
+    """Bytes of the base, and so of the merged model; None where that is not known."""
 
     @property
     def error(self) -> float:
@@ -69,7 +69,7 @@ class ExportReport:
 
     @property
     def largest_error(self) -> float:
-        """That of the module with the largest."""
+        """The error of the module with the largest error."""
         return max((m.error for m in self.modules.values()), default=0.0)
 
     def __repr__(self) -> str:
@@ -103,7 +103,7 @@ def _megabytes(size: int) -> str:
 
 
 def _rows(modules: Mapping[str, Lowered]) -> list[tuple[str, ...]]:
-    """One for all modules of one ending that were treated alike."""
+    """One row for all modules whose names end alike and that were rewritten alike."""
     groups: dict[tuple[str, ...], list[Lowered]] = {}
     for name, m in modules.items():
         rank = str(m.rank) if m.rank == m.rank_before or m.added else f"{m.rank_before} -> {m.rank}"
@@ -115,7 +115,7 @@ def _rows(modules: Mapping[str, Lowered]) -> list[tuple[str, ...]]:
     ]
 
 
-# Rewrite an adapter folder for the program that will serve it, so that it computes the same there; or say why not.
+# The export: the rewritten adapter computes the same in the program that serves it, or an error says why it cannot.
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -136,20 +136,20 @@ def export_adapter(
 ) -> ExportReport:
     """Write the `adapter` (a folder in PEFT's format, or an id on the Hub) into `folder` as `consumer` needs it.
 
-    `consumer` is "vllm", "llama.cpp", "lorax" or "peft" (see consumers.py). Where it knows one scale, those of
-    the modules go into B; where it wants one rank, factors are padded with zeros; DoRA becomes a plain pair by
+    `consumer` is "vllm", "llama.cpp", "lorax" or "peft" (see consumers.py). If it has one scale for all modules, their
+    own scales are multiplied into B. If it needs one rank, factors are padded with zeros. DoRA becomes a plain pair by
     truncated SVD, of the smallest rank with at most `tolerance` of error (Frobenius norm, relative to the update). For
-    "peft" nothing but names, patterns and keys is put right.
+    "peft" only names, patterns and keys are corrected.
 
     `base` is what the adapter was trained on: the model, a folder or file of safetensors, or an id on the Hub. It is
     needed for DoRA, for weights of the base in the file (compared, then left out), and to count layers. `rank` is the
-    rank to write; `max_rank` the most that the server takes. `dtype` ("float32", "bfloat16", "float16") is by default
-    that of the file. `revision` and `subfolder` are those of an adapter on the Hub. `ignore_fields` are
-    unknown fields of its config that are passed over and left out, though they have a value.
+    rank to write, `max_rank` the largest that the server takes. `dtype` ("float32", "bfloat16", "float16") is by
+    default that of the file. `revision` and `subfolder` are those of an adapter on the Hub. `ignore_fields` are unknown
+    fields of its config that are ignored and left out even if they have a value.
 
     Everything is checked before anything is written. Raises AdapterFormatError for an adapter that is damaged, that
-    the consumer cannot compute, or that loses more than `tolerance`; ConfigError for an argument that cannot be;
-    HubError for what cannot be fetched; CheckpointError where files cannot be read or written.
+    the consumer cannot compute, or that loses more than `tolerance`; ConfigError for an invalid argument; HubError
+    where something cannot be fetched; CheckpointError where files cannot be read or written.
     """
     row = consumer_called(consumer)
     target = local_path(folder)
@@ -293,9 +293,9 @@ def _config(
 ) -> dict[str, Any]:
     own = config.target_modules
     narrowed = config.exclude_modules or config.layers_to_transform is not None or added
-    # PEFT names one of two tied layers where it adapts both (ensure_weight_tying).
+    # With ensure_weight_tying, PEFT adapts two tied layers and names only one of them.
     narrowed = narrowed or not all(name_matches(own, name) for name in ranks)
-    # A list as it was says the same with fewer words; the names of all modules say it whatever else the config had.
+    # The old list is shorter, and is kept if it still selects the same; the names of all modules need no other field.
     targets = sorted(own) if isinstance(own, list) and not narrowed else sorted(ranks)
     return to_peft(
         replace(config, bias=bias),
@@ -348,7 +348,7 @@ def _modules(number: int) -> str:
 
 
 def _cleaned(parts: Parts, config: Mapping[str, Any]) -> list[str]:
-    """What changes names alone."""
+    """The lines of the report for changes that concern only names."""
     changes = []
     if config["target_modules"] != parts.data.get("target_modules"):
         changes.append("target_modules: a list of names")

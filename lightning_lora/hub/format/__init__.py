@@ -1,1 +1,1 @@
-"""The folder that PEFT reads: its keys and its config, in both directions, for files of anybody."""
+"""Reads and writes adapters as folders in PEFT's format, and translates its keys and its config, whoever wrote them."""

@@ -1,6 +1,6 @@
-"""PEFT's spelling of a config, in this module alone: the fields of `adapter_config.json`, dict to LoRAConfig and back.
+"""Translates the fields of `adapter_config.json`, as PEFT spells them, to a LoRAConfig and back.
 
-Read in peft 0.21.2 (tuners/lora/config.py) and checked by running it.
+The fields were read in the source of peft 0.21.2 (tuners/lora/config.py), and checked by running it.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ _OURS = {
     "alora_invocation_tokens": "alora_invocation_tokens",
 }
 
-# What PEFT has no field for: it changes how an adapter is trained on, and no output.
+# Our fields that PEFT's config does not have: they change how an adapter is trained further, and no output.
 _OURS_ALONE = ("freeze_a", "rank_dropout", "module_dropout")
 _OURS_SOMETIMES = ("dropout",)
-"""What it does not know for some layers."""
+"""Our fields that PEFT's config has, but not for some kinds of layer."""
 
-# What says where an adapter comes from, or how it started, and changes no output: field -> the types that it may have.
+# Fields that say where an adapter comes from or how it started, and change no output -> the types that they may have.
 _WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
     "auto_mapping": (dict,),
     "base_model_name_or_path": (str,),
@@ -112,7 +112,7 @@ _WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
     "merge_weights": (bool,),
 }
 
-# Initial weights that are taken out of the base's: PEFT changes the base again when it loads such an adapter.
+# Initialisers that change the weights of the base: PEFT changes them again when it loads such an adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -126,12 +126,13 @@ HEADS_OF_TASK = {
 
 
 def from_peft(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoRAConfig:
-    """The config in an `adapter_config.json`; how the adapter started is left out, since its tensors replace that.
+    """The config in `data`, the content of an `adapter_config.json`. How the adapter was initialised is left out, since
+    its tensors replace the initial ones.
 
-    A later PEFT has further fields. One that is empty says that its feature was not used, and is passed over; so are
-    those that `ignore_fields` names. Raises AdapterFormatError, beginning with `where`, for another PEFT method, an
-    unknown field with a value, a field with an effect that is not supported, and a value that cannot be; ConfigError
-    for a name in `ignore_fields` whose effect is known.
+    A later PEFT has further fields. An empty one says that its feature was not used, and is ignored; so is a field that
+    `ignore_fields` names. Raises AdapterFormatError, with a message that begins with `where`, for another PEFT method,
+    an unknown field with a value, a field with an effect that is not supported, and an invalid value; ConfigError for a
+    name in `ignore_fields` whose effect is known.
     """
     _check_ignored(ignore_fields)
     if not isinstance(data, Mapping):
@@ -179,7 +180,7 @@ def _check_ignored(names: Any) -> None:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a field with this value says that its feature was not used; a number, 0 too, may mean something."""
+    """True if a field with this value says that its feature was not used. A number may mean something, even 0."""
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
@@ -198,13 +199,15 @@ def _shown(value: Any) -> str:
 
 
 def own_fields(config: LoRAConfig, *, dropout: bool = False) -> dict[str, Any]:
-    """What `config` says that is not written for PEFT, `dropout` among it or not, for the metadata of the tensors."""
+    """The fields of `config` that PEFT's config does not hold, for the metadata of the tensors. `dropout` says that the
+    dropout is one of them."""
     fields = (*_OURS_ALONE, *(_OURS_SOMETIMES if dropout else ()))
     return {field: getattr(config, field) for field in fields if getattr(config, field)}
 
 
 def with_own_fields(config: LoRAConfig, own: Any, where: str) -> LoRAConfig:
-    """`config` with the `own_fields` that a file has; None are none. Raises AdapterFormatError for others."""
+    """`config` with `own`, the `own_fields` that a file holds (None: it holds none). Raises AdapterFormatError where
+    `own` holds other fields or an invalid value."""
     own = {} if own is None else own
     if not isinstance(own, Mapping) or not set(own) <= {*_OURS_ALONE, *_OURS_SOMETIMES}:
         raise AdapterFormatError(f"{where}: the metadata of its tensors holds {own!r} for a config of this package.")
@@ -223,7 +226,8 @@ def _check_init(init: Any, where: str) -> None:
 
 
 def _check_stacks(version: Any, where: str) -> None:
-    """Up to 0.18 PEFT wrote the factors of a stack, such as the experts of a mixture, the other way round."""
+    """Raise AdapterFormatError unless `version` is PEFT 0.19 or later: before that, PEFT wrote the factors of a stack,
+    such as the experts of a mixture, the other way round."""
     numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
     if numbers is None or (int(numbers[1]), int(numbers[2])) < (0, 19):
         raise AdapterFormatError(
@@ -271,8 +275,8 @@ def to_peft(
     base_model: str | None = None,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """The fields of an `adapter_config.json`, sorted. `ranks` and `alphas` are those of the modules and parameters that
-    PEFT wraps."""
+    """The fields of an `adapter_config.json`, sorted. `ranks` and `alphas` have an entry for each module and parameter
+    that PEFT wraps."""
     rank = _usual(config.rank, ranks)
     alpha = _usual(config.alpha, alphas)
     return dict(
@@ -303,7 +307,7 @@ def to_peft(
 
 
 def _usual(default: Any, values: Mapping[str, Any]) -> Any:
-    """`default` if some module has it, else what most have: consumers that ignore patterns read this one alone."""
+    """`default` if some module has it, else the most common value: consumers that ignore patterns read only this."""
     if not values or default in values.values():
         return default
     return Counter(values.values()).most_common(1)[0][0]

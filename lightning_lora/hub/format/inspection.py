@@ -1,6 +1,6 @@
-"""What can be wrong with an adapter that somebody else made, found without the model and before anything is built.
+"""Checks an adapter that somebody else made, without the model and before anything is built.
 
-Whether it fits a model is checked when it is loaded, against that model.
+A later check, when the adapter is loaded onto a model, finds out if it fits that model.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import from_peft
 from lightning_lora.hub.format.reading import CONFIG, TENSORS, Header, check_folder, open_tensors, read_config
 
-# How long a regular expression of somebody else's may take, judged before it is tried.
+# Estimates how long it may take to match a regular expression that somebody else wrote, before it is tried.
 #
-# Python's matcher backtracks: `(a+)+$` tries 2^n ways to match a name of n letters. Here the ways are counted from the
-# expression alone, from above and roughly, so that expressions as people write them for modules pass with room to
-# spare.
+# Python's matcher backtracks: `(a+)+$` tries 2^n ways to match a name of n letters. The functions below compute a rough
+# upper bound of the ways from the expression alone. Expressions as people write them for modules stay far below the
+# limit.
 
-# The package `regex`, whose matches take a timeout, is no way out: PEFT and vLLM match with `re`, which hangs on
-# expressions that `regex` answers at once, as (\w+\.?)*! is; compiling (()){99999} takes it minutes, without a timeout;
-# and a folder that is pulled is checked before there is a model whose names could be tried.
+# The package `regex`, whose matches take a timeout, does not help. PEFT and vLLM match with `re`, which hangs on
+# expressions that `regex` answers at once, such as (\w+\.?)*!. To compile (()){99999} takes `regex` minutes, without a
+# timeout. And a folder is checked when it is pulled, when there is no model yet whose names could be tried.
 #
 # The parser of `re` has no public name.
 op: Any = import_module("re._constants" if sys.version_info >= (3, 11) else "sre_constants")
 parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 MOST_WAYS = 1e6
-"""About 20 ms for one name."""
-_LENGTH = 100  # of a long name of a module
+"""To try so many ways takes about 20 ms for one name."""
+_LENGTH = 100  # letters in a long name of a module
 _ONE = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN}
 _REPEATS = {op.MAX_REPEAT, op.MIN_REPEAT, getattr(op, "POSSESSIVE_REPEAT", None)}
 _MOST_TIMES = 1000
-_AHEAD = 8  # of what follows a repetition, only the beginning counts; all of it takes quadratic time
+_AHEAD = 8  # items that are looked at after a repetition; to look at all of them takes quadratic time
 
 
 def ways(expression: str) -> float:
-    """How many ways there may be to match a name with `expression`; infinity where they grow with every letter.
+    """A rough upper bound of the ways to match a name with `expression`; infinity where there is no useful bound.
 
-    Raises ValueError where it is no regular expression.
+    Raises ValueError where `expression` is no regular expression.
     """
     try:
         return _sequence(list(parser.parse(expression)))
@@ -78,7 +78,7 @@ def _item(item: tuple[Any, Any], rest: list[tuple[Any, Any]]) -> float:
         return _sequence(list(value[1]))
     if kind is getattr(op, "ATOMIC_GROUP", None):
         return _sequence(list(value))
-    return math.inf  # what refers back to a group makes matching exponential by itself
+    return math.inf  # a reference back to a group makes matching exponential by itself
 
 
 def _repeat(least: int, most: int, body: Any, rest: list[tuple[Any, Any]]) -> float:
@@ -92,7 +92,7 @@ def _repeat(least: int, most: int, body: Any, rest: list[tuple[Any, Any]]) -> fl
         return math.inf
     exact = inner ** min(least, _LENGTH) if inner > 1 else 1.0
     places = max(times - least + 1, 1)
-    # What follows letter by letter can only be found in a few places of a name.
+    # Given letters after the repetition are found in only a few places of a name, and it can end only there.
     letters = _literals(rest)
     if most > 1 and letters:
         places = min(places, _LENGTH // 4 if letters == 1 else 8)
@@ -100,7 +100,7 @@ def _repeat(least: int, most: int, body: Any, rest: list[tuple[Any, Any]]) -> fl
 
 
 def _literals(items: list[tuple[Any, Any]]) -> int:
-    """How many given letters these begin with, in the shortest of their branches."""
+    """The number of given letters that `items` begin with. Of several branches, the smallest number counts."""
     count = 0
     for kind, value in items:
         if kind is op.LITERAL:
@@ -119,22 +119,23 @@ def _literals(items: list[tuple[Any, Any]]) -> int:
 
 
 def _alike(branches: list[Any]) -> int:
-    """How many of the branches may match at one place."""
+    """The number of branches that may match at one place."""
     firsts = [next(iter(branch)) if len(branch) else None for branch in branches]
     letters = Counter(first[1] for first in firsts if first is not None and first[0] is op.LITERAL)
     return max(letters.values(), default=0) + sum(first is None or first[0] is not op.LITERAL for first in firsts)
 
 
 LARGEST_SCALE = 1e4
-"""Of alpha / rank. Adapters in use have less than 100; far above, every output is noise or not finite."""
+"""The largest scale that is accepted. Adapters in use have less than 100; far above that, every output is noise or not
+finite."""
 LARGEST_RANK = 1 << 24
 LARGEST_CONFIG = 8 << 20
-"""Bytes. One that names a rank for each of ten thousand modules has one."""
+"""In bytes: 8 MiB. A config that names a rank for each of ten thousand modules has 1 MiB."""
 _LONGEST_NAME = 1000
 _MOST_ENTRIES = 10_000
 _MOST_TENSORS = 100_000
 
-# What PEFT writes for a module that is adapted; some of it only for variants of LoRA.
+# The tensors that PEFT writes for an adapted module; some of them only for variants of LoRA.
 _FACTOR = re.compile(r"(^|\.)(lora_(embedding_)?[AB]|lora_magnitude_vector|token_adapter\.\w+)(\.(weight|bias))?$")
 _FIRST_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?A(\.weight)?$")
 # PEFT also saves these, unchanged, where it believes that the vocabulary grew; loading compares them with the model's.
@@ -148,19 +149,19 @@ def check_adapter(folder: Path, ignore_fields: Collection[str] = ()) -> None:
     where = str(folder / TENSORS)
     with open_tensors(folder) as file:
         check_header(config, file.header, where)
-        # One by one: none is larger than the file, whose header was checked.
+        # Tensors are read one by one: none is larger than the file, whose header was checked.
         broken = [key for key in file.header.shapes if not is_finite(file[key])]
     if broken:
         raise AdapterFormatError(f"{where} holds values that are not finite, in {listed(broken)}.")
 
 
 def checked_config(folder: Path, ignore_fields: Collection[str] = ()) -> LoRAConfig:
-    """The config in `folder`, of a size that a config has; raises AdapterFormatError as `check_config` does."""
+    """The config in `folder`. Raises AdapterFormatError where its file is too large, and as `check_config` does."""
     return check_config(config_in(folder), str(folder / CONFIG), ignore_fields)
 
 
 def config_in(folder: Path) -> Any:
-    """The content of the config in `folder`, not checked but for its size."""
+    """The content of the config in `folder`. Of it, only the size of the file is checked."""
     path = folder / CONFIG
     size = path.stat().st_size
     if size > LARGEST_CONFIG:
@@ -169,9 +170,9 @@ def config_in(folder: Path) -> Any:
 
 
 def check_config(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoRAConfig:
-    """The config that `data`, the content of an `adapter_config.json`, is. Raises AdapterFormatError, beginning with
-    `where`, for one that `from_peft` refuses, one of an absurd size or scale, and one with a regular expression that
-    could keep the matcher busy for ever."""
+    """The config in `data`, the content of an `adapter_config.json`. Raises AdapterFormatError, with a message that
+    begins with `where`, for a config that `from_peft` refuses, one of an absurd size or scale, and one with a regular
+    expression that could keep the matcher busy for ever."""
     if isinstance(data, Mapping):
         for field, value in data.items():
             if isinstance(value, (list, dict)) and len(value) > _MOST_ENTRIES:
@@ -193,8 +194,8 @@ def check_config(data: Any, where: str, ignore_fields: Collection[str] = ()) -> 
 
 
 def check_header(config: LoRAConfig, header: Header, where: str) -> None:
-    """Raise AdapterFormatError, beginning with `where`, for a tensor that is no part of an adapter, and for ranks in
-    `config` that the tensors do not have."""
+    """Raise AdapterFormatError, with a message that begins with `where`, for a tensor that is no part of an adapter,
+    and for ranks in `config` that the tensors do not have."""
     if len(header.shapes) > _MOST_TENSORS:
         raise AdapterFormatError(f"{where} holds {len(header.shapes):,} tensors, more than any adapter.")
     foreign, kinds, ranks = [], [], {}
@@ -218,14 +219,14 @@ def check_header(config: LoRAConfig, header: Header, where: str) -> None:
             return
         raise AdapterFormatError(f"{where} holds no LoRA factor, only {listed(header.shapes)}.")
     most, patterns = max(ranks.values()), {**config.rank_pattern, **config.alpha_pattern}
-    # An entry for a module that is not adapted means nothing, to PEFT too.
+    # An entry for a module that is not adapted has no effect, nor has it in PEFT.
     names = peft.adapted_names(map(peft.plain_key, ranks))
     above = {
         entry: rank
         for entry, rank in config.rank_pattern.items()
         if rank > most and any(pattern_matches(entry, name) for name in names)
     }
-    # With patterns, the rank beside them may be that of no module.
+    # If the config has a rank_pattern, there may be no module with the rank in `r`.
     if not config.rank_pattern:
         above = {key: config.rank for key, rows in ranks.items() if config.rank > rows}
     if above:
@@ -254,7 +255,7 @@ def _is_inside(name: str, entries: Collection[str]) -> bool:
 
 
 def _expressions(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The fields of a config that PEFT reads as regular expressions, as they are matched."""
+    """The regular expressions in a config, each with its field: as they are written, and as PEFT matches them."""
     for field in ("target_modules", "exclude_modules"):
         if isinstance(data.get(field), str):
             yield field, data[field]

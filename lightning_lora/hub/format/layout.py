@@ -1,4 +1,4 @@
-"""Which tensor of a model stands under which key of PEFT's: every name is relative to one root."""
+"""Maps PEFT's keys to the tensors of a model. Every name is relative to one module, the root."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class Adapted:
     """One adapted module."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """Of the tensors of its adapter, by the engine's names."""
+    """The shapes of the tensors of its adapter, by the engine's names."""
     ranks: Mapping[str, int]
-    """By what the names of its tensors end in: nothing, or `_<parameter>` for each parameter that is adapted."""
+    """The rank of each pair, by the suffix in the names of its tensors: none, or `_<parameter>` for each adapted
+    parameter."""
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
@@ -31,11 +32,11 @@ class Adapted:
 
     @cached_property
     def has_start(self) -> bool:
-        """Whether it has a frozen start."""
+        """True if the module has a frozen start."""
         return any(own.removesuffix(self.end(own)) in START for own in self.shapes)
 
     def end(self, own: str) -> str:
-        """What the name `own` of one of its tensors ends in."""
+        """The suffix, a key of `ranks`, in `own`, the name of one of the module's tensors."""
         for end in self._ends:
             if own.endswith(end):
                 return end
@@ -47,21 +48,21 @@ class Layout:
     """The adapted modules and the tensors that are trained whole, of one root, as PEFT sees them."""
 
     adapted: dict[str, Adapted]
-    """By the first name of each module; with those of which rows are trained."""
+    """The adapted modules, by the first name of each; also the modules of which single rows are trained."""
     parameters: dict[str, tuple[str, ...]]
-    """Those of each module that are adapted, in its own order; none where it is what the module computes."""
+    """The adapted parameters of each module, in its own order; empty where the module as a whole is adapted."""
     embeddings: frozenset[str]
-    """Those of them that are embeddings."""
+    """The adapted modules that are embeddings."""
     whole: dict[str, tuple[int, ...]]
     """Parameters and buffers that are trained whole, with their shapes."""
     aliases: dict[str, tuple[str, ...]]
-    """Further names of a module or of a tensor that is trained whole."""
+    """First name of an adapted module, or of a tensor that is trained whole -> its further names."""
     doubled: frozenset[str]
-    """Modules whose update PEFT adds twice: in a file it is half of what it is here. These are the out_proj of an
-    nn.MultiheadAttention (lora.MultiheadAttention.merge adds it to the weight, and has out_proj add it again)."""
+    """Modules whose update PEFT adds twice, so that a file holds half of it. These are the out_proj of an
+    nn.MultiheadAttention (lora.MultiheadAttention.merge adds the update to the weight, and out_proj adds it again)."""
 
     def keys(self) -> dict[str, str]:
-        """PEFT's keys -> the engine's names; the first key of each name is the one that must be there."""
+        """PEFT's keys -> the engine's names. Of the keys of one name, errors mention the first."""
         parameters = {n: self.parameters[module] for module in self.adapted for n in self._every(module)}
         embeddings = {n for module in self.embeddings for n in self._every(module)}
         keys: dict[str, str] = {}
@@ -78,8 +79,8 @@ class Layout:
         return keys
 
     def written_keys(self) -> dict[str, str]:
-        """Those of `keys()` that PEFT writes: a module that is adapted, by its first name alone; one that is trained
-        whole, by every name, since PEFT has a copy under each."""
+        """The part of `keys()` that PEFT writes. It writes an adapted module under its first name alone, and a module
+        that is trained whole under every name, since it has a copy for each."""
         adapted: set[str] = set()
         written: dict[str, str] = {}
         for key, name in self.keys().items():
@@ -89,12 +90,12 @@ class Layout:
         return written
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """That of the tensor called `name` in the engine."""
+        """The shape of the tensor that the engine calls `name`."""
         module, _, last = name.rpartition(".")
         return self.whole[name] if name in self.whole else self.adapted[module].shapes[last]
 
     def shape_in_file(self, name: str) -> tuple[int, ...]:
-        """That of the same tensor in a file, but for a frozen start."""
+        """The shape of the same tensor in a file, without the further ranks of a frozen start."""
         if name in self.whole:
             return self.whole[name]
         module, _, last = name.rpartition(".")
@@ -102,7 +103,7 @@ class Layout:
         return shape_in_file(last, self.shape(name), adapted.shapes.get("lora_A" + adapted.end(last), ()))
 
     def value_in_file(self, name: str, value: Callable[[str], Tensor]) -> Tensor:
-        """What a file holds for `name`; `value` gives the engine's tensors."""
+        """The tensor that a file holds for `name`. `value` returns the engine's tensor of a name."""
         if name in self.whole:
             return value(name)
         tensor, factor = self._plain(name, value), self._factor(name)
@@ -111,7 +112,7 @@ class Layout:
         return tensor.reshape(written) if own != written and tensor.shape == own else tensor
 
     def value(self, name: str, in_file: Tensor) -> Tensor:
-        """What the engine holds for `name`, of what a file does."""
+        """The engine's tensor for `name`, made from the tensor in a file."""
         tensor, factor = in_file.reshape(self.shape(name)), self._factor(name)
         return tensor if factor == 1 else tensor / factor  # a buffer of integers stays one
 
@@ -120,15 +121,15 @@ class Layout:
         return 0.5 if self.doubled and module in self.doubled and last.startswith("lora_B") else 1
 
     def _plain(self, name: str, value: Callable[[str], Tensor]) -> Tensor:
-        """A frozen start becomes further ranks, B A - B0 A0 = [B - B0, B0] [A; A - A0], so that the file is for the
-        base as it is (as PEFT converts its PiSSA and OLoRA)."""
+        """The tensor `name`, with a frozen start as further ranks, B A - B0 A0 = [B - B0, B0] [A; A - A0]. The file
+        then fits the unchanged base. PEFT converts its PiSSA and OLoRA in the same way."""
         module, _, last = name.rpartition(".")
         tensor, adapted = value(name), self.adapted[module]
         if not adapted.has_start:
             return tensor
         end = adapted.end(last)
         A0, B0 = (start + end for start in START)
-        if last == "lora_A" + end:  # of each matrix, where they are a stack
+        if last == "lora_A" + end:  # for each matrix of a stack by itself
             start = tensor - value(member(module, A0)).to(tensor)
             return torch.cat([t.unflatten(0, (-1, adapted.ranks[end])) for t in (tensor, start)], dim=1).flatten(0, 1)
         if last == "lora_B" + end:
@@ -169,7 +170,7 @@ def layout_of(
 
 
 def member(module: str, name: str) -> str:
-    """The full name of what the module called `module` holds as `name`."""
+    """The full name of the member `name` of the module called `module`."""
     return f"{module}.{name}" if module else name
 
 
@@ -197,9 +198,9 @@ def names_of_tensors(root: nn.Module) -> dict[int, str]:
     return names
 
 
-# Where in a model the base lies to which an adapter's names are relative.
+# Finds the base inside a model: the module to which an adapter's names are relative.
 #
-# PEFT's users load an adapter onto the base model itself; here it was trained inside a LightningModule, whose own name
+# PEFT's users load an adapter onto the base model itself. Here it was trained inside a LightningModule, whose own name
 # for that base ("model.") must not get into the file.
 
 Place = tuple[str, nn.Module]
@@ -207,12 +208,12 @@ Place = tuple[str, nn.Module]
 
 
 def adapter_root(model: nn.Module) -> Place:
-    """The module of `model` to which the names in an adapter folder are relative, with its name in `model`; neither has
-    to do with wrappers.
+    """The module of `model` to which the names in an adapter folder are relative, and its name in `model`. Wrappers are
+    left out of both.
 
-    It is the transformers model that holds the whole adapter; else the child of a LightningModule that does, whatever
-    that has besides (a teacher, a metric); else `model` itself, with the name "". A model without adapters is judged by
-    its shape alone: it is the one transformers model, or the one child of a LightningModule that has parameters.
+    It is the transformers model that holds the whole adapter; else the child of a LightningModule that holds it (the
+    other children may be a teacher or a metric); else `model` itself, with the name "". In a model without adapters it
+    is the only transformers model, or the only child of a LightningModule that has parameters; else `model` itself.
     """
     tree = Tree.of(model)
     model = tree.root
@@ -228,17 +229,17 @@ def adapter_root(model: nn.Module) -> Place:
 def place_of(
     model: nn.Module, wanted: Set[str], module: str, is_meant: Callable[[nn.Module], bool] = lambda root: True
 ) -> Place | None:
-    """The module of `model` in which all the modules that an adapter adapts, `wanted`, have their names; None where
-    there is none. `module` is what it was called in the model that was trained, "" where that is not known.
+    """The module of `model` that contains all modules called `wanted`, those that an adapter adapts; None where no
+    module does. `module` is its name in the model that was trained, "" where that is not known.
 
-    Raises AdapterFormatError where several have them, and `is_meant` does not tell which.
+    Raises AdapterFormatError where several modules contain them, and `is_meant` is not true of exactly one.
     """
     tree = Tree.of(model)
     named = tree.by_name.get(module) if module else None
     by_name = (module, named) if named is not None and _named(named, wanted) else None
     if not wanted or (by_name is not None and is_lightning_module(tree.root)):
         return by_name
-    # Of those in which the names mean the same modules, one child that is also known as a part of another, the last.
+    # The names may mean the same modules in two places, if a child is also a part of another: the last place is kept.
     found = {
         tuple(modules): place
         for place in (("", tree.root), *_models(tree), *_children(tree))
@@ -263,7 +264,7 @@ def place_of(
 
 
 def is_lightning_module(model: nn.Module) -> bool:
-    """Whether `model` is a LightningModule, of either package name (asked by its methods, so neither is imported)."""
+    """True if `model` is a LightningModule, of either package name. Its methods show it, so neither is imported."""
     return hasattr(model, "configure_optimizers") and hasattr(model, "training_step")
 
 
@@ -279,20 +280,20 @@ def _models(tree: Tree) -> list[Place]:
 
 
 def _children(tree: Tree) -> list[Place]:
-    """Those of a LightningModule; there are none where it is a transformers model itself, or no LightningModule."""
+    """The children of a LightningModule, without their wrappers; empty for any other module."""
     if not is_lightning_module(tree.root):
         return []
     return [(name, unwrapped(child)) for name, child in tree.root.named_children()]
 
 
 def _holds(place: Place, whole: Set[int]) -> bool:
-    """Whether all of the tensors `whole` are inside. An adapted layer itself cannot be the root: it would have no name
-    there."""
+    """True if the module at `place` has all tensors in `whole` (by id) and is no adapted layer itself: as the root, the
+    layer would have no name."""
     return whole <= {id(t) for t in _tensors(place[1])} and "lora_A" not in place[1]._parameters
 
 
 def _outermost(places: list[Place]) -> list[Place]:
-    """Those that lie in none of the others."""
+    """The places that lie in none of the others."""
     places = _distinct(places)
     parts = {id(p): {id(m) for m in p.modules()} for _, p in places}
     return [(n, p) for n, p in places if not any(id(p) in parts[id(o)] for _, o in places if o is not p)]
@@ -306,7 +307,7 @@ def _distinct(places: Iterable[Place]) -> list[Place]:
 
 
 def _named(root: nn.Module, wanted: Set[str]) -> list[int]:
-    """The modules called `wanted` in `root`, by identity; none where some are not there."""
+    """The ids of the modules called `wanted` in `root`; empty where some of them are missing."""
     there = dict(Tree.of(root).every)
     return [id(there[name]) for name in sorted(wanted)] if wanted <= there.keys() else []
 

@@ -1,7 +1,7 @@
-"""Read the tensors of a safetensors file where they lie, mapped into memory.
+"""Reads the tensors of a safetensors file without a copy: the file is mapped into memory.
 
-safetensors' own `get_tensor` keeps 32 bytes of each call for good (0.8.0). That is nothing for a model that is loaded
-once, and 2 GiB a day for a bank that brings 800 adapters a second back from disk.
+safetensors' own `get_tensor` leaks 32 bytes in each call (0.8.0). That is nothing for a model that is loaded once, but
+2 GiB a day for a bank that brings 800 adapters a second back from disk.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ DTYPES = {
 }
 
 BLANK = b"e1f3b0c94a7d5826d20c6f8a71b94e35"
-"""Stands in a header where the checksum of the whole file will be."""
+"""The placeholder in a header for the checksum of the whole file."""
 
 
 def checksum(header: bytes, tensors: bytes | memoryview) -> str:
-    """Of a file whose header has BLANK in it."""
+    """The checksum of a file whose header has BLANK in place of the checksum."""
     digest = xxhash.xxh3_128(header)
     digest.update(tensors)
     return digest.hexdigest()
 
 
 class MappedTensors:
-    """The tensors in `path`, by key. What is written into one stays in this process.
+    """The tensors in `path`, by key. Writing into a tensor changes this process's memory alone, never the file.
 
-    Raises OSError where there is no such file, SafetensorError where it is cut short or is none of safetensors'.
+    Raises OSError where there is no such file, SafetensorError where its header, or a tensor in it, cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,18 +60,19 @@ class MappedTensors:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 self._start = 8 + int.from_bytes(self._bytes[:8], "little")
                 self.entries: dict[str, Any] = json.loads(self._bytes[8 : self._start])
-                """What its header says of each tensor."""
+                """The entry of each tensor in the header: its dtype, its shape and where its bytes are."""
                 self.metadata: dict[str, str] = self.entries.pop("__metadata__", None) or {}
             except (ValueError, RecursionError, AttributeError, TypeError) as error:
                 raise SafetensorError(f"its header cannot be read: {error}") from error
 
     def checksum(self, said: str) -> str:
-        """That of the file, whose header says that it is `said`."""
+        """The checksum of the file, computed with BLANK where its header holds the checksum `said`."""
         with memoryview(self._bytes) as content:
             return checksum(self._bytes[: self._start].replace(said.encode(), BLANK), content[self._start :])
 
     def are_finite(self) -> bool:
-        """Whether it takes one sum to know that all its numbers are: they are of one type, and the sum is."""
+        """True if one sum shows that all numbers are finite: they have one dtype, and their sum is finite. False if it
+        does not show that; each tensor must then be checked."""
         try:
             types = {entry["dtype"] for entry in self.entries.values()}
             dtype = DTYPES[types.pop()] if len(types) == 1 else torch.bool
@@ -79,10 +80,10 @@ class MappedTensors:
                 return False
             return bool(torch.frombuffer(self._bytes, dtype=dtype, offset=self._start).sum().isfinite())
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
-            return False  # what is wrong with one is said where that one is read
+            return False  # a tensor that is damaged raises an error when it is read itself
 
     def at_once(self) -> Mapping[str, Tensor] | MappedTensors:
-        """All of them as views of one tensor, in a third of the time, where they are of one type and leave no gap."""
+        """All tensors as views of one, in a third of the time, if they have one dtype and leave no gap; else `self`."""
         try:
             ordered = sorted(self.entries.items(), key=lambda item: item[1]["data_offsets"])
             (dtype,) = {DTYPES[entry["dtype"]] for _, entry in ordered}
@@ -97,7 +98,7 @@ class MappedTensors:
             parts = flat.split_with_sizes(counts)
             return {key: part.view(shape) for (key, _), part, shape in zip(ordered, parts, shapes)}
         except (LookupError, TypeError, ValueError, RuntimeError):
-            return self  # what is wrong with one is said where that one is read
+            return self  # a tensor that is damaged raises an error when it is read itself
 
     def __getitem__(self, key: str) -> Tensor:
         try:

@@ -1,4 +1,4 @@
-"""Fit an adapter folder to a model before anything is changed: where it goes, what it adapts, which tensor is which."""
+"""Fits an adapter folder to a model before anything is changed: finds its root, its modules and its tensors there."""
 
 from __future__ import annotations
 
@@ -46,29 +46,29 @@ _LOADABLE = (
 
 @dataclass(frozen=True)
 class Fit:
-    """How an adapter folder lies on a model."""
+    """How an adapter folder fits onto a model: its root, its modules, and where each tensor comes from."""
 
     root: nn.Module
     """The module of the model to which the folder's names are relative."""
     layout: Layout
     config: LoRAConfig
-    """What to inject, into the model that was given."""
+    """The config to inject into the model that was given."""
     sources: dict[str, list[str]]
     """The engine's names, relative to the root -> the keys in the file that hold that tensor."""
     base: dict[str, str]
-    """Keys in the file that hold a weight of the base -> its name."""
+    """Keys in the file that hold a weight of the base -> the name of that weight, relative to the root."""
     kept: list[str]
-    """Tensors that are trained but not in the file, which keep the base's values."""
+    """Tensors that are trained but not in the file. They keep the base's values."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of all tensors in the file, by its keys."""
+    """The shapes of all tensors in the file, by its keys."""
     recipes: Mapping[str, Recipe]
-    """Keys that stand for several tensors in the file -> how these are put together."""
+    """Keys that stand for several tensors in the file -> the function that puts these together."""
     where: str
 
     def read(self, file: TensorFile | Mapping[str, Tensor], *, compare_base: bool = True) -> dict[str, Tensor]:
         """The tensors to load, by the engine's names relative to the root. Raises AdapterFormatError for one that is
-        not finite, for two that should be equal and differ, and for base weights other than the model's, unless
-        `compare_base` is false."""
+        not finite, for two that should be equal and differ, and for base weights that differ from the model's. With
+        `compare_base=False` the values of embeddings and heads are not compared."""
         values: dict[str, Tensor] = {}
         problems = []
         are_finite = isinstance(file, TensorFile) and file.are_finite()
@@ -95,8 +95,9 @@ class Fit:
         return values
 
     def tables(self, file: TensorFile) -> dict[str, Tensor]:
-        """The weights of the base in the file, by the engine's names relative to the root. Raises AdapterFormatError
-        for those that the model has no place for."""
+        """The base's embeddings and heads in the file, by the engine's names relative to the root. Raises
+        AdapterFormatError for one that cannot be loaded into the model's weight, is not finite, or differs from
+        another for the same weight."""
         problems: list[str] = []
         first = names_of_tensors(self.root)
         values: dict[str, Tensor] = {}
@@ -115,13 +116,13 @@ class Fit:
         return values
 
     def _tables(self) -> dict[str, str]:
-        """Those of `base` that are of an embedding or of a head, which PEFT writes."""
+        """The entries of `base` that belong to an embedding or a head: PEFT writes these weights."""
         heads = {id(m) for _, m in Tree.of(self.root).modules if isinstance(m, nn.Embedding)}
         heads |= {id(head) for head in output_embeddings(self.root)}
         return {k: n for k, n in self.base.items() if id(submodule(self.root, n.rpartition(".")[0])) in heads}
 
     def _of_another_shape(self) -> list[str]:
-        """What is in the way where the file has weights of the base of another size than the model."""
+        """A message for each weight of the base that has another shape in the file than in the model."""
         problems = []
         for key, name in self.base.items():
             theirs, ours = self.shapes[key], tuple(tensor_named(self.root, name).shape)
@@ -146,7 +147,7 @@ class Fit:
 
 
 def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> Fit:
-    """Where and how the adapter with this config and header lies on `model`, which is not adapted yet.
+    """How the adapter with this config and header fits onto `model`, which is not adapted yet.
 
     Raises AdapterFormatError naming every key that is missing, unexpected or of another shape, and TargetError and
     AdapterStateError as `inject` does.
@@ -184,7 +185,7 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
     packed = {t.name for t in selection.targets if t.parameters == ("in_proj_weight",) and not config.use_dora}
     doubled = [t.name for t in selection.targets if t.within in packed]
     layout = layout_of(root, adapted, whole.values(), doubled)
-    # PEFT trains every bias but does not write every one: such a one stays as the base has it.
+    # PEFT trains every bias but does not write every one: a bias that is not written keeps the base's value.
     biases = set(layout.whole) - _inside(selection.saved) if config.bias == "all" else set()
     optional = {name for name in biases if not peft.is_saved_by_peft(name)}
     sources, base = _sources(layout, header, keys, root, optional, where)
@@ -207,8 +208,8 @@ def _adapted(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]]) -> Adapte
 
 
 def _root(model: nn.Module, header: Header, wanted: set[str]) -> nn.Module:
-    """The module of `model` in which every module that the file adapts, `wanted`, has its name; what is its root by its
-    shape if none has."""
+    """The module of `model` that contains all modules called `wanted`, those that the file adapts; the `adapter_root`
+    of `model` if no module does."""
     theirs = header.note.get("base_fingerprint")
     for names in (wanted, set(map(without_wrappers, wanted))):
         place = place_of(
@@ -225,8 +226,8 @@ def _root(model: nn.Module, header: Header, wanted: set[str]) -> nn.Module:
 def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """`config` without its entries that match nothing, and without its patterns.
 
-    PEFT does not mind an entry that matches nothing, and writes such ones itself ("score" beside "classifier"); the
-    engine does. What the file adapts is checked against its tensors all the same.
+    PEFT accepts an entry that matches nothing, and writes such entries itself ("score" beside "classifier"); the engine
+    refuses them. The modules that the file adapts are still checked against its tensors.
     """
     modules = dict(Tree.of(root).every)
     saved = [n for n in modules if n and config.modules_to_save and peft.ends_with(config.modules_to_save, n)]
@@ -239,12 +240,12 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
         meant = [
             n for n in candidates if peft.is_in_layers(targets, config.layers_to_transform, config.layers_pattern, n)
         ]
-        if meant:  # else the engine says what there is
+        if meant:  # else the engine raises an error that says what there is
             others = [n for n in modules if n not in set(meant)]
             targets = exact_targets(meant, others)
             config = replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
     if targets != "all-linear" and targets:
-        # Where none matches, the engine says so, with the closest names.
+        # If none matches, the engine raises an error with the closest names.
         targets = _matching(targets, candidates) or targets
     return replace(
         config,
@@ -252,7 +253,7 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
         target_parameters=parameters or config.target_parameters,
         trainable_token_indices=_rows(config.trainable_token_indices, modules),
         exclude_modules=None if excluded is None else _matching(excluded, candidates),
-        # As the file has them, if they mean the same to the engine, which asks for a dot before an entry.
+        # The file's entries stay if they mean the same to the engine, which requires a dot before an entry.
         modules_to_save=entries if entries and all(name_matches(entries, n) for n in saved) else saved or None,
         rank_pattern={},
         alpha_pattern={},
@@ -260,7 +261,7 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 
 def _rows(indices: Any, modules: Mapping[str, nn.Module]) -> Any:
-    """trainable_token_indices by full names, as PEFT matches them."""
+    """trainable_token_indices by the full names of the modules that its entries match in PEFT."""
     if not isinstance(indices, dict):
         return indices
     found = {n: rows for n in modules for entry, rows in indices.items() if n and peft.ends_with([entry], n)}
@@ -285,7 +286,7 @@ def _matching(pattern: str | list[str], names: Iterable[str]) -> str | list[str]
 def _for_model(
     model: nn.Module, root: nn.Module, config: LoRAConfig, selection: Selection, tokens: Mapping[str, list[int]]
 ) -> LoRAConfig:
-    """`config`, which is about `root`, for an injection into `model`."""
+    """`config`, whose names are relative to `root`, with names relative to `model`, for an injection into `model`."""
     names = {id(m): name for name, m in reversed(Tree.of(model).modules)}
     place = {t.name: names[id(t.module)] for t in selection.targets}
     ranks: dict[str, int] = {}
@@ -318,7 +319,7 @@ def _for_model(
 
 
 def _has_bias(root: nn.Module, selection: Selection, bias: str) -> bool:
-    """Whether there is a bias to train: PEFT does not mind if there is none."""
+    """True if there is a bias to train. PEFT accepts a model that has none."""
     modules = root.modules() if bias == "all" else (t.module for t in selection.targets)
     return any(n.endswith("bias") for m in modules for n, _ in m.named_parameters(recurse=False))
 
@@ -335,8 +336,9 @@ def _sources(
     optional: set[str],
     where: str,
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Which keys of the file hold which of our tensors, and which hold weights of the base; `plain_keys` are its keys
-    by today's names, without what writers leave in."""
+    """Our tensors -> the keys of the file that hold them; and keys that hold a weight of the base -> its name.
+
+    `plain_keys` maps each key of the file to its plain key (see `peft.plain_key`) under today's names."""
     keys = layout.keys()
     parameters = dict(Tree.of(root).parameters)
     sources: dict[str, list[str]] = {}
@@ -375,7 +377,7 @@ def _sources(
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether the tensors hold the same numbers, in the narrower of their precisions."""
+    """True if the tensors hold the same numbers when both are cast to the narrower of their dtypes."""
     if a.shape != b.shape:
         return False
     narrower = min((a.dtype, b.dtype), key=lambda d: d.itemsize)

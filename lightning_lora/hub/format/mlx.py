@@ -1,7 +1,7 @@
-"""Adapters of mlx-lm, read as if PEFT had written them: A and B transposed, and the scale as lora_alpha / r.
+"""Reads adapters of mlx-lm as if PEFT had written them: A and B are transposed, the scale becomes lora_alpha / r.
 
 mlx-lm computes x W^T + scale * (x lora_a) lora_b (mlx_lm/tuner/lora.py), and with `m` DoRA's rescaling as PEFT does
-(tuner/dora.py). Names are those of the model in transformers.
+(tuner/dora.py). Its modules have the names that they have in transformers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embe
 
 
 def is_config(data: Any) -> bool:
-    """Whether it is the content of mlx-lm's adapter_config.json."""
+    """True if `data` is the content of an adapter_config.json of mlx-lm."""
     return isinstance(data, Mapping) and "lora_parameters" in data and "peft_type" not in data
 
 
 def config_as_peft(data: Mapping[str, Any], keys: list[str], where: str) -> dict[str, Any]:
-    """The fields of PEFT's config that mean the same; `keys` are those of the tensors. Raises AdapterFormatError for
-    what PEFT's layout has no place for, or what cannot be known."""
+    """The fields of PEFT's config that mean the same as `data`; `keys` are the keys of the tensors. Raises
+    AdapterFormatError for an adapter that PEFT's layout cannot hold, and for a config whose meaning is not clear."""
     kind = data.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise AdapterFormatError(f"{where} is of mlx-lm, with fine_tune_type={kind!r}: that is no adapter.")
@@ -65,7 +65,7 @@ def config_as_peft(data: Mapping[str, Any], keys: list[str], where: str) -> dict
 
 
 def tensors_as_peft(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors under PEFT's keys, as PEFT has them. Raises AdapterFormatError for what is none of theirs."""
+    """The tensors in PEFT's layout, by PEFT's keys. Raises AdapterFormatError for one that is not of a linear layer."""
     converted = {}
     foreign = []
     for key, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""Names that modules had in older transformers, read by transformers' own tables, as it reads old checkpoints.
+"""Translates names that modules had in older transformers, by the tables with which it reads its own old checkpoints.
 
-LLaVA, PaliGemma, Gemma 3 and others moved `language_model.model.layers` to `model.language_model.layers` (4.52), and an
+LLaVA, PaliGemma, Gemma 3 and others moved `language_model.model.layers` to `model.language_model.layers` (4.52). An
 adapter that was trained before has the old names in its keys, its patterns and its regular expressions.
 """
 
@@ -33,8 +33,8 @@ _ABOUT_A_PAIR = re.compile(r"\.lora_\w+(\.\w+)?$|\.token_adapter\.\w+$")
 
 
 def todays_names(root: nn.Module, keys: Iterable[str], adapted: Set[str]) -> dict[str, str]:
-    """Of the modules `adapted`, and of other tensors called `keys`: each old name -> what it is called in `root` today.
-    Only those that `root` does not have under their old names; experts are not there under today's either."""
+    """Old name -> today's name in `root`, for the modules `adapted` and for other tensors in `keys`, if `root` does not
+    have them under the old name. Experts that became a stack are not in `root` under today's name either."""
     tree = Tree.of(root)
     absent = adapted - {name for name, _ in tree.every}
     others = [name for key in keys if not _ABOUT_A_PAIR.search(key) for name in [peft.base_name(key)]]
@@ -43,14 +43,14 @@ def todays_names(root: nn.Module, keys: Iterable[str], adapted: Set[str]) -> dic
     if renaming is None:
         return {}
     there = {name for name, _ in tree.tensors}
-    # The tables are about tensors.
+    # The tables rename tensors, so a module is renamed by its weight.
     found = {name: renaming(f"{name}.weight").removesuffix(".weight") for name in absent}
     found |= {name: new for name in tensors if (new := renaming(name)) in there}
     return {old: new for old, new in found.items() if new != old}
 
 
 def renamed_key(key: str, names: dict[str, str]) -> str:
-    """`key` with the module, or the tensor, that it is about under the name that it has today."""
+    """`key` with today's name of its module, or of its tensor, by `names` (old name -> today's)."""
     parts = peft.base_name(key).split(".") if names else []
     for i in range(len(parts), 0, -1):
         old = ".".join(parts[:i])
@@ -60,7 +60,7 @@ def renamed_key(key: str, names: dict[str, str]) -> str:
 
 
 def renamed_config(config: LoRAConfig, root: nn.Module, adapted: Iterable[str], names: dict[str, str]) -> LoRAConfig:
-    """`config`, which is about the old names of the modules `adapted`, for those of today."""
+    """`config`, which has the old names of the modules `adapted`, with today's names instead."""
     if not names:
         return config
     today = {old: names.get(old, old) for old in adapted}
@@ -81,7 +81,7 @@ def renamed_config(config: LoRAConfig, root: nn.Module, adapted: Iterable[str], 
 
 
 def _of_transformers(root: Any) -> Renaming | None:
-    """How transformers renames the tensors of an old checkpoint for `root`, if that is one of its models."""
+    """A function that renames tensors of an old checkpoint as transformers does for `root`; None if it renames none."""
     if table := old_prefixes(root):
         return lambda name: _replaced(name, table)
     steps = conversions(root, "WeightRenaming")
@@ -89,7 +89,8 @@ def _of_transformers(root: Any) -> Renaming | None:
 
 
 def _replaced(name: str, table: dict[str, str]) -> str:
-    """As transformers 4 does: the first pattern that matches, and what it puts in its place without groups."""
+    """Renames as transformers 4 does: only the first pattern that matches is replaced, and the replacement loses its
+    groups."""
     for pattern, replacement in table.items():
         plain = re.sub(r"\(.*\)", "", replacement.lstrip("^"))
         new, count = re.subn(pattern, plain, name)
@@ -98,29 +99,30 @@ def _replaced(name: str, table: dict[str, str]) -> str:
     return name
 
 
-# Adapters of experts that were modules of their own (transformers 4: `experts.3.w1`), for the stacks that they became.
+# Turns pairs of single experts, which were modules in transformers 4 (`experts.3.w1`), into pairs of stacks of experts.
 #
 # transformers 5 holds the experts of a layer in parameters, W = [W1; W3] of each expert in one stack. Where the experts
-# have pairs of their own, W + s [B1 A1; B3 A3] = W + s B A with A = [A1; A3] and B = diag(B1, B3), exactly. Which names
-# became which parameter is read in transformers' own tables, as PEFT does.
+# have pairs of their own, W + s [B1 A1; B3 A3] = W + s B A with A = [A1; A3] and B = diag(B1, B3), exactly. The tables
+# of transformers say which names became which parameter; PEFT reads them too.
 
 Recipe = Callable[[Any], Tensor]
-"""Makes a tensor of those in a file."""
+"""A function that makes one tensor from the tensors in a file."""
 
 
 class Restacked(NamedTuple):
-    """A file as it would be had it been written for the stacks."""
+    """What a file says, rewritten as if it had been saved from a model with stacks."""
 
     config: LoRAConfig
     header: Header
     keys: dict[str, str]
-    """The keys in the file, or what stands for them -> plain keys by today's names."""
+    """The keys in the file, and those in `recipes` -> plain keys under today's names."""
     recipes: dict[str, Recipe]
-    """What stands for several tensors of the file -> how it is made of them."""
+    """Keys of tensors that are not in the file -> the functions that make them from several tensors in it."""
 
 
 class _Part(NamedTuple):
-    """One of the matrices of which an expert's is put together."""
+    """The pair of one old module, whose weight is now a part of an expert's matrix: its name, and its keys in the
+    file."""
 
     old: str
     A: str
@@ -128,9 +130,10 @@ class _Part(NamedTuple):
 
 
 def restacked(root: nn.Module, config: LoRAConfig, header: Header, keys: dict[str, str], where: str) -> Restacked:
-    """The file for the experts of `root`, if it has such; `keys` are those in it -> plain ones by today's names.
+    """The file with its pairs of single experts put together for the stacks in `root`, if there are any. `keys` maps
+    the keys in the file to plain keys under today's names.
 
-    Raises AdapterFormatError for experts of which some have no pair, and for what has no place in a stack."""
+    Raises AdapterFormatError where some experts of a stack have no pair, and for tensors that do not fit a stack."""
     plain = {key: file for file, key in keys.items()}
     adapted = peft.adapted_names(plain)
     tree = Tree.of(root)
@@ -177,8 +180,8 @@ def restacked(root: nn.Module, config: LoRAConfig, header: Header, keys: dict[st
 def _stacks(
     root: nn.Module, names: list[str], parameters: Mapping[str, Tensor]
 ) -> dict[tuple[str, str], tuple[int, dict[int, dict[int, str]]]]:
-    """The parameters, each by its module and its own name, that the modules called `names` became parts of: of how many
-    parts, and which is which expert's. A name that no table knows is left out."""
+    """The stacks that the modules called `names` became parts of: (module, parameter) -> the number of parts of an
+    expert's matrix, and expert -> part -> old name. A name that no table knows is left out."""
     tables = _tables(root) if names else []
     stacks: dict[tuple[str, str], tuple[int, dict[int, dict[int, str]]]] = {}
     for name in names:
@@ -192,13 +195,13 @@ def _stacks(
 
 
 def _is_weight_alone(tree: Tree, name: str) -> bool:
-    """Whether it is a module that was linear and is none any more, such as a router, but has the weight still."""
+    """True if the module still has a weight but is of a class without a geometry, as a router that was an nn.Linear."""
     module = tree.by_name.get(name)
     return module is not None and geometry_of(type(module)) is None and "weight" in module._parameters
 
 
 def _config(config: LoRAConfig, tree: Tree, kept: list[str], routers: list[str], parameters: list[str]) -> LoRAConfig:
-    """`config` for the modules `kept` of those that it named, and for `parameters` in place of the others."""
+    """`config` for the modules `kept`, and for `parameters` in place of the other modules that it named."""
     config = replace(config, target_parameters=sorted({*(config.target_parameters or []), *parameters}))
     targets = config.target_modules
     if not kept:
@@ -243,7 +246,7 @@ def _stack(
     experts: Mapping[int, Mapping[int, _Part]],
     where: str,
 ) -> tuple[int, float, dict[str, Recipe]]:
-    """The rank and the scale of a stack of experts, and how its A and B are made."""
+    """The rank and the scale of the pair of a stack of experts, and the functions that make its A and B."""
     first = next(iter(experts.values()))
     E, out, width = shape if len(shape) == 3 else (0, 0, 0)
     height = out // count
@@ -285,8 +288,8 @@ def _stack(
 
 
 def _tables(root: Any) -> list[tuple[list[tuple[str, str]], str]]:
-    """How the weights of experts became stacks: of each part what is before and after the number of the expert, and the
-    name of the parameter."""
+    """How the weights of experts became stacks. An entry has, for each part, the text before and after the number of
+    the expert in the old name, and then the name of the parameter."""
     tables = []
     for step in conversions(root, "WeightConverter"):
         if len(step.target_patterns) != 1:

@@ -1,4 +1,4 @@
-"""An adapter folder taken apart, without a model: A, B and the scale of each module, and the rest."""
+"""Takes an adapter folder apart, without a model: A, B and the scale of each module, and the other tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_lora.hub.format.reading import CONFIG, TENSORS, check_folder, ope
 
 @dataclass(frozen=True)
 class Pair:
-    """What one module is adapted with: the update is scale * B A.
+    """A and B of one module, with their scale: the update of its weight is scale * B A.
 
     Linear: A (r, in), B (out, r). Embedding: A (r, words), B (width, r), for the transposed weight. Convolution: A
     (r, in, *kernel), B (out, r / groups, 1, ...).
@@ -50,9 +50,9 @@ class Parts:
 
     config: LoRAConfig
     data: Mapping[str, Any]
-    """The fields of adapter_config.json as they are."""
+    """The fields of adapter_config.json, unchanged."""
     pairs: dict[str, Pair]
-    """By the name of the module in the base."""
+    """The pairs, by the name of their module in the base."""
     saved: dict[str, Tensor]
     """Tensors of modules that were trained whole, by PEFT's keys."""
     biases: dict[str, Tensor]
@@ -60,13 +60,13 @@ class Parts:
     base: dict[str, Tensor]
     """Weights of the base that PEFT wrote as well, by its keys."""
     note: Mapping[str, Any]
-    """What this package wrote into the header."""
+    """The data that this package wrote into the header of the tensors' file."""
     repaired: tuple[str, ...]
-    """Modules whose rank is not the one that the config's patterns, read in the order of the file, say."""
+    """Modules whose rank differs from the one that the config's patterns give, read in the order of the file."""
     ambiguous: tuple[str, ...]
     """Modules for which entries of alpha_pattern disagree; the first in the file counts."""
     renamed: int
-    """How many keys still had the adapter's name, or a wrapper's, in them."""
+    """The number of keys that still had the name of the adapter or of a wrapper in them."""
 
     @property
     def is_dora(self) -> bool:
@@ -85,15 +85,15 @@ def _factor_keys(name: str, wrapped: Mapping[str, Any] | set[str], is_embedding:
 
 
 def magnitude_key(key_of_A: str) -> str:
-    """PEFT's key of the magnitude that goes with the A under `key_of_A`."""
+    """PEFT's key of the magnitude that belongs to the A under `key_of_A`."""
     return f"{key_of_A[: key_of_A.rindex('lora_')]}lora_magnitude_vector"
 
 
 def parts_of(folder: Path, ignore_fields: Collection[str] = ()) -> Parts:
     """Read and check the adapter in `folder`.
 
-    Raises AdapterFormatError for what is no adapter, is damaged or not finite, does not fit its own config, or has a
-    variant that changes its outputs in a way that is not known here.
+    Raises AdapterFormatError for a folder that is no adapter, is damaged, holds values that are not finite, does not
+    fit its own config, or uses a variant of LoRA that cannot be read here.
     """
     check_folder(folder)
     where = str(folder / TENSORS)
@@ -135,7 +135,8 @@ def parts_of(folder: Path, ignore_fields: Collection[str] = ()) -> Parts:
 
 
 def _config(folder: Path, ignore_fields: Collection[str]) -> tuple[LoRAConfig, Mapping[str, Any]]:
-    """DoRA changes no tensor of the pair, so its config is read as one without."""
+    """The config in `folder`, and the fields of its file. A config with DoRA is read as one without, since DoRA changes
+    neither A nor B."""
     data = config_in(folder)
     is_dora = isinstance(data, Mapping) and bool(data.get("use_dora"))
     if is_dora and data["use_dora"] is not True:
@@ -161,7 +162,7 @@ def _plain(key: str) -> str:
 
 
 def _pairs(tensors: dict[str, Tensor], config: LoRAConfig, use_dora: bool, where: str) -> dict[str, Pair]:
-    """The pairs in `tensors`, which are taken out of it."""
+    """Removes the pairs from `tensors` and returns them, by module."""
     names = sorted(peft.adapted_names(tensors), key=_by_number)
     wrapped = set(names)
     pairs, problems = {}, []
@@ -186,7 +187,7 @@ def _pairs(tensors: dict[str, Tensor], config: LoRAConfig, use_dora: bool, where
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """Layer 2 before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 

@@ -1,7 +1,7 @@
-"""PEFT's spelling of tensors, in this module alone: the keys in its files, and how it matches names.
+"""Spells the keys in PEFT's files, and matches names by PEFT's rules.
 
-Read in peft 0.21.2 (tuners/lora, utils/save_and_load.py) and checked by running it. A module that PEFT adapts is
-wrapped, so what the module held lies under `base_layer` from then on. The fields of its config are in config.py.
+All this was read in the source of peft 0.21.2 (tuners/lora, utils/save_and_load.py), and checked by running it. PEFT
+wraps a module that it adapts, so the module's own members lie under `base_layer`. Its config's fields are in config.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_lora.engine.targets import name_matches
 
 PREFIX = "base_model.model."
 
-# The tensors of an adapted module: ours -> theirs.
+# The tensors of an adapted module: our name -> PEFT's name.
 _TENSORS = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -43,9 +43,9 @@ def tensor_key(
 ) -> str:
     """PEFT's key of the tensor that the engine calls `name` (`<module>.lora_A`, or a parameter's own name).
 
-    `wrapped` names the modules that PEFT wraps, `embeddings` those among them that are embeddings. `parameters` are
-    those that are adapted of a wrapped module, in the order in which it holds them: PEFT wraps it once for each, the
-    last one outermost. Their tensors are `<module>.lora_A_<parameter>`.
+    `wrapped` names the modules that PEFT wraps, `embeddings` those among them that are embeddings. `parameters` has the
+    adapted parameters of a wrapped module, in the order in which it holds them: PEFT wraps it once for each, and the
+    wrapper of the last one is outermost. Their tensors are called `<module>.lora_A_<parameter>`.
     """
     module, _, last = name.rpartition(".")
     path = _expanded(module, wrapped, parameters)
@@ -64,7 +64,7 @@ def tensor_key(
 
 
 def shape_in_file(last: str, shape: tuple[int, ...], of_A: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which PEFT writes the tensor that a module holds as `last`; `of_A` is that of the module's A."""
+    """The shape in which PEFT writes the tensor that a module holds as `last`; `of_A` is the shape of its A."""
     if last == MAGNITUDE and len(of_A) > 2:
         return (1, *shape, *(1,) * (len(of_A) - 2))  # as the output of the convolution
     return shape
@@ -93,7 +93,7 @@ _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 
 
 def plain_key(key: str) -> str:
-    """`key` without what some writers leave in: the adapter's name "default", the infix of modules_to_save."""
+    """`key` without what some writers leave in: the adapter's name "default", or the infix of modules_to_save."""
     for pattern, plain in _LEFT_IN:
         key = pattern.sub(plain, key)
     return key
@@ -111,19 +111,20 @@ def base_name(key: str) -> str:
 
 
 def is_untrained_original(key: str) -> bool:
-    """Whether `key` is the copy that PEFT keeps of a module in modules_to_save (it gets into files with bias="all")."""
+    """True if `key` is of the untrained copy that PEFT keeps of a module in modules_to_save. With bias="all" it gets
+    into files."""
     return ".original_module." in key
 
 
 def is_saved_by_peft(bias_name: str) -> bool:
-    """Whether PEFT writes the bias called `bias_name` when it trains all biases: not `in_proj_bias`, for one."""
+    """True if PEFT writes the bias called `bias_name` when it trains all biases. It does not write `in_proj_bias`."""
     return bias_name.rpartition(".")[2] == "bias"
 
 
 def is_in_layers(targets: Collection[str], layers: Any, pattern: str | Sequence[str] | None, name: str) -> bool:
-    """PEFT's rule for layers_to_transform: whether `targets` mean the module called `name`.
+    """PEFT's rule for layers_to_transform: true if `targets` select the module called `name`.
 
-    One that is named by its whole name is adapted in whichever layer. Layers that match nothing are no error."""
+    A module whose full name is in `targets` is adapted in any layer. Layers that match nothing are no error."""
     if name in targets:
         return True
     if not any(name.endswith(f".{entry}") for entry in targets):
@@ -139,11 +140,11 @@ def is_in_layers(targets: Collection[str], layers: Any, pattern: str | Sequence[
 
 
 def ends_with(entries: Collection[str], name: str) -> bool:
-    """PEFT's rule for modules_to_save, which does not ask for a dot before the entry."""
+    """PEFT's rule for modules_to_save: true if `name` ends in an entry. It does not require a dot before the entry."""
     return any(name.endswith(entry) for entry in entries)
 
 
-# How PEFT's config says what is adapted, and what of it PEFT cannot read.
+# Names the adapted modules as PEFT's config does, and finds those that PEFT cannot read.
 
 _KNOWN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LOADS_NOT = "PEFT cannot load this adapter, since it has none for these layers"
@@ -152,24 +153,24 @@ _IGNORES = "PEFT loads this adapter and ignores what is read from these layers w
 
 @dataclass(frozen=True)
 class Targets:
-    """What is adapted, in PEFT's words."""
+    """The adapted modules and parameters, named as in PEFT's config."""
 
     modules: list[str]
     parameters: list[str]
     companions: list[str]
-    """Modules that PEFT adapts with the one that they belong to."""
+    """Modules that PEFT adapts together with the module that they belong to."""
     tokens: dict[str, list[int]]
-    """Rows that are trained of an embedding."""
+    """The trained rows of each embedding."""
     specs: dict[str, AdapterSpec]
-    """Of each module and parameter, as it is written: as a plain pair."""
+    """The spec of each module and parameter, as it is written: as a plain pair."""
     without_dropout: bool
-    """Whether PEFT knows no dropout for one of them, and refuses a config that has some."""
+    """True if PEFT has no dropout for one of them: it then refuses a config with dropout."""
     unread: dict[str, list[str]]
-    """What PEFT does with what it cannot read -> the names of that."""
+    """A sentence on what PEFT does with modules that it cannot read -> the names of these modules."""
 
 
 def targets_of(adapted: Mapping[str, Adapter], config: LoRAConfig) -> Targets:
-    """How to name the adapted modules of a model."""
+    """The `Targets` for the adapted modules of a model."""
     modules: list[str] = []
     parameters: list[str] = []
     companions: list[str] = []
@@ -179,7 +180,7 @@ def targets_of(adapted: Mapping[str, Adapter], config: LoRAConfig) -> Targets:
     attentions = {name: m for name, m in adapted.items() if _is_attention(name, m, adapted, config)}
     for name, module in adapted.items():
         if isinstance(module, TokenRows):
-            if module.lora.owner is None:  # else it follows the one that owns them
+            if module.lora.owner is None:  # else its rows are those of the owner, which has an entry
                 tokens[name] = list(module.lora.tokens)
             continue
         parent, _, _ = name.rpartition(".")
@@ -202,7 +203,8 @@ def targets_of(adapted: Mapping[str, Adapter], config: LoRAConfig) -> Targets:
 
 
 def _is_attention(name: str, module: Adapter, adapted: Mapping[str, Adapter], config: LoRAConfig) -> bool:
-    """Whether it is an nn.MultiheadAttention as PEFT adapts it: its packed projections and its out_proj, alike."""
+    """True if `module` is an nn.MultiheadAttention that is adapted as PEFT does it: both its packed projections and its
+    out_proj, with the same spec."""
     out = adapted.get(f"{name}.out_proj" if name else "out_proj")
     if not isinstance(module, nn.MultiheadAttention) or out is None or isinstance(module, DoRA):
         return False
@@ -224,7 +226,7 @@ def _unread(name: str, module: Adapter, attentions: Mapping[str, Adapter]) -> st
 
 
 def _plain(pair: Pair, config: LoRAConfig) -> AdapterSpec:
-    """Rank and alpha of the plain pair that is written for `pair`: a frozen start adds as many ranks again."""
+    """The spec of the plain pair that is written for `pair`: a frozen start doubles the rank."""
     spec = replace(pair.spec, parameters={}) if pair.spec.parameters else pair.spec
     if START[0] + pair.suffix not in pair.module.lora_names:
         return spec
@@ -237,7 +239,7 @@ def exact_targets(wanted: Collection[str], others: Collection[str]) -> str | lis
     expression."""
     wanted_set = set(wanted)
     endings = sorted({name.rpartition(".")[2] for name in wanted_set})
-    # The number of a layer is a poor ending: it would mean other modules in a model that is a little longer.
+    # The number of a layer is a poor ending: it would match other modules in a model with more layers.
     options = [endings] if not any(e.isdigit() or not e for e in endings) else []
     for entries in [*options, sorted(wanted_set)]:
         if all(entries) and not any(name_matches(entries, name) for name in others if name not in wanted_set):

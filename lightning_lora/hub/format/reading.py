@@ -1,4 +1,4 @@
-"""Open an adapter folder that somebody else may have written: what is in it, before any of it is believed."""
+"""Opens an adapter folder that somebody else may have written, and checks what is in it before any of it is used."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.hub.format import mlx, peft
 from lightning_lora.hub.format.mapped import BLANK, MappedTensors
 
-# Layers that share their weight, of which PEFT's config names one and its file has both (ensure_weight_tying).
+# With ensure_weight_tying, PEFT's config names one of two layers that share their weight, and its file has both.
 
 
 def with_tied(root: nn.Module, config: LoRAConfig, keys: Iterable[str]) -> LoRAConfig:
-    """`config` with the modules that the file has beside one that it names and that shares its weight.
+    """`config` that also names the modules in the file that share their weight with a module that it names.
 
-    Where PEFT keeps tied layers tied (ensure_weight_tying), it adapts or trains both, and writes one of the names."""
+    Where PEFT keeps tied layers tied (ensure_weight_tying), it adapts or trains both, but writes only one name."""
     tree = Tree.of(root)
     users = weight_users(tree.modules)
     tied = {id(m): {n for n, _ in group} for group in users.values() if len(group) > 1 for _, m in group}
@@ -55,16 +55,16 @@ TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 
 NOTE = "lightning_lora"
-"""The key of our own data in the metadata of the tensors' header, which PEFT ignores; in the config it would warn."""
+"""The key of our own data in the metadata of the tensors' header. PEFT ignores it there; in a config it would warn."""
 CHECKSUM = "checksum"
-"""The key, in that, of the checksum of the tensors' file."""
+"""The key, in our own data, of the checksum of the tensors' file."""
 SAID = "said_by_config"
-"""The key, in that, of what the config said of these tensors which they do not show: its fields UNSEEN."""
+"""The key, in our own data, of the config's fields UNSEEN as they were saved: the tensors do not show their values."""
 UNSEEN = ("lora_alpha", "alpha_pattern", "use_rslora", "alora_invocation_tokens", "trainable_token_indices")
 
 _FLOATING = ("F16", "BF16", "F32", "F64")
 
-# What lies in the folders of others -> what it is, and what to do.
+# Names of files in folders that other programs wrote -> what such a file is, and what to do.
 _FOREIGN = {
     "pytorch_lora_weights.safetensors": "a LoRA of diffusers' layout; load it with diffusers",
     "adapter_model.bin": "an adapter saved as a pickle, which can run code when it is opened: load it with PEFT where "
@@ -81,7 +81,7 @@ _FOREIGN = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a tensor file says about itself."""
+    """The header of a tensor file: the shape of each tensor, if it is floating-point, and our own data."""
 
     shapes: dict[str, tuple[int, ...]]
     floating: dict[str, bool]
@@ -90,7 +90,7 @@ class Header:
 
 
 class _Converted(dict[str, Tensor]):
-    """Tensors that are in a file under other names and in other shapes."""
+    """Tensors made from those of a file that has them under other names and in other shapes."""
 
     def at_once(self) -> Mapping[str, Tensor]:
         return self
@@ -110,16 +110,16 @@ class TensorFile:
         return self._tensors[key]
 
     def at_once(self) -> Mapping[str, Tensor] | MappedTensors:
-        """All of them, which share memory where they can: to be read, not kept."""
+        """All tensors. They share memory where they can, so read them and do not keep them."""
         return self._tensors.at_once()
 
     def are_finite(self) -> bool:
-        """Whether it is known, without a look at each of them, that all its numbers are finite."""
+        """True if it is known, without a look at each tensor, that all numbers in the file are finite."""
         return self._tensors.are_finite()
 
 
 def check_folder(folder: Path) -> None:
-    """Raise AdapterFormatError unless `folder` holds an adapter in PEFT's layout, naming what it looks like."""
+    """Raise AdapterFormatError, which says what `folder` looks like, unless it holds an adapter of PEFT or mlx-lm."""
     if not folder.exists():
         raise AdapterFormatError(f"There is no folder {str(folder)!r}.")
     if not folder.is_dir():
@@ -144,14 +144,14 @@ def check_folder(folder: Path) -> None:
 
 
 def _is_mlx(folder: Path) -> bool:
-    """Whether mlx-lm wrote it."""
+    """True if mlx-lm wrote the adapter in `folder`."""
     files = [folder / name for name in (TENSORS, CONFIG, mlx.TENSORS)]
     if [file.is_file() for file in files] != [False, True, True]:
         return False
     return mlx.is_config(_json(folder / CONFIG))
 
 
-# What a file begins with that is not what its name says -> what it is, and what to do.
+# The first bytes of a file that is not what its name says -> what it is, and what to do.
 _BEGINNINGS = {
     b"version https://git-lfs.github.com/": "a pointer of Git LFS instead of the file itself, which was not fetched: "
     "run `git lfs pull` in its repository, or fetch it with `hf download`",
@@ -166,7 +166,7 @@ _BEGINNINGS = {
 
 
 def _begins_as(path: Path) -> str | None:
-    """What a file is that is not what its name says, told by how it begins."""
+    """What the file really is, by its first bytes; None where they are not in `_BEGINNINGS`."""
     try:
         with path.open("rb") as file:
             start = file.read(64).lstrip()
@@ -176,7 +176,7 @@ def _begins_as(path: Path) -> str | None:
 
 
 def _foreign_file(path: Path) -> str | None:
-    """What the tensors in a file are, if they are a LoRA of another layout; or what the file is instead of one."""
+    """What the file is, if it holds a LoRA of another layout or is no safetensors file; None where that is unknown."""
     try:
         with safe_open(path, framework="np") as file:
             return foreign_layout_of(file.keys(), file.metadata() or {})
@@ -185,7 +185,7 @@ def _foreign_file(path: Path) -> str | None:
 
 
 def foreign_layout(names: Collection[str]) -> str | None:
-    """What a folder with these files looks like, where it is none of PEFT's."""
+    """What a folder with files of these names looks like, if it is not of PEFT's layout; None where that is unknown."""
     foreign = next((meaning for name, meaning in _FOREIGN.items() if name in names), None)
     if foreign is None and any(re.fullmatch(r"adapter_\d+\.pt", name) for name in names):
         foreign = "a torchtune checkpoint; save it from torchtune in its PEFT format"
@@ -201,8 +201,8 @@ def foreign_layout(names: Collection[str]) -> str | None:
 
 
 def read_config(folder: Path) -> Any:
-    """The content of `adapter_config.json`, mlx-lm's as PEFT would have written it. Raises AdapterFormatError where it
-    is not JSON."""
+    """The content of `adapter_config.json`; a config of mlx-lm is translated to PEFT's fields. Raises
+    AdapterFormatError where it is not JSON."""
     data = _json(folder / CONFIG)
     if not mlx.is_config(data) or not (folder / mlx.TENSORS).is_file():
         return data
@@ -224,7 +224,8 @@ def _json(path: Path) -> Any:
 
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[TensorFile]:
-    """The tensors in `folder`. Raises AdapterFormatError where the file is not what it must be, or is cut short."""
+    """The tensors in `folder`. Raises AdapterFormatError where their file is cut short, was changed, or is of another
+    layout."""
     if _is_mlx(folder):
         path = folder / mlx.TENSORS
         with _opened(path) as tensors:
@@ -239,7 +240,7 @@ def open_tensors(folder: Path) -> Iterator[TensorFile]:
 
 
 def _check_as_written(folder: Path, tensors: MappedTensors, note: Mapping[str, Any]) -> None:
-    """Raise AdapterFormatError where what this package wrote is not as it was: no tensor shows it."""
+    """Raise AdapterFormatError if this package wrote the file and it was changed since: the tensors do not show it."""
     said = note.get(CHECKSUM)
     if said is not None and (not isinstance(said, str) or len(said) != len(BLANK) or tensors.checksum(said) != said):
         raise AdapterFormatError(
@@ -264,7 +265,7 @@ def _check_as_written(folder: Path, tensors: MappedTensors, note: Mapping[str, A
 @contextmanager
 def _opened(path: Path) -> Iterator[MappedTensors]:
     try:
-        with safe_open(path, framework="np"):  # which raises for a header that lies; as torch's, it would map it all
+        with safe_open(path, framework="np"):  # raises for a false header; framework="pt" would map the whole file
             tensors = MappedTensors(path)
         yield tensors
     except SafetensorError as error:

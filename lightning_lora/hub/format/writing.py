@@ -1,4 +1,4 @@
-"""Write an adapter as the folder that PEFT reads: its card, its tensors and its config."""
+"""Writes an adapter as a folder in PEFT's format: its card, its tensors and its config."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lightning_lora.files import write_folder
 from lightning_lora.hub.format.mapped import BLANK, checksum
 from lightning_lora.hub.format.reading import CARD, CHECKSUM, CONFIG, NOTE, SAID, TENSORS, UNSEEN
 
-# Where an adapter is, as people write it: a folder on this machine, or an address of the Hub.
+# Reads where an adapter is, as people write it: a folder on this machine, or an address of the Hub.
 
-# Two letters at least: "C:/" is a drive. One slash is enough: a Path has lost the second one.
+# A scheme has at least two letters: "C:/" is a drive. One slash is enough: a Path has lost the second one.
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
 
 
 def local_path(path: Any) -> Path:
-    """`path` as a Path, with "~" in it replaced. Raises ConfigError where it is a URL, of s3:// or hf:// for example:
-    as a Path, it would be a folder with a colon in its name."""
+    """`path` as a Path, with "~" in it replaced. Raises ConfigError for a URL such as s3:// or hf://, but not for
+    file://: as a Path, a URL would be a folder with a colon in its name."""
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"A path is a str or a Path, not a {type(path).__name__}: {path!r:.80}")
     text = os.fspath(path)
@@ -44,7 +44,7 @@ def local_path(path: Any) -> Path:
 
 
 class HubAddress(NamedTuple):
-    """A repository on the Hub, and where in it."""
+    """A repository on the Hub, with a revision and a folder in it."""
 
     repo_id: str
     revision: str | None
@@ -52,9 +52,10 @@ class HubAddress(NamedTuple):
 
 
 def hub_address(text: Any) -> HubAddress | None:
-    """What the address of a page on the Hub, or "hf://user/name@revision", names; None where `text` is neither.
+    """The repository that `text` names, as the address of a page on the Hub or as "hf://user/name@revision"; None where
+    `text` is neither.
 
-    Raises ConfigError for the address of something else than a model's repository.
+    Raises ConfigError for the address of anything but a model's repository.
     """
     hub = re.escape(urlsplit(constants.ENDPOINT).netloc)
     host = rf"hf://|(https?://)?(www\.)?(huggingface\.co|hf\.co|{hub})/"
@@ -87,8 +88,9 @@ def write_adapter(
     card: str,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """`tensors` are on the CPU; our own `note`, and `metadata` of others, go into the header of their file, with what
-    tells whether file and config are as they were written. Raises CheckpointError as `write_folder` does."""
+    """Write an adapter into `folder`. `tensors` are on the CPU. Our own `note`, and the `metadata` of others, go into
+    the header of their file, with a checksum and the config's fields UNSEEN, so that reading notices later changes.
+    Raises CheckpointError as `write_folder` does."""
     said = {field: config[field] for field in UNSEEN if config.get(field)}
     note = {**note, CHECKSUM: BLANK.decode(), SAID: said}
     header = {**(metadata or {}), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
@@ -107,7 +109,8 @@ def _with_checksum(content: bytes) -> tuple[bytes, memoryview]:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each in memory of its own, as the format asks, copied where another name (tied weights) has it already."""
+    """Each tensor in memory of its own, as the format requires: a tensor that shares memory with an earlier one (tied
+    weights) is copied."""
     apart: dict[str, Tensor] = {}
     taken: set[int] = set()
     for key, t in tensors.items():
