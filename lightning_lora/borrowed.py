@@ -1,9 +1,10 @@
-"""Names that other libraries keep to themselves and that this package uses all the same.
+"""Access to private names of other libraries, which this package uses all the same.
 
-A release may move such a name without a word. So each stands once, in the owner of its room (engine/torch_private.py,
-training/lightning_private.py and torchmetrics_private.py, hub/hub_private.py, cli/hydra_private.py), with what it is
-for. Where it is gone, the owner takes a plain path that needs no such name, or what is here raises MovedError. It never
-goes on as if nothing had happened. tests/private_names checks each in the installed version.
+A release of a library may move a private name without notice. So each name is written once, with its purpose, in the
+module for its library (engine/torch_private.py, training/lightning_private.py and torchmetrics_private.py,
+hub/hub_private.py, cli/hydra_private.py). If the name is gone, that module uses another way that needs no private name,
+or the functions here raise MovedError; a missing name is never ignored. tests/private_names checks each name in the
+installed version.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ PURPOSES: dict[str, str] = {}
 
 
 def found(path: str, purpose: str, otherwise: Any = None) -> Any:
-    """What is at `path` ("package.module:name.name"); `otherwise` where it is gone: the plain path of the caller."""
+    """The object at `path` ("package.module:name.name"). If it is gone, `otherwise`: what the caller uses instead."""
     PURPOSES[path] = purpose
     try:
         return pkgutil.resolve_name(path)
@@ -28,7 +29,7 @@ def found(path: str, purpose: str, otherwise: Any = None) -> Any:
 
 
 def needed(path: str, purpose: str) -> Any:
-    """What is at `path`; where it is gone, a function that raises MovedError when it is called."""
+    """The object at `path`. If it is gone, a function that raises MovedError when it is called."""
 
     def gone(*_: Any, **__: Any) -> Any:
         raise MovedError(path.replace(":", "."), purpose)
@@ -47,8 +48,8 @@ def attribute(owner: Any, name: str, purpose: str) -> Any:
 
 
 def replace(owner: Any, purpose: str, **values: Any) -> None:
-    """Set attributes of an object. Raises MovedError, with none of them set, where it lacks one: to set it would do
-    nothing then."""
+    """Set attributes of an object. Raises MovedError, and sets none of them, if the object lacks one: setting a new
+    attribute would have no effect."""
     for name in values:
         attribute(owner, name, purpose)
     for name, value in values.items():

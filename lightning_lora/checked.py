@@ -1,4 +1,4 @@
-"""How arguments are checked: a function returns the value, or raises ConfigError, which says what it can be."""
+"""Checks of arguments. Each function returns the value, or raises ConfigError, which says what values are allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_lora.errors import ConfigError, closest, listed
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """An int of at least `least`. True and False are ints in Python, and are refused."""
+    """An int of at least `least`. True and False, which are ints in Python, are refused."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} is a whole number from {least} on, not {value!r}.")
     return value
@@ -36,14 +36,14 @@ def share(name: str, value: Any) -> float:
 
 
 def probability(name: str, value: Any) -> float:
-    """A float from 0 to below 1: what is left out with a probability of 1 is never there."""
+    """A float from 0 to below 1. With a dropout probability of 1, nothing would be left."""
     if not 0 <= (found := _float(value)) < 1:
         raise ConfigError(f"{name} is a probability from 0 to below 1, not {value!r}.")
     return found
 
 
 def _float(value: Any) -> float:
-    """NaN for what is no number."""
+    """`value` as a float; NaN if it is not a number."""
     try:
         return math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
     except OverflowError:  # an int that no float can hold

@@ -1,7 +1,7 @@
 """Every error that a user can cause, as one tree.
 
     LightningLoRAError
-    ├── ConfigError (ValueError)            a setting that cannot be: rank 0, a misspelt key, alpha NaN
+    ├── ConfigError (ValueError)            a setting that is not valid: rank 0, a misspelt key, alpha NaN
     ├── TargetError (ValueError)            a pattern that matches nothing, a module that cannot be adapted
     ├── AdapterStateError (RuntimeError)    adapters where there must be none, none where there must be some
     ├── AdapterFormatError (ValueError)     a folder or a state dict that is not an adapter of this model
@@ -10,11 +10,11 @@
     ├── CheckpointError (RuntimeError)      a checkpoint that is truncated, foreign, or could not be written
     ├── TrainingError (RuntimeError)        a training set-up under which adapters would silently not train
     ├── DataError (ValueError)              data that is missing, empty or malformed
-    ├── HubError (RuntimeError)             what was asked of the Hub and did not happen
+    ├── HubError (RuntimeError)             a request to the Hub that failed
     │   ├── HubAccessError                  no token, a wrong one, or one that may not do this
     │   ├── HubNotFoundError                no such repository or revision, or one that this token may not see
-    │   ├── HubIntegrityError               what arrived is not what the Hub said it would be
-    │   └── HubUnavailableError             no network, no answer in time, a server's fault: worth another try
+    │   ├── HubIntegrityError               content that is not what the Hub announced
+    │   └── HubUnavailableError             no network, no answer in time, or a fault of the server: try again
     ├── MissingExtraError (ImportError)     a feature whose optional dependency is not installed
     └── MovedError (RuntimeError)           a private name of a library that its installed version does not have
 
@@ -53,7 +53,7 @@ class LightningLoRAError(Exception):
 
 
 class ConfigError(LightningLoRAError, ValueError):
-    """A setting that cannot be."""
+    """A setting that is not valid."""
 
 
 class TargetError(LightningLoRAError, ValueError):
@@ -89,7 +89,7 @@ class DataError(LightningLoRAError, ValueError):
 
 
 class HubError(LightningLoRAError, RuntimeError):
-    """What was asked of the Hub did not happen, and asking again would not change it."""
+    """A request to the Hub failed, and asking again would not help."""
 
 
 class HubAccessError(HubError):
@@ -97,25 +97,25 @@ class HubAccessError(HubError):
 
 
 class HubNotFoundError(HubError):
-    """No such repository, revision or file; or one that this token may not see, which the Hub does not tell apart."""
+    """No such repository, revision or file, or this token may not see it: the Hub does not distinguish these cases."""
 
 
 class HubIntegrityError(HubError):
-    """What arrived is not what the Hub said it would be; it was not kept."""
+    """The content that arrived is not what the Hub announced; it was not kept."""
 
 
 class HubUnavailableError(HubError):
-    """No network, no answer in time, or a fault of the server's: worth another try."""
+    """No network, no answer in time, or a fault of the server. Another try may succeed."""
 
     retry_after: float | None = None
-    """Seconds to wait before it, where the server said so."""
+    """Seconds to wait before the next try, if the server gave them."""
 
 
 class MissingExtraError(LightningLoRAError, ImportError):
     """A feature whose optional dependency is not installed."""
 
     def __init__(self, feature: str, package: str, extra: str, command: str | None = None) -> None:
-        """`command` installs what is missing where the extra alone does not."""
+        """`command` is the command that installs the package, where the extra alone does not install it."""
         super().__init__(
             f"{feature} needs the package {package!r}, which is not installed. "
             f"Install it with: " + (command or f"pip install 'lightning-lora[{extra}]'")
@@ -130,7 +130,7 @@ class MovedError(LightningLoRAError, RuntimeError):
     """The installed version of a library lacks a private name that a feature needs, and there is no other way."""
 
     def __init__(self, name: str, purpose: str) -> None:
-        """`name` is the dotted path of what is gone, `purpose` what it is for."""
+        """`name` is the dotted path of the missing name, `purpose` says what it is used for."""
         from importlib import metadata  # takes 10 ms
 
         library = name.partition(".")[0]

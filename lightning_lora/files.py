@@ -1,6 +1,7 @@
-"""Files and folders are written under another name first: a reader sees the old one or the new one, never half of one.
+"""Files and folders are written under a temporary name and then renamed: a reader sees the old or the new one, whole.
 
-The other name says which process it belongs to, so that what a killed process left can be told and removed.
+The temporary name contains the id of its process, so that the leftovers of a killed process can be recognised and
+removed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _machine() -> str:
-    """Where a process id means what it does here: a container has ids of its own, on disks that it shares."""
+    """A hash of the host name and the namespace of process ids. Only where both are the same does an id mean the same
+    process: a container has its own ids, and may share a disk with other machines."""
     spaces = ""
     with contextlib.suppress(OSError):
         spaces = os.readlink("/proc/self/ns/pid")
@@ -38,19 +40,20 @@ def _machine() -> str:
 
 _MACHINE = _machine()
 _PROCESS = uuid.uuid4().hex[:8]
-"""Tells this process from an earlier one that had its id. A fork has another id."""
+"""Distinguishes this process from an earlier one with the same id. (A fork has this value too, but another id.)"""
 _OWNED = re.compile(
     r"(\.|-)(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<process>[0-9a-f]{8})-[0-9a-f]{8}(\.tmp|\.partial)?$"
 )
 
 
 def own_name(prefix: str, suffix: str = "") -> str:
-    """A name that nothing else has, by which `remove_leftovers` knows whether its process lives."""
+    """A unique name that contains the id of this process. `remove_leftovers` uses it to see if the process still
+    runs."""
     return f"{prefix}{_MACHINE}-{os.getpid()}-{_PROCESS}-{uuid.uuid4().hex[:8]}{suffix}"
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove what dead processes of this machine left in `folder` under names of `own_name`."""
+    """Remove the files and folders in `folder` that dead processes of this machine left under names of `own_name`."""
     try:
         with os.scandir(folder) as entries:
             found = [entry.path for entry in entries if _is_left(entry.name)]
@@ -79,15 +82,15 @@ def _is_left(name: str) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):  # it is another user's
+    except (OSError, OverflowError):  # a process of another user, or no possible id
         return False
     return False
 
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder to. It takes the place of `path` at the end of the block, and is
-    gone where the block fails. What dead processes left beside `path` is removed first."""
+    """Yields a temporary name beside `path`, to write a file or a folder to. At the end of the block it replaces
+    `path`; if the block fails, it is removed. Leftovers of dead processes beside `path` are removed first."""
     remove_leftovers(path.parent)
     beside = path.with_name(own_name(f".{path.name}.", ".tmp"))
     try:
@@ -98,9 +101,9 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 def temporary_folder(kind: str) -> Path:
-    """A new folder where temporary files go, in place of those that dead processes left there.
+    """Make a new folder where temporary files go, after the leftovers of dead processes there are removed.
 
-    Raises CheckpointError, naming TMPDIR, where it cannot be made.
+    Raises CheckpointError if it cannot be made; if the disk is full, the error says to set TMPDIR.
     """
     try:
         root = tempfile.gettempdir()
@@ -114,7 +117,7 @@ def temporary_folder(kind: str) -> Path:
 
 @contextmanager
 def within_temporary_folder(kind: str) -> Iterator[Path]:
-    """A `temporary_folder`, gone afterwards. Where it is full, the CheckpointError says so."""
+    """A `temporary_folder` that is removed at the end of the block. If it is full, the CheckpointError says so."""
     folder = temporary_folder(kind)
     try:
         yield folder
@@ -128,7 +131,8 @@ def within_temporary_folder(kind: str) -> Iterator[Path]:
 
 
 def reason(error: OSError) -> str:
-    """What went wrong in the folder for temporary files, as the end of a sentence; where it is full, what to do."""
+    """The end of a sentence that says what went wrong in the folder for temporary files and, if it is full, what to
+    do."""
     said = error.strerror or str(error)
     if error.errno not in FULL:
         return f"{said}."
@@ -139,7 +143,7 @@ def reason(error: OSError) -> str:
 
 
 def has_less_room(path: str) -> bool:
-    """Whether temporary files go to another disk than the file `path`, one with less room."""
+    """True if temporary files go to another disk than the file `path`, and that disk has less free space."""
     folders = tempfile.gettempdir(), os.path.dirname(path) or "."
     try:
         temporary, other = (shutil.disk_usage(folder).free for folder in folders)
@@ -156,13 +160,13 @@ _RENAME_EXCHANGE = 2
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes | tuple[bytes, memoryview]]) -> None:
-    """Put `files` (name -> content, or its parts) into `folder`, which is made or, if it holds nothing else, replaced
-    as a whole.
+    """Write `files` (name -> content, or its parts) to `folder`. It is made if it does not exist; if it holds nothing
+    else, it is replaced as a whole.
 
-    Where it holds other files too, those stay and each of ours is replaced atomically, in the order given. Raises
+    If the folder holds other files too, they stay and each of ours is replaced atomically, in the order given. Raises
     CheckpointError where it cannot be written; the folder is then as it was, and nothing is left beside it.
     """
-    # Through a link, the folder that it points to is replaced and the link stays.
+    # If `folder` is a link, the folder that it points to is replaced and the link stays.
     folder = Path(os.path.realpath(folder))
     remove_leftovers(folder.parent)
     staged = folder.with_name(own_name(f".{folder.name}.", ".tmp"))
@@ -184,7 +188,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes | tuple[bytes, memoryvi
                 os.replace(staged / name, folder / name)
             flush(folder)
         made = []
-        with contextlib.suppress(OSError):  # written and in place: a file system without it may still lose power
+        with contextlib.suppress(OSError):  # it is in place; not every file system can flush a folder
             flush(folder.parent)
     except OSError as error:
         raise CheckpointError(
@@ -208,7 +212,7 @@ def _write(path: Path, content: bytes | tuple[bytes, memoryview]) -> None:
 
 
 def _discard(staged: Path) -> None:
-    # Not rmtree, in which Python 3.11 turns Ctrl-C into an OSError of a closed file. It holds files alone.
+    # Not rmtree: in Python 3.11 it turns Ctrl-C into an OSError about a closed file. The folder holds only files.
     with contextlib.suppress(OSError):
         for path in staged.iterdir():
             path.unlink()
@@ -216,7 +220,8 @@ def _discard(staged: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove `folder` so that it is there whole or not at all; nothing happens where it is not."""
+    """Remove `folder` by renaming it first: a reader sees the whole folder or none. Does nothing if it does not
+    exist."""
     aside = folder.with_name(own_name(f".{folder.name}.", ".tmp"))
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder, aside)
@@ -235,9 +240,9 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _flush_all(paths: list[Path]) -> None:
-    """What is renamed after must be on the disk whole. All at once: a file system then writes its journal once for
-    them, not once for each, which takes several times as long."""
-    if not threading.main_thread().is_alive():  # the interpreter ends, and starts no threads
+    """Wait until all `paths` are on the disk, since they are renamed afterwards. A thread for each flushes them at the
+    same time: the file system then writes its journal once. One after the other takes several times as long."""
+    if not threading.main_thread().is_alive():  # the interpreter is shutting down and starts no threads
         for path in paths:
             flush(path)
         return
@@ -251,7 +256,7 @@ def _flush_all(paths: list[Path]) -> None:
         else:
             answers.put(None)
 
-    # Not threading's, nor a pool's: Ctrl-C while one starts is lost in another error, or leaves one to wait for.
+    # No threading.Thread and no pool: Ctrl-C while one starts is lost in another error, or leaves a thread to wait for.
     for path in paths:
         _thread.start_new_thread(flush_one, (path,))
     errors = [error for error in (answers.get() for _ in paths) if error is not None]
@@ -262,7 +267,7 @@ def _flush_all(paths: list[Path]) -> None:
 def flush(path: Path) -> None:
     """Wait until the file or folder is on the disk."""
     is_folder = path.is_dir()
-    if is_folder and sys.platform == "win32":  # has no handle on a folder
+    if is_folder and sys.platform == "win32":  # Windows cannot open a folder
         return
     handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
@@ -272,7 +277,7 @@ def flush(path: Path) -> None:
 
 
 def _exchange(staged: Path, folder: Path) -> None:
-    """Give `staged` the name `folder` and the other way round; in one step where the system can (Linux)."""
+    """Swap the names of `staged` and `folder`; in one step where the system can (Linux)."""
     if _exchanged_at_once(staged, folder):
         return
     aside = folder.with_name(f"{staged.name}.old")

@@ -33,7 +33,7 @@ class Settings:
 
 
 def run(settings: dict[str, Any]) -> None:
-    """Combine as `settings` say, and print what came of it and where it lies."""
+    """Combine as `settings` say, and print the report and the folder."""
     from lightning_lora.hub.combine import combine_adapters
 
     settings = dict(settings)

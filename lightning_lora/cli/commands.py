@@ -1,4 +1,4 @@
-"""Which commands there are, and what each says of itself in the first line of its module's docstring."""
+"""The list of commands. Each is described by the first line of its module's docstring."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def docstring(command: str) -> str:
     return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
 
 
-# Tab completion: the commands' names, and after one Hydra's own for its groups, options and settings.
+# Tab completion: first the commands' names; after a command, Hydra's completion of its groups, options and settings.
 
 PROGRAM = "lightning-lora"
 SCRIPTS = {
@@ -84,7 +84,7 @@ def complete(arguments: list[str]) -> int:
 
 
 def suggestions(line: str) -> list[str]:
-    """What the last word of `line`, which starts with the program's name, could become."""
+    """Completions of the last word of `line`, which starts with the program's name."""
     words = line.split()[1:] + ([""] if not line or line[-1].isspace() else [])
     if len(words) < 2:
         return [command for command in COMMANDS if command.startswith(words[0] if words else "")]

@@ -1,4 +1,4 @@
-"""Composes a configuration ahead of Hydra's own run: what would be refused, and what there is to mean instead."""
+"""Composes a configuration before Hydra's own run, to find what Hydra would refuse and what could be meant instead."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def rehearsal(config_name: str, arguments: list[str]) -> Iterator[DictConfig]:
 
 
 class Composed(NamedTuple):
-    """A configuration, and what it could have been composed from instead."""
+    """A configuration, and the groups and options that its command has."""
 
     config: DictConfig
     groups: dict[str, list[str]]
-    """Config group, of those that the command has -> its options."""
+    """Config group of the command -> its options."""
 
 
 def refused_key(error: Exception) -> str | None:
@@ -62,9 +62,9 @@ def refused_key(error: Exception) -> str | None:
 
 
 def composed(config_name: str, arguments: list[str], but: str | None = None) -> Composed:
-    """The configuration of a run with Hydra's command line `arguments`, of the first job where it is a sweep.
+    """The configuration of a run with Hydra's command line `arguments`; for a sweep, that of its first job.
 
-    With a key `but`, its overrides are left out, and any other that would be refused. Raises Hydra's
+    With a key `but`, the overrides of that key are left out, and all others that Hydra refuses. Raises Hydra's
     ConfigCompositionException.
     """
     args = hydra_parser().parse_args(arguments)
@@ -99,15 +99,15 @@ def composed(config_name: str, arguments: list[str], but: str | None = None) -> 
                 if but is None or key is None or key in left_out:
                     raise
                 left_out.add(key)
-            except ValueError as error:  # of Hydra's own code, for what it cannot take apart
+            except ValueError as error:  # raised by Hydra's own code for values that it cannot parse
                 raise ConfigError(f"{error}. The settings: {' '.join(kept)}") from error
 
 
 def with_pluses(config_name: str, arguments: list[str]) -> list[str]:
-    """`arguments` with the pluses that Hydra wants before a setting that no file lists, where its target takes it.
+    """`arguments` with "++", which Hydra demands, before a setting that no file lists but its target takes.
 
-    The signatures are the schema, so files list only what a reader should see. Raises ConfigCompositionException for
-    a setting or an option that does not exist.
+    The targets' signatures are the schema, so files list only settings that a reader should see. Raises
+    ConfigCompositionException for a setting or an option that does not exist.
     """
     while True:
         try:
@@ -122,14 +122,14 @@ def with_pluses(config_name: str, arguments: list[str]) -> list[str]:
             known = [*parameter_names(node), *HYDRA_KEYS] if isinstance(node, DictConfig) and "_target_" in node else []
             if not parents or name not in known:
                 raise
-            # Two, since a job of a sweep may have the setting from its option of a group.
+            # Two pluses (add or replace), since in a job of a sweep the option of a group may set it already.
             arguments = [f"++{a}" if a.startswith(f"{key}=") else a for a in arguments]
 
 
 def with_model_names(arguments: list[str]) -> list[str]:
-    """`arguments` with `model=NAME`, where NAME is no option of the group nor close to one, as the settings meant.
+    """`arguments` with `model=NAME` written as model=pretrained and model.name=NAME, if NAME is not close to an option.
 
-    Raises ConfigError for a path at which nothing lies, before the run has a folder.
+    Raises ConfigError for a path that does not exist, before the run has a folder.
     """
     result = []
     for argument in arguments:
@@ -154,7 +154,7 @@ def _is_near_an_option(name: str, arguments: list[str]) -> bool:
 
 
 def keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Every key of `config`, dotted, the inner ones of each node after its own."""
+    """All keys of `config` in dotted form. The keys inside a node follow the node's own key."""
     for name in map(str, config):
         yield f"{prefix}{name}"
         # A reference to another node repeats its keys, and a missing one has none.
@@ -165,8 +165,8 @@ def keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def search_space(config: DictConfig) -> dict[str, Any]:
-    """What `hydra.sweeper.params` of the composed `config` searches, each key with the plus that Hydra wants where no
-    file lists it: those of the command line have it from `with_pluses`."""
+    """The search space in `hydra.sweeper.params` of the composed `config`. Hydra demands "++" before keys that no file
+    lists: they get it here, those of the command line from `with_pluses`."""
     space = OmegaConf.select(config, "hydra.sweeper.params") or {}
     given = [override.partition("=")[0] for override in config.hydra.overrides.task]
     return {
@@ -179,16 +179,16 @@ _DIRECTIONS = {
     "optim.maximize": (False, True),  # Nevergrad's
     "ax_config.experiment.minimize": (True, False),
 }
-"""Settings of Hydra's sweepers that say which values are good -> for mode=min, which is their default, and mode=max."""
+"""Setting of a Hydra sweeper that gives its direction -> its values for mode=min (the default) and for mode=max."""
 
 
 def directions(config: DictConfig) -> dict[str, Any]:
-    """What the sweeper of the composed `config` is to be told by `mode`. Raises ConfigError where it was told the
-    opposite."""
+    """The settings by which the sweeper of the composed `config` gets the direction of `mode`. Raises ConfigError if
+    the sweeper was given the opposite."""
     found = {}
     for key, values in _DIRECTIONS.items():
         given = OmegaConf.select(config, f"hydra.sweeper.{key}")
-        is_list = OmegaConf.is_list(given)  # of Optuna, for several values; a run has one
+        is_list = OmegaConf.is_list(given)  # Optuna's, for several objectives; a run has one
         if given is None or (is_list and len(given) != 1) or config.get("mode") not in ("min", "max"):
             continue
         found[key] = wanted = values[config.mode == "max"]
@@ -204,7 +204,7 @@ def directions(config: DictConfig) -> dict[str, Any]:
 
 
 def _is_listed(config: DictConfig, key: str) -> bool:
-    """Whether Hydra takes an override of `key` as it is: it has a plus, or it is a group or in the configuration."""
+    """True if Hydra takes an override of `key` as it is: it has a plus, is a group, or is in the configuration."""
     if key[0] in "+~" or "/" in key or key in config.hydra.runtime.choices:
         return True
     *parents, name = key.split(".")
@@ -217,7 +217,7 @@ def _first_of_sweep(override: Override) -> Override:
         return override
     sign, _, _ = (override.input_line or "").partition(override.key_or_group)
     value = override.value()
-    if isinstance(value, IntervalSweep):  # of Optuna and its like; it has no first value but its start
+    if isinstance(value, IntervalSweep):  # for Optuna and others: an interval, of which we take the start
         first = str(value.start)
     else:
         first = next(iter(override.sweep_string_iterator()))
@@ -225,7 +225,7 @@ def _first_of_sweep(override: Override) -> Override:
 
 
 def _check_options(overrides: list[Override], loader: ConfigLoader) -> None:
-    """Raises ConfigError for `group=null`, at which Hydra fails with an error of its own code's."""
+    """Raises ConfigError for `group=null`, on which Hydra fails with an internal error."""
     groups = _groups(loader)
     for key in (o.key_or_group for o in overrides if o.type is OverrideType.CHANGE and o.value() is None):
         if key in groups:
@@ -249,10 +249,10 @@ ADAPTER_MISSING = (
 
 
 def with_finished_run(command: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """The config name and the arguments for Hydra: where there is a `run=FOLDER`, a configuration made from it.
+    """The config name and the arguments for Hydra. With `run=FOLDER`, the configuration is made from that run.
 
-    A group that the user chooses anew (`data=text`) is not taken from the run. Raises ConfigError for a folder that is
-    no run's.
+    A group that the user chooses anew (`data=text`) is not taken from the run. Raises ConfigError if the folder is not
+    that of a run.
     """
     given = [a for a in arguments if a.startswith("run=")]
     if not given:
@@ -281,7 +281,8 @@ def _configuration(command: str, folder: Path, taken: list[str]) -> dict[str, An
 
 
 def _from(started_in: Path, node: Any) -> Any:
-    """`node` with the files and folders that it names from where the run was started, wherever this is."""
+    """`node` with absolute paths for the existing files and folders that it names relative to `started_in`, where the
+    run was started."""
     if isinstance(node, list):
         return [_from(started_in, value) for value in node]
     if not isinstance(node, dict):
@@ -295,7 +296,7 @@ def _from(started_in: Path, node: Any) -> Any:
 
 
 def _linked(node: Any, run: dict[str, Any]) -> Any:
-    """`node` with references where it repeats another node, so that model.dtype=... still reaches the task."""
+    """`node` with a reference in place of each copy of another node, so that model.dtype=... still reaches the task."""
     for key, value in (node or {}).items():
         for name in LINKED:
             if isinstance(value, dict) and value == run.get(name):
@@ -304,7 +305,7 @@ def _linked(node: Any, run: dict[str, Any]) -> Any:
 
 
 def _trained(folder: Path, adapted: bool) -> dict[str, str | None]:
-    """What the run has trained: its adapter, or where it had none its best checkpoint."""
+    """The settings that load what the run has trained: its adapter or, if it had none, its best checkpoint."""
     if (folder / "adapter").is_dir():
         return {"adapter": str(folder / "adapter")}
     results = folder / RESULTS
@@ -316,7 +317,7 @@ def _trained(folder: Path, adapted: bool) -> dict[str, str | None]:
     return {"adapter": None, "ckpt_path": str(folder / best)}
 
 
-# Which of this package's data go with which of its tasks; what users bring of their own is theirs to match.
+# The data modules of this package that go with each of its tasks. Users' own classes are not checked.
 
 DATA_OF = {
     "CausalLM": ("TextData", "InstructionData"),
@@ -333,12 +334,12 @@ OPTIONS = {
     "TextClassificationData": "data=text_classification or data=stdlib_docstrings",
     "ImageClassificationData": "data=images or data=shapes",
 }
-"""Class -> how it is chosen."""
+"""Class -> the option that chooses it."""
 OURS = "lightning_lora."
 
 
 def check_pairing(settings: dict[str, Any]) -> None:
-    """Raises ConfigError where the task of `settings` does not take the batches of their data."""
+    """Raises ConfigError if the task in `settings` does not take the batches of the data in `settings`."""
     task, data = (_class_of(settings.get(name)) for name in ("task", "data"))
     takers = [name for name, taken in DATA_OF.items() if data in taken]
     if task in DATA_OF and takers and task not in takers:

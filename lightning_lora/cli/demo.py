@@ -29,7 +29,7 @@ QUESTIONS = ("What is the capital of France?", "How do I boil an egg?", "Why is 
 
 @dataclass(frozen=True)
 class Settings(train.Settings):
-    """Those of train, and whether the second part is wanted."""
+    """The settings of train, and `pirate`: True runs the second part."""
 
     pirate: bool
 
@@ -42,7 +42,7 @@ def run(settings: dict[str, Any]) -> None:
     for method, experiment in METHODS.items():
         print(f"\n{method}", flush=True)
         outcome = _train(folder, experiment, HydraConfig.get().overrides.task)
-        if outcome is None:  # a process beside the first: it only helps to train
+        if outcome is None:  # not the first process: it only helps to train
             return
         results[method] = outcome
 
@@ -78,7 +78,7 @@ def _train(folder: Path, experiment: str, overrides: list[str]) -> dict[str, Any
 
 
 def _pirate(folder: Path) -> list[dict[str, str]]:
-    """Train the language model in `folder`; prints and returns its answers. None where it is not installed."""
+    """Train the language model in `folder`; prints and returns its answers. There are none if it is not installed."""
     from lightning_lora.recipes.models import smollm2
 
     try:
@@ -89,7 +89,7 @@ def _pirate(folder: Path) -> list[dict[str, str]]:
     print(
         "\nA language model of 135 million parameters learns to talk like a pirate, from sixty short chats", flush=True
     )
-    # Settings of the first part are not for this one, but for how long and on what it trains.
+    # Of the settings of the first part, only those of the trainer and the seed apply to this one.
     shared = [o for o in HydraConfig.get().overrides.task if o.lstrip("+").startswith(("trainer", "seed="))]
     dtype = [] if _multiplies_bfloat16() else ["model.dtype=float32", "trainer.precision=32-true"]
     if _train(folder, PIRATE, [*dtype, *shared]) is None:
@@ -101,10 +101,10 @@ def _pirate(folder: Path) -> list[dict[str, str]]:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for bfloat16: without them it is slower than float32."""
+    """True if this processor has instructions for bfloat16. Without them, bfloat16 is slower than float32."""
     import torch
 
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has it not
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 does not have it
     return any(capabilities.get(name) is True for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

@@ -18,7 +18,7 @@ from lightning_lora.cli.composition import CONFIG_MODULE, composed, keys, refuse
 from lightning_lora.cli.settings import ours_for, parameter_names
 from lightning_lora.errors import LightningLoRAError, closest, listed
 
-# `--help`: what a command says of itself, the groups that it has, and its settings.
+# `--help`: the docstring of a command, its groups, and its settings.
 
 FLAGS = ("-h", "--help")
 
@@ -41,7 +41,7 @@ def help_of(command: str, docstring: str, arguments: list[str]) -> str:
 
 
 def _with_comments(settings: str, command: str) -> str:
-    """What the command's file in conf/ says of its settings, behind them."""
+    """`settings`, each followed by its comment in the command's file in conf/."""
     text = files(CONFIG_MODULE).joinpath(f"{command}.yaml").read_text(encoding="utf-8")
     said = dict(re.findall(r"^(\w+): [^#\n]*# (.*)$", text, re.MULTILINE))
     return "\n".join(
@@ -60,11 +60,11 @@ PLUGINS = {
     "ax": "hydra-ax-sweeper",
     "nevergrad": "hydra-nevergrad-sweeper",
 }
-"""Hydra's launchers and sweepers, by how their options begin -> the package that brings them."""
+"""How the options of a launcher or sweeper of Hydra begin -> the package that provides it."""
 
 
 def explain(error: Exception) -> str | None:
-    """The message for `error`; None where it is no error of the user's, and its traceback is wanted."""
+    """The message for `error`; None if a user did not cause it, so that its traceback should be shown."""
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read. A setting is written key=value.{_quoted(error)}"
     if isinstance(error, InterpolationKeyError):
@@ -88,7 +88,7 @@ def explain(error: Exception) -> str | None:
 
 
 def _quoted(error: OverrideParseException) -> str:
-    """How to write an override that Hydra's grammar cannot read, where quotes make it one that it can."""
+    """A hint to quote an override that Hydra's grammar cannot read; empty if quotes do not help."""
     if "=" not in error.override:
         return ""
     key, _, value = error.override.partition("=")
@@ -103,7 +103,7 @@ def _quoted(error: OverrideParseException) -> str:
 
 
 def explain_composition(error: ConfigCompositionException, config_name: str, overrides: list[str]) -> str:
-    """The message for a group option or a setting that does not exist, with the closest ones that do."""
+    """The message for a group option or a setting that does not exist, with the closest ones that exist."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         return _unknown_option(error)
     if key := refused_key(error):
@@ -137,7 +137,7 @@ def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
     node = OmegaConf.select(config, parent) if parent else config
     known = [*keys(config), *groups]
     if node is None:
-        parent, node = "", config  # not even the node is there: say what the top level has
+        parent, node = "", config  # the node does not exist either: list the keys of the top level
     names = {k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent}
     if parent and isinstance(node, DictConfig):
         names |= set(parameter_names(node))
@@ -159,6 +159,6 @@ def _unknown_key(key: str, config_name: str, overrides: list[str]) -> str:
 
 
 def _is_lightnings_own(error: Exception) -> bool:
-    """Whether Lightning found the set-up impossible. If it was never imported, it has raised nothing."""
+    """True if Lightning raised `error` for an impossible set-up. It raised nothing if it was never imported."""
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
     return exceptions is not None and isinstance(error, exceptions.MisconfigurationException)

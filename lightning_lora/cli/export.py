@@ -35,8 +35,8 @@ class Settings:
 
 
 def overrides(arguments: list[str]) -> list[str]:
-    """`arguments` with `--for NAME`, `--for=NAME` and `for=NAME` as the setting that they mean: no field of a Python
-    class can have that name."""
+    """`arguments` with `--for NAME`, `--for=NAME` and `for=NAME` written as `consumer=NAME`: no field of a Python class
+    can be named `for`."""
     return list(_overrides(iter(arguments)))
 
 
@@ -54,7 +54,7 @@ def _overrides(arguments: Iterator[str]) -> Iterator[str]:
 
 
 def run(settings: dict[str, Any]) -> None:
-    """Export as `settings` say, and print what was rewritten, what it costs and where it lies."""
+    """Export as `settings` say, and print what was rewritten, its error and the folder."""
     from lightning_lora.hub.export.rewrite import export_adapter
 
     settings = dict(settings)

@@ -1,4 +1,4 @@
-"""Runs one command under Hydra: compose, check, run; then the process is as it was."""
+"""Runs one command under Hydra: it composes, checks and runs, and then restores the process as it was."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c"),
     *("--experimental-rerun", "--info", "-i"),
 )
-"""Hydra's flags that a value follows."""
+"""Hydra's flags that take a value."""
 
 
 def launch(command: str, arguments: list[str]) -> int:
     """Run `command` with Hydra's `arguments`; returns the exit status.
 
-    Errors are raised, one of composition as a ConfigError with the closest names. Only in a sweep are those of a job
-    shown and kept for its table, so that the other jobs run.
+    Errors are raised; an error of composition becomes a ConfigError with the closest names. Only in a sweep, errors of
+    a job are shown and kept for its table instead, so that the other jobs run.
     """
     wait_without_spinning()
     quieten_imports()
     module = import_module(f"lightning_lora.cli.{command}")
-    if hasattr(module, "overrides"):  # of a command with flags of its own
+    if hasattr(module, "overrides"):  # the command has flags of its own
         arguments = module.overrides(arguments)
     if any(field.name == "model" for field in fields(module.Settings)):
         arguments = with_model_names(arguments)
@@ -62,7 +62,7 @@ def launch(command: str, arguments: list[str]) -> int:
 
     def job(config: DictConfig) -> Any:
         nonlocal status, failure
-        quieten_imports()  # once more, where a launcher has begun another process
+        quieten_imports()  # again, since a launcher may have begun another process
         with _process(_job_argv(program, command, arguments), full_error=before):
             try:
                 return module.run(_settings(config, module.Settings))
@@ -71,9 +71,9 @@ def launch(command: str, arguments: list[str]) -> int:
                     status = 2
                     record_failure(error, explain(error))
                 else:
-                    failure = error  # raised below: through Hydra it would be announced twice
+                    failure = error  # raised below: Hydra would report it a second time
 
-    # A module beside the user counts, as it does for `python -m`; last, so that it cannot shadow a package.
+    # Modules in the current folder can be imported, as with `python -m`. It comes last, so that none shadows a package.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     config_name, overrides = with_finished_run(command, arguments)
@@ -84,7 +84,8 @@ def launch(command: str, arguments: list[str]) -> int:
             return 0
         overrides = with_pluses(config_name, overrides)
         if _will_run(overrides):
-            # Ahead of Hydra, which first makes the folder of a run, even of one that cannot be.
+            # Check the settings before Hydra runs: it makes the run's folder first, even for settings that are not
+            # valid.
             with rehearsal(config_name, overrides) as config:
                 _settings(config, module.Settings)
         with _process([f"lightning-lora {command}", *overrides], full_error="1"):
@@ -93,7 +94,7 @@ def launch(command: str, arguments: list[str]) -> int:
         raise ConfigError(explain_composition(error, config_name, overrides)) from error
     if failure is not None:
         raise failure
-    # What a job of another process (of joblib, of submitit) changed here, it changed there.
+    # A job in another process (of joblib, of submitit) cannot change `status` here; SweepTable counts its failure.
     return status or int(SweepTable.failed > 0)
 
 
@@ -104,8 +105,8 @@ def _settings(config: DictConfig, known: type) -> dict[str, Any]:
 
 
 def flags_first(arguments: list[str]) -> list[str]:
-    """`arguments` with Hydra's flags ahead: argparse, which Hydra reads with, takes none between two overrides. A
-    --config-path is taken from the current folder on; Hydra takes it from that of the program's code."""
+    """`arguments` with Hydra's flags first: Hydra's argparse takes no flag between two overrides. A --config-path is
+    made absolute from the current folder; Hydra would take it from the folder of the program's code."""
     flags, overrides = [], []
     left = iter(arguments)
     for argument in left:
@@ -122,13 +123,13 @@ def flags_first(arguments: list[str]) -> list[str]:
 
 
 def _will_run(arguments: list[str]) -> bool:
-    """Whether Hydra is asked to run, and not to show its help or the configuration."""
+    """True if Hydra is asked to run, and not to show its help or the configuration."""
     args = hydra_parser().parse_args(arguments)
     return not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
 
 
 def _check_flags(arguments: list[str]) -> None:
-    """Raises ConfigError for flags at which Hydra fails with an error of its own code's, or says nothing."""
+    """Raises ConfigError for flags on which Hydra fails with an internal error, or which it ignores."""
     try:
         args, unknown = hydra_parser().parse_known_args(arguments)
     except SystemExit:  # argparse has said why
@@ -155,7 +156,8 @@ def _job_argv(program: str, command: str, arguments: list[str]) -> list[str]:
 
 @contextmanager
 def _process(argv: list[str], full_error: str | None) -> Iterator[None]:
-    """Show `argv` to Hydra or to Lightning, and tell Hydra whether it may turn exceptions into text and an exit."""
+    """Set the command line that Hydra or Lightning reads to `argv`, and HYDRA_FULL_ERROR to `full_error`. With "1",
+    Hydra raises exceptions; without it, Hydra may print them and exit."""
     argv_before, error_before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = argv
     _set("HYDRA_FULL_ERROR", full_error)

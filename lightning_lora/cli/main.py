@@ -18,7 +18,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("download", "fetch"), "pull"),
     "convert": "export",
 }
-"""What other programs call these commands."""
+"""A command's name in other programs -> its name here."""
 COMPLETION = ("-sc", "--shell-completion")
 
 
@@ -66,7 +66,7 @@ def _main(arguments: list[str]) -> int:
     try:
         return launch(command, rest)
     except SystemExit as error:
-        if error.code is None and type(error).__name__ == "SIGTERMException":  # Lightning's, which is slow to import
+        if error.code is None and type(error).__name__ == "SIGTERMException":  # from Lightning, which is slow to import
             return 143
         raise
     except Exception as error:
@@ -78,7 +78,8 @@ def _main(arguments: list[str]) -> int:
 
 
 def _output_is_closed() -> bool:
-    """Whether the reader of our output has gone, as `head` does; what is left to write then goes nowhere."""
+    """True if the reader of our output has gone, as `head` does. The rest of the output then goes to the null
+    device."""
     try:
         sys.stdout.flush()
         is_closed = _has_no_reader(sys.stdout.fileno())

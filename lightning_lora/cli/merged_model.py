@@ -29,28 +29,28 @@ HEADS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""PEFT's tasks whose model may have another head than the base was saved with -> the class that has it."""
+"""PEFT's task whose model may have another head than the saved base -> the class that has this head."""
 OTHERS = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did; `str()` is a few lines."""
+    """The result of a merge; `str()` gives a few lines."""
 
     model: str
-    """Its class."""
+    """The name of its class."""
     dtype: torch.dtype
     kept: Mapping[str, tuple[float, float]]
     """Weight -> the share of its update that survives the precision, and the update's Frobenius norm."""
     is_tied: bool | None
-    """Whether the output head still is the input embedding; None where the base did not tie them."""
+    """True if the output head still is the input embedding; None if the base did not tie them."""
     notes: tuple[str, ...]
     files: Mapping[str, int]
     """Name -> size in bytes."""
 
     @property
     def share(self) -> float:
-        """The share of all updates together that survives, weighted by their squares."""
+        """The share of all updates together that survives: the mean of `kept`, weighted by the squared norms."""
         whole = sum(norm**2 for _, norm in self.kept.values())
         return sum(share * norm**2 for share, norm in self.kept.values()) / whole if whole else 1.0
 
@@ -81,8 +81,8 @@ def merge_adapter(
     """Merge the adapter (a folder or an id on the Hub) into the model of `source` (None: the base that the adapter
     names), and save model and tokenizer to `output`, which is written whole or not at all.
 
-    Raises ConfigError where the base is not known or `output` holds files, and as ModelSource, `load_adapter` and
-    `merge` do; nothing is written then.
+    Raises ConfigError if the base is not known or `output` holds files, and the errors of ModelSource, `load_adapter`
+    and `merge`. Nothing is written then.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output={output} is there already. Choose a folder that is not, or that is empty.")
@@ -91,7 +91,7 @@ def merge_adapter(
     config = read_config(folder)
     source = source or _named_base(config, folder)
     model = _loaded(source, config, folder)
-    was_tied = _is_tied(model)  # an adapted layer shows another weight
+    was_tied = _is_tied(model)  # read now: the `weight` of an adapted layer is another tensor
     load_adapter(model, folder, check_base=check_base, ignore_fields=ignore_fields)
     kept = shares_kept(model)
     with warnings.catch_warnings(record=True) as said:
@@ -101,7 +101,7 @@ def merge_adapter(
     if was_tied and not tied:
         for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             part.tie_word_embeddings = False
-    # What is untied and how much is rounded away, the report says by itself.
+    # The report itself says what is untied and how much is rounded away.
     spoken_of = ("Merging unties", "Merging rounds")
     notes = tuple(str(w.message) for w in said if not str(w.message).startswith(spoken_of))
     if was_tied and not tied and type(model).__name__ in CONSUMERS["llama.cpp"].one_table:
@@ -145,7 +145,7 @@ def _loaded(source: ModelSource, config: Mapping[str, Any], folder: Path) -> Any
 
 
 def _labels(config: Mapping[str, Any], folder: Path) -> int | None:
-    """How many outputs the saved head has; None where the file holds none."""
+    """The number of outputs of the saved head; None if the adapter's file has no head."""
     with open_tensors(folder) as file:
         shapes = file.header.shapes
     for name in config.get("modules_to_save") or ():
@@ -176,7 +176,7 @@ def _write(model: Any, source: ModelSource, output: Path) -> dict[str, int]:
 
 
 def _save_processor(source: ModelSource, folder: Path) -> None:
-    """The tokenizer or processor of the base, as it is; a base may have none."""
+    """Save the base's tokenizer or processor unchanged; a base may have none."""
     try:
         processor = transformers.AutoProcessor.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=source.trust_remote_code

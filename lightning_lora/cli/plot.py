@@ -1,4 +1,4 @@
-"""Pictures of training: matplotlib, straight to a file, no window."""
+"""Plots of training, drawn by matplotlib directly into a file, without a window."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
 
 
 def _draw_noisy(axis: Any, curve: Curve) -> None:
-    """The values faintly, and their running mean over a twentieth of the run."""
+    """Draw the values faintly, and their running mean over a twentieth of the run."""
     steps, values = zip(*curve, strict=True)
     span = max(1, len(values) // 20)
     means = [sum(values[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(values))]

@@ -78,7 +78,7 @@ def run(settings: dict[str, Any]) -> None:
 
 
 def _short(row: Any) -> str:
-    """`row` on one line, without the middle of what is long: of a prompt, the end is what was asked."""
+    """`row` on one line. A long value loses its middle and keeps its end: the end of a prompt is the question."""
     values = row.values() if isinstance(row, dict) else [row]
     lines = [json.dumps(value, ensure_ascii=False) for value in values]
     lines = [x if len(x) <= WIDTH else f"{x[: WIDTH // 4]} ... {x[-3 * WIDTH // 4 :]}" for x in lines]

@@ -1,4 +1,4 @@
-"""The process of a command: how many threads it uses, and what other packages may say in it."""
+"""The process of a command: the number of its threads, and the messages of other packages that it shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lightning_lora
 
-# Silences what other packages say on every run and a user of the command line can do nothing about.
+# Warnings of other packages that come with every run, and that a user of the command line cannot act on.
 
 POINTLESS = (
     r".*(Experiment logs|Checkpoint) directory .* exists and is not empty",  # a used folder: see runs.py
@@ -22,32 +22,32 @@ POINTLESS = (
     r".*The number of training batches .* is smaller than the logging interval",  # epochs are logged all the same
 )
 LOADED = ("torchao", "torch.utils._pytree", "alembic", "bitsandbytes")
-"""Loggers that complain while their modules are imported, of libraries for other processors and of each other."""
+"""Loggers that warn during imports, about libraries for other processors and about each other."""
 REPEATED = ("huggingface_hub", "datasets")
 """Loggers that write to the screen themselves and pass the same line on to the root logger, which writes it again."""
 NOT_WITH_LORA = r".*resuming from a checkpoint that ended before the epoch ended"
-"""Not so with LoRACallback, which resumes exactly."""
+"""A warning that is wrong with LoRACallback, which resumes exactly."""
 PACKAGE = str(Path(lightning_lora.__file__).parent)
 
 
 def quieten_imports() -> None:
-    """Turn off what is said while packages are imported, and tell the Hub's clients to be quiet; called before any of
-    them is imported. The user's own settings of these variables hold."""
+    """Turn off messages during imports, and tell the Hub's clients to be quiet. Call it before any of these packages is
+    imported. Environment variables that the user has set are kept."""
     for name in LOADED:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Why a call to the Hub failed in the end is in the error; each try before it is not worth a line.
+    # The error says why a call to the Hub failed in the end; the tries before it need no message.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for name in REPEATED:
         logging.getLogger(name).propagate = False
-    if not is_terminal():  # a bar that is drawn anew hundreds of times is no line of a log
+    if not is_terminal():  # a bar that is redrawn hundreds of times would fill a log
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def quieten(is_adapted: bool = True) -> None:
-    """Turn off those warnings, and Lightning's hints and lists of devices; its warnings proper stay, and so does what
-    this package says."""
+    """Turn off the warnings above, and Lightning's hints and lists of devices. Lightning's other warnings stay, and so
+    do the messages of this package."""
     from lightning.pytorch.utilities import rank_zero
 
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -55,7 +55,7 @@ def quieten(is_adapted: bool = True) -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    if logging.root.handlers:  # in a process of joblib's or submitit's, Lightning's own handler says all once more
+    if logging.root.handlers:  # in a process of joblib or submitit, Lightning's own handler prints all again
         logging.getLogger("lightning").handlers.clear()
     said = logging.getLogger(rank_zero.__name__)
     said.setLevel(logging.INFO)
@@ -64,25 +64,25 @@ def quieten(is_adapted: bool = True) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether a person watches the screen: bars are drawn there, and only there."""
+    """True if the output goes to a terminal. Progress bars are drawn only there."""
     return sys.stderr.isatty() and sys.stdout.isatty()
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether a line that Lightning's rank_zero_info wrote comes from this package, or is more than a hint."""
+    """True if a line that Lightning's rank_zero_info wrote comes from this package, or is more than a hint."""
     return record.levelno > logging.INFO or record.pathname.startswith(PACKAGE)
 
 
-# As many threads as there are cores to run them: torch counts the machine's, not those this container may use.
+# Use as many threads as there are cores: torch counts the cores of the machine, not those this container may use.
 
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def wait_without_spinning() -> None:
-    """Let a thread that waits for the others sleep, unless OMP_WAIT_POLICY says otherwise; before torch is imported.
+    """Let waiting threads sleep, unless OMP_WAIT_POLICY says otherwise. Call it before torch is imported.
 
-    On two cores of which another program wants one, the demo's steps took 6 s each with spinning and 0.6 s without;
-    with the cores free, 0.3 s and 0.4 s.
+    On two cores, one of which another program used, the demo's steps took 6 s each with spinning and 0.6 s without;
+    with both cores free, 0.3 s and 0.4 s.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -105,7 +105,7 @@ def available_cores(cgroup: Path = CGROUP) -> int:
 
 
 def _quota(cgroup: Path) -> int | None:
-    """Whole cores' worth of time that the container is given; None where it is not limited or cannot be told."""
+    """The processor time that the container may use, in whole cores; None if it is not limited or cannot be read."""
     try:
         if (cgroup / "cpu.max").is_file():
             quota, period = (cgroup / "cpu.max").read_text().split()

@@ -31,7 +31,7 @@ class Settings:
 
 
 def run(settings: dict[str, Any]) -> None:
-    """Pull as `settings` say, and print what came."""
+    """Pull as `settings` say, and print the commit, the files and the folder."""
     from lightning_lora.hub.pull import pull
 
     pulled = pull(**settings)

@@ -54,7 +54,7 @@ def run(settings: dict[str, Any]) -> None:
 
 
 def _of_run(adapter: Path) -> dict[str, Any]:
-    """What a card can say of the finished run in whose folder the adapter lies."""
+    """The metrics, step and picture for the card, if the adapter lies in the folder of a finished run; else nothing."""
     results = adapter.absolute().parent / RESULTS
     if adapter.name != "adapter" or not results.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""What a finished run leaves in its folder for people and programs: results.json, adapter/, loss.png."""
+"""The results of a run, for people and programs: text tables, results.json and metrics.csv."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def shown(path: Path) -> str:
-    """`path` as a reader types it: relative to this folder where it lies below it."""
+    """`path` as a user would type it: relative to the current folder if it lies below it."""
     path, here = path.absolute(), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 

@@ -29,12 +29,12 @@ from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.training.lightning_private import rows_still_to_log
 from lightning_lora.training.loggers import Settings, log_settings, optimizer_settings
 
-# How far a run has come: Lightning's bars where a person watches, one line for each validation in a log.
+# Progress of a run: Lightning's bars on a terminal, one line for each validation in a log.
 
 
 def shows_progress(settings: dict[str, Any], callbacks: list[pl.Callback]) -> tuple[list[pl.Callback], dict[str, Any]]:
-    """`callbacks` with what shows the progress of the Trainer that `settings` describe, and the argument for it that
-    goes with them."""
+    """`callbacks` with one that shows the progress of the Trainer, if the settings want it, and the Trainer's argument
+    that goes with it."""
     wanted = settings["trainer"].get("enable_progress_bar", True)
     if not wanted or any(isinstance(callback, ProgressBar) for callback in callbacks):
         return callbacks, {}
@@ -47,7 +47,7 @@ def shows_progress(settings: dict[str, Any], callbacks: list[pl.Callback]) -> tu
 
 
 class Bars(RichProgressBar):
-    """Lightning's bars; a run without a number of epochs to reach is shown without one (Lightning: "Epoch 0/-2")."""
+    """Lightning's bars. Without a number of epochs to reach, "Epoch 0" is shown (Lightning would show "Epoch 0/-2")."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         if self.trainer.max_epochs not in (None, -1):
@@ -65,12 +65,12 @@ class Lines(pl.Callback):
             print(f"step {trainer.global_step:,}  {values}", flush=True)
 
 
-# What loggers are told of a run beside its metrics.
+# The settings of a run, for its loggers.
 
 
 def tell_loggers(settings: dict[str, Any], callbacks: list[pl.Callback]) -> None:
-    """Have the settings of a run logged as hyper-parameters: by its LoRACallback, which adds the adapter's own, or by a
-    callback that is put into `callbacks` where there is none."""
+    """Have the settings of a run logged as hyper-parameters. Its LoRACallback logs them, and the adapter's own; if
+    there is none, a callback that logs them is added to `callbacks`."""
     used = [value for name in ("task", "data") for value in settings[name].values()]
     shared = [name for name in ("model", "optimizer", "scheduler") if settings[name] and settings[name] in used]
     nodes = [settings[name] for name in shared]
@@ -84,7 +84,8 @@ def tell_loggers(settings: dict[str, Any], callbacks: list[pl.Callback]) -> None
 
 
 def _flat(node: dict[str, Any], elsewhere: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The settings of a node by name, those of a node in it as "name/name"; without what is a group of its own."""
+    """The settings of a node by name; those of a node inside it are named "name/name". Nodes in `elsewhere`, which are
+    groups of their own, are left out."""
     for name, value in node.items():
         if name == "_target_":
             yield "class", value.rpartition(".")[2]
@@ -102,17 +103,17 @@ class LoggedSettings(pl.Callback):
         self._groups = groups
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A checkpoint brings the rates of a run that is resumed, whatever its settings say.
+        # A resumed run takes its learning rates from the checkpoint, whatever its settings say.
         rates = optimizer_settings(trainer) if trainer.ckpt_path is None else {"lr": None}
         log_settings(trainer, pl_module, self._groups, {"optimizer": rates})
 
 
-# The end of a run is measured and kept, wherever in an epoch it lies.
+# The end of a run is validated and saved, even in the middle of an epoch.
 
 
 class MeasuredEnd(pl.Callback):
-    """Has Lightning validate where `max_steps` ends the training, as it does at the end of an epoch: else what was
-    learned since the last validation, which may be all of it, is in no metric and in no checkpoint."""
+    """Makes Lightning validate when `max_steps` ends the training, as it does at the end of an epoch. Otherwise no
+    metric and no checkpoint would have the steps since the last validation, which may be all steps."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,21 +123,22 @@ class MeasuredEnd(pl.Callback):
 
 
 def end_of(trainer: pl.Trainer, folder: Path) -> str:
-    """Save a checkpoint of what `trainer` ended with below `folder`; returns its path. For a run that made none, since
-    it was never validated or its settings have no callback for that."""
+    """Save a checkpoint of the final state of `trainer` below `folder`; returns its path. It is for a run that saved
+    none: it was never validated, or its settings have no callback that saves checkpoints."""
     path = folder / "checkpoints" / f"end-step{trainer.global_step}.ckpt"
     trainer.save_checkpoint(path)
     return str(path)
 
 
-# A run that goes on from what there is: from a saved adapter (`adapter=`), or in the folder of an interrupted run.
+# A run that starts from a saved adapter (`adapter=`), or that goes on in the folder of an interrupted run.
 
 
 def start_from(settings: dict[str, Any], overrides: list[str]) -> None:
-    """Give the LoRACallback in `settings` the adapter that they name, and of the config what the user asked for alone:
-    what `overrides` say, and what differs from the defaults. The callback compares that with the adapter's own config.
+    """Give the LoRACallback in `settings` the adapter that they name, and only those fields of the config that the user
+    asked for: fields in `overrides`, and values that differ from the defaults. The callback compares them with the
+    adapter's own config.
 
-    Raises ConfigError where there is no LoRACallback, and where a folder is named that is not there.
+    Raises ConfigError if there is no LoRACallback, or if the adapter's folder does not exist.
     """
     adapter = settings["adapter"]
     looks_like_a_folder = adapter.startswith((".", "/", "~")) or adapter.count("/") != 1
@@ -165,8 +167,8 @@ def _is_callback(node: dict[str, Any]) -> bool:
 
 
 class EarlierMetrics(pl.Callback):
-    """Lets a run that is resumed in its own folder go on with its metrics.csv, which Lightning's logger would begin
-    anew, and with what was measured before its first step."""
+    """Lets a run that is resumed in its own folder continue its metrics.csv, which Lightning's logger would begin anew,
+    and keeps the metrics measured before its first step."""
 
     def __init__(self, folder: Path) -> None:
         self.before: dict[str, float] = {}
@@ -174,8 +176,8 @@ class EarlierMetrics(pl.Callback):
         self._aside = self._folder / f".{METRICS}.earlier"
 
     def set_aside(self, trainer: pl.Trainer) -> None:
-        """Before the logger's first line, at which it would delete the file. One that is there already was left by a
-        run that was killed before it could go on with it."""
+        """Rename metrics.csv; called before the logger's first line, at which the logger would delete it. A renamed
+        file that is there already stays: a run was killed before it could continue it."""
         if trainer.is_global_zero and self._loggers(trainer) and not self._aside.exists():
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self._folder / METRICS, self._aside)
@@ -185,7 +187,7 @@ class EarlierMetrics(pl.Callback):
     ) -> None:
         rows = 0
         for logger in self._loggers(trainer) if trainer.is_global_zero else ():
-            logger.save()  # what was logged before a checkpoint is there after it, however the run ends
+            logger.save()  # what was logged before a checkpoint is then on the disk, however the run ends
             rows = len(_rows(self._folder / METRICS)) + rows_still_to_log(trainer)
         checkpoint[_KEY] = {"rows": rows, "before": self.before}
 
@@ -219,7 +221,7 @@ class EarlierMetrics(pl.Callback):
             )
 
     def _loggers(self, trainer: pl.Trainer) -> list[CSVLogger]:
-        """Those that write into the run's folder."""
+        """The loggers that write into the run's folder."""
         known = (logger for logger in trainer.loggers if isinstance(logger, CSVLogger))
         return [logger for logger in known if Path(logger.log_dir).resolve() == self._folder]
 
@@ -235,8 +237,8 @@ def _rows(metrics: Path) -> list[dict[str, Any]]:
 
 
 def is_requeued(trainer: pl.Trainer) -> bool:
-    """Whether Slurm started this job again: Lightning then loads the checkpoint of the first start into whatever it is
-    asked to do without one, to measure the base as well."""
+    """True if Slurm has started this job again. Lightning then loads the checkpoint of the first start wherever it is
+    given none, even where the base is to be measured."""
     return SLURMEnvironment.detect() and any(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
 
 
@@ -260,7 +262,7 @@ class LoadedAdapter(pl.Callback):
             return
         build_layers = getattr(pl_module, last)
 
-        @functools.wraps(build_layers)  # Lightning asks of the function underneath whether the hook is overridden
+        @functools.wraps(build_layers)  # Lightning looks at the wrapped function to see if the hook is overridden
         def build_and_load(*args: Any, **kwargs: Any) -> None:
             setattr(pl_module, last, build_layers)
             build_layers(*args, **kwargs)
@@ -272,8 +274,8 @@ class LoadedAdapter(pl.Callback):
 def trained(
     settings: dict[str, Any], *callbacks: pl.Callback
 ) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
-    """Trainer, task and data as `settings` describe them; a hook of the Trainer loads the adapter, unless `callbacks`
-    are given, which do."""
+    """Trainer, task and data as `settings` describe them. A callback loads the adapter; `callbacks`, if given, do it
+    instead."""
     checkpoint = settings["ckpt_path"]
     if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
         raise ConfigError(f"ckpt_path={checkpoint}: there is no such checkpoint.")

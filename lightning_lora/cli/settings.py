@@ -1,4 +1,5 @@
-"""The settings of a command: what each `_target_` takes is the schema; checked first, and built after."""
+"""The settings of a command. The parameters of each `_target_` are the schema; settings are checked first, built
+after."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule
 
 
-# What a `_target_` takes: its parameters are the schema of its node, so no second list of them can grow stale.
+# The parameters of a `_target_` are the schema of its node, so there is no second list that could grow stale.
 
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
 def parameter_names(node: Mapping[Any, Any]) -> list[str]:
-    """The names that the target of `node` takes; none where it has no target, or one that cannot be found."""
+    """The names of the parameters of `node`'s target; empty if it has no target, or one that cannot be found."""
     try:
         return list(parameters(target(node["_target_"])))
     except (KeyError, ConfigError):
@@ -36,15 +37,15 @@ def parameter_names(node: Mapping[Any, Any]) -> list[str]:
 
 
 def ours_for(name: str, known: Collection[str]) -> str:
-    """The name that PEFT's `name` has here, where it is one of `known`; else `name`."""
-    from lightning_lora.engine.peft_names import PEFT_NAMES  # brings torch, which is slow
+    """Our name for PEFT's `name`, if it is one of `known`; else `name`."""
+    from lightning_lora.engine.peft_names import PEFT_NAMES  # imports torch, which is slow
 
     ours = PEFT_NAMES.get(name, name)
     return ours if ours in known else name
 
 
 EXTRAS = {"bitsandbytes": "quantized", "tensorboard": "tensorboard", "wandb": "wandb"}
-"""Module -> the extra of ours that brings it."""
+"""Module -> our extra that installs it."""
 
 
 @lru_cache
@@ -76,7 +77,7 @@ def _why_not(path: str, error: Exception) -> str:
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters that a keyword can set, by name; empty where Python cannot tell."""
+    """The parameters that a keyword can set, by name; empty if Python cannot read the signature."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -86,7 +87,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def takes_any_name(function: Callable[..., Any]) -> bool:
-    """Whether `function` has **kwargs, or a signature that Python cannot tell."""
+    """True if `function` has **kwargs, or a signature that Python cannot read."""
     try:
         return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
@@ -94,10 +95,10 @@ def takes_any_name(function: Callable[..., Any]) -> bool:
 
 
 def type_problem(function: Callable[..., Any], name: str, value: Any) -> str | None:
-    """What is wrong with giving the plain `value` to the parameter `name`; None where nothing is, or nobody can tell.
+    """The reason why the parameter `name` does not take the plain `value`; None if it does, or if that cannot be
+    checked.
 
-    Values come from YAML: they are judged as JSON is, where a list may become a tuple and an int a float, but no
-    string a number.
+    Values come from YAML and are checked as JSON: a list may become a tuple and an int a float, but a string no number.
     """
     from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
     from pydantic.errors import PydanticUndefinedAnnotation
@@ -169,9 +170,9 @@ Node = dict[str, Any] | None
 def checked(config: DictConfig, settings: type) -> dict[str, Any]:
     """`config` as plain values, interpolations resolved, every name and type in it checked.
 
-    The fields of the dataclass `settings` are the top-level keys; the signature of each `_target_` is the schema of
-    its node. A reference to a whole group under that group's own name (`optimizer: ${optimizer}`) is an offer: a
-    target without such a parameter is not given it.
+    The fields of the dataclass `settings` are the top-level keys; the signature of each `_target_` is the schema of its
+    node. A reference to a whole group under that group's own name (`optimizer: ${optimizer}`) is optional: it is
+    removed if the target has no such parameter.
 
     Raises ConfigError that names every misspelt key (with the closest one that exists), wrong type and missing value.
     """
@@ -179,7 +180,7 @@ def checked(config: DictConfig, settings: type) -> dict[str, Any]:
     try:
         values: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        if not missing:  # else the reference to a missing value is what fails, and the missing value is what to say
+        if not missing:  # else a reference to the missing value failed, which is reported below
             raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
         values = None
     hints = {f.name: f.metadata.get("missing") for f in fields(settings)}
@@ -193,7 +194,8 @@ def checked(config: DictConfig, settings: type) -> dict[str, Any]:
 
 
 def _check_nodes(where: str, value: Any, raw: Any) -> Iterator[str]:
-    """Every node with a target, inner ones too; what is behind a reference is checked at its own place."""
+    """The problems of every node with a target, inner ones too. A node behind a reference is checked at its own
+    place."""
     if isinstance(raw, str):
         return
     if isinstance(value, list):
@@ -218,7 +220,7 @@ def _check_call(where: str, function: Any, values: dict[str, Any], raw: dict[str
     given = {name: value for name, value in values.items() if name not in HYDRA_KEYS}
     for name, value in given.items():
         if name in known:
-            # A node's type is known only once it is built; the constructor that takes it will say.
+            # The type of a node is known only once it is built; the constructor that gets it will check it.
             if not _holds_node(value) and (what := type_problem(function, name, value) or _no_rate(known[name], value)):
                 yield f"{_join(where, name)}: {what}{_instead_of_null(_join(where, name), known[name], value)}"
         elif not takes_any_name(function):
@@ -230,8 +232,8 @@ def _check_call(where: str, function: Any, values: dict[str, Any], raw: dict[str
 
 
 def _no_rate(parameter: inspect.Parameter, value: Any) -> str | None:
-    """What is wrong with a learning rate of null, also where it is not annotated; None by default: an optimizer that
-    sets its own."""
+    """Why a learning rate of null is wrong, even for a parameter without annotation. Returns None if null is the
+    default: such an optimizer sets its own rate."""
     return "null is no learning rate." if parameter.name == "lr" and value is None is not parameter.default else None
 
 
@@ -242,7 +244,8 @@ def _instead_of_null(key: str, parameter: inspect.Parameter, value: Any) -> str:
 
 
 def unknown_key(where: str, name: str, known: Any, taker: str | None) -> str:
-    """The message for a setting `name` in the node `where`, whose taker knows only the names `known`."""
+    """The message for a setting `name` in the node `where`: `taker`, its class or function, takes only the names
+    `known`."""
     meant = closest(ours_for(name, known), known, count=1)
     hint = f"Did you mean {_join(where, meant[0])}?" if meant else f"There are: {listed(sorted(known), 12)}."
     return f"{_join(where, name)}: there is no such setting{f' of {taker}' if taker else ''}. {hint}"
@@ -265,18 +268,18 @@ def _join(where: str, name: str) -> str:
 # Builds the objects that the settings describe, and says which setting an error came from.
 
 OTHERS = ("lightning", "torch", "transformers")
-"""Packages whose constructors say in an error what is wrong with a setting; elsewhere it may be a fault in code."""
+"""Packages whose constructors raise an error that explains a wrong setting. Elsewhere it may be a fault in code."""
 REFUSALS = (ValueError, TypeError, ImportError)
-"""The last for what is not installed: trainer.accelerator=tpu wants torch_xla."""
+"""ImportError is for packages that are not installed: trainer.accelerator=tpu needs torch_xla."""
 _EXTRAS_OF = {"TensorBoardLogger": ("tensorboard", "tensorboard"), "WandbLogger": ("wandb", "wandb")}
-"""Class name -> the package it needs and the extra of ours that brings it."""
+"""Class name -> the package that it needs, and our extra that installs it."""
 
 
 def build(settings: dict[str, Any], where: str, **arguments: Any) -> Any:
     """The object that the node at the dotted key `where` describes, with further keyword `arguments`.
 
-    Raises ConfigError where the node has no target, or has a value that its target, of another package, refuses;
-    MissingExtraError where an optional package is missing; and whatever the user's own target raises, without Hydra's
+    Raises ConfigError if the node has no target, or if a target of one of the packages in OTHERS refuses a value;
+    MissingExtraError if an optional package is missing. An error of a user's own target is raised without Hydra's
     wrapping.
     """
     from hydra.errors import InstantiationException
@@ -288,7 +291,7 @@ def build(settings: dict[str, Any], where: str, **arguments: Any) -> Any:
     if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError(f"{where} has no _target_: name the class or function that it describes.")
     try:
-        # Twice: Hydra resolves what it is given, and reads the outcome once more.
+        # Escaped twice: Hydra resolves what it is given, and then reads the result once more.
         return instantiate({"_convert_": "all", **literal(literal(node))}, **arguments)
     except InstantiationException as error:
         cause = error.__cause__
@@ -302,7 +305,8 @@ def build(settings: dict[str, Any], where: str, **arguments: Any) -> Any:
 
 
 def task_and_data(settings: dict[str, Any]) -> tuple[LightningModule, LightningDataModule]:
-    """The objects that `task` and `data` describe. Raises ConfigError where they are of another kind."""
+    """The objects that `task` and `data` describe. Raises ConfigError if one is no LightningModule or
+    LightningDataModule."""
     from lightning.pytorch import LightningDataModule, LightningModule
 
     built: list[Any] = []
@@ -317,7 +321,7 @@ def task_and_data(settings: dict[str, Any]) -> tuple[LightningModule, LightningD
 
 
 def literal(value: Any) -> Any:
-    """`value` so that OmegaConf, which reads "${...}" in a text as a reference, reads what is there."""
+    """`value` with "${" escaped in its texts: OmegaConf would read "${...}" as a reference."""
     if isinstance(value, dict):
         return {key: literal(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""One table for a sweep: what was varied, what came out, the best job first."""
+"""Writes one table for a sweep: the settings that were varied and the results, the best job first."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from lightning_lora.cli.composition import directions, search_space
 from lightning_lora.cli.results import RESULTS, shown, table, write_json
 
 Version = tuple[int, int]
-"""Of a file: its inode and time. Results are replaced as a whole, never written to."""
+"""The inode and time of a file. Results files are replaced as a whole, so a new one has another version."""
 
 
 class SweepTable(Callback):
-    """Hydra's callback: results.csv in the sweep's folder after each job, the table on the screen after the last.
+    """A callback of Hydra. It writes results.csv into the sweep's folder after each job, and prints the table after the
+    last.
 
     It reads the jobs' results.json and nothing else, so it does not matter which launcher ran them, or where.
     """
@@ -32,12 +33,12 @@ class SweepTable(Callback):
 
     def __init__(self) -> None:
         self._earlier: dict[Path, Version] = {}
-        """The results of other sweeps in the same folder."""
+        """The results files of earlier sweeps in the same folder."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         SweepTable.failed = 0
         self._earlier = _results(Path(config.hydra.sweep.dir))
-        # The sweeper is built from this very object.
+        # Hydra builds the sweeper from this same object, so change it in place.
         with flag_override(config, ["struct", "readonly"], False):
             if space := search_space(config):
                 config.hydra.sweeper.params = space
@@ -51,14 +52,14 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         if rows := write_table(folder, self._earlier):
-            # The file has the errors in full.
+            # The screen gets shortened errors; the file has them in full.
             SweepTable.failed = sum(bool(row.get("error")) for row in rows)
             rows = [{name: _shortened(value) for name, value in row.items()} for row in rows]
             print(f"\n{table(rows)}\n\nTable: {shown(folder / 'results.csv')}")
 
 
 def record_failure(error: Exception, message: str | None) -> None:
-    """Say why the running job of a sweep failed, and leave it in its folder for the table."""
+    """Print why the running job of a sweep failed, and write it into the job's folder for the table."""
     import traceback
 
     hydra = HydraConfig.get()
@@ -73,8 +74,8 @@ def record_failure(error: Exception, message: str | None) -> None:
 
 
 def write_table(sweep: Path, earlier: Mapping[Path, Version] | None = None) -> list[dict[str, Any]]:
-    """Gather the results in the folders below `sweep`, but for those that are as `earlier` has them, into its
-    results.csv; returns the rows, the best first."""
+    """Write the results in the folders below `sweep` into its results.csv; returns the rows, the best first. Results
+    that have not changed since `earlier` are left out."""
     found = [path for path, version in _results(sweep).items() if (earlier or {}).get(path) != version]
     jobs = [
         {"folder": path.parent.relative_to(sweep).as_posix(), **json.loads(path.read_text(encoding="utf-8"))}
@@ -92,7 +93,7 @@ def write_table(sweep: Path, earlier: Mapping[Path, Version] | None = None) -> l
         | ({"error": _first_said(job["error"])} if "error" in job else {})
         for job, s in zip(jobs, settings, strict=True)
     ]
-    # A job that failed has fewer values: what came first in any row must not decide the order.
+    # A failed job has fewer values. So `last` says which columns come last, whatever the order in a single row.
     last = ("seconds", "folder", "error")
     columns = sorted(
         dict.fromkeys(key for row in rows for key in row), key=lambda name: name in last and last.index(name) + 1
@@ -107,24 +108,24 @@ def write_table(sweep: Path, earlier: Mapping[Path, Version] | None = None) -> l
 
 
 def _results(sweep: Path) -> dict[Path, Version]:
-    """The files of results in folders below `sweep`, of whatever depth."""
+    """The results files in folders below `sweep`, at any depth, with their versions."""
     paths = (path for path in sweep.rglob(RESULTS) if path.parent != sweep)
     return {path: ((stat := path.stat()).st_ino, stat.st_mtime_ns) for path in paths}
 
 
 def _first_said(error: str) -> str:
-    """The first line of an error; below a heading, the first line that it stands over."""
+    """The first line of an error. If that is a heading, which ends in ":", it is the line after it."""
     first, *others = error.splitlines()
     return others[0].strip() if first.endswith(":") and others else first
 
 
 def _settings(job: dict[str, Any]) -> dict[str, Any]:
-    """What the job's overrides set: key -> value."""
+    """The settings of the job's overrides: key -> value."""
     return {key.lstrip("+~"): _number(value) for key, _, value in (o.partition("=") for o in job["overrides"])}
 
 
 def _rank(job: dict[str, Any]) -> float:
-    """Small is good. A job that failed or diverged comes last."""
+    """The sort key of a job: smaller is better. A job that failed or diverged comes last."""
     value = job.get("after", {}).get(job.get("monitor"))
     if value is None:
         return math.inf

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 PROGRAM = "lightning-lora"
-INTERRUPTED, TERMINATED = 130, 143  # what a shell says of SIGINT and SIGTERM
+INTERRUPTED, TERMINATED = 130, 143  # the exit statuses that a shell gives for SIGINT and SIGTERM
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def run(settings: dict[str, Any]) -> float | None:
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Train as `settings` say, into the folder `run_dir`; returns what results.json holds (None but in process 0)."""
+    """Train as `settings` say, into the folder `run_dir`; returns the content of results.json (None except in process
+    0)."""
     from lightning_lora import LoRACallback  # torch is slow to import
     from lightning_lora.cli.runs import (
         EarlierMetrics,
@@ -119,17 +120,17 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     earlier.set_aside(trainer)
 
     measures = settings["evaluate_before"] and (checkpoint is not None or not is_requeued(trainer))
-    # Settings are logged with the training: TensorBoard shows only the first that it is given.
+    # Settings are logged when the training starts: TensorBoard shows only the first settings that it gets.
     logs, trainer.enable_autolog_hparams = trainer.enable_autolog_hparams, False
     earlier.before = before = _validate(trainer, task, data, None) if measures else {}
     trainer.enable_autolog_hparams = logs
     if trainer.received_sigterm:  # fit would forget it
         raise SystemExit(TERMINATED)
     _check_monitor(settings, task, before)
-    _seed(settings)  # again: whether the base was measured first makes no difference to the order of the data
+    _seed(settings)  # again, so that measuring the base does not change the order of the data
     started = time.perf_counter()
     try:
-        # LoRACallback fetches it by itself.
+        # LoRACallback fetches the checkpoint by itself.
         has_one = any(isinstance(callback, LoRACallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         with nullcontext(checkpoint) if has_one else fetched(checkpoint) as path:
             trainer.fit(task, data, ckpt_path=path)
@@ -176,8 +177,8 @@ def _seed(settings: dict[str, Any]) -> None:
 
 
 def _check_optimizer(settings: dict[str, Any]) -> None:
-    """Try torch's optimizers on a weight that nobody needs: else a value that cannot be shows after the first look at
-    the data."""
+    """Try an optimizer of torch on a dummy weight, so that a value that is not valid is reported before the data are
+    read."""
     import torch
 
     node = settings["optimizer"]
@@ -189,7 +190,7 @@ def _check_optimizer(settings: dict[str, Any]) -> None:
 
 
 def _check_monitor(settings: dict[str, Any], task: LightningModule, before: dict[str, float]) -> None:
-    """Raises ConfigError where a task of this package logs no metric of the name that is monitored."""
+    """Raises ConfigError if a task of this package logs no metric of the name in `monitor`."""
     from lightning_lora.recipes.tasks.base import Task
 
     known = [*before, "train_loss", "train_loss_step", "train_loss_epoch"]
@@ -200,7 +201,7 @@ def _check_monitor(settings: dict[str, Any], task: LightningModule, before: dict
 
 
 def _train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:
-    """A task with a new, random head (a classifier) trains it whole, where the settings do not say what to save."""
+    """Have the new, random head of a task (a classifier) trained whole, unless the settings give modules_to_save."""
     heads = getattr(task, "head_modules", [])
     for callback in (settings["callbacks"] or {}).values():
         config = (callback or {}).get("config")
@@ -211,8 +212,8 @@ def _train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:
 def _check_processes(trainer: Trainer) -> None:
     """Raises ConfigError for a sweep whose jobs start further processes by script.
 
-    Within one process these and torch's process group live on after the first job, and the second cannot have its own;
-    in a process of a launcher (joblib, submitit), Lightning would start that launcher's worker again.
+    In one process, the further processes and torch's process group outlive the first job, and the second job cannot
+    have its own. In a process of a launcher (joblib, submitit), Lightning would start that launcher's worker again.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -235,7 +236,7 @@ def _validate(
 
 
 def _keep_adapter(folder: Path, checkpoint: str) -> str | None:
-    """Copy the adapter folder that lies beside the best checkpoint to where a reader looks for it."""
+    """Copy the adapter folder beside the best checkpoint to `folder`/adapter, where a reader looks for it."""
     beside = Path(checkpoint).with_name(f"{Path(checkpoint).stem}-adapter")
     if not beside.is_dir():
         return None
@@ -255,7 +256,7 @@ def _plot(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _overrides() -> list[str]:
-    """What the user asked for on the command line; nothing where the run was not started from one."""
+    """The user's overrides on the command line; empty if the run was not started from one."""
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
@@ -287,14 +288,14 @@ def _where(folder: Path, results: dict[str, Any], adapted: bool) -> str:
 
 
 def _say_how_to_go_on(folder: Path, status: int) -> NoReturn:
-    """After a signal: which checkpoint is the newest, and how to resume. Leaves with `status`."""
+    """After a signal, print the newest checkpoint and the command that resumes from it. Exits with `status`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has turned it off
     checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not checkpoints:
         print(f"\nInterrupted before the first checkpoint. The run's folder is {shown(folder)}")
         raise SystemExit(status)
     newest = f"ckpt_path={shown(checkpoints[-1])}"
-    # Hydra reads "=" inside a value as the start of another unless it is quoted.
+    # Hydra reads "=" inside a value as the start of another setting unless the value is quoted.
     quoted = newest if newest.count("=") == 1 else newest.replace("=", "='", 1) + "'"
     overrides = [o for o in _overrides() if not o.startswith("ckpt_path=")]
     command = shlex.join([PROGRAM, "train", *overrides, quoted])

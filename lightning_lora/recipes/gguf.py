@@ -1,4 +1,5 @@
-"""A model that lies in a GGUF file (of llama.cpp), as a folder that transformers loads: converted once, then cached."""
+"""Converts the model in a GGUF file (of llama.cpp) to a folder that transformers loads; each file once, into a
+cache."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from lightning_lora.hub.download import checksum
 def converted(file: Path) -> Path:
     """The folder with config, float32 weights and tokenizer of the causal language model in the GGUF `file`.
 
-    It is written at the first call, into the cache of huggingface_hub, and found again by the file's content. Raises
-    ConfigError where transformers reads no whole model from the file, CheckpointError where nothing can be written.
+    The first call writes it into the cache of huggingface_hub; later calls find it by a hash of the file's content.
+    Raises ConfigError if transformers cannot read a whole model from the file, CheckpointError if the folder cannot be
+    written.
     """
     state = file.stat()
     # Another version of transformers may read the same file in another way.
@@ -34,7 +36,7 @@ def converted(file: Path) -> Path:
             with written_beside(folder) as staged:
                 _convert(file, staged)
         except OSError:
-            if not folder.is_dir():  # else another process was quicker
+            if not folder.is_dir():  # otherwise another process has written it
                 raise
     except OSError as error:
         raise CheckpointError(
@@ -46,16 +48,16 @@ def converted(file: Path) -> Path:
 
 @functools.cache
 def _sha256(file: Path, size: int, mtime_ns: int) -> str:
-    """Computed once in a process for a file in this state."""
+    """The hash of the file's content, computed once per process as long as the file's size and time stay the same."""
     return checksum(file, "-" * 64)
 
 
 def _convert(file: Path, folder: Path) -> None:
     options: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
-    if hasattr(transformers, "GgufConfig"):  # by itself transformers keeps some architectures' weights quantized
+    if hasattr(transformers, "GgufConfig"):  # by default transformers keeps some architectures' weights quantized
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # The contexts of a Trainer, in which models are built, are not for what is kept in a cache.
+    # A Trainer builds models within contexts (device, inference mode). They must not affect the cached model.
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, **options
@@ -64,7 +66,8 @@ def _convert(file: Path, folder: Path) -> None:
         wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
         if wrong:
             raise ConfigError(f"{file} as a {type(model).__name__} lacks {listed(wrong)}: they would be random.")
-        # A model that was read from GGUF counts as quantized, and is not saved: its weights go into one that is not.
+        # transformers counts a model read from GGUF as quantized and does not save it: move its weights into a plain
+        # model.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         with torch.device("meta"):

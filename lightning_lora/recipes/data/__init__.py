@@ -1,4 +1,4 @@
-"""What is learned from: LightningDataModules over sources of rows (files, the Hub, or what every Python has)."""
+"""Training data: LightningDataModules over sources of rows (files, the Hub, or data that every Python has)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of adapters beside the rows that they are for: kept out of the encoding, put back into the batches."""
+"""A column that names each row's adapter. It is left out when rows are encoded, and put back into the batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_lora.errors import DataError
 
 
 class NamedRows(Dataset):
-    """`rows`, each with its name in the entry `column`."""
+    """`rows`, each with the name of its adapter in the entry `column`."""
 
     def __init__(self, rows: Any, names: Sequence[Any], column: str) -> None:
         if len(rows) != len(names):
@@ -34,7 +34,7 @@ class NamedRows(Dataset):
 
 @dataclass(frozen=True)
 class NamedBatch:
-    """`collate` for rows that have a name, which it does not see."""
+    """Calls `collate` on the rows without their names, and adds the list of names to the batch."""
 
     collate: Callable[[list[Any]], Any]
     column: str

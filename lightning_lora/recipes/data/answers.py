@@ -1,6 +1,7 @@
-"""Where in a conversation's text the assistant speaks, for templates that do not mark it by {% generation %}.
+"""Finds the assistant's answers in a conversation's text, for templates that do not mark them by {% generation %}.
 
-The conversation is rendered again: up to an answer, and with another answer in its place.
+The conversation is rendered up to an answer, and again with another answer in its place; comparing the texts shows
+where the answer is.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
 UNHEARD = "\ue000"
-"""What nobody says: a character for private use."""
+"""A text that occurs in no conversation: a character for private use."""
 OTHER_ANSWER = {"role": "assistant", "content": UNHEARD}
 QUESTION = {"role": "user", "content": UNHEARD}
 
 
 class Render(Protocol):
-    """The text of messages; with `prompt`, to where the assistant is to speak next."""
+    """The text of messages; with `prompt`, followed by the opening of the assistant's next answer."""
 
     def __call__(self, messages: Messages, prompt: bool = False) -> str: ...
 
@@ -28,11 +29,12 @@ class Render(Protocol):
 def find_answers(
     render: Render, messages: Messages, special: Collection[str], end: str | None
 ) -> tuple[str, list[Span]]:
-    """The text of `messages`, of which the last is an answer; and where each answer is, with the token that ends it.
+    """The text of `messages`, which end with an answer, and the span of each answer, with the token that ends it.
 
-    `special` are the tokenizer's special tokens. Where the template ends an answer by the marker of the next role
-    (GLM), that token is the answer's last, and the text has it after the last answer too. Where it writes no such
-    token at all, the text gets `end`, the end-of-text token. Raises DataError where an answer cannot be told apart.
+    `special` are the tokenizer's special tokens. If the template ends an answer by the marker of the next role (GLM),
+    that token counts as the end of the answer, and is added after the last answer too. If the template writes no such
+    token at all, `end`, the end-of-text token, is added instead. Raises DataError if an answer cannot be found in the
+    text.
     """
     text = render(messages)
     spans: list[Span] = []
@@ -58,15 +60,16 @@ def find_answers(
 def _answer(
     render: Render, messages: Messages, index: int, text: str, done: int, special: Collection[str]
 ) -> tuple[int, int, bool]:
-    """Start and end of answer `index` in `text`, and whether the template ends it; the one before stops at `done`."""
+    """Start and end of answer `index` in `text`, and True if the template ends it. The answer before it stops at
+    `done`."""
     history = messages[:index] or [QUESTION]
     before, prompt = render(history), render(history, prompt=True)
     whole, changed = render([*history, messages[index]]), render([*history, OTHER_ANSWER])
     tail = _suffix(whole, changed)
-    # Less than the prompt, where that opens a <think> which the answer does not have.
+    # `start` is less than the prompt's length if the prompt opens a <think> that the answer does not have.
     start, said = in_common(prompt, whole), in_common(whole, changed)
     if start < len(before) or not text.startswith(whole):
-        # Later turns change what is before it or how it is written (Qwen 3 leaves out what was thought): find it there.
+        # Later turns change the text before the answer, or the answer itself (Qwen 3 drops thoughts): search for it.
         if start < len(before):
             before, prompt = render([QUESTION]), render([QUESTION], prompt=True)
             whole, changed = render([QUESTION, messages[index]]), render([QUESTION, OTHER_ANSWER])
@@ -85,7 +88,7 @@ def _answer(
     stop, ended = said + len(tail.rstrip()), bool(tail.strip())
     if not ended:
         stop = said + len(tail)
-    elif not text.startswith(tail.rstrip(), said):  # the last answer ends otherwise (gpt-oss)
+    elif not text.startswith(tail.rstrip(), said):  # the last answer has another end
         stop = said + len(_token_at(text, said, special))
         if stop == said:
             raise _rewritten(prompt)
@@ -93,7 +96,7 @@ def _answer(
 
 
 def _marker_of_next(render: Render, messages: Messages, special: Collection[str]) -> str:
-    """The special token that begins what would follow the last message, or nothing."""
+    """The special token that would begin the message after the last one; empty if there is none."""
     role = "tool" if messages[-1].get("tool_calls") else "user"
     some = [*messages[:-1], OTHER_ANSWER]
     try:
@@ -107,9 +110,9 @@ def _token_at(text: str, place: int, tokens: Collection[str]) -> str:
 
 
 def in_common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How long the same start of both is."""
+    """The length of the longest common start of `one` and `other`."""
     start, end = 0, min(len(one), len(other))
-    while start < end:  # by halves: slices are compared faster than items
+    while start < end:  # binary search: comparing slices is faster than comparing items
         middle = (start + end + 1) // 2
         if one[start:middle] == other[start:middle]:
             start = middle

@@ -19,11 +19,11 @@ NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": (
 
 
 class SourceData(pl.LightningDataModule):
-    """Loaders of batches of `batch_size` rows over the splits of `source`; only training is shuffled (by the global
-    random state, so that `seed_everything` decides).
+    """Makes batches of `batch_size` rows from the splits of `source`. Only the training rows are shuffled, by the
+    global random state, which `seed_everything` sets.
 
-    Subclasses say how a split is encoded, and set `collate` (and `collate_prompts`, for predicting): these must be
-    picklable, since worker processes get them.
+    Subclasses implement `encode`, and set `collate` (and `collate_prompts`, for predicting). Both must be picklable,
+    since worker processes get them.
     """
 
     collate: Callable[[list[Any]], Any] | None = None
@@ -37,7 +37,7 @@ class SourceData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.adapter_column: str | None = None
-        """When predicting, the column of the rows that names the adapter of each: see AdapterColumn."""
+        """The column that names each row's adapter, read when predicting: see AdapterColumn."""
         self._encoded: dict[str, Dataset] = {}
 
     @abstractmethod
@@ -46,7 +46,7 @@ class SourceData(pl.LightningDataModule):
 
     @cached_property
     def splits(self) -> Splits:
-        """The rows as the source gives them; read when first asked for."""
+        """The rows of the source, read at the first access."""
         return self.source.load()
 
     def prepare_data(self) -> None:
@@ -54,7 +54,8 @@ class SourceData(pl.LightningDataModule):
         self.setup(self.trainer.state.fn if self.trainer is not None else None)
 
     def setup(self, stage: str | None = None) -> None:
-        """Have what `stage` needs; None is everything for fit and test. Raises DataError if that is not there."""
+        """Read and encode the splits that `stage` needs; None means training and validation. Raises DataError if one is
+        missing."""
         needed = NEEDED[str(getattr(stage, "value", stage))] if stage is not None else ("train", "validation")
         for split in needed:
             if split not in self._encoded:

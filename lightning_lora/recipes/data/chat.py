@@ -1,8 +1,8 @@
-"""A conversation into token ids, with a mask of what the assistant says.
+"""Encodes a conversation as token ids and labels: only the assistant's answers are learned.
 
-transformers writes the text (`apply_chat_template`, with tools) and, where the template marks answers by
-{% generation %}, says which of it is an answer. Ours is what it does not have: the answers of other templates, the
-weight of a message, and errors that name the row.
+transformers renders the text (`apply_chat_template`, with tools). If the template marks answers by {% generation %},
+transformers says which parts are answers. This module adds the rest: the answers of other templates, the weight of a
+message, and errors that name the row.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ PLAIN_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '\n\n### Response:\n' }}{%- endif -%}"
 )
-"""For base models, whose tokenizer has no template of its own."""
+"""The template for base models, whose tokenizer has none."""
 LEARNED_OR_NOT = ("train", "training", "loss")
-"""What axolotl and ms-swift have in a message where OpenAI has `weight`."""
+"""Keys of a message in axolotl and ms-swift that say what OpenAI's `weight` says: if the message is learned."""
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-"""How a template marks what the assistant says."""
+"""The tag by which a template marks what the assistant says."""
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | dict[str, str]:
-    """The chat template to use: `template`, "plain", or the tokenizer's own. Raises DataError if it has none.
+    """The chat template to use: `template` itself, the package's ("plain"), or the tokenizer's (None).
 
-    Where it has several, transformers takes the one named tool_use for rows that have tools. The plain one begins with
-    the beginning-of-text token where the tokenizer puts it before every text.
+    If the tokenizer has several templates, transformers takes the one named tool_use for rows that have tools. The
+    plain template starts with the beginning-of-text token if the tokenizer puts that before every text. Raises
+    DataError if `template` is None and the tokenizer has none.
     """
     if template == "plain":
         first = tokenizer("a")["input_ids"][:1]
@@ -65,11 +66,12 @@ def template_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str
 
 @dataclass
 class ChatEncoder:
-    """Encode one row of a dataset; an object so that `datasets` can pickle it, and know it again in its cache.
+    """Encodes one row of a dataset. It is an object so that `datasets` can pickle it, and recognise it in its cache.
 
-    Gives `input_ids`, `labels` and `attention_mask` (tokens,), cut at `max_length`, the `length` before that, how many
-    tokens are `learned`, and whether the row has `unread_tools`. With `prompts`, the `input_ids` before the last
-    answer, with the head of an answer, cut at the start.
+    Returns `input_ids`, `labels` and `attention_mask` (tokens,), cut at `max_length`; `length`, the number of tokens
+    before the cut; `learned`, the number of learned tokens; and `unread_tools`, True if the template ignores the row's
+    tools. With `prompts`, the `input_ids` are those of the conversation before the last answer, with the opening of an
+    answer; a long prompt loses its start.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -81,7 +83,7 @@ class ChatEncoder:
     prompts: bool
     shape: Shape | None = None
     features: dict[str, Any] = field(default_factory=dict)
-    """Of the rows: `datasets` fills what one struct lacks and another has with None."""
+    """The features of the rows. Where one struct has a key and another does not, `datasets` fills the gap with None."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         row = {name: _unfilled(value, self.features.get(name)) for name, value in row.items()}
@@ -92,7 +94,7 @@ class ChatEncoder:
             while messages[-1]["role"] == "assistant":
                 messages.pop()
             ids = self._ids(chat.render(messages, prompt=True))
-            cut = ids[-self.max_length :]  # the end of a long prompt is what is to be answered
+            cut = ids[-self.max_length :]  # the end of a long prompt has the question
             return {"input_ids": cut, "length": len(ids), "learned": 0, "unread_tools": unread}
         while messages[-1]["role"] != "assistant":
             messages.pop()
@@ -137,7 +139,7 @@ class ChatEncoder:
         return messages
 
     def _answers(self, chat: _Chat, messages: Messages) -> tuple[str, list[Span]]:
-        """The text, and which parts of it are learned."""
+        """The conversation's text, and the spans of it that are learned."""
         weights = [message.pop("weight", 1) for message in messages if message["role"] == "assistant"]
         for index, message in enumerate(messages):
             if message.get("tool_calls"):
@@ -162,19 +164,20 @@ class ChatEncoder:
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids, places = encoded["input_ids"], encoded["offset_mapping"]
         else:
-            # Without offsets: a span's tokens are those that the text before it does not have, up to its end.
+            # A slow tokenizer has no offsets. Count tokens instead: a span starts after the tokens of the text before
+            # it, and ends with those of the text up to its end.
             ids = self._ids(text)
             places = [(index, index + 1) for index in range(len(ids))]
             spans = [(self._count(text[:start], ids), self._count(text[:stop], ids)) for start, stop in spans]
         starts, ends = [start for start, _ in places], [end for _, end in places]
         labels = [IGNORED] * len(ids)
-        for start, stop in spans:  # all tokens that have a character of it
+        for start, stop in spans:  # all tokens with a character in the span
             of_span = slice(bisect.bisect_right(ends, start), bisect.bisect_left(starts, stop))
             labels[of_span] = ids[of_span]
         return ids, labels
 
     def _count(self, text: str, ids: list[int]) -> int:
-        """How many of `ids` are those of `text`, with which their text begins."""
+        """The number of tokens at the start of `ids` that encode `text`, the beginning of their text."""
         return in_common(self._ids(text), ids)
 
     def _ids(self, text: str) -> list[int]:
@@ -182,7 +185,7 @@ class ChatEncoder:
 
 
 class _Chat:
-    """What of a row its template is given beside the messages: `tools` and `chat_template_kwargs`."""
+    """Renders messages by the chat template, with the row's `tools` and `chat_template_kwargs`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> None:
         self.tokenizer = tokenizer
@@ -203,18 +206,19 @@ class _Chat:
         return self._rendered(messages, add_generation_prompt=prompt)[0]
 
     def render_marked(self, messages: Messages) -> tuple[str, list[Span]]:
-        """The text, and what the template marks by {% generation %}: as `return_assistant_tokens_mask` has it."""
+        """The text, and the spans that the template marks by {% generation %} (transformers:
+        `return_assistant_tokens_mask`)."""
         return self._rendered(messages, return_assistant_tokens_mask=True)
 
     def _rendered(self, messages: Messages, **options: Any) -> tuple[str, list[Span]]:
-        """As `apply_chat_template` does it, which does not show where in the text its mask comes from."""
+        """Renders as `apply_chat_template` does, but also returns the spans of the text that its mask is made from."""
         options |= {**self.tokenizer.special_tokens_map, **self.options}
         try:
             given = _arguments_as_text(messages) if self.arguments_as_text else messages
             rendered: Any = render_jinja_template([given], tools=self.tools, chat_template=self.template, **options)
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             if not self.arguments_as_text and any("tool_calls" in message for message in messages):
-                self.arguments_as_text = True  # some templates (DeepSeek) take the older form alone
+                self.arguments_as_text = True  # some templates (DeepSeek) accept only the older form
                 try:
                     return self._rendered(messages, **options)
                 except DataError:
@@ -224,7 +228,8 @@ class _Chat:
         return text, spans[0] if spans else []
 
     def as_template_has_it(self, message: dict[str, Any]) -> dict[str, Any]:
-        """`message` as transformers' templates take it: arguments as dicts, and texts where they know no parts."""
+        """`message` in the form of transformers' templates: the arguments of tool calls are dicts, the content is one
+        text if the template does not read parts, and `weight` says if it is learned."""
         message = {name: value for name, value in message.items() if value is not None}
         for name in (name for name in ("weight", *LEARNED_OR_NOT) if name in message):
             if isinstance(message[name], str) or message[name] not in (0, 1):
@@ -253,12 +258,13 @@ class _Chat:
         return message
 
     def roles_of(self, messages: Messages) -> set[Any]:
-        """The roles in `messages` that the template is given as they are: its own, and all that no other format has."""
+        """The roles that the template gets unchanged: those of chat templates, and any in `messages` that is not in
+        ROLES."""
         known = {"system", "user", "assistant", "tool", *(["observation"] if "observation" in self.template else [])}
         return known | {message.get("role") for message in messages} - ROLES.keys() - {None}
 
     def reads_tools(self, messages: Messages) -> bool:
-        """Whether the text is another than without the tools; a template that needs them reads them."""
+        """True if the text changes when the tools are left out. A template that fails without tools reads them."""
         without = copy.copy(self)
         without.tools = None
         try:
@@ -267,7 +273,7 @@ class _Chat:
             return True
 
     def _reads_parts(self) -> bool:
-        """Whether the template takes a list of parts for what they say."""
+        """True if the template writes a list of text parts in the same way as one text."""
         part = {"type": "text", "text": UNHEARD}
         try:
             texts = [self.render([{"role": "user", "content": content}]) for content in ([part], UNHEARD)]
@@ -300,7 +306,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _parsed(value: Any) -> Any:
-    """What JSON text says; anything else as it is."""
+    """The value of a JSON text; anything else is returned as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -310,7 +316,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _unfilled(value: Any, feature: Any) -> Any:
-    """`value` without the Nones by which Arrow fills structs; those of JSON columns were written by someone."""
+    """`value` without the Nones that Arrow fills into structs. The Nones of JSON columns stay: they are in the data."""
     if isinstance(feature, dict) and isinstance(value, dict):
         return {name: _unfilled(of, feature.get(name)) for name, of in value.items() if of is not None}
     if isinstance(feature, (List, LargeList)) and isinstance(value, list):

@@ -27,11 +27,11 @@ TOO_MANY_LABELS = 1000
 
 
 class LabelledData(SourceData):
-    """A source with a column of labels: text, whole numbers (1.0 is 1), booleans or `datasets.ClassLabel`.
+    """Rows with one label each. The labels are text, whole numbers (1.0 is 1), booleans or `datasets.ClassLabel`.
 
-    `label_names` are those of the train split, sorted, unless given; a label of another split that is not among them
-    is an error. Splits that were held back from the training rows leave these a row of each label. Predicting needs no
-    labels in the rows, but then `label_names` must be given.
+    Unless given, `label_names` are the labels of the train split, sorted; a label of another split that is not among
+    them is an error. When rows are held back from training, at least one row of each label stays in the training rows.
+    Predicting needs no labels in the rows, but then `label_names` must be given.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class LabelledData(SourceData):
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
-        assert self.num_labels  # read now, so that a fault in the labels comes up here
+        assert self.num_labels  # read the labels now, so that an error in them is raised here
 
     def index_of_labels(self, rows: Any, split: str) -> list[int]:
-        """The label of each row as an index into `label_names`. Raises DataError for one that is not there."""
+        """The label of each row as an index into `label_names`. Raises DataError for a label that is not among them."""
         require_columns(rows, [self.label_column], split, "label_column")
         feature = rows.features[self.label_column]
         values = rows.with_format(None)[self.label_column]
@@ -107,7 +107,7 @@ class TextClassificationData(LabelledData):
             raise ConfigError(f"max_length is {max_length}; it must be at least 1 token.")
         self.tokenizer = tokenizer.tokenizer()
         self.text_columns = [text_column] if pair_column is None else [text_column, pair_column]
-        # RoBERTa's config counts two positions more than a text may have; its tokenizer knows.
+        # RoBERTa's config has two positions more than a text may have tokens; its tokenizer has the right number.
         self.max_length = min(max_length, tokenizer.context() or max_length, self.tokenizer.model_max_length)
         self.collate = PadRows(self.tokenizer.pad_token_id or 0)
 
@@ -126,10 +126,10 @@ class TextClassificationData(LabelledData):
 class ImageClassificationData(LabelledData):
     """Images with a label each, resized and normalised by the model's image processor when they are read.
 
-    Batches have `pixel_values` (rows, channels, height, width) and `labels` (rows,). A folder with one folder of images
-    per label is a source too: DataSource(path=that folder). So is a table (CSV, JSON) that names files in
-    `image_column`, from the table's folder on or from the current one. `background` is the colour behind images that
-    are transparent.
+    Batches have `pixel_values` (rows, channels, height, width) and `labels` (rows,). The source may be a folder with
+    one folder of images per label: DataSource(path=that folder). It may also be a table (CSV, JSON) that names image
+    files in `image_column`, relative to the table's folder or to the current one. `background` is the colour behind
+    images that are transparent.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ImageClassificationData(LabelledData):
         background: str = "white",
     ) -> None:
         super().__init__(source, label_column, label_names, batch_size, num_workers)
-        from PIL import ImageColor  # who trains on texts needs no Pillow
+        from PIL import ImageColor  # here, since training on texts needs no Pillow
 
         try:
             ImageColor.getrgb(background)
@@ -167,7 +167,7 @@ class ImageClassificationData(LabelledData):
         return Images(images, self.image_column, self.processor, labels, self.background)
 
     def _named_files(self, names: Sequence[Any], split: str) -> datasets.Dataset:
-        """The images in the files `names`, which are found now rather than in the middle of training."""
+        """The images in the files `names`. A missing file is an error now, not in the middle of training."""
         places = [getattr(self.source, f"{kind}path", None) for kind in _TABLES[split]]
         table = next((Path(place).expanduser() for place in places if place is not None), Path())
         folders = [table if table.is_dir() else table.parent, Path()]
@@ -193,7 +193,7 @@ _TABLES = {
     "test": ("test_", ""),
     "predict": ("test_", "validation_", ""),
 }
-"""Split -> which path of a DataSource it comes from: the first one that is set."""
+"""Split -> prefixes of a DataSource's path settings, in order: the split is read from the first path that is set."""
 
 
 class Images(Dataset):
@@ -220,7 +220,7 @@ class Images(Dataset):
                 raise DataError("there is none.")
             with image:
                 image = in_rgb(image, self.background)
-        except (OSError, ValueError, SyntaxError, DecompressionBombError, DataError) as error:  # of Pillow's readers
+        except (OSError, ValueError, SyntaxError, DecompressionBombError, DataError) as error:  # raised by Pillow
             raise DataError(f"The image {self._name(index)} cannot be read: {error}") from error
         item = {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0]}
         return item if self.labels is None else {**item, "labels": torch.tensor(self.labels[index])}
@@ -231,14 +231,14 @@ class Images(Dataset):
 
 
 def in_rgb(image: Image, background: str = "white") -> Image:
-    """`image` in 8 bits for each of red, green and blue, as a viewer shows it. Raises DataError where the range of its
-    values is not known, or nothing would be left to see."""
+    """`image` in 8 bits for each of red, green and blue, as a viewer shows it. Raises DataError if the range of its
+    values is not known, or if nothing of a transparent image could be seen on `background`."""
     import PIL.Image
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         most = 1.0 if image.mode == "F" else 65535.0
-        # Of 16 bits in what Pillow calls "I"; in another format they are 32, and mean what a program measured.
+        # In PNG and PPM files, mode "I" holds 16-bit values. In other formats it holds 32 bits, whose range is unknown.
         is_known = image.mode != "I" or image.format in ("PNG", "PPM")
         if not (is_known and values.min() >= 0 and values.max() <= most):
             raise DataError(
@@ -259,7 +259,7 @@ def in_rgb(image: Image, background: str = "white") -> Image:
 
 
 def names_of_labels(rows: Any, column: str) -> list[str]:
-    """The names of the labels in `column`: those of a ClassLabel in its order, else the values there are, sorted."""
+    """The names of the labels in `column`: those of a ClassLabel in its order, else the distinct values, sorted."""
     require_columns(rows, [column], "train", "label_column")
     feature = rows.features[column]
     if isinstance(feature, datasets.ClassLabel):
@@ -274,14 +274,14 @@ def names_of_labels(rows: Any, column: str) -> list[str]:
 
 
 def name_of(label: Any) -> str | None:
-    """The name of a label, the same from every kind of file; None for what is no label."""
+    """The name of a label, the same for every file format; None if the value is no label."""
     if isinstance(label, float):
         return str(int(label)) if label.is_integer() else None
     return str(label) if isinstance(label, (str, int)) else None
 
 
 def with_every_label_in_training(splits: Splits, column: str) -> Splits:
-    """`splits`, where those held back from the training rows give back a row of each label that these lack."""
+    """`splits`, with a row of each label that training lacks moved back from the split that was held back."""
     train, parts = splits.train, {}
     for name in splits.made:
         rows = getattr(splits, name)

@@ -1,4 +1,4 @@
-"""Rows of unequal length into one batch."""
+"""Collates rows of unequal length into one batch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch.nn.functional import pad
 from lightning_lora.recipes.tasks.base import IGNORED, lengths_for_flash
 
 FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": IGNORED}
-"""What padding holds, by input; `input_ids` get the tokenizer's padding token. Position 0 starts a new example."""
+"""Input -> its value in padding. `input_ids` get the tokenizer's padding token. Position 0 starts a new example."""
 
 
 @dataclass(frozen=True)
 class PadRows:
-    """Pad each 1-d input to the longest row of the batch, stack the numbers. A class, so that it can be pickled."""
+    """Pads each 1-d input to the longest row of the batch, and stacks numbers. It is a class so that it can be
+    pickled."""
 
     pad_token_id: int
     side: Literal["left", "right"] = "right"
@@ -40,7 +41,7 @@ class PadRows:
 
 
 class PadPacked(PadRows):
-    """PadRows for rows that hold several examples each, with the examples' lengths for flash attention."""
+    """PadRows for rows that hold several examples each. It adds the examples' lengths, for flash attention."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)

@@ -1,7 +1,7 @@
 """Data that every installation has: the standard library's source, its docstrings, a few chats, and shapes drawn here.
 
-Nothing of the standard library is imported or run, only read. Which split a text falls into depends on its own hash
-and the seed, not on its neighbours.
+The standard library is only read, not imported or run. Which split a text falls into depends on its own hash and the
+seed, not on its neighbours.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEFT_OUT = {
     "encodings",  # tables of characters
     "idle_test",
     "msilib",  # tables
-    "pydoc_data",  # the documentation topics, which the embedded base learned
+    "pydoc_data",  # documentation topics, on which the embedded base was trained
     "site-packages",
     "test",
     "tests",
@@ -50,13 +50,14 @@ PACKAGES = {
     "urllib": "urllib",
     "xml": "xml",
 }
-"""Label to where it lies: packages and modules with many docstrings that every CPython from 3.10 on has."""
+"""Label -> its path in the standard library: packages and modules with many docstrings that every CPython from 3.10 on
+has."""
 SHAPES = ("circle", "cross", "square", "triangle")
 PIRATE_CHATS = Path(__file__).parents[2] / "embedded" / "pirate_chats.jsonl"
 
 
 def pirate_chats(validation_fraction: float = 0.1, seed: int = 0) -> DataSource:
-    """Sixty questions and short answers in the tongue of a pirate: enough to change how a language model talks.
+    """Sixty questions with short answers in pirate speech: enough to change how a language model talks.
 
     Columns: `prompt`, `response`.
     """
@@ -73,7 +74,7 @@ class StdlibSource:
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
     max_characters: int | None = 2_000_000
-    """Take files until there are so many characters over all splits; None takes all (about 10 million)."""
+    """Take files until all splits together have this many characters; None takes all (about 10 million)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,7 +108,7 @@ class StdlibSource:
 class StdlibDocstrings:
     """Docstrings of the standard library's modules, classes and functions, labelled by the package they come from.
 
-    Columns: `text`, `label`. About 2,000 in all. A docstring that occurs twice is there once; one that occurs in two
+    Columns: `text`, `label`. About 2,000 rows in all. Repeated docstrings are kept once; a docstring that occurs in two
     packages is left out.
     """
 
@@ -145,7 +146,8 @@ class StdlibDocstrings:
 class Shapes:
     """Images of circles, crosses, squares and triangles, `size` by `size` pixels, in any colour and place, on noise.
 
-    Columns: `image`, `label`. Drawn from `seed` alone; `count` of them over all splits, equally many of each shape.
+    Columns: `image`, `label`. `seed` determines the images. There are `count` of them in all splits together, equally
+    many of each shape.
     """
 
     count: int = 1000
@@ -193,7 +195,7 @@ def _read(path: Path) -> str:
 def _docstrings(source: str) -> Iterator[str]:
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError):  # templates and files of another Python
+    except (SyntaxError, ValueError):  # templates, and files for another version of Python
         return
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -203,7 +205,7 @@ def _docstrings(source: str) -> Iterator[str]:
 
 
 def _shuffled(rows: list[Row], key: Callable[[Row], str], seed: int) -> list[Row]:
-    """By hash: the same order for the same texts on every machine and Python, whatever others are there."""
+    """Sort by hash: the same texts have the same order on every machine and Python, whatever other texts there are."""
     return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{key(row)}".encode()).digest())
 
 
@@ -213,10 +215,11 @@ def _cut(
     source: StdlibSource | StdlibDocstrings | Shapes,
     features: Features,
 ) -> Splits:
-    """The first rows for validation, the next for testing, the rest for training; shares are of text, or of rows."""
+    """The first rows are for validation, the next for testing, the rest for training. Shares are measured by `size` of
+    the text, or in rows if it is None."""
     sizes = [1 if size is None else size(row["text"]) for row in rows]
     ends = np.cumsum(sizes) / sum(sizes)
-    # As many as it takes to reach the share; the slack is for sums that miss it by rounding.
+    # Take as many rows as it takes to reach the share; 1e-9 is for sums that miss it by rounding.
     validation, test = 1 + np.searchsorted(
         ends, np.array([source.validation_fraction, source.validation_fraction + source.test_fraction]) - 1e-9
     )

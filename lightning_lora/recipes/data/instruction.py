@@ -26,27 +26,27 @@ _DEFAULT_COLUMNS = ("messages", "prompt", "response")
 class InstructionData(SourceData):
     """Conversations through the model's chat template; only what the assistant says is predicted.
 
-    Rows have a column `messages_column` of messages (dicts of `role` and `content`), or the columns `prompt_column`
-    and `response_column`. Where these names are as they are by default, rows of another common shape are taken too:
+    Rows have a column `messages_column` of messages (dicts of `role` and `content`), or the columns `prompt_column` and
+    `response_column`. If these three settings have their defaults, rows of other common shapes are accepted too:
     instruction, input and output (alpaca), conversations (ShareGPT), prompt and completion. `system_prompt` is put
     before conversations that have none. `chat_template` is the tokenizer's own (None), "plain" (the package's, for base
     models that have none), or Jinja text.
 
-    The template is given the columns `tools` (a list of JSON schemas, or its text) and `chat_template_kwargs`. Messages
-    may have `tool_calls`, text in parts, and `weight`: an answer of weight 0 (axolotl: `train: false`) is read and not
-    learned. What a template
-    marks by {% generation %} is learned; of others it is each answer with the token that ends it.
+    The template gets the columns `tools` (a list of JSON schemas, or its text) and `chat_template_kwargs`. Messages may
+    have `tool_calls`, text in parts, and `weight`: an answer of weight 0 (axolotl: `train: false`) is read but not
+    learned. If the template marks text by {% generation %}, that text is learned; otherwise each answer is learned,
+    with the token that ends it.
 
     A conversation is cut at `max_length` tokens, or at the model's own context where that is less. One that has no
     answer to learn is left out. Both are counted in a warning.
 
     `packing` puts several conversations into a row of `max_length` tokens. They do not see each other: `position_ids`
-    start again at each, which transformers' masks for eager, sdpa and flex attention take as a border, and
-    `cu_seq_lens_q` and the like say the same to flash attention. CausalLM tries its model on the first packed batch,
-    and refuses one that mixes conversations all the same (ALiBi, state-space and some others).
+    restart at 0 in each, which transformers' masks for eager, sdpa and flex attention take as a border; flash attention
+    gets the borders as `cu_seq_lens_q` and the like. CausalLM tries its model on the first packed batch, and raises
+    ConfigError if the model mixes conversations nevertheless (ALiBi, state-space and some others).
 
     Batches have `input_ids`, `labels` (-100 where nothing is predicted) and `attention_mask`, or, when packed,
-    `position_ids`; all (rows, tokens). For predicting, the prompt up to the last answer, padded on the left.
+    `position_ids`; all (rows, tokens). For predicting, they have the prompt up to the last answer, padded on the left.
     """
 
     def __init__(

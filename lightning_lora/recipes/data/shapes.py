@@ -1,4 +1,4 @@
-"""The shapes in which datasets of conversations commonly come, known by the names of their columns."""
+"""Common shapes of conversation datasets, recognised by the names of their columns."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ ROLES = {
     **dict.fromkeys(("tool", "observation"), "tool"),
     "function_call": "function_call",
 }
-"""Who speaks, in ShareGPT's and LLaMA-Factory's words -> in those of a chat template."""
+"""Speaker in ShareGPT or LLaMA-Factory -> role in a chat template."""
 
 
 class Shape(NamedTuple):
-    """A kind of row, and how it reads as messages."""
+    """A kind of row, and the function that turns it into messages."""
 
     name: str
     asked: tuple[str, ...]
-    """The columns that hold what is asked."""
+    """Columns that hold the question, or the whole conversation."""
     answered: tuple[str, ...]
-    """The columns that hold what is answered; not needed for predicting."""
+    """Columns that hold the answer; not needed for predicting."""
     messages: Callable[[Row], list[Message]]
 
 
 def shape_of(columns: Collection[str], split: str) -> Shape | None:
-    """The shape of rows with these columns; None where none is known. Raises DataError where it may be several."""
+    """The shape of rows with these columns; None if no known shape fits. Raises DataError if several fit."""
     found = [s for s in SHAPES if {*s.asked, *(s.answered if split != "predict" else ())} <= set(columns)]
     if len(found) > 1:
         shapes = listed(f"{s.name} ({', '.join([*s.asked, *s.answered])})" for s in found)
@@ -45,7 +45,8 @@ def shape_of(columns: Collection[str], split: str) -> Shape | None:
 
 
 def _alpaca(row: Row) -> list[Message]:
-    """`instruction`, what it is about in `input`, `output`; some have `system`, and earlier turns in `history`."""
+    """Columns `instruction`, `input` (the text it is about) and `output`; maybe `system`, and `history` (earlier
+    turns)."""
     asked = _text(row, "instruction")
     if row.get("input"):
         asked = f"{asked}\n\n{_text(row, 'input')}"
@@ -61,7 +62,7 @@ def _alpaca(row: Row) -> list[Message]:
 
 
 def _sharegpt(row: Row) -> list[Message]:
-    """`conversations` of messages in any of the words of `as_message`; `system` may be a column of its own."""
+    """Column `conversations`: messages in any form that `as_message` reads. `system` may be a column of its own."""
     messages = [as_message(message, "conversations", ()) for message in _list(row, "conversations")]
     if row.get("system") and not any(message["role"] == "system" for message in messages):
         messages.insert(0, {"role": "system", "content": _text(row, "system")})
@@ -69,9 +70,10 @@ def _sharegpt(row: Row) -> list[Message]:
 
 
 def as_message(message: Message, column: str, roles: Collection[str]) -> Message:
-    """`message` in the words of a chat template, for one of ShareGPT or LLaMA-Factory. One of `roles` stays.
+    """A message of ShareGPT or LLaMA-Factory as a message of a chat template. If its role is one of `roles`, it is
+    returned as it is.
 
-    A function_call, whose text is JSON, becomes an assistant's tool_calls.
+    A function_call, whose text is JSON, becomes an assistant's message with tool_calls.
     """
     if message.get("role") in roles:
         return message
@@ -103,7 +105,7 @@ def _completion(row: Row) -> list[Message]:
     messages = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.get(column), list):
-            # What the prompt quotes of the assistant is not to be learned.
+            # The assistant's answers inside the prompt are not learned.
             given = {"weight": 0} if column == "prompt" else {}
             messages += [{**given, **m, "role": str(m.get("role"))} for m in _list(row, column)]
         elif row.get(column) is not None or column == "prompt":

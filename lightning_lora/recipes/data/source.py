@@ -1,6 +1,6 @@
-"""Where rows come from: local files or the Hugging Face Hub, through `datasets`, as train, validation and test splits.
+"""Sources of rows: local files or the Hugging Face Hub, read by `datasets` as train, validation and test splits.
 
-A source is plain settings with one method, `load`. What the rows mean is the data module's business.
+A source is plain settings with one method, `load`. The data module says what the rows mean.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMATS = {
     ".md": "text",
 }
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-"""Suffixes behind those of FORMATS that `datasets` reads too."""
+"""Suffixes that may follow those of FORMATS: `datasets` reads compressed files too."""
 LISTS = ("data", "rows", "examples")
 """Keys under which a JSON object may hold the rows."""
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -48,10 +48,11 @@ class _Parts(NamedTuple):
 
 
 class Splits(_Parts):
-    """Rows by use. `predict` is the test split, else the named validation split, else every row there is."""
+    """The rows of each split. `predict` is the test split, else the validation split that the source has, else all
+    rows."""
 
     made: Mapping[str, str] = MappingProxyType({})
-    """Splits that were held back from the training rows, and the setting by which."""
+    """Split that was held back from the training rows -> the setting that held it back."""
 
 
 @runtime_checkable
@@ -67,26 +68,27 @@ class Source(Protocol):
 class DataSource:
     """Rows from local files (json, jsonl, csv, tsv, parquet, txt), a folder that `datasets` reads, or a Hub dataset.
 
-    In CSV an empty cell is missing, and None, NA, null and nan are words. Files that were replaced are read anew.
+    In CSV only an empty cell is a missing value: None, NA, null and nan are texts. Files that have changed are read
+    again.
 
-    Raises ConfigError for settings that cannot be; files are looked for in `load`.
+    Raises ConfigError for settings that are not valid; files are looked for in `load`.
     """
 
     path: str
     """A file, a pattern such as "data/*.jsonl", a folder (also of images by label, or of `save_to_disk`), or a Hub
     dataset's id."""
     validation_path: str | None = None
-    """Local files of the validation split; None makes one, see `validation_fraction`."""
+    """Local files of the validation split; for None see `validation_fraction`."""
     test_path: str | None = None
     """Local files of the test split."""
     name: str | None = None
-    """Which configuration of a Hub dataset, where it has several."""
+    """The configuration of a Hub dataset, if it has several."""
     revision: str | None = None
     """Branch, tag or commit of a Hub dataset."""
     format: Literal["json", "csv", "parquet", "text"] | None = None
-    """The files' format; None goes by their suffix."""
+    """The files' format; None takes it from their suffix."""
     text_unit: Literal["line", "paragraph", "document"] = "paragraph"
-    """What one row of a text file is; paragraphs are parted by empty lines."""
+    """One row of a text file is a line, a paragraph (paragraphs are separated by empty lines), or the whole file."""
     train_split: str = "train"
     validation_split: str | None = None
     """Name of the validation split; None takes "validation", "valid", "val" or "dev" if there is one."""
@@ -95,7 +97,7 @@ class DataSource:
     validation_fraction: float = 0.1
     """Share of the training rows that is held back where there is no validation split."""
     test_fraction: float = 0.0
-    """Share of the training rows that is held back for testing where there is no test split; 0 leaves it out."""
+    """Share of the training rows that is held back for testing if there is no test split; 0 makes no test split."""
     limit: int | None = None
     """At most this many rows of each split, picked at random by `seed`; for predicting, the first ones."""
     seed: int = 0
@@ -159,7 +161,8 @@ class DataSource:
         return found
 
     def _splits_in(self, files: list[Path]) -> list[str]:
-        """The splits by which one JSON object holds its rows: {"train": [...], "test": [...]}."""
+        """The names of the splits, if a file is one JSON object that holds the rows by split: {"train": [...], "test":
+        [...]}."""
         named = (self.train_split, self.validation_split, self.test_split, "train", *VALIDATION_NAMES, "test")
         for file in files:
             whole = _object_in(file)
@@ -187,7 +190,7 @@ class DataSource:
                 return saved if isinstance(saved, DatasetDict) else DatasetDict({self.train_split: saved})
             cache = None if folder is None else _cache_for([file for file in folder.rglob("*") if file.is_file()])
             found = datasets.load_dataset(path, self.name, revision=self.revision, cache_dir=cache)
-        # OSError covers a dataset that is not there and a Hub that is out of reach.
+        # OSError: the dataset does not exist, or the Hub cannot be reached.
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             said = " ".join(str(error).split())[:300]
             raise DataError(
@@ -199,7 +202,8 @@ class DataSource:
         return found
 
     def _in_units(self, count: int) -> str:
-        """What to know of a text of which one row was made: which other `text_unit` would make several."""
+        """A hint for an error, if a text file gave a single row: it names another `text_unit` that would give
+        several."""
         if count > 1 or not self._is_local_file() or self.text_unit == "line":
             return ""
         files = _existing_files(self.path)
@@ -228,7 +232,7 @@ class DataSource:
             train, test = _hold_back(train, self.test_fraction, self.seed, where)
             made["test"] = f"test_fraction={self.test_fraction}"
         if validation is None:
-            # The fraction is of all training rows, so of what is left now it is more.
+            # The fraction counts all training rows. It is a larger share of the rows that the test split has left.
             share = self.validation_fraction / (1 - (self.test_fraction if test_name is None else 0))
             train, validation = _hold_back(train, share, self.seed, where)
             made["validation"] = f"validation_fraction={self.validation_fraction}"
@@ -242,8 +246,8 @@ class DataSource:
 
 
 def require_columns(rows: Dataset, columns: Iterable[str], split: str, setting: str | None = None) -> None:
-    """Raise DataError, with the columns that there are and the `setting` that names one, unless `rows` has all of
-    `columns`."""
+    """Raise DataError unless `rows` has all of `columns`. The error lists the columns that there are, and the `setting`
+    that names one."""
     for column in columns:
         if column not in rows.column_names:
             meant = closest(column, rows.column_names, count=1)
@@ -279,13 +283,14 @@ def _existing_files(path: str) -> list[Path]:
 
 
 def _suffix(file: Path) -> str:
-    """What a file is, whether compressed or not: ".jsonl" of "a.jsonl.gz"."""
+    """The suffix of the file's format, without that of a compression: ".jsonl" of "a.jsonl.gz"."""
     name = file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
     return name.suffix.lower()
 
 
 def _cache_for(files: list[Path]) -> str:
-    """The folder where `datasets` keeps what it read of `files`: by what is in them, since it goes by their times."""
+    """The cache folder of `datasets` for `files`, named by a hash of their content: `datasets` looks only at their
+    times."""
     seen = hashlib.sha256()
     for file in sorted(files):
         seen.update(f"{file.absolute()} {file.stat().st_size}\n".encode())
@@ -297,10 +302,10 @@ def _cache_for(files: list[Path]) -> str:
 
 
 def _object_in(file: Path) -> dict[str, Any]:
-    """The one JSON object that `file` is; an empty one where it is something else."""
+    """The content of `file` if it is one JSON object, else an empty dict."""
     if file.suffix.lower() == ".json":
         with contextlib.suppress(ValueError), file.open(encoding="utf-8-sig") as opened:
-            # One object a line, or a fault, is found where it is read.
+            # Files with one object per line, or with a fault, are handled where they are read.
             return json.load(opened) if opened.read(1) == "{" and not opened.seek(0) else {}
     return {}
 
@@ -310,7 +315,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def _field_of(files: list[Path]) -> str | None:
-    """The key of the rows where each file is one JSON object that holds them: {"data": [...]}; None where none is."""
+    """The key that holds the rows, if each file is one JSON object ({"data": [...]}); None if no file is."""
     found = set()
     for file in files:
         whole = _object_in(file)
@@ -333,7 +338,8 @@ def _format_of(files: list[Path]) -> str:
 
 
 def _what_is_wrong(files: list[Path], kind: str, error: BaseException) -> str:
-    """`datasets` reports bad JSON as 'an error occurred': find the file and the line."""
+    """The message for files that cannot be read. For bad JSON, `datasets` says only 'an error occurred': find the file
+    and line."""
     if kind == "json":
         for file in (file for file in files if file.suffix.lower() not in COMPRESSED):
             fault = _json_fault(file)

@@ -20,12 +20,12 @@ from lightning_lora.recipes.models import ModelSource
 
 
 class TextData(SourceData):
-    """Blocks of `block_size` tokens cut from all texts in a row, an end-of-text token after each text.
+    """All texts joined, with an end-of-text token after each, and cut into blocks of `block_size` tokens.
 
-    Each text is what `tokenizer(text)` gives, such as with a beginning-of-text token; empty ones are left out, and
-    counted in a warning. Nothing is padded but the last block of a split, and no token is left out. A block may hold
-    the end of one text and the start of another, and attends across. Batches have `input_ids`, `labels` and
-    `attention_mask` (batch_size, block_size).
+    Each text is encoded by `tokenizer(text)`, for example with a beginning-of-text token. Empty texts are left out and
+    counted in a warning. Only the last block of a split is padded. No token is left out, except when one token alone
+    would make the last block. A block may hold the end of one text and the start of another, and attention crosses that
+    border. Batches have `input_ids`, `labels` and `attention_mask` (batch_size, block_size).
 
     For predicting, each text is a prompt (its first `prompt_length` tokens), padded on the left.
     """
@@ -68,7 +68,7 @@ class TextData(SourceData):
                 "column": self.text_column,
                 "ends": split != "predict",
             },
-            # Said, since it cannot be inferred from a first batch of empty texts.
+            # Given here, since it cannot be inferred from a first batch of empty texts.
             features=Features({"input_ids": Sequence(Value("int32"))}),
             desc=f"Tokenising {split}",
         )
@@ -94,7 +94,7 @@ class Blocks(Dataset):
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.tokens), self.block_size)
-        # A single token has nothing to be predicted from.
+        # In a block of a single token there is nothing to predict.
         return whole + (rest > 1)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -122,14 +122,15 @@ class Prompts(Dataset):
 def tokenise_texts(
     batch: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase, column: str, ends: bool
 ) -> dict[str, list[list[int]]]:
-    """Token ids of each text that is not empty, as the tokenizer gives them; the end-of-text token last, or not."""
+    """Token ids of each text that is not empty. With `ends`, the end-of-text token comes last; otherwise it is left
+    out."""
     texts = [text for text in batch[column] if text]
     if not texts:
         return {"input_ids": []}
     for text in texts:
         if not isinstance(text, str):
             raise DataError(f"Column {column!r} must hold text, but there is {type(text).__name__}: {text!r:.80}")
-    # verbose=False: texts longer than the model's context are meant to be, they are cut into blocks.
+    # verbose=False: no warning about texts longer than the model's context, since they are cut into blocks.
     encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
     if end is not None:  # some tokenizers write it themselves

@@ -1,4 +1,4 @@
-"""What is learned: LightningModules around transformers' models, one file per kind of task."""
+"""Tasks: LightningModules around transformers' models, one file per kind of task."""
 
 from __future__ import annotations
 

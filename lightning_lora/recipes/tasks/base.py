@@ -1,4 +1,5 @@
-"""What all tasks share: a model that is built in `configure_model`, an optimizer, a schedule, metrics by stage.
+"""The base class of all tasks: it builds the model in `configure_model`, and has an optimizer, a schedule, and metrics
+by stage.
 
 The model is built late so that Lightning's contexts (dtype, device, sharding) are in force, and so that `LoRACallback`
 adapts it right afterwards.
@@ -24,15 +25,15 @@ from lightning_lora.recipes.tasks.window import WeighedWindow
 
 DEFAULT_LEARNING_RATE = 2e-4
 IGNORED = -100
-"""The label of a token or row that is read but not predicted, as torch's cross_entropy has it."""
+"""The label of a token or row that is read but not predicted; it is the one that torch's cross_entropy ignores."""
 
 OptimizerFactory = Callable[..., optim.Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
 
 
 class Mean(MeanMetric):
-    """A weighted mean that is kept in float32 where a Trainer's precision (bf16-true) turns all else into 16 bits: from
-    256 on, bfloat16 does not count single ones."""
+    """A weighted mean that stays in float32 even if a Trainer's precision (bf16-true) casts everything else to 16 bits:
+    from 256 on, adding 1 does not change a bfloat16 number."""
 
     def __init__(self) -> None:
         before = torch.get_default_dtype()
@@ -51,18 +52,18 @@ class Mean(MeanMetric):
 class Task(WeighedWindow, ABC):
     """One kind of training on a transformers model.
 
-    `optimizer` takes the trainable parameters; None is AdamW. `learning_rate` is the optimizer's `lr`: given here it
-    wins over the one in `optimizer`, and Lightning's learning-rate finder sets it. `scheduler` takes the optimizer
-    and is stepped after every optimizer step; an argument of it that is named `num_training_steps` (transformers'
-    schedules have one) and was not given is filled in from the trainer. A ReduceLROnPlateau is stepped after every
-    validation, by `val_loss`.
+    `optimizer` takes the trainable parameters; None is AdamW. `learning_rate` is the optimizer's `lr`: a value given
+    here overrides the one in `optimizer`, and Lightning's learning-rate finder sets it. `scheduler` takes the optimizer
+    and is stepped after every optimizer step. If it has an argument `num_training_steps` (as transformers' schedules
+    do) that was not given, it is filled in from the trainer. A ReduceLROnPlateau is stepped after every validation, by
+    `val_loss`.
 
-    An optimizer step is the mean over all tokens (or rows) of its micro-batches, in all processes: accumulation, DDP
-    and one large batch agree. A task of one's own gets that by returning `self.weighed(loss, count)` from
-    training_step, where `loss` is the mean over `count` of them; else every micro-batch counts the same, however much
-    is in it.
+    The gradient of an optimizer step is the mean over all tokens (or rows) of its micro-batches, in all processes:
+    accumulation, DDP and one large batch agree. A task of your own gets this if training_step returns
+    `self.weighed(loss, count)`, where `loss` is the mean over `count` tokens or rows. Otherwise every micro-batch
+    counts the same, whatever its size.
 
-    A checkpoint does not hold these arguments: `load_from_checkpoint(path, model=ModelSource(...))`.
+    A checkpoint does not hold these arguments. Give them again: `load_from_checkpoint(path, model=ModelSource(...))`.
     """
 
     task_type: ClassVar[str | None] = None
@@ -97,7 +98,7 @@ class Task(WeighedWindow, ABC):
 
     @property
     def head_modules(self) -> list[str]:
-        """Modules that are new, so that they must be trained in full: for LoRAConfig's `modules_to_save`."""
+        """New modules with random weights, which must be trained whole: for LoRAConfig's `modules_to_save`."""
         return []
 
     def configure_model(self) -> None:
@@ -113,7 +114,7 @@ class Task(WeighedWindow, ABC):
         self.model = model.train()
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over what is trainable now, with the schedule where there is one."""
+        """The optimizer over the parameters that are trainable now, with the schedule if there is one."""
         rate: dict[str, Any] = {} if self.learning_rate is None else {"lr": self.learning_rate}
         optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad], **rate)
         if self._scheduler is None:
@@ -145,10 +146,11 @@ class Task(WeighedWindow, ABC):
 
 
 def lengths_for_flash(position_ids: Tensor) -> dict[str, Any]:
-    """What flash attention is told of rows that hold several examples each, which start where `position_ids` are 0.
+    """Arguments of flash attention for rows that hold several examples each; an example starts where `position_ids` is
+    0.
 
-    Without it transformers tells flash attention the borders in a batch of one row alone; in a larger one every example
-    of a row sees those before it. Other kinds of attention do not read it.
+    Without them, transformers gives flash attention the borders only for a batch of one row; in a larger batch, every
+    example of a row sees those before it. Other kinds of attention do not read them.
     """
     (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
     both = {"cu_seq_lens": starts, "max_length": int(longest)}

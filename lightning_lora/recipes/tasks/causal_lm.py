@@ -1,4 +1,4 @@
-"""Causal language modelling: each token predicted from those before it."""
+"""Causal language modelling: each token is predicted from those before it."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class CausalLM(Task):
     """Train a causal language model; `predict` continues prompts.
 
     Batches are dicts of `input_ids`, `labels` (the same ids, -100 where nothing is to be predicted; the model shifts
-    them) and maybe `attention_mask` or `position_ids`, all (rows, tokens). Where the positions start again within a
-    row, it holds several examples: a model that mixes them is refused (see `check_apart`).
+    them) and maybe `attention_mask` or `position_ids`, all (rows, tokens). A row whose positions start again holds
+    several examples; a model that mixes them raises ConfigError (see `check_apart`).
 
-    Logs train_loss, val_loss and val_perplexity (test_...), every token counting the same over the whole epoch; so does
-    it within an optimizer step, over all its micro-batches and processes.
+    Logs train_loss, val_loss and val_perplexity (test_...). In them, every token of an epoch counts the same. In an
+    optimizer step, every token of all its micro-batches and processes counts the same.
 
     `predict_step` gives one dict per row: `prompt` and `text`, its continuation of at most `max_new_tokens`;
     `temperature` 0 takes the likeliest token each time.
@@ -68,7 +68,7 @@ class CausalLM(Task):
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self._apart = False
-        """Whether the model was seen to keep packed examples apart."""
+        """True once `check_apart` found that the model keeps packed examples apart."""
 
     def build_model(self) -> PreTrainedModel:
         self.eval_metrics = nn.ModuleDict(
@@ -92,12 +92,12 @@ class CausalLM(Task):
         if not self._apart and is_packed(batch):
             check_apart(self.model, batch)
             self._apart = True
-        # With a cache, transformers would not look at position_ids for where one packed example ends.
+        # With a cache, transformers would not read from position_ids where one packed example ends.
         return self.model(**batch, use_cache=False)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         tokens, output = predicted_tokens(batch), self(batch)
-        # The mean over no tokens is NaN. All processes need a backward, so it is a zero with the model behind it.
+        # The mean over no tokens is NaN. All processes need a backward, so the loss is a zero computed from the logits.
         loss = output.loss if tokens else output.logits.sum() * 0.0
         self.log_training(loss, weight=tokens)
         return self.weighed(loss, tokens)
@@ -124,7 +124,7 @@ class CausalLM(Task):
             **prompts, max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
         )
         texts = self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        # Decoded, special tokens of a chat template would be lost: only the padding is left out.
+        # Decoding with skip_special_tokens would lose those of a chat template: leave out only the padding.
         rows = [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
         return [
             {"prompt": str(self.tokenizer.decode(row)), "text": text} for row, text in zip(rows, texts, strict=True)
@@ -132,28 +132,30 @@ class CausalLM(Task):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         tokens = predicted_tokens(batch)
-        # The mean over no tokens is NaN, and would stay so for the epoch.
+        # The mean over no tokens is NaN, and would make the mean of the epoch NaN.
         loss = self(batch).loss.float() if tokens else torch.zeros((), device=self.device)
         self.log_evaluation(stage, value=loss, weight=tokens)
 
 
 def predicted_tokens(batch: dict[str, Tensor]) -> int:
-    """How many tokens of `labels` (rows, tokens) are predicted: the first of a row has nothing before it."""
+    """The number of predicted tokens in `labels` (rows, tokens). The first of a row is not predicted: nothing is before
+    it."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
-    """Whether rows hold several examples: the positions start again within a row, and no mask says otherwise."""
+    """True if rows hold several examples: the positions start again within a row, and there is no attention mask."""
     positions = batch.get("position_ids")
     return positions is not None and batch.get("attention_mask") is None and bool((positions.diff() != 1).any())
 
 
 @torch.no_grad()
 def check_apart(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless `model` gives an example the same output behind another one in a row as alone.
+    """Raise ConfigError unless `model` gives an example the same output whether or not another one is before it in the
+    row.
 
-    Tried, with a few tokens of `batch`, since no attribute tells: many models of transformers take `position_ids` and
-    mix examples all the same. Dropout is off meanwhile.
+    This is tried with a few tokens of `batch`, since no attribute of the model says it: many models of transformers
+    take `position_ids` but mix examples nevertheless. Dropout is off for the trial.
     """
     if any(injection.config.alora_invocation_tokens for _, injection in injections(model)):
         raise ConfigError("An activated LoRA acts from one place of a row on: it goes with packing=false alone.")
@@ -166,14 +168,15 @@ def check_apart(model: nn.Module, batch: Mapping[str, Any]) -> None:
     training = {module: module.training for module in model.modules()}
     try:
         logits = model.eval()(**inputs, use_cache=False).logits.float()
-    except ValueError as error:  # layers of transformers that know that they would mix them
+    except ValueError as error:  # some layers refuse examples that they would mix
         raise ConfigError(f"{type(model).__name__} fails on packed examples (data.packing=true): {error}") from error
     finally:
         for module, mode in training.items():
             module.training = mode
     behind, alone = logits[0, 8:], logits[1, :8]
-    # By token, the two next to the border or most of all: 10 % and more in every model that mixed. Rounding to 16 bits
-    # makes some 1 %, and may send a single token to other experts.
+    # The change of each token's output. In every model that mixed examples, it was 10 % or more for both tokens next to
+    # the border, or for most tokens. Rounding to 16 bits changes about 1 %, and may send a single token to other
+    # experts.
     changes = (behind - alone).std(-1) / alone.std(-1)
     if not max(float(changes[:2].min()), float(changes.median())) <= 0.03:
         attention = attention_of(getattr(model, "config", None))

@@ -1,4 +1,4 @@
-"""What text and image classification share: a new head of as many outputs as the data has labels."""
+"""The base of text and image classification: a new head with one output for each label of the data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Classification(Task):
     """One label per row. The base of SequenceClassification and ImageClassification.
 
     Batches are dicts of the model's inputs and `labels` (rows,). Logs train_loss, val_loss, val_accuracy (share of
-    rows) and val_f1 (mean over labels), and test_... The names of the labels come from the data module
-    (`label_names`, there after its `setup`) or from `label_names` here; a checkpoint remembers them.
+    rows) and val_f1 (mean over labels), and test_... The names of the labels come from the data module (its
+    `label_names`, which exist after `setup`) or from `label_names` here; a checkpoint stores them.
 
     `predict_step` gives one dict per row: `label`, `probability`, and `probabilities` by label.
     """
@@ -70,7 +70,7 @@ class Classification(Task):
 
     @property
     def head_modules(self) -> list[str]:
-        """The modules beside the pretrained trunk that have parameters, such as ["classifier"] or ["score"]."""
+        """The modules outside of the pretrained trunk that have parameters, such as ["classifier"] or ["score"]."""
         model = self.model if self.model is not None else self.source.skeleton(self.auto_class)
         trunk = model.base_model_prefix
         return [
@@ -78,7 +78,7 @@ class Classification(Task):
         ]
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Logits (rows, labels) of a batch, whose `labels` are left out."""
+        """Logits (rows, labels) of a batch. The model does not get the batch's `labels`."""
         assert self.model is not None
         return self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
 

@@ -15,6 +15,6 @@ class SequenceClassification(Classification):
 
     def build_model(self) -> PreTrainedModel:
         model = super().build_model()
-        # Decoders classify by the last token that is not padding, so they must know what the data are padded with.
+        # Decoders classify by the last token that is not padding, so they must know the data's padding token.
         model.config.get_text_config().pad_token_id = self.source.tokenizer().pad_token_id or 0
         return model

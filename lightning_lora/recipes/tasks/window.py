@@ -1,9 +1,11 @@
-"""One optimizer step is the mean over all that its micro-batches hold, in every process: as if they were one batch.
+"""An optimizer step is the mean over all tokens (or rows) of its micro-batches, in all processes, as if they were one
+batch.
 
-Lightning adds up the gradients of micro-batches divided by their number, and DDP divides by the number of processes. Of
-losses that are means over tokens, that is a mean of means: a token of a short answer counts more than one of a long.
-Here each micro-batch's loss counts by its tokens (or rows) in the backward, and before the step the gradients are
-divided by those of the window.
+Lightning divides the gradients of micro-batches by their number and adds them up, and DDP divides by the number of
+processes. If each loss is a mean over tokens, the result is a mean of means: a token of a short answer counts more than
+one of a long answer. Here the loss of each micro-batch is multiplied by its number of tokens (or rows) before the
+backward, and the gradients are divided by the number of the whole window before the step. A window is the micro-batches
+of one step.
 """
 
 from __future__ import annotations
@@ -22,25 +24,27 @@ _KEY = "window_weight"
 
 
 class WeighedWindow(pl.LightningModule):
-    """A LightningModule whose training_step returns `self.weighed(loss, count)`: `loss` is a mean over `count` things.
+    """A LightningModule whose training_step returns `self.weighed(loss, count)`; `loss` is a mean over `count` tokens
+    or rows.
 
-    With one micro-batch in one process nothing changes. It holds for automatic optimization, for windows that an
-    epoch's end cuts short, and for each process's own count. Callbacks find the gradients as the optimizer does, from
-    `on_before_optimizer_step` on.
+    With one micro-batch in one process nothing changes. It works with automatic optimization, with windows that the end
+    of an epoch cuts short, and with processes whose counts differ. From `on_before_optimizer_step` on, callbacks see
+    the gradients that the optimizer uses.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._weight: int | None = None
-        """Of the micro-batch between its training_step and its backward."""
+        """Count of the micro-batch whose training_step has run and whose backward has not."""
         self._window: int | None = None
-        """Of the micro-batches whose gradients are there and not divided yet, in this process."""
+        """Count of the micro-batches whose gradients are there and not divided yet, in this process."""
         self._before: int | None = None
-        """Of those before the running micro-batch, from whose start a run resumed in its middle goes on."""
+        """`_window` before the running micro-batch: a run that is resumed in the middle of it starts it again."""
         self._resumed: int | None = None
 
     def weighed(self, loss: Tensor, count: int) -> Tensor:
-        """`loss`, the mean over `count` tokens or rows of this micro-batch, which count alike within the step."""
+        """Returns `loss`, the mean over `count` tokens or rows of this micro-batch. Within the step, each of them
+        counts the same."""
         self._weight, self._before = count, self._window
         return loss
 
@@ -60,7 +64,7 @@ class WeighedWindow(pl.LightningModule):
             self._divide()
 
     def _divide(self) -> None:
-        """Make the sum of gradients that Lightning and DDP have divided already the mean over the window."""
+        """Turn the gradients, which Lightning and DDP have divided already, into the mean over the window."""
         if self._window is None:
             return
         own = torch.tensor(self._window, device=self.device)
@@ -74,7 +78,7 @@ class WeighedWindow(pl.LightningModule):
                 p.grad.mul_(factor)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self._divide()  # where the last training_step returned None, and so had no backward
+        self._divide()  # does nothing unless the last training_step returned None, so that no backward ran
 
     def on_before_zero_grad(self, optimizer: Any) -> None:
         self._window = None
