@@ -71,7 +71,7 @@ def save_adapter(
 
     The names in it are relative to the base inside `model` (see `adapter_root`), so PEFT loads it onto that base. Where
     the model is sharded (fully_shard), its tensors are put together here: every process must call this, and the first
-    one writes. A folder that is there is replaced as a whole, or, where it holds other files too, file by file.
+    one writes. An existing folder is replaced as a whole, or, where it holds other files too, file by file.
 
     Args:
         model: What `inject` was called on, or what holds it.
@@ -79,7 +79,8 @@ def save_adapter(
         base_model: The base's id on the Hub; by default the one that a transformers model was loaded from. A local path
             is never written.
         revision: The commit of the base on the Hub.
-        task_type: PEFT's; by default that of a transformers model, and none where PEFT could not call it then.
+        task_type: PEFT's name of the task; by default that of a transformers model, and none where PEFT could not call
+            the model with it.
         metadata: Further entries for the header of the tensors.
 
     Returns:
@@ -87,7 +88,7 @@ def save_adapter(
 
     Raises:
         AdapterStateError: `inject` was not called on `model` or inside it.
-        ConfigError: An argument cannot be.
+        ConfigError: An argument is invalid.
         CheckpointError: The folder cannot be written; what was there before is then still there.
     """
     return save_tensors(
@@ -106,9 +107,9 @@ def save_tensors(
     task_type: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """`save_adapter`, of `tensors` in place of the live ones: an `adapter_state_dict` of `model`. `known_base` is what
-    `describe_base(model, root)` said, where the weights of the base need not be read again. With both, and tensors that
-    are whole, the first process may call this alone."""
+    """`save_adapter` with `tensors`, an `adapter_state_dict` of `model`, in place of the live tensors. `known_base` is
+    an earlier result of `describe_base(model, root)`: with it, the weights of the base are not read again. With both,
+    and tensors that are whole, the first process may call this alone."""
     folder = local_path(folder)
     owner_name, injection = only_injection(model)
     owner = submodule(model, owner_name)
@@ -186,22 +187,21 @@ def load_adapter(
 ) -> InjectionReport:
     """Adapt `model` as the adapter in a folder says and load its tensors, whether this package or PEFT wrote it.
 
-    A folder that exists is that folder. Anything else that looks like "user/name" is pulled from the Hub, at
-    `revision`; further arguments are those of `pull_adapter`, whose errors are raised too. `subfolder`, among them, is
-    where in either the adapter lies.
+    If `adapter` is an existing folder, that folder is loaded. Anything else that looks like "user/name" is pulled from
+    the Hub, at `revision`; further arguments are those of `pull_adapter`, whose errors are raised too. One of them,
+    `subfolder`, is the place of the adapter in the folder or the repository.
 
     `model` is the base itself or what holds it, such as a LightningModule. Fields of the config that are not known
-    here, and are not empty, are passed over where `ignore_fields` names them.
+    here, and are not empty, are ignored where `ignore_fields` names them.
 
     PEFT also writes the embedding and the head of the base (its save_embedding_layers) where the vocabulary was resized
-    or they are adapted. They are compared with the model's; with `load_embedding_layers` they are loaded into it, stay
-    frozen, are saved with the adapter, and `remove` puts back the model's own.
+    or they are adapted. They are compared with the model's. With `load_embedding_layers` they are loaded into it, stay
+    frozen and are saved with the adapter, and `remove` puts back the model's own.
 
-    Strict: raises AdapterFormatError for a
-    folder of another layout, a config with a field that cannot be honoured, and every tensor that is missing,
-    unexpected, of another shape or not finite; BaseMismatchError where the adapter was trained on other base weights
-    (`check_base=False` loads it all the same); AdapterStateError where `model` has adapters already. `model` is then as
-    it was.
+    Loading is strict. Raises AdapterFormatError for a folder of another layout, a config with a field that cannot be
+    honoured, and every tensor that is missing, unexpected, of another shape or not finite; BaseMismatchError where the
+    adapter was trained on other base weights (`check_base=False` loads it all the same); AdapterStateError where
+    `model` has adapters already. `model` is then as it was.
     """
     check_none_of_ours(model, Tree.of(model))
     from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
@@ -236,7 +236,7 @@ def load_adapter(
 
 @functools.cache
 def _version() -> str:
-    """That of this package, which is looked up among the files of what is installed."""
+    """The version of this package. It is cached, because it is looked up among the installed files."""
     return version("lightning-lora")
 
 
@@ -250,8 +250,8 @@ def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, 
 
 
 def only_injection(model: nn.Module) -> tuple[str, Injection]:
-    """The name of the one module that `inject` was called on, and its record; raises AdapterStateError where there is
-    not one, or where its layers are not as they were adapted."""
+    """The name of the one module that `inject` was called on, and its record. Raises AdapterStateError where there is
+    none or more than one, or where its layers are not as they were adapted."""
     tree = Tree.of(model)
     check_some_of_ours(model, tree)
     check_as_injected(model, tree)
@@ -287,7 +287,7 @@ def _entries(root: nn.Module, config: LoRAConfig, saved: list[str]) -> list[str]
 
 
 def _is_transposed(adapted: Mapping[str, nn.Module]) -> bool:
-    """Whether all adapted linear layers are transformers' Conv1D: PEFT warns unless fan_in_fan_out says so."""
+    """True if all adapted linear layers are transformers' Conv1D: PEFT warns unless fan_in_fan_out says so."""
     conv1d = register_conv1d()
     linear = [m for m in adapted.values() if isinstance(m, LinearLoRA)]
     return conv1d is not None and bool(linear) and all(isinstance(m, conv1d) for m in linear)
@@ -314,8 +314,8 @@ def _task_type(root: nn.Module, given: str | None, saved: list[str]) -> str | No
 
 
 def _task_of(root: nn.Module) -> str | None:
-    """That under which PEFT calls the model as it wants to be called: with a task type it is given input_ids, whatever
-    its main input is."""
+    """The task type with which PEFT calls the model correctly. None where the main input is not input_ids: with a task
+    type, PEFT passes input_ids whatever the main input is."""
     if getattr(root, "main_input_name", "input_ids") != "input_ids":  # Whisper's input_features, for one
         return None
     is_pair = getattr(getattr(root, "config", None), "is_encoder_decoder", False)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Part:
-    """Which keys of a file are one layer's."""
+    """The keys of a file that belong to one layer."""
 
     A: str
     B: str
@@ -51,8 +51,8 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Whole:
-    """A linear layer that was trained whole, such as a head: W' x + b' = W x + b + (W' - W) x + (b' - b) is an update
-    of the rank that W can have."""
+    """A linear layer that was trained whole, such as a head. W' x + b' = W x + b + (W' - W) x + (b' - b), so it is an
+    update of rank min(in, out)."""
 
     layer: nn.Linear
     weight: str
@@ -68,7 +68,7 @@ class _Whole:
 
 
 class BankSettings(TypedDict, total=False):
-    """The arguments of AdapterBank that functions which make one pass on to it."""
+    """Arguments that a function which makes an AdapterBank passes on to it."""
 
     max_rank: int
     target_modules: str | list[str]
@@ -81,14 +81,14 @@ class BankSettings(TypedDict, total=False):
 class AdapterBank(Bank):
     """Hundreds of adapters on one base that runs: `with bank.use("legal"): model(...)`, or row by row.
 
-    Row by row, each layer's first dimension is that of the rows; `use` and `rows_inside` take another layout where you
-    say so, and refuse it by the layer's name where nobody does.
+    Row by row, the first dimension of each layer's input is the rows. `use` and `rows_inside` accept another layout
+    where you declare it; where nobody does, an error names the layer.
 
     The model's targeted layers are swapped in place; `close` swaps them back. An adapter takes a row of one slab of
     memory, so adding and using one costs the same however many there are. `capacity` of them have a slot beside the
-    model; up to `host_capacity` others wait in the processor's memory (no limit by default), and what goes beyond that
-    in files in the folder `disk`, the longest unused first. They come back when they are used, or before, by
-    `prefetch`. What the slots take is `plan`, whose text says it; it is checked against what is free.
+    model. Up to `host_capacity` others wait in the processor's memory (no limit by default), and further ones in files
+    in the folder `disk`, those unused for longest first. They come back when they are used, or earlier, by `prefetch`.
+    `plan` says how much memory the slots take; it is checked against what is free.
     """
 
     def _store(self, disk: str | os.PathLike[str] | Store | None) -> Store | None:
@@ -113,7 +113,7 @@ class AdapterBank(Bank):
         ignore_fields: Collection[str] = (),
         **settings: Unpack[BankSettings],
     ) -> AdapterBank:
-        """A bank with room for what these adapters adapt, at their largest rank, and with all of them in it.
+        """A bank with all these adapters in it, for all layers that they adapt and their largest rank.
 
         `folders` are adapter folders by name, or one folder that holds them, each under its own name. `settings` are
         those of AdapterBank. Raises as AdapterBank and `add` do; `model` is then as it was.
@@ -146,12 +146,12 @@ class AdapterBank(Bank):
         """Add an adapter: a folder in PEFT's format, "user/name" on the Hub (at `revision`; further arguments are those
         of `pull_adapter`), a state dict of PEFT's keys or of `adapter_state_dict` (with its `config`), or a model that
         has adapters, such as one that was just trained. Fields of a folder's config that are not known here, and are
-        not empty, are passed over where `ignore_fields` names them.
+        not empty, are ignored where `ignore_fields` names them.
 
-        A linear head that was trained whole is an update of the rank that its weight can have, and is served where the
-        bank has that layer as a target and that rank.
+        A linear head that was trained whole is an update of rank min(in, out). It is served where the bank has that
+        layer as a target and room for that rank.
 
-        With `replace` it takes the place of one of the same name; batches that run with that one end as they began.
+        With `replace` it replaces an adapter of the same name; batches that run with the old one end as they began.
         Raises AdapterFormatError for what does not fit the model or the bank, BaseMismatchError where it was trained on
         another base (unless `check_base=False`), BankError where there is no room or the name is taken, and the errors
         of `pull_adapter`. The bank is then as it was.
@@ -202,7 +202,7 @@ class AdapterBank(Bank):
         return _read(plan, parts, tensors)
 
     def _as_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict of the engine's names under PEFT's, relative to the root."""
+        """A state dict with the engine's names, renamed to PEFT's, which are relative to the root."""
         prefix, root = adapter_root(self.model)
         embeddings = {name for name, module in Tree.of(root).modules if isinstance(module, nn.Embedding)}
         renamed = {}
@@ -238,7 +238,7 @@ class AdapterBank(Bank):
         return factors
 
     def _parts(self, config: LoRAConfig, header: Header, where: str) -> tuple[Fit, dict[str, _Part | _Whole]]:
-        """How the file lies on the model, and which keys are which layer's. Files of one kind are matched once."""
+        """How the file fits the model, and the keys of each layer. Files of the same kind are matched once."""
         key = _kind(config, header)
         found = self._fits.get(key)
         if found is None:
@@ -295,8 +295,8 @@ def _by_module(
     what: str,
     refused: Iterable[str] = (),
 ) -> dict[str, dict[str, str]]:
-    """Module of `root` -> what an adapter has of it by its own name -> its key. Raises AdapterFormatError for what a
-    bank has no place for."""
+    """Module of `root` -> name of a part of its adapter ("lora_A") -> its key. Raises AdapterFormatError for parts that
+    a bank has no place for."""
     modules: dict[str, dict[str, str]] = {}
     for name, key in keys.items():
         module, _, last = name.rpartition(".")
@@ -324,7 +324,7 @@ def _is_head(layer: nn.Module) -> bool:
 
 
 def _less(trained: Tensor, base: Tensor) -> Tensor:
-    """trained - base, in no less than float32."""
+    """trained - base, in float32 at least."""
     dtype = torch.promote_types(torch.promote_types(trained.dtype, base.dtype), torch.float32)
     return trained.detach().to(base.device, dtype) - base.detach().to(dtype)
 
@@ -347,8 +347,8 @@ def _named_folders(folders: Mapping[str, str | os.PathLike[str]] | str | os.Path
 def _adapted(
     model: nn.Module, named: Mapping[str, Path], ignore_fields: Collection[str], max_rank: int | None
 ) -> tuple[list[str], int]:
-    """Which modules of `model` the adapters in these folders adapt, and their largest rank. A head that was trained
-    whole counts with its own, unless that is larger than `max_rank` or, where it is None, than is usual."""
+    """The modules of `model` that the adapters in these folders adapt, and their largest rank. A head trained whole
+    counts with its own rank; one larger than `max_rank`, or than usual where that is None, is refused."""
     names = {id(module): name for name, module in Tree.of(model).modules}
     plans: dict[Any, Fit] = {}
     rank = 1
@@ -381,7 +381,7 @@ def _check_acts_everywhere(config: LoRAConfig, where: str) -> None:
 
 
 def _kind(config: LoRAConfig, header: Header) -> Any:
-    """What decides how a file lies on a model."""
+    """A key: files with the same one fit a model in the same way."""
     return repr(config), tuple(header.shapes.items()), header.note.get("module")
 
 
@@ -396,5 +396,5 @@ def _fitting(model: nn.Module, config: LoRAConfig, header: Header, where: str) -
 def _read(plan: Fit, parts: Mapping[str, _Part | _Whole], tensors: Any) -> dict[str, LayerFactors]:
     """The factors out of an open file, or a state dict."""
     if plan.base or any(len(keys) > 1 for keys in plan.sources.values()):
-        plan.read(tensors)  # raises where what is in it twice, or in the model as well, is not the same
+        plan.read(tensors)  # raises where two copies of a tensor, in it or in the model, differ
     return {name: part.factors(tensors) for name, part in parts.items()}

@@ -24,7 +24,7 @@ Base = nn.Module | str | os.PathLike[str]
 """A module, a safetensors file, a folder with some (as transformers saves a model), or a model's id on the Hub."""
 
 WeightOf = Callable[[str], Tensor]
-"""The tensor called so in the base (`model.layers.0.mlp.up_proj.weight`); raises AdapterFormatError where none is."""
+"""Name in the base (`model.layers.0.mlp.up_proj.weight`) -> tensor; raises AdapterFormatError where there is none."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _INDEX = ".index.json"
@@ -32,18 +32,19 @@ _INDEX = ".index.json"
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What transformers' config of a base says; None and "" where it is not at hand."""
+    """Facts from transformers' config of a base; None and "" where there is no such config."""
 
     architecture: str = ""
-    """Its class."""
+    """The class of the base."""
     is_tied: bool | None = None
-    """Whether output head and embedding share one weight."""
+    """True if output head and embedding share one weight."""
     is_latent: bool = False
-    """Whether its keys and values come from a latent vector (DeepSeek-V2, arXiv:2405.04434)."""
+    """True if its keys and values come from a latent vector (DeepSeek-V2, arXiv:2405.04434)."""
 
 
 def facts_of(base: Base | None, named: str | None, revision: str | None) -> BaseFacts:
-    """Of `base`, or else of the base that an adapter names where it lies in a folder here or in the Hub's cache."""
+    """The facts of `base`. Without one, those of the base that an adapter names, if it lies in a folder here or in the
+    Hub's cache."""
     config: Any
     if isinstance(base, nn.Module):
         root = adapter_root(base)[1]
@@ -67,7 +68,7 @@ def facts_of(base: Base | None, named: str | None, revision: str | None) -> Base
 
 
 def size_of(base: Base | None) -> int | None:
-    """The bytes of the weights of `base`, as they lie in memory or in its files; None where they are not here."""
+    """The number of bytes of the weights of `base`, in memory or in its files; None where they are not here."""
     if base is None:
         return None
     if isinstance(base, nn.Module):
@@ -77,9 +78,10 @@ def size_of(base: Base | None) -> int | None:
 
 
 def weights_of(base: Base, revision: str | None = None) -> WeightOf:
-    """Reads weights of `base`; `revision` is that of a model on the Hub, of which only safetensors are fetched.
+    """A function that reads weights of `base`. `revision` is that of a model on the Hub, of which only safetensors are
+    fetched.
 
-    Raises ConfigError for what is no base, CheckpointError for files that cannot be read, and HubError and its
+    Raises ConfigError for a `base` that is none, CheckpointError for files that cannot be read, and HubError and its
     children for a model that cannot be fetched.
     """
     if isinstance(base, nn.Module):
@@ -92,7 +94,7 @@ def weights_of(base: Base, revision: str | None = None) -> WeightOf:
 
 def _of_module(model: nn.Module) -> WeightOf:
     root = adapter_root(model)[1]
-    # Names in an adapter are relative to the base inside a LightningModule; the whole's own names also count.
+    # Names in an adapter are relative to the base inside a LightningModule; full names in the module also count.
     tensors = dict(Tree.of(model).parameters) | dict(Tree.of(root).parameters)
 
     def weight(name: str) -> Tensor:
@@ -130,7 +132,7 @@ def _of_files(path: Path) -> WeightOf:
 
 
 def _key(name: str, keys: dict[str, Path]) -> str | None:
-    """The key for `name`: files of a bare model lack the prefix that a head puts before its names, or have it more."""
+    """The key for `name`: a file may lack the prefix that a model with a head puts before names, or have one more."""
     if name in keys:
         return name
     near = [key for key in keys if key.endswith(f".{name}") or name.endswith(f".{key}")]

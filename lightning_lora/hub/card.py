@@ -1,7 +1,7 @@
 """The README.md of an adapter: what it is, how it was trained, and how to load it.
 
-What this package writes stands between two marks. Text around them is the user's, and so are the entries of the front
-matter that we do not set: `merge_cards` keeps both.
+This package writes between two marks. The text around them is the user's, and so are the entries of the front matter
+that we do not set: `merge_cards` keeps both.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What the card of an adapter says beside what its files say. All of it is optional."""
+    """Facts for the card of an adapter that its files do not hold. All of them are optional."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Final values, by name: {"val_loss": 0.3}."""
     step: int | None = None
-    """The optimizer steps that were trained."""
+    """The number of optimizer steps that were trained."""
     data: str | None = None
-    """What it was trained on, in your words; never a local path."""
+    """The training data, in your words; never a local path."""
     datasets: Sequence[str] = ()
-    """Their ids on the Hub."""
+    """The ids of the data sets on the Hub."""
     picture: str | os.PathLike[str] | None = None
     """A PNG of the training curve."""
     front_matter: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Card:
 
     @staticmethod
     def of(given: Card | Mapping[str, Any] | None) -> Card:
-        """`given`, which may be a mapping of the fields, as a settings file has it. Raises ConfigError for another."""
+        """A Card from `given`, which is one, or a mapping of its fields, or None. Raises ConfigError for others."""
         if isinstance(given, Card):
             return given
         if given is not None and not isinstance(given, Mapping):
@@ -78,13 +78,13 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts(Card):
-    """A card's facts together with those that are known where it is written."""
+    """The facts of a Card, and those that are known where the card is written."""
 
     repo_id: str | None = None
     curve: str | None = None
     """The file name of the picture beside the card."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Further rows of the table."""
+    """Further rows of the card's table: name -> text."""
 
 
 def model_card(
@@ -112,8 +112,8 @@ def base_id(name: Any) -> str | None:
 
 
 def merge_cards(ours: str, *others: str | None, explicit: Collection[str] = ()) -> str:
-    """`ours`, with the text and the front matter that users wrote into `others`, of which the first come first. Of the
-    keys in `explicit`, which a user has just given a value, that of `ours` holds."""
+    """`ours`, with the text and the front matter that users wrote into `others`; earlier ones win over later ones. For
+    the keys in `explicit`, which a user has just set, the value in `ours` wins."""
     card = _split(ours)
     front, before, after = dict(card.front), card.before, card.after
     for other in reversed([_split(text) for text in others if text]):
@@ -148,7 +148,7 @@ def _split(text: str) -> _Card:
 
 
 class _FrontMatter(yaml.SafeLoader):
-    """As the Hub reads it: `language: no` is Norwegian, and not false as in older YAML."""
+    """Reads front matter as the Hub does: `language: no` is Norwegian, and not false as in older YAML."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
@@ -166,7 +166,7 @@ def _joined(front: Mapping[str, Any], before: str, section: str, after: str) -> 
 
 
 def _with(theirs: str, ours: str, known: str) -> str:
-    """Both texts; `ours` once, where `known` has it already."""
+    """Both texts; `ours` is left out where `known` has it already."""
     if not ours or ours in known:
         return theirs
     return f"{theirs}\n\n{ours}" if theirs else ours
@@ -197,9 +197,9 @@ def _merge_front_matter(ours: Mapping[str, Any], other: _Card, explicit: Collect
 
 
 def _merge_results(ours: Any, theirs: Any, section: str) -> list[Any] | None:
-    """The model-index of both, as huggingface_hub's `metadata_update` merges them: a value of the same measurement is
-    replaced, and what others measured stays. What an earlier push measured, which its `section` of the card says, is
-    not true of this adapter."""
+    """The model-index of both, merged like huggingface_hub's `metadata_update` does: a value of the same measurement is
+    replaced, and other measurements stay. Those of an earlier push, which its `section` of the card shows, are dropped:
+    they do not hold for this adapter."""
     try:
         merged = copy.deepcopy(theirs or [])
         for model in merged:
@@ -219,12 +219,12 @@ def _merge_results(ours: Any, theirs: Any, section: str) -> list[Any] | None:
                     other["value"] = metric["value"]
                 same["metrics"] += [] if known else [metric]
         return merged or ours
-    except (TypeError, KeyError, AttributeError):  # no model-index, of which the Hub would show nothing
+    except (TypeError, KeyError, AttributeError):  # not a valid model-index: the Hub would show nothing of it
         return ours
 
 
 def _is_said(result: Mapping[str, Any], metric: Mapping[str, Any], section: str) -> bool:
-    """Whether `section`, of a card of ours, says this of the data that it names."""
+    """True if `section`, our part of a card, shows this metric for the data that it names."""
     name, value = metric.get("name"), metric.get("value")
     if not isinstance(value, (int, float)) or _metric_row(str(name), value) not in section:
         return False
@@ -241,12 +241,12 @@ def _metric_row(name: str, value: float) -> str:
 
 
 def _names_local_base(tag: Any) -> bool:
-    """Whether a tag such as PEFT's "base_model:adapter:/home/me/base" tells a path of the machine that trained."""
+    """True if a tag such as PEFT's "base_model:adapter:/home/me/base" holds a path of the machine that trained."""
     found = _BASE_TAG.fullmatch(tag) if isinstance(tag, str) else None
     return found is not None and base_id(found[1]) is None
 
 
-# What we know better than the card that is there.
+# Our values of these keys win over those of an existing card.
 _OURS = ("library_name", "base_model_relation")
 
 

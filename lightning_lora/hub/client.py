@@ -1,4 +1,4 @@
-"""Calls to the Hub that end: each has a time limit, and fails as one of our errors, final or worth another try.
+"""Calls to the Hub with a time limit each; they fail with our errors, which tell if another try may help.
 
 The client of huggingface_hub sets no timeout on whoami, create_repo, uploads and commits, and does not repeat most of
 them: a hung server would hold a run, or a thread and an open file for each call, for as long as it likes.
@@ -51,41 +51,41 @@ SLOWEST = 250_000
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds between one try and the next; there is one try more than waits."""
 LONGEST_WAIT = 60.0
-"""Seconds that a server's Retry-After is believed."""
+"""The most seconds to wait, whatever a server's Retry-After says."""
 
-# A request that timed out at the server, that came too fast, or that the server failed at.
+# Status of a request that timed out at the server, that came too early or too often, or at which the server failed.
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 525)
 
 
 class StaleError(HubUnavailableError):
-    """Somebody else's commit came first: look at the head again."""
+    """Somebody else's commit came first: read the head again."""
 
 
 class _Call(threading.local):
     """The call to the Hub that a thread makes, if it makes one."""
 
     until: float | None = None
-    """When it ends (time.monotonic)."""
+    """The time at which the call ends (time.monotonic)."""
 
 
 _CALL = _Call()
 _LEFT: list[threading.Thread] = []
-"""Threads that nobody waits for any more, and that have not ended."""
+"""Threads whose call nobody waits for any more, and that have not ended."""
 _MOST_LEFT = 8
 _AFTER = 0.5
 _ASKED = "X-Lightning-Lora-Retry-After"
-"""Under it an answer keeps the Retry-After that it came with."""
+"""The header in which an answer keeps the Retry-After that it came with."""
 _LOCK = threading.Lock()
 if hasattr(os, "register_at_fork"):  # where another thread holds it, the child would wait for ever
     os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 def within(seconds: float, doing: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """`call(*args, **kwargs)`, in a daemon thread that is left to itself after `seconds` and cannot hold the
-    process's exit. `doing` ends the sentence "... while" of an error.
+    """Returns `call(*args, **kwargs)`, run in a daemon thread that is left to itself after `seconds` and cannot hold
+    up the exit of the process. `doing` ends the sentence "... while" of an error.
 
-    A request of the thread ends with it: the client waits and reads no longer than `seconds`. What goes another way
-    (Xet, a name server) may hold the thread and its connection for longer; few may hang so at a time.
+    The client's requests end with the call: the client waits and reads no longer than `seconds`. Other traffic (Xet, a
+    name server) may hold the thread and its connection for longer; no more than a few threads may hang so at a time.
 
     Raises HubError (HubAccessError for 401 and 403, HubUnavailableError where another try may help).
     """
@@ -120,7 +120,7 @@ def within(seconds: float, doing: str, call: Callable[..., T], *args: Any, **kwa
 
 
 def _give_up_in_time() -> None:
-    """Let the client, which has no timeout of its own and is shared with others, hear of our calls' deadlines."""
+    """Put hooks into the client, which has no timeout and is shared with others, that apply our calls' time limits."""
     hooks = get_session().event_hooks
     with _LOCK:
         if _limit not in hooks["request"]:
@@ -129,7 +129,7 @@ def _give_up_in_time() -> None:
 
 
 def _limit(request: Any) -> None:
-    """A hook of the client's, before each request: none waits beyond the call's end, nor starts after it."""
+    """A hook of the client, before each request: no request waits beyond the call's end, nor starts after it."""
     if _CALL.until is None:
         return
     left = _CALL.until - time.monotonic()
@@ -143,10 +143,10 @@ def _limit(request: Any) -> None:
 
 @functools.cache
 def _in_time(client: str) -> Any:
-    """The class, in terms of the client's own library (httpx, or what took its place), of the body of an answer of
-    which nothing more is read once the call is over, even if a byte comes now and then.
+    """A class for the body of an answer, derived from the client's own library (httpx, or what took its place): nothing
+    more is read once the call is over, even if a byte comes now and then.
 
-    A connection that is reset counts as one that is cut: the client goes on with a download after a cut alone."""
+    A connection that is reset counts as one that is cut: the client goes on with a download only after a cut."""
     library: Any = importlib.import_module(client)
 
     class InTime(library.SyncByteStream):
@@ -169,8 +169,8 @@ def _in_time(client: str) -> Any:
 
 
 def _shorten(response: Any) -> None:
-    """A hook of the client's, after the head of each answer: it would read for as long as anything comes, and sleep
-    for as long as a Retry-After says, a day if need be."""
+    """A hook of the client, after the head of each answer: without it, the client would read for as long as anything
+    comes, and sleep for as long as a Retry-After says, be it a day."""
     if _CALL.until is None:
         return
     client = type(response).__module__.partition(".")[0]
@@ -182,7 +182,8 @@ def _shorten(response: Any) -> None:
 
 
 def retried(attempt: Callable[[], T], *, until: float | None = None) -> T:
-    """`attempt()`, again after a growing wait where it raises HubUnavailableError; `until` (time.monotonic) ends it."""
+    """Returns `attempt()`, called again after a growing wait where it raises HubUnavailableError, not beyond `until`
+    (time.monotonic)."""
     for wait in [*WAITS, None]:
         try:
             return attempt()
@@ -195,22 +196,22 @@ def retried(attempt: Callable[[], T], *, until: float | None = None) -> T:
 
 
 def pause(error: HubUnavailableError, wait: float | None) -> float | None:
-    """Seconds to wait after `error` where the back-off says `wait`; None where there is no further try."""
+    """Seconds to wait after `error`, where the back-off says `wait`; None for no further try."""
     if wait is None or isinstance(error, StaleError):
         return wait and 0.0
     return max(wait, min(error.retry_after or 0.0, LONGEST_WAIT))
 
 
 def plain_token(token: str) -> str:
-    """`token` without spaces and newlines around it, as it comes out of a file. Raises HubAccessError, which does not
-    show it, for what is none: the client would, in an error about the header that it stands in."""
+    """`token` without the spaces and newlines around it that a file may have. Raises HubAccessError for an impossible
+    token, and does not show it: the client would, in an error about its header."""
     if not re.fullmatch(r"[\x21-\x7e]+", token.strip()):
         raise HubAccessError("The token holds characters that no token has. Log in with `hf auth login`.")
     return token.strip()
 
 
 def translated(error: BaseException, doing: str) -> LightningLoRAError:
-    """The error of ours that says what `error`, of huggingface_hub or below, means for the user."""
+    """Our error for `error`, of huggingface_hub or below it: it says what happened and what the user can do."""
     if isinstance(error, LightningLoRAError):
         return error
     if isinstance(error, LocalTokenNotFoundError):
@@ -284,7 +285,7 @@ def _of_status(http: HfHubHTTPError, doing: str) -> HubError:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error`, and below it what it was raised from."""
+    """`error`, and then the errors that it was raised from."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -293,8 +294,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """No bars of the client's, which would be drawn through the Trainer's. Afterwards they are as their user set them,
-    group by group, unless that changed meanwhile; where the environment asks for them they stay."""
+    """Inside, the client draws no progress bars, which would run through the Trainer's. Afterwards they are as the user
+    set them, group by group, unless that changed meanwhile. Where the environment asks for bars, they stay."""
     if are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is False:
         yield
         return
@@ -311,8 +312,8 @@ def without_progress_bars() -> Iterator[None]:
 
 
 class Api(HfApi):
-    """The client; the card is checked by `check_card`, not once more by create_commit, which turns what the Hub only
-    advises into Python warnings."""
+    """The client, whose create_commit does not check the card: `check_card` does, and create_commit would turn mere
+    advice of the Hub into Python warnings."""
 
     def _validate_yaml(self, *_: Any, **__: Any) -> None:
         return None

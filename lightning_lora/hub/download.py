@@ -9,7 +9,7 @@ cache, and find nothing there that was not checked.
       snapshots/<commit>/<file>    links to them (copies where the system has no links)
       refs/<revision>              the commit that a branch or a tag meant when it was last asked for
 
-Names in blobs/ are checksums: what lies here can be verified again without the Hub.
+Names in blobs/ are checksums, so the files can be verified again without the Hub.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ T = TypeVar("T")
 SLOWEST = 16_000
 """Bytes per second below which a download counts as hung."""
 _TRIES = 3
-"""How often content with a wrong checksum is fetched before it is given up."""
+"""The number of times that content with a wrong checksum is fetched before an error."""
 _MOST_MODELS = 1000
-"""Of one owner, among which a name that is like a misspelt one is looked for."""
+"""The most models of one owner among which the name that a misspelt one meant is looked for."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class RemoteFile:
     """A file as the Hub lists it."""
 
     name: str
-    """With its folder."""
+    """The path in the repository."""
     size: int
     checksum: str
     """The sha256 of its content (64 digits), or git's id of it as a blob (40)."""
 
 
 class Remote:
-    """A repository on the Hub. Every method ends after about `timeout` seconds, a download after its share more."""
+    """A repository on the Hub. Every method ends after about `timeout` seconds, a download later, by its size."""
 
     def __init__(
         self, repo_id: str, *, endpoint: str | None, token: str | bool | None, timeout: float, subfolder: str = ""
@@ -82,7 +82,7 @@ class Remote:
         return commit
 
     def entries(self, commit: str) -> dict[str, RemoteFile | None]:
-        """What lies in the subfolder of `commit`, or at its top, by its name there; None for a folder."""
+        """Name -> file in the subfolder of `commit`, or at its top; None for a folder."""
 
         def look() -> list[Any]:
             try:
@@ -94,8 +94,8 @@ class Remote:
         return {entry.path.rpartition("/")[2]: _file(entry) if isinstance(entry, RepoFile) else None for entry in found}
 
     def fetch(self, commit: str, file: RemoteFile, staged: Path) -> Path:
-        """Download `file` into the folder `staged`, at its name with its folder. Raises HubIntegrityError where it is
-        not what the Hub listed, and HubUnavailableError where it did not arrive in time."""
+        """Download `file` into the folder `staged`, under its path in the repository. Raises HubIntegrityError where
+        it is not what the Hub listed, and HubUnavailableError where it did not arrive in time."""
         until = time.monotonic() + self.timeout + file.size / SLOWEST
         doing = f"downloading {file.name} of {self.repo_id} at {commit}"
         place = staged / file.name
@@ -120,8 +120,8 @@ class Remote:
             raise CheckpointError(f"{staged / name} could not be written: {error.strerror}.") from error
 
     def _ask(self, doing: str, call: Callable[..., T], *args: Any, until: float | None = None, **kwargs: Any) -> T:
-        """`call(...)`, repeated where that may help, until `until` (time.monotonic): by default, for `timeout`. A
-        question that hangs is asked again; a download goes on by itself."""
+        """Returns `call(...)`, repeated where that may help, until `until` (time.monotonic): by default, for `timeout`.
+        A question that hangs is asked again; a download goes on by itself."""
         most = self._patience if until is None else float("inf")
         until = time.monotonic() + self.timeout if until is None else until
 
@@ -140,10 +140,10 @@ class Remote:
 
     @property
     def _patience(self) -> float:
-        """Seconds without an answer after which a question is asked anew."""
+        """Seconds without an answer after which a question is asked again."""
         return max(self.timeout / 3, 0.1)
 
-    # What makes a message better is asked for once, and may fail.
+    # These only improve an error's message: they ask once, and may fail.
 
     def _whose(self) -> str:
         with contextlib.suppress(HubError, LookupError, TypeError):
@@ -164,7 +164,7 @@ class Remote:
 
 
 def checksum(path: Path, like: str) -> str:
-    """The checksum of the file, of the kind that `like` is: sha256, or git's id of a blob."""
+    """The checksum of the file, of the same kind as `like`: sha256, or git's id of a blob."""
     digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -184,7 +184,7 @@ def _file(entry: RepoFile) -> RemoteFile:
 
 
 class CachedRepository:
-    """What the cache holds of one repository."""
+    """The files of one repository in the cache."""
 
     def __init__(self, repo_id: str, cache_dir: str | os.PathLike[str] | None, subfolder: str = "") -> None:
         cache = local_path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
@@ -192,7 +192,7 @@ class CachedRepository:
         self._subfolder = subfolder
 
     def commit_of(self, revision: str) -> str | None:
-        """The commit that `revision` meant when it was last asked for."""
+        """The commit that `revision` meant when the Hub was last asked; None where that is not known."""
         if _is_checksum(revision, 40):
             return revision
         with contextlib.suppress(OSError, ValueError):
@@ -201,25 +201,25 @@ class CachedRepository:
         return None
 
     def snapshot(self, commit: str) -> Path:
-        """The adapter's place in what the cache has of `commit`."""
+        """The folder of the adapter in the cache, at `commit`."""
         return self.folder / "snapshots" / commit / self._subfolder
 
     def blob(self, checksum: str) -> Path:
         return self.folder / "blobs" / checksum
 
     def is_whole(self, path: Path) -> bool:
-        """Whether the content of a file in a snapshot is still the one that was fetched."""
+        """True if the content of a file in a snapshot is still what was fetched."""
         target = path.resolve()
         if not target.is_file():
             return False
         if target.parent == self.blob("").resolve() and len(target.name) in (40, 64):
             return checksum(target, target.name) == target.name
-        # A copy. Its own checksum is the name of its blob, of the one or the other kind.
+        # A copy: its checksum, of one of the two kinds, is the name of its blob.
         return any(self.blob(checksum(target, like)).is_file() for like in ("-" * 64, "-" * 40))
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A new folder beside the blobs, for files that are not checked yet; gone afterwards."""
+        """A new folder beside the blobs, for files that are not checked yet; it is removed afterwards."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
@@ -231,7 +231,7 @@ class CachedRepository:
             shutil.rmtree(staged, ignore_errors=True)
 
     def keep(self, commit: str, files: Mapping[str, tuple[Path, str]]) -> None:
-        """Move what was checked (name -> file, checksum) to where `commit` has it."""
+        """Move checked files (name -> file, checksum) to their place in the snapshot of `commit`."""
         snapshot = self.snapshot(commit)
         with writing(self.folder):
             snapshot.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ class CachedRepository:
                         link_or_copy(blob, beside)
 
     def remember(self, revision: str, commit: str) -> None:
-        """Note what `revision` means now, for when the Hub is out of reach."""
+        """Note the commit that `revision` means now, for a time when the Hub is out of reach."""
         if revision == commit:
             return
         ref = self.folder.joinpath("refs", *revision.split("/"))
@@ -257,7 +257,7 @@ class CachedRepository:
 
 @contextmanager
 def writing(where: Path) -> Iterator[None]:
-    """A disk that fails is a CheckpointError that says where."""
+    """Turn an error of the disk into a CheckpointError that names the place."""
     try:
         yield
     except OSError as error:

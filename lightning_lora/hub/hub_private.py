@@ -1,6 +1,6 @@
-"""Private names of huggingface_hub and transformers: each once, with why.
+"""The private names of huggingface_hub and transformers that we use: each once, with the reason.
 
-transformers is not imported here: a model is one of its own only if something imported it.
+transformers is not imported here: a model can be one of its models only if something else has imported it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _RENAMES = "reads adapters that were trained under a model's old names"
 
 def is_left_out(operation: Any) -> bool:
     """True if the client leaves the file of `operation` out of the commit, as the repository's .gitignore says. Raises
-    MovedError where the client does not tell: an adapter without its tensors would be pushed."""
+    MovedError where the client does not tell: else an adapter without its tensors could be pushed."""
     return bool(attribute(operation, "_should_ignore", "sees which files a repository's .gitignore keeps out"))
 
 

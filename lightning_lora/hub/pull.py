@@ -1,4 +1,4 @@
-"""Pull an adapter from the Hub: one commit of it, nothing but the adapter, checked before it is handed out."""
+"""Pull an adapter from the Hub: only its files, all of one commit, and checked before they are handed out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _REQUIRED = [CONFIG, TENSORS]
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was pulled."""
+    """The result of `pull`."""
 
     folder: Path
     repo_id: str
@@ -47,11 +47,11 @@ class Pulled:
     files: dict[str, int]
     """Name -> bytes."""
     fetched: bool
-    """Whether anything came over the network, and not from the cache."""
+    """True if anything was downloaded; False if all came from the cache."""
 
 
 class Pulling(TypedDict, total=False):
-    """The arguments of `pull_adapter` that functions which may pull an adapter pass on to it."""
+    """Arguments that a function which may pull an adapter passes on to `pull_adapter`."""
 
     subfolder: str | None
     token: str | bool | None
@@ -78,23 +78,23 @@ def pull_adapter(
 ) -> Path:
     """Fetch the adapter in the repository `repo_id` and check it; returns the folder that it lies in.
 
-    `revision` (a branch, a tag or a commit; "user/name@v1" says it too; by default "main") is resolved to a commit
-    first, which everything comes from; in it the adapter lies in `subfolder`, by default at the top. Only
+    `revision` is a branch, a tag or a commit, by default "main"; `repo_id` may name it too, as "user/name@v1". It is
+    resolved to a commit first, and all files come from that commit: from its `subfolder`, by default from the top. Only
     adapter_config.json, adapter_model.safetensors and README.md are fetched, into the cache of huggingface_hub
-    (`cache_dir`), and copied to `local_dir` where that is given. Checked are: sizes before the download (tensors:
-    `max_bytes`), checksums after it, the config (types, ranges, no field that changes the base, no regular
-    expression that hangs), and the tensors (names, types, ranks, finite values). Whether it fits a model is checked by
-    `load_adapter`. Fields of the config that are not known here, and are not empty, are passed over where
-    `ignore_fields` names them.
+    (`cache_dir`), and copied to `local_dir` where that is given. These are checked: sizes before the download (tensors:
+    `max_bytes`), checksums after it, the config (types, ranges, no field that changes the base, no regular expression
+    that hangs), and the tensors (names, types, ranks, finite values). `load_adapter` checks if the adapter fits a
+    model. Fields of the config that are not known here, and are not empty, are ignored where `ignore_fields` names
+    them.
 
-    Offline (`local_files_only`, HF_HUB_OFFLINE, or a Hub that is out of reach) what was pulled before is checked again
-    and handed out. `token` and `endpoint` are those of huggingface_hub unless given. `timeout` is in seconds, for an
-    answer with all its repetitions; a download has a second more for each 16 kB.
+    Offline (`local_files_only`, HF_HUB_OFFLINE, or a Hub that is out of reach), an adapter that was pulled before is
+    checked again and handed out. `token` and `endpoint` are those of huggingface_hub unless given. `timeout` is in
+    seconds, for an answer with all its repetitions; a download has a second more for each 16 kB.
 
     Raises HubNotFoundError, HubAccessError (a token that is wrong or not let in), HubUnavailableError (offline and not
     in the cache; no answer in time), HubIntegrityError (another checksum than the Hub's), AdapterFormatError for what
-    is no adapter or one that is not safe, ConfigError for an argument that cannot be, CheckpointError where the disk
-    fails. Nothing that failed a check is left in the cache.
+    is no adapter or one that is not safe, ConfigError for an invalid argument, CheckpointError where the disk fails.
+    Files that failed a check are not left in the cache.
     """
     return pull(
         repo_id,
@@ -125,7 +125,7 @@ def pull(
     timeout: float = 60.0,
     ignore_fields: Collection[str] = (),
 ) -> Pulled:
-    """`pull_adapter`, with what it did."""
+    """`pull_adapter`, which also returns what it did."""
     repo_id, revision, subfolder = _addressed(repo_id, revision, subfolder)
     revision = "main" if revision is None else revision
     subfolder = subfolder or ""
@@ -163,8 +163,8 @@ def pull(
 
 
 def adapter_folder(adapter: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
-    """A folder that exists as it is; what looks like an id on the Hub ("user/name", "user/name@revision") or its
-    address is pulled with the `options` of `pull_adapter`. Returns it, or the `subfolder` in it."""
+    """The folder of `adapter`, or the `subfolder` in it. An existing folder is taken as it is. An address on the Hub,
+    or what looks like an id ("user/name", "user/name@revision"), is pulled with the `options` of `pull_adapter`."""
     if hub_address(adapter) is not None:
         return pull_adapter(os.fspath(adapter), revision, **options)
     folder = local_path(adapter)
@@ -184,7 +184,7 @@ def adapter_folder(adapter: str | os.PathLike[str], revision: str | None = None,
 
 
 def _addressed(repo_id: str, revision: str | None, subfolder: str | None) -> tuple[str, str | None, str | None]:
-    """The three, of which `repo_id` may be an address that names the others too."""
+    """Id, revision and subfolder, where `repo_id` may be an address that names the other two as well."""
     address = hub_address(repo_id)
     if address is None and isinstance(repo_id, str) and "@" in repo_id:
         name, _, at = repo_id.partition("@")
@@ -212,7 +212,7 @@ def _check_arguments(repo_id: str, revision: str, subfolder: str, timeout: float
 
 
 def _is_path(value: Any) -> bool:
-    """Whether it is names with slashes between them, none of which leads elsewhere."""
+    """True if `value` is names with slashes between them, without ".." or the like."""
     parts = value.split("/") if isinstance(value, str) else [""]
     return not any(part in ("", ".", "..") or re.search(r"[\0\\:]", part) for part in parts)
 
@@ -224,8 +224,8 @@ def _from_cache(
     ignore_fields: Collection[str],
     files: Mapping[str, RemoteFile] | None = None,
 ) -> Pulled | None:
-    """What was pulled earlier, checked again; None where the cache has not all of it, or not as it was. That is told by
-    the Hub's list in `files`, or else by the names that the cache gave to contents."""
+    """The adapter that was pulled earlier, checked again; None where the cache lacks a file or one has changed. Its
+    files are compared with the Hub's list `files`, or without that with the checksums that name the cache's blobs."""
     folder = cache.snapshot(commit)
 
     def is_whole(name: str) -> bool:
@@ -269,7 +269,7 @@ def _fetch(
     except CheckpointError:
         if found is None:
             raise
-        return found  # a cache that others fill, often without the card, and that may only be read
+        return found  # a read-only cache that others fill, often without the card
     return Pulled(cache.snapshot(commit), remote.repo_id, commit, {n: f.size for n, f in files.items()}, fetched)
 
 
@@ -280,7 +280,7 @@ def _into_cache(
     files: Mapping[str, RemoteFile],
     ignore_fields: Collection[str],
 ) -> bool:
-    """Have all of `files` in the cache, checked; returns whether anything came over the network."""
+    """Bring all of `files` into the cache, checked. Returns True if anything was downloaded."""
     fetched = False
     with cache.staging() as staged:
         folder = staged / remote.subfolder
@@ -304,7 +304,7 @@ def _into_cache(
 
 
 def _instead(entries: Mapping[str, RemoteFile | None], subfolder: str) -> str:
-    """What is there instead of an adapter."""
+    """The sentence of an error that says what is there instead of an adapter."""
     paths = {name: f"{subfolder}/{name}" if subfolder else name for name in entries}
     if foreign := foreign_layout(paths.values()):
         return f"It looks like {foreign}."

@@ -1,4 +1,4 @@
-"""Where a bank keeps the adapters for which there is no memory: files, read by mapping them into memory."""
+"""The files in which a bank keeps adapters for which there is no memory; they are read by mapping them into memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lightning_lora.hub.format.mapped import MappedTensors
 
 
 class DiskStore:
-    """Rows of a bank's slab as safetensors files, in a new folder inside `folder`; they are gone when the bank is.
+    """Keeps rows of a bank's slab as safetensors files, in a new folder inside `folder` that is removed with the bank.
 
-    A file is written once and never over: a process that was forked from this one reads the files that were there, and
-    writes into a folder of its own inside of this one's, so that neither changes what the other has.
+    A file is written once and never overwritten. A forked process reads the files that are there, and writes into a
+    folder of its own inside of this one's, so neither process changes what the other has.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +35,7 @@ class DiskStore:
             raise ConfigError(f"disk={str(folder)!r} cannot be written to: {error.strerror or error}.") from error
 
     def _begin(self, place: Path) -> None:
-        """A folder for what this process writes, in place of those that killed ones left."""
+        """Make a folder for the files of this process, and remove those that killed processes left."""
         place.mkdir(parents=True, exist_ok=True)
         remove_leftovers(place)
         self._folder, self._process = place / own_name("bank-"), os.getpid()
@@ -80,6 +80,6 @@ class DiskStore:
 
 
 def _remove(folder: Path, process: int) -> None:
-    """Called in each process that ends, or lets go of the store; the folder is that of one of them."""
+    """Called in each process that ends or drops the store; only the process that made the folder removes it."""
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""In a Trainer, each row of a batch with the adapter that a column of the data names."""
+"""A callback that runs each row of a batch with its own adapter, which a column of the data names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_lora.hub.bank import AdapterBank, BankSettings
 
 
 class FolderSettings(BankSettings, total=False):
-    """Those of `AdapterBank.from_folders`."""
+    """The keyword arguments of `AdapterBank.from_folders`."""
 
     capacity: int
     check_base: bool
@@ -23,14 +23,16 @@ class FolderSettings(BankSettings, total=False):
 
 
 class AdapterColumn(pl.Callback):
-    """`Trainer(callbacks=[AdapterColumn("adapters")]).predict(model, data)`: each row with its own adapter, also in
-    `validate` and `test`.
+    """`Trainer(callbacks=[AdapterColumn("adapters")]).predict(model, data)` runs each row with its own adapter;
+    `validate` and `test` do so too.
 
-    Batches are dicts with an entry `column`, a name for each row, None or "" for the bare base; the steps of the model
-    do not see it. The data modules of this package make it from a column of the rows: set their `adapter_column`.
+    A batch is a dict. Its entry `column` is a list with the name of an adapter for each row, None or "" for the bare
+    base; it is taken out before the steps of the model see the batch. The data modules of this package make it from a
+    column of the rows: set their `adapter_column`.
 
-    `adapters` is an AdapterBank of the model, or what `AdapterBank.from_folders` takes, with its `settings`: a bank is
-    then made when the loop starts, once the model is complete, and taken off when it ends.
+    `adapters` is an AdapterBank of the model, or the folders that `AdapterBank.from_folders` takes, with its
+    `settings`. From folders, a bank is made when the loop starts, once the model is complete, and closed when the loop
+    ends.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Adapters that start from the weights or from data, started in a run: after a checkpoint would have been loaded, on
-the strategy's device, from the run's own training data."""
+"""Starts, inside a run, the adapters whose initialiser needs the weights or data: after a checkpoint would have been
+loaded, on the strategy's device, with the run's own training data."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from lightning_lora.training.torchmetrics_private import metric_state, put_metri
 
 
 def start_waiting(module: LightningModule, batches: int) -> None:
-    """Start the adapters of `module` that `inject(..., start=False)` left at zero and no checkpoint was loaded into.
+    """Start the adapters of `module` that `inject(..., start=False)` left at zero and that no checkpoint has filled.
 
-    What an initialiser asks for is measured on the first `batches` batches of the training data, by `training_step`.
-    Random numbers are afterwards as they were, and all processes have the adapters of the first. Raises TrainingError
-    for a module that cannot be measured so, and what `calibrate` raises.
+    An initialiser that needs measurements gets them from `training_step` on the first `batches` batches of the training
+    data. Afterwards the random state is as before, and all processes have the adapters of the first one. Raises
+    TrainingError for a module that cannot be measured in this way, and the errors of `calibrate`.
     """
     waiting = {name: injection.config for name, injection in injections(module) if injection.awaits_start}
     if not waiting:
@@ -55,7 +55,7 @@ def start_waiting(module: LightningModule, batches: int) -> None:
         set_random_state(before)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in adapter_tensors(module).values():
-            if not is_sharded(tensor):  # those that are were given out by the first process
+            if not is_sharded(tensor):  # the first process has given out the sharded ones already
                 torch.distributed.broadcast(tensor.detach(), 0)
 
 
@@ -84,7 +84,7 @@ def _check_measurable(module: LightningModule, config: LoRAConfig) -> None:
 
 
 def _loss(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> Tensor | None:
-    """What training_step gives for a batch, as Lightning's own loop calls it."""
+    """The loss that training_step returns for a batch, called as Lightning's own loop calls it."""
     precision = trainer.precision_plugin
     batch = moved_batch(trainer, batch)
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
@@ -95,7 +95,7 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> 
 
 @contextmanager
 def _batches(trainer: Trainer, count: int) -> Iterator[Iterator[tuple[Any, int]]]:
-    """The first batches of the training data with their numbers; loaders are afterwards as they were."""
+    """The first `count` batches of the training data with their numbers; afterwards the loaders are as before."""
     loader = training_loader(trainer)
     combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
     limit = trainer.limit_train_batches
@@ -122,7 +122,7 @@ def _generators(loader: Any) -> Iterator[torch.Generator]:
 
 @contextmanager
 def _silent(module: LightningModule) -> Iterator[None]:
-    """Nothing is logged, no metric counts what is seen, and no buffer moves."""
+    """Inside, nothing is logged; afterwards metrics and buffers are as before."""
     trainer = module.trainer
     loggers = trainer.loggers
     attributes: dict[str, Any] = module.__dict__
@@ -152,7 +152,7 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def _original(module: LightningModule, root: str, config: LoRAConfig) -> Any:
-    """Where the weights are that a quantized base was made from: those of its name on the Hub, or its folder."""
+    """A function that reads the weights that a quantized base was made from, by its name on the Hub or its folder."""
     name, base = adapter_root(module)
     source = getattr(getattr(base, "config", None), "name_or_path", None)
     if not source:

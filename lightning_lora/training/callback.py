@@ -50,21 +50,21 @@ from lightning_lora.training.watches import BaseWatch, TrainedWatch, adapt_avera
 if TYPE_CHECKING:
     from lightning_lora.hub.push.background import Job
 
-# They put layers of their own in the place of a model's.
+# Precision plugins that replace layers of a model by their own.
 _REPLACES_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
 
 
 class LoRACallback(Callback):
-    """Adapt a LightningModule that its owner did not have to change: train A and B alone, save A and B alone.
+    """Adapt a LightningModule without a change to its code: train only A and B, save only A and B.
 
-    `config` is a LoRAConfig, or its fields are given by name: `LoRACallback(rank=8, alpha=16)`. The model is adapted
-    once its layers are there, whether they are built in `__init__`, `setup` or `configure_model`, for fit as for
-    validate, test and predict. Optimizers then hold what is trainable, and no more; checkpoints hold the adapter,
-    optimizer, loops and random state, and no base weight; a resumed run goes on as if it had not been interrupted.
+    Give a LoRAConfig as `config`, or its fields by name: `LoRACallback(rank=8, alpha=16)`. The model is adapted once
+    its layers are built, whether in `__init__`, `setup` or `configure_model`, for fit, validate, test and predict
+    alike. Optimizers then hold only trainable parameters. Checkpoints hold the adapter, optimizer, loops and random
+    state, and no weight of the base. A resumed run goes on as if it had not been interrupted.
 
-    Raises ConfigError for a field that cannot be; while the Trainer sets up, TargetError where the config does not fit
-    the model, AdapterStateError where the model has other adapters already, and TrainingError under a strategy or
-    optimizer with which adapters would not train.
+    Raises ConfigError for a field with an invalid value. While the Trainer sets up, raises TargetError where the config
+    does not fit the model, AdapterStateError where the model has other adapters already, and TrainingError under a
+    strategy or optimizer with which adapters would not train.
     """
 
     def __init__(
@@ -96,21 +96,21 @@ class LoRACallback(Callback):
         Args:
             config: What to adapt, and how.
             adapter: Start from this adapter, with a fresh optimizer: a folder in PEFT's format, or
-                "user/repo@revision" on the Hub. Its config is the file's; what is given besides must say the same. A
-                run that is resumed (ckpt_path) does not need it any more.
-            subfolder, ignore_fields: Where in `adapter` it lies, and unknown fields of its config to pass over, as in
-                `load_adapter`.
+                "user/repo@revision" on the Hub. The config is read from there; a config or fields given besides must
+                agree with it. A run that is resumed (ckpt_path) does not need it any more.
+            subfolder, ignore_fields: The folder inside `adapter` in which it lies, and unknown fields of its config to
+                ignore, as in `load_adapter`.
             rank, alpha, dropout, target_modules, exclude_modules, modules_to_save, bias, use_rslora, use_dora, init:
-                The fields of a LoRAConfig that are set most, instead of `config`; None leaves one as it is there.
+                The fields of a LoRAConfig that are set most often, instead of `config`; None leaves a field unset.
             lora_plus_ratio: The learning rate of every B as a multiple of its group's (LoRA+, arXiv:2402.12354).
-            product_decay: Weight decay on the update s B A as a whole, beside the optimizer's own on A and B: each step
-                is followed by one down the gradient of 1/2 ||s B A||^2, of the learning rate times this.
+            product_decay: Weight decay on the whole update s B A, beside the optimizer's own on A and B: after each
+                step, A and B take one more down the gradient of 1/2 ||s B A||^2, by the learning rate times this.
             push: Push to the Hub while training goes on: `HubPush("user/my-adapter")`.
             save_adapter: Write an adapter folder in PEFT's format beside each checkpoint: `best-adapter/` beside
                 `best.ckpt`.
             check_base: Refuse a checkpoint that was trained on another base.
-            init_batches: How many batches of the training data an `init` that starts from data ("eva", "corda",
-                "lora_ga") is measured on, when training starts; a resumed run measures nothing.
+            init_batches: The number of training batches on which an `init` that starts from data ("eva", "corda",
+                "lora_ga") is measured when training starts; a resumed run measures nothing.
             config_fields: The other fields of a LoRAConfig, instead of `config`.
         """
         spelled = {
@@ -125,9 +125,9 @@ class LoRACallback(Callback):
         whole("init_batches", init_batches)
         self._origin = None if adapter is None else AdapterToGoOnFrom(adapter, config, given, subfolder, ignore_fields)
         self.config = config if config is not None or adapter is not None else LoRAConfig(**given)
-        """None where it is that of `adapter`, until that was read."""
+        """None until the config of `adapter` has been read, where only `adapter` was given."""
         self.report: InjectionReport | None = None
-        """What was adapted, once it was."""
+        """The report of what was adapted; None before."""
         self._policy = AdapterPolicy(
             lora_plus_ratio=lora_plus_ratio,
             product_decay=product_decay,
@@ -146,7 +146,7 @@ class LoRACallback(Callback):
         self._savers: list[Any] = []
         self._optimizer_settings: dict[str, Any] | None = None
         self.settings_of_run: Settings = {}
-        """What loggers are given beside the settings of the adapter, the optimizer and the data."""
+        """Further settings for the loggers, beside those of the adapter, the optimizer and the data."""
         if self._origin is not None:
             self._policy.adapt_as_in = self._adapt_as_in
 
@@ -156,8 +156,8 @@ class LoRACallback(Callback):
 
     @property
     def adapter_folder(self) -> Path | None:
-        """The adapter folder beside the best checkpoint of the run, or the last that was written where none is known to
-        be the best; None where there is none."""
+        """The adapter folder beside the best checkpoint of the run; where no checkpoint is known to be the best, the
+        folder that was written last; None where there is no folder."""
         best = (getattr(saver, "best_model_path", "") for saver in self._savers)
         folders = [adapter_folder(path) for path in best if path]
         return next((f for f in (*folders, self._policy.folder) if f is not None and f.is_dir()), None)
@@ -169,13 +169,13 @@ class LoRACallback(Callback):
 
     @property
     def unpushed(self) -> list[Job]:
-        """What was to be pushed in this run and is not on the Hub, known once the run ended: each has its `step`, its
+        """The pushes of this run that did not reach the Hub, known once the run has ended. Each has its `step`, its
         `error`, and its `source`, the adapter folder."""
         return [] if self._policy.push is None else list(self._policy.push.unpushed)
 
     @property
     def state_key(self) -> str:
-        adapt_before_launch(trainer_being_made())  # which asks for this key, and offers no hook
+        adapt_before_launch(trainer_being_made())  # its constructor asks for this key, and offers no hook
         return super().state_key
 
     # Adapting the model.
@@ -214,7 +214,7 @@ class LoRACallback(Callback):
             self._is_adapted(trainer, pl_module)
 
     def _adapt_as_in(self, checkpoint: Mapping[str, Any], pl_module: LightningModule) -> None:
-        """A checkpoint will be loaded: what it says of its adapters holds, not the one that a run began with."""
+        """Adapt the module as a checkpoint says that will be loaded, and not as the adapter that the run began with."""
         self._is_as_loaded = False
         if (report := adapted_as_in(checkpoint, pl_module)) is not None:
             self._absent, self.report = None, report
@@ -229,7 +229,7 @@ class LoRACallback(Callback):
             adapt_averages(trainer, pl_module)
 
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the adapters that the module has already: those of a run before, or of inject or load_adapter."""
+        """Take the adapters that the module has already, from an earlier run, from inject or from load_adapter."""
         if self.config is None or (self.report is None and self._origin is not None):
             raise AdapterStateError(
                 f"{type(pl_module).__name__} has adapters already, and adapter= would load others. Call "
@@ -263,8 +263,8 @@ class LoRACallback(Callback):
             rank_zero_info(f"Training goes on from {self._origin.adapter}.\n{self.report}")
             return
         assert self.config is not None
-        # What takes time to compute waits until it is known that no checkpoint brings it, and for data and device.
-        # And on sharded weights all processes start with what the first one draws.
+        # A start that takes time to compute waits for data and device, and until it is known that no checkpoint brings
+        # it. On sharded weights every start waits: all processes take what the first one draws.
         later = INITS[self.config.init].computes or shards(trainer.strategy)
         try:
             self.report = inject(pl_module, self.config, start=not later)
@@ -279,7 +279,7 @@ class LoRACallback(Callback):
 
     def before_launch(self, trainer: Trainer) -> None:
         """In the process that launches others (ddp_spawn, ddp_fork): adapt the module that they will copy."""
-        self._savers = list(trainer.checkpoint_callbacks)  # where Lightning writes which one is the best
+        self._savers = list(trainer.checkpoint_callbacks)  # Lightning notes in them which one is the best
         attach(trainer.strategy, self._policy)  # for what this process saves after the run, even one that failed
         pl_module = trainer.strategy.lightning_module
         if pl_module is None or has_adapters(pl_module):
@@ -295,11 +295,11 @@ class LoRACallback(Callback):
             # Its layers are built in setup(), which only the children run; they adapt it then.
 
     def launch_failed(self) -> None:
-        """In that process, where one of those that it launched has failed."""
+        """In the launching process, after one of those that it launched has failed."""
         self._policy.only_launched = True
 
     def after_launch(self, trainer: Trainer) -> None:
-        """Back in that process: the module has its trained adapters, and the Trainer saves no more than them."""
+        """Back in the launching process: the module has its trained adapters, and the Trainer saves only those."""
         self._was_launched = self._policy.only_launched = False
         pl_module = trainer.strategy.lightning_module
         if pl_module is None or not has_adapters(pl_module):
@@ -308,7 +308,7 @@ class LoRACallback(Callback):
                 "not come back to this one. Load them from the checkpoint, or build the model in __init__."
             )
 
-    # Said when training starts: an adapter that takes no part in it.
+    # Checks when a run starts: the adapter is there, and takes part in training.
 
     def _check_present(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._absent is not None:  # and no checkpoint was loaded
@@ -324,7 +324,7 @@ class LoRACallback(Callback):
             self._policy.push.start(trainer, pl_module)
         check_averages(pl_module)
         watch_buffers(pl_module)
-        if not shards(trainer.strategy):  # of whose weights each process sees a part
+        if not shards(trainer.strategy):  # there each process sees only a part of the weights
             self._policy.watch = BaseWatch(pl_module, is_error=self._policy.check_base)
         assert self.config is not None
         comes_later = trainer.ckpt_path is not None and shards(trainer.strategy)
@@ -342,7 +342,7 @@ class LoRACallback(Callback):
     # Exact resumption.
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._goes_on is not None and trainer.ckpt_path is None:  # which would have brought all of them
+        if self._goes_on is not None and trainer.ckpt_path is None:  # a checkpoint would have brought all of them
             rank_zero_info(self._goes_on)
         self._goes_on = None
         self._is_as_loaded = False
@@ -391,5 +391,5 @@ class LoRACallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume.load_state_dict(state_dict["random"])
-        # Not there in those of an earlier version: which rate it goes on with is not known before it was loaded.
+        # Checkpoints of earlier versions lack this entry: their rate is not known before the optimizer is loaded.
         self._optimizer_settings = state_dict.get("optimizer", {"lr": None})

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its adapter, and loading it without a Trainer."""
+"""The description of the adapter in a checkpoint, and loading a checkpoint without a Trainer."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ METADATA = "lightning_lora"
 
 _FORMAT = 1
 LEFT_OUT = "arguments_left_out"
-"""The key, in that description, of the places of hyperparameters that held the base."""
+"""The key, in that description, of the paths of hyperparameters that held the base and were left out."""
 Module = TypeVar("Module", bound="LightningModule")
 
 
 def checkpoint_metadata(module: nn.Module, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The description of the adapter of `module`; `base`, from `describe_base`, saves the hashing where it is known.
+    """The description of the adapter of `module`. Give `base`, from `describe_base`, to save hashing the base again.
 
-    As all names in a checkpoint, those in it are as if nothing were compiled or wrapped.
+    Its names, like all names in a checkpoint, leave out the prefixes of compiled and wrapped modules.
     """
     return {
         "format": _FORMAT,
@@ -56,7 +56,7 @@ def checkpoint_metadata(module: nn.Module, base: Mapping[str, Any] | None = None
 
 
 def check_metadata(checkpoint: Mapping[str, Any], module: nn.Module, *, check_base: bool = True) -> None:
-    """Raise unless `checkpoint` holds an adapter of the base and of the scales that `module` has.
+    """Raise unless the adapter in `checkpoint` has the base and the scales of `module`.
 
     CheckpointError for a checkpoint without adapters or with other scales, BaseMismatchError for another base.
     """
@@ -69,7 +69,8 @@ def check_metadata(checkpoint: Mapping[str, Any], module: nn.Module, *, check_ba
                 f"The checkpoint's adapter multiplies its update of {pair.name!r} by {saved:g}, this run's "
                 f"by {pair.spec.scale:g}: rank, alpha or use_rslora differ. Set them as they were when it was saved."
             )
-    # What is frozen depends on what is adapted: where that differs, the tensors tell it better than the fingerprint.
+    # What is frozen depends on what is adapted. Where that differs, an error about the tensors says more than one about
+    # the fingerprint.
     if check_base and checkpoint["state_dict"].keys() == adapter_tensors(module).keys():
         check_same_base(module, metadata, what="The checkpoint's adapter")
 
@@ -103,14 +104,14 @@ def load_from_checkpoint(
     weights_only: bool | None = None,
     **kwargs: Any,
 ) -> Module:
-    """`cls.load_from_checkpoint` for a checkpoint that was saved with LoRACallback: base weights come from where `cls`
-    takes them when it is constructed (or in `configure_model`), adapters from the checkpoint.
+    """`cls.load_from_checkpoint` for a checkpoint that was saved with LoRACallback. `cls` gets its base weights where
+    it is constructed (or in `configure_model`); the adapters come from the checkpoint.
 
-    `kwargs` are passed on (hparams_file, and the constructor's arguments; one that is a module has to be given, since
-    the checkpoint leaves it out). Returns the adapted module, on the device
-    that `map_location` names; `remove` gives back its base. Raises CheckpointError for a file that is no whole
-    checkpoint or holds no adapter, BaseMismatchError where the base is not the one that they were trained on,
-    AdapterFormatError where they do not fit.
+    `kwargs` are passed on: hparams_file, and the constructor's arguments. An argument that is a module must be given,
+    because the checkpoint leaves it out. Returns the adapted module, on the device that `map_location` names; `remove`
+    gives back its base. Raises CheckpointError for a file that is no whole checkpoint or holds no adapter,
+    BaseMismatchError where the base is not the one that the adapters were trained on, AdapterFormatError where the
+    adapters do not fit.
     """
     check_no_adapter_folder(checkpoint_path)
     load = functools.partial(TorchCheckpointIO().load_checkpoint, map_location=map_location)
@@ -124,7 +125,7 @@ def load_from_checkpoint(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
         warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
-        # It holds no more than what was read with the user's own weights_only.
+        # `bare` holds only what was read above with the user's own weights_only.
         module = cls.load_from_checkpoint(bare, strict=False, weights_only=False, **kwargs)
     for name, config in metadata["configs"].items():
         try:
@@ -144,15 +145,15 @@ def load_from_checkpoint(
 
 
 def check_given(cls: type[LightningModule], checkpoint: Mapping[str, Any], given: Mapping[str, Any], path: Any) -> None:
-    """Raise CheckpointError where the constructor of `cls` would go without an argument that held the base.
+    """Raise CheckpointError where an argument of the constructor of `cls` held the base and is not given now.
 
-    An argument with a default would get that, which may be another than the one that was trained.
+    If the argument has a default, that may be another base than the one that the adapter was trained on.
     """
     if "hparams_file" in given:
         return
     parameters = inspect.signature(cls.__init__).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    whole = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # of one argument that all hyperparameters are in
+    whole = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # the one argument that holds them all
     absent: dict[str, str] = {}
     for place in checkpoint[METADATA].get(LEFT_OUT, ()):
         argument = str(whole) if whole in parameters else place.partition(".")[0]
@@ -167,8 +168,8 @@ def check_given(cls: type[LightningModule], checkpoint: Mapping[str, Any], given
 
 
 def check_no_adapter_folder(path: Any) -> None:
-    """Raise CheckpointError where `path`, given as a checkpoint to resume from, is an adapter folder, or one that
-    holds checkpoints."""
+    """Raise CheckpointError where `path`, given as a checkpoint to resume from, is an adapter folder, or a folder of
+    checkpoints."""
     if path is None:
         return
     folder = Path(str(path))
@@ -199,8 +200,8 @@ _ACCEPTS = "lora_accepts_adapters"
 def fill_in_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A load_state_dict pre-hook: an adapter's state dict loads strictly, as if it held the base weights as well.
 
-    Lightning calls `load_state_dict(strict=True)` from places of its own (WeightAveraging). Only where no base weight
-    at all is there is it an adapter's; a whole state dict is left to torch's own checks.
+    Lightning calls `load_state_dict(strict=True)` from places of its own (WeightAveraging). A state dict counts as an
+    adapter's only if it holds no base weight at all; any other is left to torch's own checks.
     """
     if next(adapters(module), None) is None:
         return
@@ -219,9 +220,10 @@ def fill_in_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 
 
 def steps_saved(trainer: Trainer | None, path: str) -> dict[str, int]:
-    """At which step each ModelCheckpoint last saved, once that is done which is about to write to `path`.
+    """The step at which each ModelCheckpoint last saved, with the save to `path` counted as done.
 
-    It notes the step afterwards, so that its own state does not tell: a resumed run saved again after one batch.
+    A ModelCheckpoint notes the step only after the save. From its own state, a resumed run would save again after one
+    batch.
     """
     steps = {}
     for callback in trainer.checkpoint_callbacks if trainer is not None else ():

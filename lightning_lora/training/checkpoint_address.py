@@ -1,6 +1,6 @@
-"""`ckpt_path` that is no local file: a checkpoint is fetched to a fresh place, from the Hub with its checksum checked.
+"""Fetches a checkpoint whose `ckpt_path` is no local file into a new folder; from the Hub, its checksum is checked.
 
-Lightning would leave http to torch.hub, which keeps downloads by the last part of the address: the second run's
+Lightning would leave http to torch.hub, which keeps downloads under the last part of the address: the second run's
 last.ckpt would be the first one's.
 """
 
@@ -23,7 +23,7 @@ from lightning_lora.files import FULL, within_temporary_folder
 from lightning_lora.hub.download import SLOWEST, Remote
 from lightning_lora.hub.push.staging import CHECKPOINT
 
-# Of other kinds of repositories fsspec knows what to do.
+# Other kinds of repositories are left to fsspec.
 _REFERENCE = re.compile(
     r"hf://(?!datasets/|spaces/|buckets/)(?P<repo>[\w.-]+/[\w.-]+)"
     r"(?:@(?P<revision>refs/[a-z]+/[^/]+|[^/]+))?(?:/(?P<file>.+?))?/?"
@@ -35,27 +35,27 @@ _LOCAL = re.compile(r"^(file|local)://")
 
 
 def is_local(path: Any) -> bool:
-    """Whether `path` names a file on this machine."""
+    """True if `path` names a file on this machine."""
     return "://" not in str(path) or _LOCAL.match(str(path)) is not None
 
 
 def is_on_hub(path: Any) -> bool:
-    """Whether `path` names a file in a repository for models on the Hub."""
+    """True if `path` names a file in a repository for models on the Hub."""
     return _REFERENCE.fullmatch(str(path)) is not None
 
 
 def local_path(path: Any) -> str:
-    """The absolute path of a file for which `is_local` holds, as fsspec reads it."""
+    """The absolute path of a file for which `is_local` is true, as fsspec reads it."""
     return os.path.abspath(os.path.expanduser(_LOCAL.sub("", str(path))))
 
 
 @contextmanager
 def local_checkpoint(path: Any, *, endpoint: str | None = None, timeout: float = 60.0) -> Iterator[str]:
-    """The path of a local file: `path` itself, or a copy, gone afterwards, of what it refers to elsewhere.
+    """The path of a local file: `path` itself, or a temporary copy of the remote file that `path` names.
 
-    "hf://user/name@revision" means its training.ckpt on the Hub, "hf://user/name@revision/other.ckpt" another file;
-    "https://" an address; other schemes are those of fsspec. Raises HubNotFoundError and other HubErrors for the Hub,
-    CheckpointError where another place does not give the file.
+    "hf://user/name@revision" names training.ckpt in a repository on the Hub, "hf://user/name@revision/other.ckpt"
+    another file of it. "https://" addresses are downloaded; other schemes are those of fsspec. Raises HubNotFoundError
+    and other HubErrors for the Hub, CheckpointError where another place does not give the file.
     """
     if is_local(path):
         yield local_path(path)

@@ -1,7 +1,7 @@
-"""A checkpoint's file. Reading it runs no code of a stranger's and lets no damaged byte in; written, it is there whole.
+"""The file of a checkpoint. Reading it runs no foreign code and refuses damage; writing it leaves a whole file or none.
 
-torch.load does not look at the checksums that torch.save writes beside every tensor and the rest, and Lightning lets
-torch.load run what a pickle from an http address says.
+torch.load ignores the checksums that torch.save writes beside every tensor and the rest, and Lightning lets torch.load
+run the code of a pickle from an http address.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from lightning_lora.errors import CheckpointError, listed
 from lightning_lora.files import FULL, flush, has_less_room, reason, written_beside
 from lightning_lora.training.checkpoint_address import is_local, is_on_hub, local_checkpoint, local_path
 
-# What `save_hyperparameters` keeps of a model: a base among the arguments must not go into every checkpoint.
+# `save_hyperparameters` keeps the arguments of a model: a base among them must not go into every checkpoint.
 
 _KEYS = ("hyper_parameters", "datamodule_hyper_parameters")  # Lightning's, of the module and of the data module
 _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 def leave_out_base(checkpoint: dict[str, Any], module: nn.Module) -> list[str]:
-    """Take modules, and weights of the base of `module`, out of the hyperparameters in `checkpoint`, however deep they
-    lie in dicts, lists and tuples; another object that holds one goes as a whole.
+    """Take modules, and weights of the base of `module`, out of the hyperparameters in `checkpoint`, at any depth of
+    dicts, lists and tuples. Any other object that holds one is taken out as a whole.
 
-    Returns where they were among the module's own: "backbone", "parts.backbone". In a list None takes their place.
+    Returns their paths in the module's own hyperparameters: "backbone", "parts.backbone". In a list or tuple, None
+    takes their place.
     """
     ours = {id(t) for t in adapter_tensors(module).values()}
     base = {_storage(t) for t in (*module.parameters(), *module.buffers()) if id(t) not in ours}
@@ -68,7 +69,7 @@ def _places(value: Any, base: set[int], path: tuple[Any, ...]) -> Iterator[tuple
 
 
 def _without(value: Any, places: set[tuple[Any, ...]], path: tuple[Any, ...]) -> Any:
-    """`value` but for what lies at `places`; what holds none of them stays the object that it is."""
+    """`value` without what lies at `places`; a part that holds none of these stays the same object."""
     if not any(place[: len(path)] == path for place in places):
         return value
     if isinstance(value, (list, tuple)):
@@ -78,7 +79,7 @@ def _without(value: Any, places: set[tuple[Any, ...]], path: tuple[Any, ...]) ->
 
 
 def _holds(value: Any, base: set[int]) -> bool:
-    """Whether pickling `value`, as saving it would, comes upon a module or a weight of the base."""
+    """True if pickling `value`, as a save does, meets a module or a weight of the base."""
     found = False
 
     class Search(pickle.Pickler):
@@ -98,7 +99,7 @@ def _holds(value: Any, base: set[int]) -> bool:
 
     try:
         Search(Nowhere()).dump(value)
-    except Exception:  # so will saving it, which says why
+    except Exception:  # saving it will fail, too, and say why
         return found
     return found
 
@@ -106,14 +107,14 @@ def _holds(value: Any, base: set[int]) -> bool:
 def _storage(t: Tensor) -> int:
     try:
         return t.untyped_storage().data_ptr() or id(t)
-    except (RuntimeError, NotImplementedError):  # of a kind without one, or sharded
+    except (RuntimeError, NotImplementedError):  # a tensor without a storage, or a sharded one
         return id(t)
 
 
 if TYPE_CHECKING:
     _Host = TorchCheckpointIO
 else:
-    _Host = ABC  # its own base: only then do the layouts agree, and Python allows the swap
+    _Host = ABC  # the base of TorchCheckpointIO: Python swaps classes only if their layouts agree
 
 _ZIP = b"PK"
 
@@ -121,11 +122,12 @@ _ZIP = b"PK"
 def read_checkpoint(
     path: Any, load: Callable[..., Any], weights_only: bool | None = None, *, io: CheckpointIO | None = None
 ) -> Any:
-    """`load(file, weights_only=...)` of a local file with what `path` refers to, wherever that is.
+    """Returns `load(file, weights_only=...)`, where `file` is a local file with the content of `path`.
 
-    Without `weights_only` it is True: what LoRACallback saves needs no code to be run. `io` is what `load` calls, where
-    that is not Lightning's plain one: it may know places that we do not. Raises CheckpointError for a file that is
-    damaged, is no checkpoint, or holds what weights_only does not load.
+    `weights_only` is True unless False is given: no code has to be run to load what LoRACallback saves. `io` is the
+    CheckpointIO that `load` calls. One that is not Lightning's may know places that we do not, and gets a remote `path`
+    as it is. Raises CheckpointError for a file that is damaged, is no checkpoint, or holds what weights_only does not
+    load.
     """
     safe = weights_only is not False
     if not (is_local(path) or is_on_hub(path) or io is None or isinstance(_writer(io), WholeFileIO)):
@@ -150,8 +152,8 @@ def read_checkpoint(
 
 @contextmanager
 def fetched(path: str | None) -> Iterator[str | None]:
-    """A local file with what `path` refers to elsewhere, for Lightning alone, where no LoRACallback is: from an http
-    address it would run what the pickle says. Raises CheckpointError for a file that is damaged."""
+    """The path of a local copy of the remote file `path`, for runs without LoRACallback: Lightning would run the code
+    of a pickle from an http address. Raises CheckpointError for a file that is damaged."""
     if path is None or is_local(path):
         yield path
         return
@@ -164,7 +166,7 @@ def fetched(path: str | None) -> Iterator[str | None]:
 
 
 def check_whole(file: str, path: Any) -> None:
-    """Raise CheckpointError, naming `path`, where `file` is one of torch's and not as it was written."""
+    """Raise CheckpointError, naming `path`, where `file` has torch's format and is damaged."""
     with open(file, "rb") as opened:
         if opened.read(len(_ZIP)) != _ZIP and not zipfile.is_zipfile(opened):
             return  # of another format, which torch.load may know
@@ -210,7 +212,7 @@ def _needs_code(path: Any, local: str, error: Exception) -> str:
 
 
 def write_whole_files(io: CheckpointIO) -> CheckpointIO:
-    """`io`, which writes files whole or not at all from now on, if it is Lightning's plain one or wraps that."""
+    """Have `io` write files whole or not at all, if it is Lightning's plain one or wraps that. Returns `io`."""
     writer: Any = _writer(io)
     if type(writer) is TorchCheckpointIO:
         swap(writer, "Whole", WholeFileIO)
@@ -218,7 +220,7 @@ def write_whole_files(io: CheckpointIO) -> CheckpointIO:
 
 
 def _writer(io: CheckpointIO) -> CheckpointIO:
-    """The one that writes the file: a wrapper, such as AsyncCheckpointIO, may get another with each call."""
+    """The innermost CheckpointIO, which writes the file. AsyncCheckpointIO, a wrapper, may get another at each call."""
     while (inner := getattr(io, "checkpoint_io", None)) is not None:
         io = inner
     return io
@@ -227,8 +229,8 @@ def _writer(io: CheckpointIO) -> CheckpointIO:
 class WholeFileIO(_Host):
     """Mixin in front of Lightning's plain CheckpointIO: a file is there whole, or not at all.
 
-    Lightning writes it to the folder for temporary files first and moves it, which is a copy where that is on another
-    file system.
+    Lightning writes the file to the folder for temporary files first and then moves it. Where that folder is on another
+    file system, the move is a copy, which can be cut off.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -247,7 +249,7 @@ class WholeFileIO(_Host):
 
 @contextmanager
 def _said(path: str) -> Iterator[None]:
-    """An error of the disk says which checkpoint was not written, and what to do."""
+    """Turn an error of the disk into a CheckpointError: which checkpoint was not written, and what to do."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The picture in a card: how the metrics went, drawn without a window and without a style of the user's."""
+"""The picture in a card: the curves of the metrics, drawn without a window and without a style of the user's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MOST = 3
-"""Panels in one picture."""
+"""The most panels in one picture."""
 
 
 def curve_picture(history: Sequence[tuple[int, Mapping[str, float]]], monitor: str | None = None) -> bytes | None:

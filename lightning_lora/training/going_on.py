@@ -1,4 +1,4 @@
-"""To where a checkpoint was saved: the second half of an exact resumption."""
+"""Brings a run back to where its checkpoint was saved: the second half of an exact resumption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def restore(resume: ExactResume, trainer: Any, ranks: list[dict[str, Any] | None]) -> None:
-    """When training starts: to where the checkpoint was saved, as far as that is not inside an epoch."""
+    """When training starts, go to where the checkpoint was saved; `enter` goes on inside an epoch."""
     if len(ranks) != trainer.world_size:
         rank_zero_warn(
             f"The checkpoint holds the random state of {len(ranks)} processes and this run has "
@@ -65,14 +65,14 @@ def restore(resume: ExactResume, trainer: Any, ranks: list[dict[str, Any] | None
 
 
 def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any) -> None:
-    """In the loop over batches, before the first one: to where the checkpoint was saved."""
+    """In the loop over batches, before the first one, go to where the checkpoint was saved inside the epoch."""
     place = saved["place"]
     batch = trainer.fit_loop.epoch_loop.batch_progress
     for counts, value in ((batch.current, place["batches"]), (batch.total, place["total"])):
         counts.ready = counts.started = counts.processed = counts.completed = value
     batch.is_last_batch = place["is_last"]
     if "stepped" in saved and not place["ended"] and not private.is_accumulating(trainer):
-        # The end of the batch has to come, and counts it.
+        # The end of the batch is still to come, and Lightning counts the batch there.
         private.set_batches_that_stepped(trainer, private.batches_that_stepped(trainer) - 1)
     rest = saved["round"] or {"hook": ""}
     last = None
@@ -84,7 +84,7 @@ def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any
     if place["batches"]:
         private.logging_goes_on(trainer)
     for callback in trainer.callbacks:
-        if isinstance(callback, GradientAccumulationScheduler):  # it acts when an epoch starts, and this one has
+        if isinstance(callback, GradientAccumulationScheduler):  # it acts at an epoch's start, which is over
             callback.on_train_epoch_start(trainer)
     for i, state in enumerate(saved["fetched_at"], 1):
         resume.fetched_at[place["total"] - i] = state or saved["random"]
@@ -102,7 +102,7 @@ def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any
 
 
 def _skip(start: LoaderStart, saved: dict[str, Any], fetcher: Any) -> Any:
-    """Past the batches of the epoch that were trained on. Returns the last one, where it is read on the way."""
+    """Move past the batches of the epoch that were trained on. Returns the last one if it is read on the way."""
     place, rest = saved["place"], saved["round"]
     last = None
     if all(knows_its_place(loader) for loader in fetcher.combined_loader.flattened):
@@ -136,12 +136,12 @@ def _skip(start: LoaderStart, saved: dict[str, Any], fetcher: Any) -> Any:
 
 
 def _have_rest(resume: ExactResume, trainer: Any, rest: dict[str, Any], last: Any) -> None:
-    """The hooks that had still to come when the checkpoint was saved."""
+    """Call the hooks that were still to come when the checkpoint was saved."""
     module, index = trainer.lightning_module, trainer.fit_loop.epoch_loop.batch_idx
     args: tuple[Any, ...] = ()
     if rest["hook"] == "on_validation_end":
         trainer.validating = True
-    elif last is None or not rest["is_whole"]:  # the latter of outputs that no checkpoint can hold
+    elif last is None or not rest["is_whole"]:  # not whole: no checkpoint can hold the outputs
         names = [
             name for name, one in named(trainer) if name in rest["of"] and getattr(one, "_resume", 0) is not resume
         ]

@@ -1,8 +1,8 @@
-"""Private names of Lightning: each once, with why.
+"""The private names of Lightning that we use: each once, with the reason.
 
 An exact resumption reads and sets counters of Lightning's loops. `check` looks for all of them when training starts,
 and raises MovedError where one is gone: a counter that is set under an old name would do nothing, and the resumed run
-would be another one without a word. What is used outside of an exact resumption raises MovedError by itself.
+would silently be another one. Functions used outside of an exact resumption raise MovedError by themselves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RESUMES = "makes a resumed run the run that was not interrupted"
 
 
 class _Gone:
-    """In the place of a class that Lightning no longer has: `check` has raised MovedError before anybody asks it."""
+    """Stands for a class that Lightning no longer has: `check` raises MovedError before anybody uses it."""
 
 
 def _of_loops(name: str, otherwise: Any = _Gone) -> Any:
@@ -69,15 +69,15 @@ ATTRIBUTES = {
     "strategy": ("_setup_model", "_checkpoint_io"),
     "lightning_module": ("_on_before_batch_transfer",),
 }
-"""Where in a Trainer -> the attributes that we read or set there, and the methods in whose place ours are called."""
+"""Path to an object in a Trainer -> its attributes that we read or set, and its methods that ours override."""
 
 HOOK_LOCALS = ("hook_name", "callback", "callbacks", "monitoring_callbacks", "args")
-"""Local variables of the function that calls a hook of all callbacks: they tell who has had the hook."""
+"""Local variables of the function that calls a hook of all callbacks: they tell whose hook has been called."""
 
 
 def check(trainer: Any) -> None:
     """Raise MovedError if the installed Lightning lacks one of the names by which a run is resumed exactly. Called
-    before our methods stand in front of the loops'."""
+    before our mixins are put in front of the loops."""
     for path in [path for path, purpose in PURPOSES.items() if purpose is _RESUMES]:
         if found(path, _RESUMES) is None:
             raise MovedError(path.replace(":", "."), _RESUMES)
@@ -103,13 +103,13 @@ def forget_restart(fit_loop: Any) -> None:
 
 
 def restart_in_epoch(fit_loop: Any) -> None:
-    """Have the loop over epochs go on inside of one, whose start is through."""
+    """Have the loop over epochs go on inside an epoch that has begun already."""
     fit_loop._restart_stage = _FitStage.RESTARTED_MID_EPOCH
     fit_loop._resuming_from_checkpoint = True  # or the epoch would start with an iterator that nobody uses
 
 
 def load_loader_states(fit_loop: Any) -> None:
-    """Load what a checkpoint brought for stateful loaders: Lightning does so after a checkpoint in mid-epoch only."""
+    """Load the states of stateful loaders from a checkpoint: Lightning does so only for a checkpoint in mid-epoch."""
     if fit_loop._combined_loader_states_to_load and fit_loop._combined_loader is not None:
         fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
         fit_loop._combined_loader_states_to_load = []
@@ -117,12 +117,12 @@ def load_loader_states(fit_loop: Any) -> None:
 
 
 def set_last_reload(fit_loop: Any, epoch: int) -> None:
-    """Say in which epoch the loaders were made anew last (reload_dataloaders_every_n_epochs)."""
+    """Set the epoch in which the loaders were last made anew (reload_dataloaders_every_n_epochs)."""
     fit_loop._last_train_dl_reload_epoch = epoch
 
 
 def batches_that_stepped(trainer: Any) -> int:
-    """After how many batches the optimizer has stepped; Lightning counts a batch at its end."""
+    """The number of batches after which the optimizer has stepped; Lightning counts a batch at its end."""
     count: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return count
 
@@ -138,7 +138,7 @@ def is_accumulating(trainer: Any) -> bool:
 
 
 def skip_next_validation(trainer: Any, skips: bool) -> None:
-    """Say whether the validation after the present batch has been already."""
+    """Set whether the validation after the present batch is skipped, because it has run already."""
     trainer.fit_loop.epoch_loop._skip_next_val = skips
 
 
@@ -154,7 +154,7 @@ def is_epoch_through(trainer: Any) -> bool:
 
 
 def step_of_last_save(callback: Any) -> int:
-    """At which step a ModelCheckpoint last saved. Raises MovedError where it does not note it."""
+    """The step at which a ModelCheckpoint last saved. Raises MovedError where it does not note the step."""
     step: int = attribute(callback, "_last_global_step_saved", _RESUMES)
     return step
 
@@ -178,29 +178,30 @@ def loader_states(loader: CombinedLoader | None) -> list[dict[str, Any]]:
 
 
 def restart_loaders(loader: Any, wrapped: list[Any]) -> None:
-    """Have a CombinedLoader that goes on start `wrapped` in place of the loaders that are through before others.
-    Raises MovedError where its iterator takes them from elsewhere."""
+    """Have the iterator of a CombinedLoader start `wrapped` in place of the loaders that end before others do.
+    Raises MovedError where the iterator takes loaders from elsewhere."""
     replace(attribute(loader, "_iterator", _RESUMES), _RESUMES, iterables=wrapped)
 
 
 def data_fetcher(trainer: Any) -> Any:
-    """What fetches the batches of the training; None before it is made."""
+    """The object that fetches the training batches; None before it is made."""
     return trainer.fit_loop._data_fetcher
 
 
 def iterator_given(fetcher: Any) -> Any:
-    """The iterator that `fetcher` gives to a training_step which asks for it; None where that gets batches."""
+    """The iterator that `fetcher` gives to a training_step which asks for it; None where training_step gets batches."""
     return fetcher.iterator_wrapper if isinstance(fetcher, _IteratorFetcher) else None
 
 
 def fetches_ahead(trainer: Any) -> bool:
-    """True if each batch is fetched before the one ahead of it is trained on, to know which one is the last."""
+    """True if each batch is fetched before the batch ahead of it is trained on, to know which one is the last."""
     fetcher = data_fetcher(trainer)
     return isinstance(fetcher, _PrefetchFetcher) and fetcher.length is None
 
 
 def training_loader(trainer: Any) -> Any:
-    """What train_dataloader of the module or the data module returns. Raises MovedError where it cannot be asked."""
+    """The loader that train_dataloader of the module or the data module returns. Raises MovedError where it cannot be
+    asked for."""
     return attribute(trainer.fit_loop, "_data_source", "measures a start on batches").dataloader()
 
 
@@ -220,16 +221,16 @@ class HookCall(NamedTuple):
 
     hook: str
     by: Any
-    """Whose turn it is."""
+    """The callback or module whose hook runs."""
     later: list[Any]
-    """Whose turn is still to come."""
+    """Those whose hook is still to be called."""
     args: tuple[Any, ...]
     was_raised: bool
-    """True if the exception that ends the run came out of it."""
+    """True if the exception that ends the run came out of this call."""
 
 
 def hook_calls(trainer: Any) -> Iterator[HookCall]:
-    """Those of this thread, the innermost first. They are read from Lightning's local variables."""
+    """The running hook calls of this thread, the innermost first. They are read from Lightning's local variables."""
     module = trainer.lightning_module
     for frame, was_raised in _frames(trainer):
         known = frame.f_locals
@@ -277,7 +278,7 @@ def logging_begins(trainer: Any, batch: Any) -> None:
 
 
 def logging_ends(trainer: Any) -> None:
-    """Tell Lightning's logging that the batch is through."""
+    """Tell Lightning's logging that the batch has ended."""
     trainer._logger_connector.on_batch_end()
 
 
@@ -287,7 +288,8 @@ def logging_goes_on(trainer: Any) -> None:
 
 
 def rows_still_to_log(trainer: Any) -> int:
-    """How many rows Lightning logs of a batch after the hooks at its end: a resumed run does not log them again."""
+    """The number of rows that Lightning logs of a batch after the hooks at its end: a resumed run does not log them
+    again."""
     why = "goes on with the metrics of a run"
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     connector = attribute(trainer, "_logger_connector", why)
@@ -297,13 +299,13 @@ def rows_still_to_log(trainer: Any) -> int:
 
 
 def results(trainer: Any) -> dict[str, Any]:
-    """What `self.log` has gathered in the running epoch, each under Lightning's key."""
+    """The values that `self.log` has gathered in the running epoch, by Lightning's keys."""
     gathered: dict[str, Any] = trainer.fit_loop.epoch_loop._results
     return gathered
 
 
 def restored_result(saved: dict[str, Any], value: Tensor | Metric, device: torch.device) -> Any:
-    """The entry of `results` with what a checkpoint holds of it."""
+    """An entry of `results`, made from what a checkpoint holds of it."""
     meta = _AnyMetadata(**saved["meta"])
     restored = meta.metric = _ResultMetric(meta, isinstance(value, Tensor))
     restored.has_reset, restored._update_count = saved["has_reset"], 1
@@ -314,7 +316,7 @@ def restored_result(saved: dict[str, Any], value: Tensor | Metric, device: torch
 
 
 class _AnyMetadata(_Metadata):  # type: ignore[valid-type, misc]
-    """How a restored value is logged, until the module logs it again and says so itself."""
+    """How a restored value is logged, until the module logs it again with metadata of its own."""
 
     metric: Any
 
@@ -350,12 +352,12 @@ def data_given(trainer: Any) -> Any:
 
 
 def logs_hyperparameters(holder: Any) -> bool:
-    """True if Lightning logs what `holder`, a module or a data module, has by save_hyperparameters."""
+    """True if Lightning logs the hyperparameters that `holder`, a module or a data module, has saved."""
     return bool(getattr(holder, "_log_hyperparams", False))
 
 
 def logs_models(logger: Any) -> bool:
-    """True if MLflow's or W&B's `logger` logs checkpoints as models. Raises MovedError where it does so otherwise."""
+    """True if MLflow's or W&B's `logger` logs checkpoints as models. Raises MovedError where it lacks these names."""
     attribute(logger, "_scan_and_log_checkpoints", _LOGS)
     logged_models(logger)
     return bool(attribute(logger, "_log_model", _LOGS))
@@ -371,8 +373,8 @@ def model_name(logger: Any) -> str:
 
 
 def launches_processes(launcher: Any) -> bool:
-    """True if `launcher` starts processes by `multiprocessing`. Raises MovedError where that cannot be known of one:
-    the weights that those processes train would get lost."""
+    """True if `launcher` starts processes by `multiprocessing`. Raises MovedError where that cannot be known: the
+    weights that those processes train would get lost."""
     path = "lightning.pytorch.strategies.launchers.multiprocessing:_MultiProcessingLauncher"
     known = found(path, _LAUNCHES)
     if known is None and launcher is not None:
@@ -381,7 +383,7 @@ def launches_processes(launcher: Any) -> bool:
 
 
 def trainer_being_made() -> Any:
-    """The Trainer whose constructor is asking a callback for its state key; None where nothing of that kind asks."""
+    """The Trainer whose constructor is asking a callback for its state key; None where no constructor asks."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code is not _trainer_init.__code__:
         frame = frame.f_back
@@ -389,7 +391,7 @@ def trainer_being_made() -> Any:
 
 
 def starts_scripts(trainer: Any) -> bool:
-    """True if the script that runs starts further processes, or may do so: there are several."""
+    """True if the run has several processes, and the running script starts the others or may do so."""
     path = "lightning.pytorch.strategies.launchers:_SubprocessScriptLauncher"
     launcher = found(path, "refuses sweeps whose jobs would start each other")
     return trainer.world_size > 1 and (launcher is None or isinstance(trainer.strategy.launcher, launcher))

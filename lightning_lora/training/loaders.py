@@ -1,4 +1,4 @@
-"""What data loaders keep of their own: where each iterator began, and the states of their generators and counters."""
+"""The state that data loaders keep themselves: where each iterator began, and their generators and counters."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from lightning_lora.errors import TrainingError, listed
 from lightning_lora.training.lightning_private import combined_loader, restart_loaders
 from lightning_lora.training.run_state import RandomState, random_state, set_python_state, set_random_state
 
-# A CombinedLoader that tells the random state from which each of its iterators was made.
+# A CombinedLoader that notes the random state from which each of its iterators was made.
 #
-# Lightning makes one iterator for each epoch; from the random state before it comes the permutation of the data. The
-# state afterwards is made the same whatever the loader drew, since that depends on workers and prefetching.
+# Lightning makes one iterator for each epoch, and the random state before that decides the permutation of the data.
+# Afterwards the generator is advanced by exactly one draw, whatever the loader drew: that depends on workers and
+# prefetching.
 
 
 class LoaderStart:
-    """From what the iterators of the running epoch were made."""
+    """The random states from which the iterators of the running epoch were made."""
 
     own: LoaderState
 
     def __init__(self) -> None:
         self.epoch: RandomState | None = None
         self.restarts: dict[int, RandomState] = {}
-        """Of several loaders, the shorter ones start again when they are through, in mid-epoch: the last such start of
-        each, by its place among them."""
+        """Of several loaders, the shorter ones start again in mid-epoch when they end. This holds the last such start
+        of each loader, by its index."""
         self.replayed: dict[int, RandomState] = {}
-        """The starts to make again while batches are skipped."""
+        """The starts to repeat while batches are skipped."""
 
     def now(self) -> RandomState:
         return {"global": random_state(), "own": self.own.state()}
@@ -48,7 +49,7 @@ class LoaderStart:
 
 
 def watch(loader: CombinedLoader, start: LoaderStart) -> None:
-    """Have `loader` note in `start` from what each of its iterators is made."""
+    """Have `loader` note in `start` the random state from which each of its iterators is made."""
     if not hasattr(loader, "lora_start"):
         loader.__class__ = _watched_class(type(loader))
     loader.lora_start = start  # type: ignore[attr-defined]
@@ -80,7 +81,7 @@ def _watched_class(base_class: type[CombinedLoader]) -> type[CombinedLoader]:
 
 
 class _Restarting:
-    """A loader whose iterators are all but the first of an epoch."""
+    """A loader that notes its start each time it starts again in mid-epoch."""
 
     def __init__(self, place: int, loader: Any, start: LoaderStart) -> None:
         self.place, self.loader, self.start, self.count = place, loader, start, 0
@@ -99,10 +100,10 @@ class _Restarting:
 
 
 def knows_its_place(loader: Any) -> bool:
-    """Whether the state of `loader` brings all of its place in the data.
+    """True if the state of `loader` restores its whole place in the data.
 
-    That of torchdata's does not where random numbers are drawn in worker processes: it is read again like any other,
-    unless its dataset has a state too.
+    The state of torchdata's loader does not where worker processes draw random numbers: such a loader is read again
+    like any other, unless its dataset has a state, too.
     """
     if not hasattr(loader, "load_state_dict"):
         return False
@@ -112,7 +113,7 @@ def knows_its_place(loader: Any) -> bool:
 
 
 def may_start_again(combined: CombinedLoader) -> bool:
-    """Whether another iterator of it starts with the first batch: not where one is its place in the data already."""
+    """True if a new iterator starts with the first batch; False where a loader or its dataset keeps its place."""
     for loader in combined.flattened:
         dataset = getattr(loader, "dataset", None)
         once = isinstance(dataset, IterableDataset) and hasattr(dataset, "__next__")  # it is its own iterator
@@ -122,9 +123,10 @@ def may_start_again(combined: CombinedLoader) -> bool:
 
 
 def seed_persistent_workers(combined: CombinedLoader) -> None:
-    """Give the worker processes that go on from an earlier epoch new seeds, as new ones would get them.
+    """Give new seeds to worker processes that live on from an earlier epoch, as new processes would get them.
 
-    Nobody can read their random state. They would go on from it, and a resumed run's new workers would not.
+    Nobody can read their random state. Unseeded, they would go on from it, which the new workers of a resumed run
+    cannot do.
     """
     for loader in combined.flattened:
         _seed_workers(loader)
@@ -138,7 +140,7 @@ def _seed_workers(loader: Any) -> None:
 
 
 class _WorkerSeed:
-    """It comes to each worker with the message that a new epoch begins; unpickling it there seeds the worker."""
+    """Sent to each worker with the message that a new epoch begins; unpickling it there seeds the worker."""
 
     def __init__(self, seed: Any) -> None:
         self.seed = seed
@@ -154,16 +156,16 @@ def _seed_worker(base_seed: int) -> None:
         return
     random.seed(base_seed + info.id)
     torch.manual_seed(base_seed + info.id)
-    object.__setattr__(info, "seed", base_seed + info.id)  # its own __setattr__ lets nobody
+    object.__setattr__(info, "seed", base_seed + info.id)  # its own __setattr__ refuses
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(numpy_seed(base_seed, info.id))
 
 
-# What data loaders, samplers and modules keep of their own that training changes: random generators and counters.
+# The state of data loaders, samplers and modules that training changes: random generators and counters.
 #
 # `DataLoader(generator=g)`, the recipe of torch's documentation, draws from `g` alone; a sampler may count its epochs.
-# No checkpoint of Lightning's holds any of it.
+# Lightning's checkpoints hold none of it.
 
 _DEPTH = 8
 _LENGTH = 64
@@ -173,10 +175,10 @@ State = dict[str, Any]
 
 
 class LoaderState:
-    """The objects with a state that are reached from loaders, each by the names that lead to it."""
+    """The objects with a state that can be reached from loaders, each by the path of names that leads to it."""
 
     def __init__(self, loaders: dict[str, Any], owners: dict[str, Any]) -> None:
-        """`loaders` are searched deeply; of `owners`, which are modules and callbacks, only what they hold directly."""
+        """`loaders` are searched deeply, `owners` (modules and callbacks) only for what they hold directly."""
         self.found: dict[str, Any] = {}
         seen: set[int] = set()
         for name, loader in loaders.items():
@@ -191,7 +193,7 @@ class LoaderState:
         self.counters = {path: _plain(value) for path, value in self.found.items() if not _is_generator(value)}
 
     def state(self) -> State:
-        """As values that `torch.load(weights_only=True)` accepts."""
+        """The states, as values that `torch.load(weights_only=True)` accepts."""
         state: State = {}
         for path, value in self.found.items():
             if _is_generator(value):
@@ -246,7 +248,7 @@ class LoaderState:
 
 
 def state_of(trainer: Trainer) -> LoaderState:
-    """What the loaders, the modules and the callbacks of `trainer` have of their own."""
+    """The state that the loaders, the modules and the callbacks of `trainer` keep themselves."""
     loops = {"train": trainer.fit_loop, "validation": trainer.fit_loop.epoch_loop.val_loop}
     combined = {name: combined_loader(loop) for name, loop in loops.items()}
     loaders = {
@@ -294,7 +296,7 @@ def _parts(value: Any) -> Iterable[tuple[str, Any]]:
         return (("self", value.__self__),)
     if isinstance(value, types.FunctionType):
         return zip(value.__code__.co_freevars, (_content(cell) for cell in value.__closure__ or ()), strict=True)
-    # A running iterator is made anew, and its worker processes are nothing to search.
+    # A running iterator will be made anew, and its worker processes must not be searched.
     return [(name, inner) for name, inner in vars(value).items() if name not in ("_iterator", "trainer", "_trainer")]
 
 
@@ -316,7 +318,7 @@ def _held(owner: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    # Not its state_dict: loading that means to go on in mid-epoch, where the epoch is to start as it did.
+    # Not its state_dict: loading that would go on in mid-epoch, but the epoch has to start as it did before.
     return {k: v for k, v in vars(value).items() if type(v) in (int, float, bool, str, type(None))}
 
 

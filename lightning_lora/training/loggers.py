@@ -1,5 +1,5 @@
-"""What the loggers of a run are told of its adapters: their settings, as hyper-parameters; both rates of LoRA+; and the
-adapter folder beside a checkpoint that is logged as a model."""
+"""Tells the loggers of a run about its adapters: their settings, as hyper-parameters; both learning rates of LoRA+; and
+the adapter folder beside a checkpoint that is logged as a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     _MLFlow = MLFlowLogger
     _Wandb = WandbLogger
 else:
-    _Monitor = Callback  # their own base: only then do the layouts agree, and Python allows the swap
+    _Monitor = Callback  # the bases of these classes: Python swaps classes only if their layouts agree
     _MLFlow = _Wandb = Logger
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -32,12 +32,12 @@ Settings = Mapping[str, Mapping[str, Any]]
 
 
 def log_settings(trainer: Trainer, module: LightningModule, *several: Settings) -> None:
-    """Give each logger the settings as hyper-parameters, named "group/name"; of `several` a later one is stronger.
+    """Give each logger the settings as hyper-parameters, named "group/name"; among `several`, later ones win.
 
-    With them goes what the module and its data have by save_hyperparameters: Lightning logs that after on_fit_start,
-    and TensorBoard shows only the first hyper-parameters that it is given. A group whose name is taken there is called
-    "run/group". A logger that refuses (MLflow, where an earlier part of its run had another value) does not end the
-    run.
+    The hyper-parameters of the module and its data (save_hyperparameters) are given with them: Lightning logs those
+    after on_fit_start, and TensorBoard shows only the first hyper-parameters that it is given. A group whose name is
+    taken by one of them is called "run/group". A logger that refuses (MLflow, where an earlier part of its run had
+    another value) does not end the run.
     """
     wanted = getattr(trainer, "enable_autolog_hparams", True)  # Lightning before 2.6 has no such setting
     if not (wanted and trainer.loggers and trainer.is_global_zero):
@@ -68,21 +68,21 @@ def log_run(
     further: Settings,
     **plus: Any,
 ) -> None:
-    """Give each logger the settings of the adapter (with `plus`), of the optimizer and of the data, over `further`."""
+    """Give each logger the settings of adapter (with `plus`), optimizer and data; they win over `further`."""
     lora, data = adapter_settings(config, **plus), data_settings(trainer, module)
     log_settings(trainer, module, further, {"lora": lora, "optimizer": optimizer or {"lr": None}, "data": data})
 
 
 def adapter_settings(config: LoRAConfig, **others: Any) -> dict[str, Any]:
-    """Rank, alpha, targets, and every other field of `config` that is not as it is by default; with `others`."""
+    """Rank, alpha, targets, every other field of `config` that differs from its default, and `others`."""
     defaults = LoRAConfig().to_dict()
     always = ("rank", "alpha", "target_modules")
     return {n: v for n, v in config.to_dict().items() if n in always or v != defaults[n]} | others
 
 
 def optimizer_settings(trainer: Trainer) -> dict[str, Any]:
-    """The optimizer's class and learning rate, of several groups or optimizers all that differ: the rates that
-    schedules start from."""
+    """The optimizer's class, and the learning rate that its schedule starts from: a list where groups or optimizers
+    have different ones."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     rates = [float(group.get("initial_lr", group["lr"])) for group in groups if group.get("lr") is not None]
     different = list(dict.fromkeys(rates))
@@ -99,7 +99,7 @@ def data_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
 
 
 class ShowsBothRates(_Monitor):
-    """Mixin in front of LearningRateMonitor: under LoRA+ it sees B's groups, which else are there only in a step."""
+    """Mixin in front of LearningRateMonitor: under LoRA+ it sees B's groups, which else exist only during a step."""
 
     def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         with _both_rates(trainer):
@@ -131,8 +131,8 @@ def show_both_rates(trainer: Trainer) -> None:
 
 
 class MLFlowAdapters(_MLFlow):
-    """Mixin in front of MLFlowLogger: with each checkpoint of `log_model` goes the adapter folder beside it, as the
-    artifact "CHECKPOINT/adapter"."""
+    """Mixin in front of MLFlowLogger: with each checkpoint that `log_model` logs, it logs the adapter folder beside it,
+    as the artifact "CHECKPOINT/adapter"."""
 
     def _scan_and_log_checkpoints(self, checkpoint_callback: Any) -> None:
         before = private.logged_models(self)
@@ -142,8 +142,8 @@ class MLFlowAdapters(_MLFlow):
 
 
 class WandbAdapters(_Wandb):
-    """Mixin in front of WandbLogger: with each checkpoint of `log_model` goes the adapter folder beside it, as an
-    artifact that is named as the checkpoint's, with "-adapter" behind."""
+    """Mixin in front of WandbLogger: with each checkpoint that `log_model` logs, it logs the adapter folder beside it,
+    as an artifact with the name of the checkpoint's and "-adapter" behind."""
 
     def _scan_and_log_checkpoints(self, checkpoint_callback: Any) -> None:
         import wandb
@@ -159,14 +159,14 @@ class WandbAdapters(_Wandb):
 
 
 def _new_adapters(before: Mapping[str, float], logged: Mapping[str, float]) -> list[tuple[str, Path]]:
-    """The checkpoints that were logged by now, and not `before`, that have an adapter folder; with that."""
+    """The newly logged checkpoints (in `logged`, not in `before`) that have an adapter folder, each with its folder."""
     new = [path for path, time in logged.items() if before.get(path) != time]
     folders = [(path, adapter_folder(str(Path(path).resolve()))) for path in new]  # last.ckpt may be a link
     return [(path, folder) for path, folder in folders if folder.is_dir()]
 
 
 def log_adapters(trainer: Trainer) -> None:
-    """Have MLflow's and W&B's logger of `trainer` take adapter folders where they take checkpoints."""
+    """Have MLflow's and W&B's loggers of `trainer` log adapter folders where they log checkpoints."""
     for logger in trainer.loggers:
         for kind, mixin in ((MLFlowLogger, MLFlowAdapters), (WandbLogger, WandbAdapters)):
             if isinstance(logger, kind) and not isinstance(logger, mixin) and private.logs_models(logger):

@@ -55,7 +55,7 @@ class ResumedEpochLoop(_LoopHost):
     def on_advance_end(self, data_fetcher: Any) -> None:
         try:
             super().on_advance_end(data_fetcher)
-        except SIGTERMException:  # Lightning's last act there
+        except SIGTERMException:  # Lightning raises it as its last act there
             self.lora_resume.ended = self.total_batch_idx + 1
             raise
 

@@ -1,4 +1,4 @@
-"""What to push while training goes on, and where to: `LoRACallback(push=HubPush("user/my-adapter"))`."""
+"""The settings of pushes while training goes on: `LoRACallback(push=HubPush("user/my-adapter"))`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from lightning_lora.hub.push.repository import Destination
 
 @dataclass(frozen=True)
 class HubPush(Destination):
-    """What LoRACallback pushes, and where to. Raises ConfigError for what cannot be."""
+    """What LoRACallback pushes, and where to. Raises ConfigError for an invalid value."""
 
     _: KW_ONLY
     every: Literal["checkpoint", "best", "end"] = "checkpoint"
-    """Which adapters: of every checkpoint and of the end, of each checkpoint that is the best so far, or of the end."""
+    """Push the adapter of every checkpoint and the final one, that of each checkpoint that is the best so far, or only
+    the final one."""
     tag_checkpoints: bool = False
     """Tag each commit with its step: "step-120"."""
     push_checkpoints: bool = False
     """Push the training checkpoint too, so that ckpt_path="hf://user/name@revision" resumes from it."""
     timeout_at_end: float = 60.0
-    """Seconds that the end of a run waits, at most, for pushes, and a second more for each megabyte of them; after an
-    exception or a signal 20 at most."""
+    """The end of a run waits for pushes at most so many seconds, and one more for each megabyte of them; after an
+    exception or a signal, at most 20 seconds."""
     card: Card | Mapping[str, Any] = field(default_factory=Card)
-    """What the cards say beside what the run knows by itself: `Card(data="...", front_matter={"license": "mit"})`."""
+    """Facts for the cards that the run does not know by itself: `Card(data="...", front_matter={"license": "mit"})`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""`callbacks.push` of a settings file: a HubPush that is an entry of the Trainer's callbacks, beside LoRACallback's."""
+"""`callbacks.push` of a settings file: a HubPush as an entry of its own in the Trainer's callbacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_lora.training.pushing import Pushing
 class PushCallback(Callback):
     """Pushes as `LoRACallback(push=HubPush(repo_id, **settings))` does; does nothing where `repo_id` is None.
 
-    It goes after the LoRACallback whose adapters it pushes.
+    Put it after the LoRACallback whose adapters it pushes.
     """
 
     def __init__(self, repo_id: str | None = None, **settings: Any) -> None:
@@ -35,7 +35,7 @@ class PushCallback(Callback):
 
 
 def _signature() -> inspect.Signature:
-    """HubPush's own, with a repo_id that may be left out: what a settings file may say."""
+    """The signature of HubPush, with a repo_id that may be left out: the entries that a settings file may have."""
     parameters = dict(inspect.signature(HubPush, eval_str=True).parameters)
     first = parameters["repo_id"]
     parameters["repo_id"] = first.replace(annotation=str | None, default=None)

@@ -37,9 +37,9 @@ WAIT_ON_EXCEPTION = 20.0
 
 
 class Pushing:
-    """The pushes of one run after another. Everything but `check` and `start` never raises.
+    """The pushes of one run after another. No method raises but `check` and `start`.
 
-    All of a run's processes call `check` and `start`; the rest does nothing but in the first.
+    All processes of a run call `check` and `start`; the other methods push only in the first process.
     """
 
     def __init__(self, settings: HubPush) -> None:
@@ -50,7 +50,7 @@ class Pushing:
 
     def _forget(self) -> None:
         self.unpushed: list[Job] = []
-        """What is not on the Hub after the run."""
+        """The jobs that are not on the Hub after the run."""
         self._pushed: list[Any] = []
         self._repository: HubRepository | None = None
         self._queue: BackgroundPusher | None = None
@@ -58,7 +58,7 @@ class Pushing:
         self._held: Job | None = None
         self._best: Job | None = None
         self._last: tuple[Job, str | None] | None = None
-        """That of the last adapter folder, and the checkpoint that goes with it."""
+        """The job of the last adapter folder, and the checkpoint that goes with it."""
         self._first_step = 0
         self._root = Path()
 
@@ -77,7 +77,7 @@ class Pushing:
     # Before the first step.
 
     def check(self, trainer: Trainer) -> None:
-        """Raise, in every process, unless token, repository and permission are as the pushes will need them."""
+        """Raise, in every process, unless token, repository and permission allow the pushes that will come."""
         self._forget()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -88,7 +88,7 @@ class Pushing:
         self._repository = repository
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise, in every process, unless the adapter's card is one that the Hub takes; then start the worker."""
+        """Raise, in every process, unless the Hub accepts the adapter's card; then start the worker."""
         repository = self._repository
         if repository is None:
             return
@@ -120,7 +120,7 @@ class Pushing:
         adapter: str | os.PathLike[str] | None,
         tensors: Mapping[str, Tensor],
     ) -> None:
-        """Push what was saved: the folder `adapter` beside the checkpoint `path`, or `tensors` where there is none."""
+        """Push the folder `adapter`, saved beside the checkpoint `path`, or `tensors` where there is no folder."""
         if self._queue is None:
             return
         with _told():
@@ -197,8 +197,8 @@ class Pushing:
     # At the end.
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Push what the run ended with, which is what `trainer.save_checkpoint` would hold now, and wait for all that
-        waits."""
+        """Push the final adapter, the one that `trainer.save_checkpoint` would save now, and wait for all jobs that
+        are not pushed yet."""
         if self._repository is None:
             return
         queue, final = self._queue, None
@@ -206,7 +206,7 @@ class Pushing:
             queue.hold()  # the last checkpoint, if it waits, and the final adapter are one commit
         with _told():
             if self.settings.every != "best" and trainer.global_step > self._first_step:
-                final = trainer.strategy.final_adapter()  # type: ignore[attr-defined]  # of a part in each process
+                final = trainer.strategy.final_adapter()  # type: ignore[attr-defined]  # each process has a part
             if queue is not None and final is not None:
                 queue.put(self._final_job(trainer, stage_model(pl_module, **final)))
             if self._held is not None:
@@ -215,8 +215,9 @@ class Pushing:
             self._end(queue, self.settings.timeout_at_end + queue.size / 1e6, _soon_after_sigterm(trainer))
 
     def _final_job(self, trainer: Trainer, staged: Staged) -> Job:
-        """The last checkpoint's, where the run ended with its values; else callbacks have changed them when training
-        ended, and what was measured of it is not true of `staged`."""
+        """The job of the final adapter. If its values are those of the last checkpoint, its folder and metrics are
+        used. If callbacks changed the values when training ended, metrics are left out: they do not hold for `staged`.
+        """
         last, checkpoint = self._last or (None, None)
         if last is None or last.step != trainer.global_step:
             return self._job(trainer, staged, None, is_final=True)
@@ -230,7 +231,7 @@ class Pushing:
         return self._job(trainer, staged, last.source, is_best=is_best, is_final=True)
 
     def abort(self) -> None:
-        """After an exception or a signal: push the checkpoints that wait, as far as the time allows."""
+        """After an exception or a signal: push the waiting checkpoints, as far as the time allows."""
         queue = self._queue
         if queue is None:
             return
@@ -294,7 +295,7 @@ def _quoted(override: str) -> str:
 
 
 def _in_first_process(trainer: Trainer, action: Callable[[], None]) -> None:
-    """`action()` in the first process; what it raises is raised in each, or the others would wait for it for ever."""
+    """Call `action()` in the first process. Raise its error in every process, or the others would wait for ever."""
     error: Exception | None = None
     if trainer.is_global_zero:
         try:
@@ -320,7 +321,7 @@ def _monitored(trainer: Trainer) -> str | None:
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:
-    """What was logged last, the monitored metric first, then those of validation."""
+    """The metrics that were logged last: the monitored one first, then those of validation."""
     values: dict[str, float] = {}
     for name, value in trainer.callback_metrics.items():
         if value.numel() == 1 and math.isfinite(number := value.item()):
@@ -334,7 +335,7 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """An exception is said, and training goes on."""
+    """Log an exception, and let training go on."""
     try:
         yield
     except Exception as error:

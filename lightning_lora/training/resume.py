@@ -2,16 +2,16 @@
 
 Lightning restores loops, optimizers and schedulers. It restores no random state, no place in the data, no gradients of
 an open accumulation window and no metrics of an epoch that is not through, and its counters say different things of
-one and the same place. Here a checkpoint says where the run is in these words:
+one and the same place. Here a checkpoint says where the run is with one of two words:
 
     between   the next thing is the start of an epoch
-    inside    in an epoch, `batches` of it trained on; the end of the last one (its validation) has to come or has been
+    inside    in an epoch, after `batches` of it; the end of the last one (its validation) is still to come or is done
 
-A batch that a checkpoint was saved in the middle of counts as not begun: it is trained on again, from what the run held
-when the batch began. So do a validation and the start and the end of an epoch; but where a ModelCheckpoint saves, at
-their end, all other callbacks have had it, and the run goes on from there. What hooks draw between the end of a batch
-and the start of the next one does not count, nor what validation draws: the random state goes back to where the batch
-left it.
+If a checkpoint was saved in the middle of a batch, the batch counts as not begun: it is trained on again, from the
+state of the run when it began. The same holds for a validation and for the start and the end of an epoch. But where a
+ModelCheckpoint saves at their end, all other callbacks have had the hook, and the run goes on from there. Random
+numbers that hooks draw between two batches do not count, nor those that a validation draws: the random state goes back
+to where the last batch left it.
 """
 
 from __future__ import annotations
@@ -60,50 +60,50 @@ class ExactResume:
     def __init__(self) -> None:
         self.stage = ""
         self.trainer: Any = None
-        """The one that trains, or trained last."""
+        """The Trainer that trains, or trained last."""
         self.saved: list[dict[str, Any] | None] | None = None
-        """What a checkpoint brought, of each process, until training starts."""
+        """The state of each process from a checkpoint, until training starts."""
         self.saved_at: dict[str, int] = {}
-        """At which step each ModelCheckpoint had last saved, in that checkpoint."""
+        """The step at which each ModelCheckpoint had last saved, from that checkpoint."""
         self.entry: dict[str, Any] | None = None
-        """Of that, what waits for the first batch."""
+        """The state of this process from that checkpoint, where it waits for the first batch."""
         self.random: RandomState = {}
         self.random_before: RandomState = {}
         """The random state before Lightning makes the first iterator of the data."""
         self.random_at = -1
-        """After how many batches, of all epochs, `random` was the random state."""
+        """The number of batches, of all epochs, after which `random` was the random state."""
         self.fetched_at: dict[int, RandomState] = {}
-        """The random state when the last three batches began, by the number of batches before them: each is fetched
-        then, or the one after it."""
+        """The random states when the last three batches began, by the number of batches before them: then the batch,
+        or the one after it, is fetched."""
         self.amid = ""
-        """Which is running of "epoch start", "batch", "validation" and "epoch end": a run goes back to its start."""
+        """What is running: "epoch start", "batch", "validation", "epoch end". A resumed run goes back to its start."""
         self.before: dict[str, Any] = {}
-        """What the run held when that began."""
+        """The state of the run when that began."""
         self.rest: list[str] | None = None
-        """Who has to have the hook of the epoch's end still, where the checkpoint was saved when others had had it."""
+        """The names of those whose on_train_epoch_end is still to be called, where others had it before the save."""
         self.gradients: dict[str, Tensor] | None = None
-        """Those that were there before the running batch added its own."""
+        """The gradients before the running batch added its own."""
         self.stepped = (0, 0)
-        """When the last batch began: how many batches were done, and how many of them had stepped, by which loggers
-        count. Lightning counts a batch at its end, before some checkpoints and after others."""
+        """When the last batch began: the number of batches done, and of those after which the optimizer had stepped,
+        by which loggers count. Lightning counts a batch at its end, before some checkpoints and after others."""
         self.ended = -1
-        """After how many batches the end of the last one, its validation, was through."""
+        """The number of batches after which the end of the last one, with its validation, was last done."""
         self.validated = -1
-        """After how many batches a validation was last through."""
+        """The number of batches after which a validation was last done."""
         self.cut = False
-        """Whether max_steps, max_time or early stopping ended the epoch before its last batch."""
+        """True if max_steps, max_time or early stopping ended the epoch before its last batch."""
         self.extra = False
-        """Whether the last validation was one that only a run that stops has: what it changed does not count."""
+        """True if the last validation came only because the run stops: what it changed does not count."""
         self.validated_on: CombinedLoader | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy belongs to no run yet: a callback can be copied and pickled once it was used."""
+        """A copy belongs to no run yet, so a callback can be copied and pickled after it was used."""
         return {**ExactResume().__dict__, "stage": self.stage, "saved": self.saved, "saved_at": self.saved_at}
 
     # What a checkpoint holds of it.
 
     def state_dict(self) -> dict[str, Any]:
-        if self.saved is not None:  # what was loaded has not been gone on from yet
+        if self.saved is not None:  # loaded, and training has not gone on yet
             return {"ranks": self.saved}
         own = self._state() if self.trainer is not None else {"random": self.random or random_state(), "place": None}
         interrupted = self.trainer is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED
@@ -151,7 +151,7 @@ class ExactResume:
         }
 
     def _has_changed(self) -> bool:
-        """Whether weights or schedules are other ones than the place that a checkpoint will name."""
+        """True if weights or schedules have changed since the place that a checkpoint will name."""
         batch = self.trainer.fit_loop.epoch_loop.batch_progress.current
         if self._is_amid():
             return bool(self.before["version"] != self._version())
@@ -160,7 +160,7 @@ class ExactResume:
         return between and running_round(self.trainer) is None  # an exception in a schedule's step
 
     def place(self) -> dict[str, Any]:
-        """Where the run is."""
+        """The place of the run, in the words of the module's docstring."""
         if self.entry is not None:
             return self.entry["place"]
         fit_loop = self.trainer.fit_loop
@@ -181,7 +181,7 @@ class ExactResume:
         return {"kind": "between", "epoch": epoch.completed, "batches": batch.current.processed, "total": done}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Have Lightning's counters say where the run is, in the one way for which there is a way on from there."""
+        """Set Lightning's counters in `checkpoint` to the place of the run, in the one form that can be resumed."""
         if self.trainer is None or "loops" not in checkpoint:
             return
         place, loops = self.place(), checkpoint["loops"]["fit_loop"]
@@ -209,12 +209,12 @@ class ExactResume:
         return self.buffers.before() if self.trainer is not None and self._is_amid() else {}
 
     def _in_batch(self) -> bool:
-        """Whether a batch is begun and not through."""
+        """True if a batch has begun and not ended."""
         epoch, batch = self.trainer.fit_loop.epoch_progress.current, self.trainer.fit_loop.epoch_loop.batch_progress
         return epoch.started > epoch.processed and batch.current.ready > batch.current.processed
 
     def _is_amid(self) -> bool:
-        """Whether a run that goes on from here goes back to what this one held `before`."""
+        """True if a run that resumes from here goes back to the state in `before`."""
         if not self.amid or self.extra or self.cut:
             return bool(self.before) and (self.extra or self.cut)
         if self.amid == "batch":
@@ -227,7 +227,7 @@ class ExactResume:
         return running is not None and bool(running.rest)
 
     def _stepped(self) -> int:
-        """After how many batches, of those that are done, the optimizer has stepped."""
+        """The number of finished batches after which the optimizer has stepped."""
         (done, stepped), batch = self.stepped, self.trainer.fit_loop.epoch_loop.batch_progress
         return stepped + int(batch.total.processed > done and not private.is_accumulating(self.trainer))
 
@@ -292,7 +292,8 @@ class ExactResume:
         set_random_state(self.random)
 
     def begin_batch(self, fetcher: Any) -> bool:
-        """Before a batch is fetched. Returns whether one is: the first call after resuming may have to end another."""
+        """Called before a batch is fetched. Returns False if none is: the first call after resuming may have to end an
+        earlier one."""
         trainer = self.trainer
         entry, self.entry = self.entry, None
         batch = trainer.fit_loop.epoch_loop.batch_progress
@@ -324,7 +325,7 @@ class ExactResume:
         self._note_random()
 
     def begin_validation(self) -> None:
-        """Before its iterator is made."""
+        """Called before the iterator of a validation is made."""
         trainer = self.trainer
         if private.combined_loader(trainer.fit_loop.epoch_loop.val_loop) is not self.validated_on:
             self._find_state()
@@ -337,20 +338,20 @@ class ExactResume:
             seed_persistent_workers(self.validated_on)
 
     def end_validation(self) -> None:
-        """Before the hooks of its end."""
+        """Called before the hooks at the end of a validation."""
         self.validated = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
     def end_epoch(self) -> None:
-        """Before the hooks of its end."""
+        """Called before the hooks at the end of an epoch."""
         epoch_loop = self.trainer.fit_loop.epoch_loop
         stopped = self.trainer.should_stop or 0 <= epoch_loop.max_steps <= epoch_loop.global_step
         self.ended = epoch_loop.batch_progress.total.processed
         self.cut = stopped and not private.is_epoch_through(self.trainer)
-        if not self.extra:  # which began before
+        if not self.extra:  # else the state from before that validation counts
             self.begin("epoch end")
 
     def begin(self, amid: str) -> None:
-        """Note what the run holds: a checkpoint from the middle of what begins counts as saved here."""
+        """Note the state of the run: a checkpoint from the middle of what begins now counts as saved here."""
         self.amid = amid
         self.before = self._held()
 
@@ -378,7 +379,7 @@ class ExactResume:
         return (self.trained.version(), *(getattr(schedule, "last_epoch", 0) for schedule in schedules))
 
     def _fetched_at(self, done: int) -> list[RandomState | None]:
-        """The random state when the last two of so many batches began, the later one first."""
+        """The random states when the last two of `done` batches began, the later one first."""
         return [self.fetched_at.get(done - 1), self.fetched_at.get(done - 2)]
 
     def _watch_loaders(self) -> None:

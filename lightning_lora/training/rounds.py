@@ -1,7 +1,7 @@
 """Rounds of hooks: Lightning calls a hook of one callback after another, then the module's.
 
-Where one of them saves a checkpoint, those after it have not had the hook. What they would have done belongs to the
-run: after resuming, they have it.
+Where one of them saves a checkpoint, the hook of those after it has not been called yet. What it would have done
+belongs to the run, so it is called after resuming.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_lora.training.lightning_private import call_hook, hook_calls
 from lightning_lora.training.run_state import random_state
 
-# What callbacks, the data module and optimizers hold of their own, to be saved as it was when a batch began.
+# The state of callbacks, the data module and optimizers, saved as it was when a batch began.
 
 _IN_BATCH = (
     "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
@@ -31,7 +31,7 @@ Held = dict[str, Any]
 
 
 class Holders:
-    """Those of a Trainer that have a state. A ModelCheckpoint's is never put back: its files are there."""
+    """The parts of a Trainer that have a state. A ModelCheckpoint's is never put back: its files exist already."""
 
     def __init__(self, trainer: Any, own: Callback) -> None:
         self._trainer = trainer
@@ -41,10 +41,11 @@ class Holders:
         data = trainer.datamodule
         self._data = data if data is not None and is_overridden("state_dict", data) else None
         self.unread = [type(x).__name__ for x in (*others, trainer.lightning_module) if _adds_to_checkpoints(x)]
-        """Those that write what they want into a checkpoint, which nobody can ask for at another time."""
+        """The class names of those that write into a checkpoint by on_save_checkpoint: nobody can ask for that at
+        another time."""
 
     def state(self, *, in_batch: bool) -> Held:
-        """With `in_batch`, without those that no hook inside of a batch can change."""
+        """The present states; with `in_batch`, without those of callbacks that have no hook inside of a batch."""
         callbacks: Iterable[Any] = self._in_batch if in_batch else self._callbacks
         return {
             "callbacks": {c.state_key: copy.deepcopy(c.state_dict()) for c in callbacks},
@@ -53,7 +54,7 @@ class Holders:
         }
 
     def put(self, held: Held, checkpoint: dict[str, Any]) -> None:
-        """Have `checkpoint` say what was held, in the place of what is."""
+        """Replace the present states in `checkpoint` by those in `held`."""
         states = checkpoint["callbacks"]
         for key, state in held["callbacks"].items():
             states.pop(key, None)
@@ -74,7 +75,7 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adds_to_checkpoints(one: Any) -> bool:
-    own = ("lightning.", "lightning_lora.")  # whose weights are averages, or that note what was before the batch
+    own = ("lightning.", "lightning_lora.")  # they average weights, or note the state before the batch
     return is_overridden("on_save_checkpoint", one) and not one.on_save_checkpoint.__module__.startswith(own)
 
 
@@ -85,25 +86,25 @@ _ABSENT = object()
 
 @dataclass
 class Round:
-    """One that is running while a checkpoint is saved, or in which the exception came that ends the run."""
+    """A round that is running while a checkpoint is saved, or one in which an exception ended the run."""
 
     hook: str
     by: Any
-    """Whose hook runs; None where an exception ended it."""
+    """The callback or module whose hook runs; None where an exception ended it."""
     torn: str
-    """Whose it was then, if that has a state of its own."""
+    """The name of the one whose hook the exception ended, if it has a state of its own; else ""."""
     rest: list[str]
-    """The names of those who still have to have it."""
+    """The names of those whose hook is still to be called."""
     args: tuple[Any, ...]
 
     @property
     def is_saved_last(self) -> bool:
-        """Whether a ModelCheckpoint saves, which Lightning calls after all other callbacks."""
+        """True if a ModelCheckpoint saves, which Lightning calls after all other callbacks."""
         return isinstance(self.by, Checkpoint)
 
 
 def running_round(trainer: Any) -> Round | None:
-    """The one that is running in this thread."""
+    """The round that is running in this thread; None where there is none."""
     for hook, by, later, args, was_raised in hook_calls(trainer):
         if hook not in _HOOKS:
             continue
@@ -117,7 +118,7 @@ def running_round(trainer: Any) -> Round | None:
 
 
 def named(trainer: Any) -> Iterator[tuple[str, Any]]:
-    """All callbacks and the module, in the order of a round, each under a name that another run has for it too."""
+    """All callbacks and the module, in the order of a round, each with a name that is the same in another run."""
     counts: dict[str, int] = {}
     for callback in trainer.callbacks:
         number = counts[callback.state_key] = counts.get(callback.state_key, 0) + 1
@@ -127,7 +128,7 @@ def named(trainer: Any) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def only(trainer: Any, hook: str, rest: list[str]) -> Iterator[None]:
-    """Inside, `hook` is called of those that `rest` names alone."""
+    """Inside, `hook` is called only for those that `rest` names."""
     silenced = [one for name, one in named(trainer) if name not in rest]
     own = [(one, vars(one).get(hook, _ABSENT)) for one in silenced]
     for one in silenced:
@@ -140,13 +141,13 @@ def only(trainer: Any, hook: str, rest: list[str]) -> Iterator[None]:
 
 
 def have_round(trainer: Any, hook: str, rest: list[str], *args: Any) -> None:
-    """Call `hook` of those that `rest` names, as Lightning does."""
+    """Call `hook` for those that `rest` names, as Lightning does."""
     with only(trainer, hook, rest):
         call_hook(trainer, hook, *args)
 
 
 def saved_outputs(value: Any) -> tuple[Any, bool]:
-    """What a training_step returned as values that a checkpoint can hold, and whether that is all of it."""
+    """The outputs of a training_step as values that a checkpoint can hold; and True if nothing is left out."""
     if isinstance(value, Tensor):
         return value.detach().clone(), True
     if isinstance(value, dict):
@@ -163,7 +164,7 @@ def _has(one: Any, hook: str) -> bool:
 
 
 def rest_of(running: Round) -> dict[str, Any] | None:
-    """What a checkpoint that is saved in this round holds of it: who has not had the hook yet, and its arguments."""
+    """The note on this round in a checkpoint saved in it: whose hook is still to be called, and its arguments."""
     if not running.rest and running.hook != "on_train_epoch_end":
         return None
     rest: dict[str, Any] = {"hook": running.hook, "of": running.rest, "torn": running.torn, "random": random_state()}

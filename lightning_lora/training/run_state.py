@@ -1,4 +1,4 @@
-"""What a run holds beside weights, optimizers and counters, which a checkpoint has to hold for an exact resumption."""
+"""What an exact resumption needs beside weights, optimizers and counters: random state, buffers, gradients, metrics."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def set_random_state(state: RandomState) -> None:
 
 
 def _numpy_state(numpy: Any) -> Any:
-    """numpy takes 50 us to tell its state, too much after every batch: it is asked only where its memory changed."""
+    """The state of numpy's generator. Asking numpy takes 50 us, too much after every batch, so it is asked only if its
+    memory has changed."""
     global _last_numpy
     generator: Any = getattr(numpy.random, "get_bit_generator", lambda: None)()  # numpy has it from 1.24 on
     if type(generator) is not numpy.random.MT19937:
@@ -87,7 +88,7 @@ def set_python_state(generator: Any, state: Any) -> None:
     generator.setstate((version, tuple(numbers), kept))
 
 
-# What each of several processes has of its own, brought to the first one, which writes the checkpoint.
+# The state of each process, brought to the first one, which writes the checkpoint.
 
 _PATIENCE = timedelta(seconds=5)
 """How long the first process waits, after an exception, for others that may have had none."""
@@ -96,7 +97,7 @@ _exchanges = 0
 
 
 def of_all_ranks(own: Any, *, may_be_alone: bool) -> list[Any]:
-    """`own` of every process, by rank. With `may_be_alone`, None for those that do not come."""
+    """`own` of every process, by rank. With `may_be_alone`, None for processes that do not answer in time."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [own]
     ranks: list[Any] = [None] * distributed.get_world_size()
@@ -107,8 +108,8 @@ def of_all_ranks(own: Any, *, may_be_alone: bool) -> list[Any]:
 
 
 def _left_in_store(own: Any, ranks: list[Any]) -> list[Any]:
-    # A call to all processes would wait for ever for one that goes on training. Each leaves its own in the store by
-    # which the processes have met, and nobody but the first looks there.
+    # A call to all processes would wait for ever for one that goes on training. So each process leaves its state in
+    # the store by which the processes have met, and only the first one looks there.
     global _exchanges
     _exchanges += 1
     rank = distributed.get_rank()
@@ -132,17 +133,17 @@ def _left_in_store(own: Any, ranks: list[Any]) -> list[Any]:
 
 # Buffers that training changes: no part of an adapter, but a run that resumes needs them.
 #
-# A module may keep a moving average, a queue or a counter in a buffer. The base's own stay as they are, its batch norms
-# being frozen, so what differs from its value when training started is what a checkpoint has to hold.
+# A module may keep a moving average, a queue or a counter in a buffer. The base's own buffers do not change, since its
+# batch norms are frozen. So a checkpoint holds the buffers that differ from their values when training started.
 
 _RECORD = "lora_buffers"
 _SAMPLE = 1 << 20
 _RESTORED = ""
-"""In place of a hash: what a checkpoint brought goes into the next one, whether it changes again or not."""
+"""Stands in place of a hash: a buffer from a checkpoint goes into the next one, whether it changes again or not."""
 
 
 def watch_buffers(module: nn.Module) -> None:
-    """Note what the persistent buffers of `module` hold; of those that were noted before, the first note counts."""
+    """Note the values of the persistent buffers of `module`; for those noted before, the first note stays."""
     record = module.__dict__.setdefault(_RECORD, {})
     for name, buffer in _own_buffers(module):
         record.setdefault(name, _hash(buffer))
@@ -159,7 +160,7 @@ def changed_buffers(module: nn.Module) -> dict[str, Tensor]:
 def restore_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Put back what `changed_buffers` returned. Raises CheckpointError where a shape differs; nothing is changed then.
 
-    One that is not there (yet) is said, and starts anew.
+    A buffer that the module does not have (yet) starts anew, with a warning.
     """
     own = dict(_own_buffers(module))
     other = [name for name, value in saved.items() if name in own and own[name].shape != value.shape]
@@ -196,7 +197,7 @@ class BufferWatch:
             self._copies[name] = (buffer, torch_private.version(buffer), buffer.detach().clone())
 
     def before(self) -> dict[str, Tensor]:
-        """Those that have changed since `note`, as they were then."""
+        """The buffers that have changed since `note`, as they were then."""
         return {name: self._copies[name][2] for name, _ in self._changed() if name in self._copies}
 
     def _changed(self) -> Iterator[tuple[str, Tensor]]:
@@ -258,7 +259,7 @@ class Trained:
             parameter.grad = gradient
 
 
-# The metrics of an epoch that is not through: what `self.log(..., on_epoch=True)` and torchmetrics have summed up.
+# The metrics of an epoch that has not ended: the sums of `self.log(..., on_epoch=True)` and of torchmetrics.
 #
 # Early stopping, plateau schedules and the choice of the best checkpoint depend on them, and Lightning's checkpoints do
 # not hold them.
@@ -273,7 +274,7 @@ Metrics = dict[str, Any]
 
 
 class EpochMetrics:
-    """Those of a Trainer that trains."""
+    """The metrics of the running epoch of a Trainer."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -281,7 +282,7 @@ class EpochMetrics:
         self._modules = {name: module for name, module in named if isinstance(module, Metric)}
 
     def state(self) -> Metrics:
-        """What the running epoch has gathered. Logged values are not changed in place, so that they need no copy;
+        """The values that the running epoch has gathered. Logged values are not changed in place, so they need no copy;
         torchmetrics adds in place, but to lists only at their end."""
         logged = {
             key: (metric, metric.has_reset, metric.value if metric.is_tensor else None, _count(metric))
@@ -322,7 +323,7 @@ def _count(metric: Any) -> Tensor | None:
 
 
 def callback_metrics(trainer: Trainer) -> dict[str, Any]:
-    """What callbacks see of the metrics; those of an epoch are not summed over processes that may not take part."""
+    """The metrics that callbacks see. After an exception they are not summed over processes: some may not take part."""
     if trainer.world_size > 1 and trainer.state.status == TrainerStatus.INTERRUPTED:
         return live_callback_metrics(trainer)
     return trainer.callback_metrics

@@ -1,7 +1,7 @@
 """Training on a model that Lightning's ModelParallelStrategy shards.
 
-Adapters are small, so a checkpoint holds them whole: it is the file that one process would write, and resumes in any
-number of them.
+Adapters are small, so a checkpoint holds them whole: it is the file that one process would write, and any number of
+processes can resume from it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ else:
 
 
 class WholeCheckpoints(_Host):
-    """Mixin between AdapterStrategy and a ModelParallelStrategy, whose own way is a folder with a file of each process,
-    base weights and all."""
+    """Mixin between AdapterStrategy and a ModelParallelStrategy: the latter would write a folder with a file of each
+    process, base weights included."""
 
     lightning_restore_optimizer = True
 
@@ -60,7 +60,7 @@ class WholeCheckpoints(_Host):
 
 
 def _whole(value: Any) -> Any:
-    """`value` with each tensor in its dicts, lists and tuples whole."""
+    """`value` with each sharded tensor in its dicts, lists and tuples made whole."""
     if isinstance(value, Tensor):
         return whole(value)
     if isinstance(value, dict):
@@ -69,7 +69,7 @@ def _whole(value: Any) -> Any:
 
 
 def check_sharded(module: nn.Module, processes: int) -> None:
-    """Raise TrainingError where processes would train apart, or cannot start as one."""
+    """Raise TrainingError where each process would train its own adapters, or where adapters cannot be started."""
     apart = [name for name, t in adapter_tensors(module).items() if t.requires_grad and not is_sharded(t)]
     if apart and processes > 1:
         raise TrainingError(
@@ -86,7 +86,7 @@ def check_sharded(module: nn.Module, processes: int) -> None:
 
 
 def _sharded_as(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """`state`, which is whole, with what belongs to a parameter sharded as it is."""
+    """The whole `state` of an optimizer, with the tensors of each parameter sharded as the parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = [i for group in state["param_groups"] for i in group["params"]]
     of = dict(zip(places, parameters))

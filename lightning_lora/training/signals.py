@@ -28,9 +28,9 @@ class SigtermLater:
             self._before = signal.signal(signal.SIGTERM, self._note) or signal.SIG_DFL
 
     def end(self) -> None:
-        """Take SIGTERM again, and let it act if it came meanwhile.
+        """Handle SIGTERM again as before, and let it act if it came meanwhile.
 
-        It acts no more in one of several processes: Lightning's handler would wait there for others that may never
+        In one of several processes it does not act: Lightning's handler would wait there for others that may never
         answer, and the process ends by its exception anyway.
         """
         before, self._before = self._before, None

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     _Launcher = Any
 else:
-    _Launcher = ABC  # Lightning's own base: only then do the layouts agree, and Python allows the swap
+    _Launcher = ABC  # the base of Lightning's launcher: Python swaps classes only if their layouts agree
 
 
 # Adapt the model in the process that launches others, before it does.
@@ -76,7 +76,7 @@ class AdaptingLauncher(_Launcher):
 
 
 def adapt_before_launch(trainer: Trainer | None) -> None:
-    """Called for a Trainer that is just made, with a LoRACallback among its callbacks."""
+    """Give our class to the launcher of a Trainer that is being made with a LoRACallback among its callbacks."""
     launcher = None if trainer is None else trainer.strategy.launcher
     if launches_processes(launcher) and not isinstance(launcher, AdaptingLauncher):
         swap(launcher, "LoRA", AdaptingLauncher)
@@ -94,7 +94,8 @@ def check_adapted_before_launch(trainer: Trainer) -> None:
 
 
 def _save_on_exception(function: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """In a launched process, which has the weights. Lightning calls on_exception in the launching one alone."""
+    """Run `function` in a launched process, which has the weights, and save there on an exception: Lightning calls
+    on_exception only in the launching process."""
     try:
         return function(*args, **kwargs)
     except BaseException as error:
@@ -117,7 +118,7 @@ def call_after(module: LightningModule, hook: str, function: Callable[[], None])
     original = getattr(module, hook)
     had_own = hook in module.__dict__  # LightningCLI, for one, puts hooks on the instance
 
-    @functools.wraps(original)  # Lightning asks of the function underneath whether the hook is overridden
+    @functools.wraps(original)  # Lightning looks at the wrapped function to see if the hook is overridden
     def hook_and_function(*args: Any, **kwargs: Any) -> Any:
         if had_own:
             module.__dict__[hook] = original
@@ -130,16 +131,17 @@ def call_after(module: LightningModule, hook: str, function: Callable[[], None])
     module.__dict__[hook] = hook_and_function
 
 
-# Adapters that a module has before a run: of a run before (a cell that is run again), of inject or load_adapter.
+# Adapters that a module has before a run: from an earlier run (a cell that is run again), inject or load_adapter.
 
 
 def adapters_present(
     module: nn.Module, config: LoRAConfig | None, some: Mapping[str, Any] | None = None, *, adapter: str | None = None
 ) -> tuple[str, InjectionReport]:
-    """How to name, in code, what `inject` was called on, and its report, by names in `module`.
+    """The code that names what `inject` was called on ("module.backbone"), and its report, with names in `module`.
 
-    Raises AdapterStateError where the adapters of `module` are not those of `config`, or of `some` of its fields,
-    naming what differs; one that means the same is the same. `adapter` is where they were loaded from just now.
+    Raises AdapterStateError, naming what differs, where the adapters of `module` are not those of `config`, or of
+    `some` of its fields; values that mean the same count as the same. `adapter` is the folder or the id on the Hub that
+    they were just loaded from.
     """
     check_as_injected(module)
     kind = type(module).__name__
@@ -201,12 +203,12 @@ def given_fields(
     *,
     from_file: bool,
 ) -> dict[str, Any]:
-    """The fields of a LoRAConfig that the user set: of those that the signature spells, where None is unset, and of the
-    `others`. Raises ConfigError for fields beside a `config`, and for a name that is none."""
+    """The fields of a LoRAConfig that the user set: those of `spelled`, the named arguments, that are not None, and the
+    `others`. Raises ConfigError for fields beside a `config`, and for a name that is no field."""
     known = LoRAConfig.__dataclass_fields__
     further = known.keys() - spelled.keys() - {"target_modules"}
     if others.keys() >= further and (config is not None or from_file):
-        # LightningCLI gives all of them, those that nobody set by their defaults.
+        # LightningCLI gives all of them; those that nobody set have their defaults.
         defaults = LoRAConfig().to_dict()
         others = {name: value for name, value in others.items() if name not in defaults or value != defaults[name]}
     given = {name: value for name, value in spelled.items() if value is not None} | dict(others)
@@ -226,11 +228,11 @@ def given_fields(
 
 
 class AbsentError(Exception):
-    """The adapter is not there, for the reason given: an error, unless a checkpoint is loaded that makes up for it."""
+    """The adapter is not there, for the reason given. That is an error unless a checkpoint is loaded in its place."""
 
 
 class AdapterToGoOnFrom:
-    """A folder, or "user/repo@revision" on the Hub, and what the user says of its config besides."""
+    """The adapter to start from, a folder or "user/repo@revision" on the Hub, and the config that was given besides."""
 
     def __init__(
         self,
@@ -240,7 +242,7 @@ class AdapterToGoOnFrom:
         subfolder: str | None = None,
         ignore_fields: Collection[str] = (),
     ) -> None:
-        """Raises ConfigError for what can be neither; nothing is read yet."""
+        """Raises ConfigError for an `adapter` that can be neither; nothing is read yet."""
         if not isinstance(adapter, (str, os.PathLike)) or not str(adapter):
             raise ConfigError(f"adapter is a folder, or 'user/repo@revision' on the Hub, not {adapter!r}.")
         if str(adapter).endswith(".ckpt"):
@@ -255,7 +257,7 @@ class AdapterToGoOnFrom:
         self.adapter, self.config, self.fields = os.fspath(adapter), config, fields
         self.reading: dict[str, Any] = {"subfolder": subfolder, "ignore_fields": ignore_fields}
         if config is None and fields:
-            LoRAConfig(**fields)  # which raises for what cannot be
+            LoRAConfig(**fields)  # raises for an invalid value
 
     def load(self, module: LightningModule, trainer: Trainer, *, check_base: bool) -> InjectionReport:
         """Adapt `module` as the adapter says, and load it. Raises as `load_adapter` does, and AdapterStateError where
@@ -300,8 +302,8 @@ class AdapterToGoOnFrom:
 
 
 def adapted_as_in(checkpoint: Mapping[str, Any], module: LightningModule) -> InjectionReport | None:
-    """Adapt `module` as the run was whose checkpoint will be loaded into it, where it is not so already: the adapter
-    that the run once began with may be gone by now, or another one."""
+    """Adapt `module` as `checkpoint` says, which will be loaded into it; returns None where it is adapted so already.
+    The adapter that the run once began with may be gone by now, or another one."""
     configs = checkpoint_adapter(checkpoint)["configs"]
     if len(configs) != 1:
         raise CheckpointError(f"The checkpoint has adapters of {len(configs)} calls of inject, not of one callback.")

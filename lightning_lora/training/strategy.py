@@ -1,7 +1,7 @@
-"""Adapter-only checkpoints and optimizers, at the one place that all of them pass: the Trainer's strategy.
+"""Makes checkpoints and optimizers hold only adapters, at the one place that all of them pass: the Trainer's strategy.
 
-As a layer is adapted by swapping its class, so is the strategy: `AdapterStrategy` goes in front of the class that the
-user chose. It stays after the run, so that a later `trainer.save_checkpoint` writes adapters only as well.
+The strategy is adapted like a layer, by swapping its class: `AdapterStrategy` goes in front of the class that the user
+chose. It stays after the run, so that a later `trainer.save_checkpoint` writes only adapters, too.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ if TYPE_CHECKING:
 
     _Host = Strategy
 else:
-    _Host = ABC  # their own base: only then do the layouts agree, and Python allows the swap
+    _Host = ABC  # the base of Lightning's strategies: Python swaps classes only if their layouts agree
 
 
 @dataclass
 class AdapterPolicy:
-    """What the callback asks of the strategy."""
+    """The settings of the callback that the strategy obeys, and the state that both share."""
 
     lora_plus_ratio: float | None = None
     save_adapter: bool = True
@@ -78,20 +78,20 @@ class AdapterPolicy:
     init_batches: int = 16
     product_decay: float | None = None
     watch: BaseWatch | None = None
-    """What the base was when training started."""
+    """Checks that the base stays as it was when training started."""
     resume: ExactResume = field(default_factory=ExactResume)
     sigterm: SigtermLater = field(default_factory=SigtermLater)
     only_launched: bool = False
-    """Whether training went on in processes that this one launched, and failed: here it never began."""
+    """True if training ran, and failed, in processes that this one launched: in this one it never began."""
     rates: list[LoRAPlus] = field(default_factory=list)
-    """Those of LoRA+, one for each optimizer."""
+    """The learning rates of LoRA+, one entry for each optimizer."""
     folder: Path | None = None
     """The adapter folder that was written last."""
     adapt_as_in: Callable[[Mapping[str, Any], LightningModule], None] | None = None
-    """Adapts the module as a checkpoint says that is about to be loaded, where a run began with a saved adapter."""
+    """Adapts the module as the checkpoint says that will be loaded next; set where a run began with a saved adapter."""
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What tells the base from others, once it was needed; frozen weights do not change. By the name of the module to
-    which the names of its weights are relative."""
+    """The results of `describe_base`, kept since frozen weights do not change; by the name of the module to which the
+    names of the weights are relative."""
 
 
 class AdapterStrategy(_Host):
@@ -100,8 +100,7 @@ class AdapterStrategy(_Host):
     lora: AdapterPolicy
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        # What a checkpoint holds has been loaded, the model is in its precision and on its device, and DDP does not
-        # wrap it yet.
+        # By now the checkpoint has been loaded, the model has its precision and device, and DDP does not wrap it yet.
         module = self.lightning_module
         if module is not None and module.trainer.state.fn == TrainerFn.FITTING:
             start_waiting(module, self.lora.init_batches)
@@ -112,10 +111,10 @@ class AdapterStrategy(_Host):
         return obj if self._may_be_alone() else super().broadcast(obj, src)  # type: ignore[safe-super]
 
     def _may_be_alone(self) -> bool:
-        """Whether this process saves on an exception, which the others may not have had: it would wait for ever."""
+        """True if this process saves on an exception. Others may have had none: waiting for them would never end."""
         try:
             trainer: Any = self.lightning_module.trainer if self.lightning_module is not None else None
-        except RuntimeError:  # the module has none
+        except RuntimeError:  # the module has no Trainer
             return False
         return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
 
@@ -168,8 +167,8 @@ class AdapterStrategy(_Host):
             self.lora.adapt_as_in(checkpoint, self.lightning_module)
         if self.lightning_module is not None and has_adapters(self.lightning_module):
             checkpoint_adapter(checkpoint)
-            # Saved before the first batch: the run starts, with its sanity check, which Lightning leaves out of a run
-            # that restarts.
+            # Saved before the first batch: the run starts anew, with the sanity check that Lightning leaves out of a
+            # run that restarts.
             loops = checkpoint.get("loops", {}).get("fit_loop", {})
             if loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("ready") == 0:
                 del checkpoint["loops"]
@@ -202,7 +201,7 @@ class AdapterStrategy(_Host):
         if Path(path).name.startswith("."):
             return
         folder = adapter_folder(path) if self.lora.save_adapter and is_local(path) else None
-        # In every process: of a sharded base each has a part.
+        # In every process: each has a part of a sharded base.
         known = None if folder is None else self._base(module, *adapter_root(module))
         self.lora.folder = folder or self.lora.folder
         if not self.is_global_zero:
@@ -217,8 +216,8 @@ class AdapterStrategy(_Host):
             self.lora.push.on_checkpoint_saved(module, path, folder, checkpoint["state_dict"])
 
     def final_adapter(self) -> dict[str, Any]:
-        """What `save_tensors` needs to write the adapter that `trainer.save_checkpoint` would hold now: `tensors` and
-        `known_base`. Called in every process: of sharded weights each has a part."""
+        """The arguments `tensors` and `known_base` with which `save_tensors` writes the adapter that
+        `trainer.save_checkpoint` would save now. Called in every process: each has a part of sharded weights."""
         module = self.lightning_module
         assert module is not None
         checkpoint = checkpoint_of(module.trainer)
@@ -227,7 +226,7 @@ class AdapterStrategy(_Host):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        # Here, since every callback's on_exception has been: ModelCheckpoint may save in its own.
+        # Every callback's on_exception has run before this: ModelCheckpoint may save in its own.
         if self.lora.push is not None:
             self.lora.push.abort()
         self.lora.sigterm.end()
@@ -243,8 +242,8 @@ class AdapterStrategy(_Host):
                 remove_folder(folder)
 
     def _may_remove(self, remote: str) -> bool:
-        """What Lightning asks of local files alone (Lightning's issue 21813): a checkpoint of this run's own folders,
-        and not the one that it went on from."""
+        """True for a checkpoint in this run's own folders that is not the one that the run went on from. Lightning
+        checks this only for local files (Lightning's issue 21813)."""
         trainer = self.lora.resume.trainer
         if trainer is None:
             return True
@@ -253,7 +252,7 @@ class AdapterStrategy(_Host):
         return not same and any(_place(remote).startswith(f"{_place(folder)}/") for folder in folders)
 
     def _base(self, module: nn.Module, name: str, root: nn.Module) -> dict[str, Any]:
-        if name not in self.lora.bases or not self.lora.check_base:  # which lets a base go on that changes
+        if name not in self.lora.bases or not self.lora.check_base:  # without the check, the base may change
             self.lora.bases[name] = describe_base(module, root)
         return self.lora.bases[name]
 
@@ -273,7 +272,7 @@ class AdapterStrategy(_Host):
 
 
 def attach(strategy: Strategy, policy: AdapterPolicy) -> None:
-    """Make `strategy` save, load and optimize adapters alone, in place; again, it only takes the new policy.
+    """Make `strategy` save, load and optimize only adapters, in place. A second call only sets the new policy.
 
     Raises TrainingError for a strategy that shards or moves weights in a way that adapters are not made for yet.
     """
@@ -292,7 +291,7 @@ def attach(strategy: Strategy, policy: AdapterPolicy) -> None:
 
 
 def shards(strategy: Strategy) -> bool:
-    """Whether the module is sharded in its configure_model, as `strategy` asks."""
+    """True if `strategy` has the module sharded in its configure_model."""
     return isinstance(strategy, ModelParallelStrategy)
 
 
@@ -307,7 +306,7 @@ def adapter_folder(checkpoint_path: str) -> Path:
 
 def leave_out_base_weights(checkpoint: dict[str, Any], module: nn.Module) -> None:
     """Reduce every state dict of `module` in `checkpoint` to the adapter's. Other callbacks put whole models in:
-    WeightAveraging its average, and the current one beside it."""
+    WeightAveraging puts its average there, and the current model beside it."""
     own = {name: name for name in adapter_tensors(module)}
     in_state_dict = {name: plain for name, plain in names_in_state_dict(module).items() if plain in own}
     as_theirs = {name: name for name in own if name not in in_state_dict.values()} | in_state_dict
@@ -316,8 +315,8 @@ def leave_out_base_weights(checkpoint: dict[str, Any], module: nn.Module) -> Non
 
 
 def without_base(value: Any, own: Mapping[str, str]) -> Any:
-    """`value` with every state dict of the adapted model in it, however deep, reduced to the adapter's, whose names
-    there are the keys of `own`, and here its values."""
+    """`value` with every state dict of the adapted model, at any depth, reduced to the adapter's. `own` maps the names
+    in `value` to the names in the result."""
     if not isinstance(value, dict):
         return value
     if own.keys() <= value.keys():
@@ -338,7 +337,7 @@ def check_all_is_saved(module: nn.Module) -> None:
 
 
 def freeze_new_norms(module: nn.Module) -> None:
-    """Freeze the statistics of norms that came in the place of frozen ones: Trainer(sync_batchnorm=True) makes new."""
+    """Freeze the statistics of norms that replaced frozen ones: Trainer(sync_batchnorm=True) makes new ones."""
     for root, injection in injections(module):
         for name in injection.frozen_norms:
             norm = submodule(submodule(module, root), name)

@@ -1,4 +1,4 @@
-"""Private names of torchmetrics: what a metric has gathered is in them alone."""
+"""Private names of torchmetrics: only they hold what a metric has gathered."""
 
 from __future__ import annotations
 

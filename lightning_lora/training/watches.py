@@ -1,8 +1,8 @@
-"""What is watched while a run trains: the base stays as it is, each adapter gets a gradient, and nothing else trains.
+"""Watches a run while it trains: the base stays as it is, each adapter gets a gradient, and nothing else trains.
 
-A checkpoint holds the adapter alone, and fits the base that the run began with. Frozen weights can be written to all
-the same: by the module's own forward (an embedding with max_norm, a codebook that follows its inputs), by a callback
-(ModelPruning), by a hook that clips weights.
+A checkpoint holds only the adapter, which fits the base that the run began with. Yet frozen weights can be written to:
+by the module's own forward (an embedding with max_norm, a codebook that follows its inputs), by a callback
+(ModelPruning), or by a hook that clips weights.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class BaseWatch:
-    """What the base of `module` was when training started. It keeps no reference to the module."""
+    """Notes the base of a module when training starts, and checks it later. It keeps no reference to the module."""
 
     def __init__(self, module: nn.Module, *, is_error: bool) -> None:
-        """`is_error` says whether a change is one, or is only said, once."""
+        """A change of the base raises if `is_error`; else it is warned of, once."""
         self.is_error = is_error
         self.marks = marks_of(base_parameters(module, None))
         self.description = describe_base(module)
@@ -49,10 +49,10 @@ class BaseWatch:
             self.check(module)
 
     def check(self, module: nn.Module) -> None:
-        """Raise TrainingError where the base is another one by now, naming what was written to.
+        """Raise TrainingError where the base has changed, naming the weights that were written to.
 
-        It is read as a whole only where a sample of it, or torch's count of writes, says that it may be: averaging
-        callbacks swap weights in and out without changing one of the base's.
+        The whole base is read only if a sample of it, or torch's count of writes, says that it may have changed.
+        Averaging callbacks swap weights in and out without changing one of the base's.
         """
         now = marks_of(base_parameters(module, None))
         if now == self.marks:
@@ -65,7 +65,7 @@ class BaseWatch:
             self.marks = now
             return
         changed = [name for name in {**self.marks, **now} if self.marks.get(name) != now.get(name)]
-        # A write that leaves a tensor as it was raises its count, too: those of other samples come first.
+        # A write that leaves a tensor as it was raises its count, too: name those whose sample differs, if any do.
         certain = [name for name in changed if _sample(self.marks.get(name)) != _sample(now.get(name))]
         message = (
             f"{listed(certain or changed)} of {type(module).__name__} changed while the adapter trains, though the "
@@ -83,19 +83,20 @@ class BaseWatch:
 
 
 class TrainedWatch:
-    """Which adapters of a module take part in training, and whether anything else does."""
+    """Checks which adapters of a module take part in training, and that nothing else does."""
 
     def __init__(self, module: LightningModule) -> None:
-        """Called when the module was adapted."""
+        """Called when the module has been adapted."""
         self.trains = {name for name, t in adapter_tensors(module).items() if t.requires_grad}
         self.waiting: dict[str, Any] | None = None
-        """The adapters that got no gradient yet, by name; None once that was said."""
+        """The adapters that got no gradient yet, by name; None once they have been reported."""
         self.has_heard = False
         self.held = 0
         """How many tensors the optimizers hold."""
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Training starts. Raises TrainingError where a callback that finetunes has frozen the adapters meanwhile."""
+        """Called when training starts. Raises TrainingError where a callback that finetunes has frozen the adapters
+        meanwhile."""
         frozen = [name for name, t in adapter_tensors(module).items() if name in self.trains and not t.requires_grad]
         finetuning = [type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning)]  # type: ignore[attr-defined]
         if frozen and finetuning:
@@ -120,7 +121,7 @@ class TrainedWatch:
             self.waiting = {name: p for name, p in self.waiting.items() if p.A.grad is None and p.B.grad is None}
 
     def after_batch(self, module: LightningModule) -> None:
-        """Say, after the first batch, which adapters do not train, and which weights of the base require grad."""
+        """After the first batch, warn of adapters that do not train and of weights of the base that require grad."""
         if self.waiting is None or not self.has_heard:  # a training_step returned None
             return
         unused, self.waiting = self.waiting, None
@@ -138,7 +139,7 @@ class TrainedWatch:
 
 
 def _check_only_adapters(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
-    """Raise TrainingError for a parameter of `module` that an optimizer got after `setup_optimizers` made it right."""
+    """Raise TrainingError for a parameter of the base that an optimizer got after `setup_optimizers`."""
     names = {id(p): name for name, p in Tree.of(module).parameters}
     saved = {id(t) for t in adapter_tensors(module).values()}
     given = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
@@ -160,7 +161,7 @@ def unfrozen(module: nn.Module) -> list[str]:
 
 def adapt_averages(trainer: Trainer, module: LightningModule) -> None:
     """Let Lightning's averaging callbacks copy `module` with its adapters: they copy it in their own setup, which may
-    have been before. Raises TrainingError for one that would change frozen statistics of the base."""
+    have run before. Raises TrainingError for one that would change frozen statistics of the base."""
     frozen = [name for _, injection in injections(module) for name in injection.frozen_norms]
     averaging = (WeightAveraging, StochasticWeightAveraging)
     for callback in [c for c in trainer.callbacks if isinstance(c, averaging)]:  # type: ignore[attr-defined]
@@ -188,5 +189,5 @@ def check_averages(module: nn.Module) -> None:
 
 
 def _sample(mark: object) -> object:
-    """What a mark says of shape, type and numbers, without where they lie and how often they were written."""
+    """The shape, type and values in a mark, without the place in memory and the count of writes."""
     return mark[2:] if isinstance(mark, tuple) else mark

@@ -1,1 +1,1 @@
-"""From an adapter on the disk to one commit on the Hub: staged, checked, committed once."""
+"""Pushes an adapter as one commit to the Hub: it is staged, checked, and committed once."""

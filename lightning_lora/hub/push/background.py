@@ -1,8 +1,9 @@
 """Pushes beside the training: a daemon thread with a short queue, in which the newest replaces what waits.
 
 Nothing here blocks or raises into the training. Of the jobs that wait, and of those that the Hub refused, the newest,
-the best and the final one are kept; a Hub that is away is tried again, later and later, until the end of the run, and
-one that says no (401, 403, 404) with the next checkpoint and at the end, by the token that there is then.
+the best and the final one are kept. If the Hub is away, a job is tried again at growing intervals until the end of the
+run. If the Hub says no (401, 403, 404), it is tried again with the next checkpoint and at the end, with the token that
+is there then.
 """
 
 from __future__ import annotations
@@ -47,36 +48,36 @@ class Job:
     is_best: bool = False
     is_final: bool = False
     error: LightningLoRAError | None = None
-    """Why it is not on the Hub."""
+    """The reason why it is not on the Hub."""
     commit: CommitInfo | None = None
     push: Push | None = field(default=None, repr=False)
     tries: int = 0
     not_before: float = 0.0
     is_refused: bool = False
-    """Whether it waits for the next checkpoint, or for the end, to be tried again."""
+    """True if it waits for the next checkpoint, or for the end of the run, to be tried again."""
 
 
 class BackgroundPusher:
-    """`put` jobs; `flush` waits for them, at most so long; `close` gives back those that are not on the Hub."""
+    """Takes jobs by `put`; `flush` waits for them for a limited time; `close` returns those that are not on the Hub."""
 
     def __init__(self, repository: HubRepository, linger: float | None = None) -> None:
         self.repository = repository
         self.commits: list[CommitInfo] = []
-        """Those made so far."""
+        """The commits made so far."""
         self._linger = LINGER if linger is None else linger
         self._change = threading.Condition()
         self._waiting: list[Job] = []
         self._active: Job | None = None
         self._failed: list[Job] = []
         self._said = ""
-        """Why the last of them was refused."""
+        """The last error that was logged."""
         self._done: dict[int, str] = {}
         """Step -> the hash of the tensors that were pushed."""
         self._flushing = self._closed = self._holding = False
         threading.Thread(target=self._work, name="lightning_lora push", daemon=True).start()
 
     def put(self, job: Job) -> None:
-        """Push `job`, in place of one of the same step, and of those that nothing distinguishes any more."""
+        """Push `job`. It replaces a waiting job of the same step, and those that are neither best nor final."""
         with self._change:
             if not job.is_final and self._is_known(job):
                 job.staged.discard()
@@ -95,7 +96,7 @@ class BackgroundPusher:
             self._change.notify_all()
 
     def _is_known(self, job: Job) -> bool:
-        """Whether this very adapter is on the Hub, or on its way."""
+        """True if this very adapter is on the Hub, or on its way."""
         for other in (*self._waiting, self._active):
             if other is not None and (other.step, other.staged.values) == (job.step, job.staged.values):
                 if job.is_best and not other.is_best:
@@ -116,12 +117,12 @@ class BackgroundPusher:
         job.staged.discard()
 
     def hold(self) -> None:
-        """Begin nothing until the next `flush`: what is put before that may replace what waits now."""
+        """Begin no push until the next `flush`: a job that is put before that may replace one that waits now."""
         with self._change:
             self._holding = True
 
     def flush(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-        """Wait until nothing waits any more, for `seconds` at most, or until `until()`; returns whether all is done."""
+        """Wait until no job waits any more, at most for `seconds`, or until `until()`. Returns True if all are done."""
         end = time.monotonic() + seconds
         with self._change:
             self._flushing, self._holding = True, False
@@ -143,7 +144,7 @@ class BackgroundPusher:
         return self._active is None and all(job.is_refused for job in self._waiting)
 
     def close(self) -> list[Job]:
-        """Take no more; returns what is not on the Hub, oldest first. Its staged copies are the caller's."""
+        """Take no more jobs. Returns those not on the Hub, oldest first; the caller owns their staged copies."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -156,7 +157,7 @@ class BackgroundPusher:
 
     @property
     def size(self) -> int:
-        """Bytes that wait."""
+        """The number of bytes that wait to be pushed."""
         with self._change:
             return sum(job.staged.size for job in (*self._waiting, self._active) if job is not None)
 
@@ -230,8 +231,8 @@ class BackgroundPusher:
             self._said = str(error)
 
     def _keep_few_failed(self) -> None:
-        """Of those that the Hub refused, the newest, the best and the final one: the others' copies would fill the
-        disk."""
+        """Of the jobs that the Hub refused, keep the newest, the best and the final one: the others' copies would fill
+        the disk."""
         best = max((job for job in self._failed if job.is_best), key=lambda job: job.step, default=None)
         newest = max(self._failed, key=lambda job: job.step)
         for job in [job for job in self._failed if not job.is_final and job is not best and job is not newest]:

@@ -1,4 +1,4 @@
-"""Push an adapter: one commit that holds its files and its card, once, whatever happens on the way."""
+"""Push an adapter: one commit with its files and its card, made exactly once, whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_lora.hub.push.staging import PICTURE, Staged, digest, stage
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a push would upload; `print` shows it."""
+    """The files and the card that a push would upload; `print` shows them."""
 
     repo_id: str
     message: str
@@ -59,19 +59,19 @@ def push_adapter(
     """Push the adapter in a folder, or that of a model, to the Hub; returns the commit (`oid`, `commit_url`, `pr_url`).
 
     A private copy of adapter_config.json, adapter_model.safetensors and the card is uploaded, and nothing else. The
-    same push again is no second commit. What a user wrote into the card on the Hub, or in the folder, is kept.
+    same push again makes no second commit. Text that a user wrote into the card on the Hub, or in the folder, is kept.
 
     Args:
         adapter: A model that `save_adapter` can save, or a folder that it or PEFT wrote.
         repo_id: "user/name", or "name" in the account of the token.
         branch: Created from main where it is not there.
-        private: Whether the repository is created private; one that is there stays as it is.
-        token: None takes HF_TOKEN, or that of `hf auth login`.
-        endpoint: Of a Hub of your own.
+        private: True creates the repository as a private one; an existing repository stays as it is.
+        token: None takes HF_TOKEN, or the token of `hf auth login`.
+        endpoint: The address of a Hub of your own.
         message: The commit's title.
         tag: A tag for the commit.
         create_pr: Open a pull request instead of committing to a branch.
-        card: What the card says beside what the files say: `Card(metrics={"val_loss": 0.3}, data="...")`.
+        card: Facts for the card that the files do not hold: `Card(metrics={"val_loss": 0.3}, data="...")`.
         timeout: Seconds after which one call to the Hub counts as hung; uploads get more, by their size.
         dry_run: Touch no network; returns a list of the files, and the card.
         ignore_fields: Fields of the folder's config that are not known here and pushed all the same, though they have
@@ -113,7 +113,7 @@ def push_adapter(
 def stage_model(
     model: nn.Module, tensors: Mapping[str, Tensor] | None = None, known_base: Mapping[str, Any] | None = None
 ) -> Staged:
-    """A staged copy of what `save_tensors` writes of these."""
+    """A staged copy of the folder that `save_tensors` writes with these arguments."""
     with within_temporary_folder("save") as folder:
         return stage(save_tensors(model, folder / "adapter", tensors, known_base))
 
@@ -128,8 +128,8 @@ def in_words(metrics: Mapping[str, float], step: int | None = None, most: int = 
 class Push:
     """One commit that is to be made exactly once, by as many attempts as it takes.
 
-    Every attempt names the head that it saw as the parent, so of two that the server gets, it takes one; and looks
-    first whether an earlier one arrived of which the answer was lost.
+    Every attempt names the head that it saw as the parent, so the server accepts only one of two attempts. And it looks
+    first if an earlier attempt arrived whose answer was lost.
     """
 
     def __init__(
@@ -144,12 +144,13 @@ class Push:
         self._first_head: str | None = None
         self._pull_requests: dict[str, str] = {}
         self._sent: str | None = None
-        """The card of the last attempt that got as far as the commit."""
+        """The card of the last attempt that reached the commit."""
         self._over_lfs = False
         self._uploaded: dict[str, CommitOperationAdd] = {}
 
     def attempt(self) -> CommitInfo:
-        """Make the commit, or find it made. Raises HubUnavailableError where another attempt may help, or HubError."""
+        """Make the commit, or find that an earlier attempt made it. Raises HubUnavailableError where another attempt
+        may help, or HubError."""
         repository = self.repository
         head = repository.head()
         if self._sent is not None and (landed := self._landed(head, self._sent)):
@@ -214,7 +215,7 @@ class Push:
             )
 
     def _landed(self, head: str | None, card: str) -> CommitInfo | None:
-        """The commit of an earlier attempt, where it was made and its answer was lost."""
+        """The commit of an earlier attempt, if it was made and the answer was lost."""
         repository = self.repository
         if repository.opens_pr:
             for revision, newest in repository.pull_requests().items():

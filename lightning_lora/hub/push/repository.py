@@ -24,19 +24,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Destination:
-    """Where adapters are pushed to. Raises ConfigError for what cannot be."""
+    """The repository and branch to which adapters are pushed. Raises ConfigError for an invalid value."""
 
     repo_id: str
     """"user/name", or "name" in the account of the token."""
     _: KW_ONLY
     private: bool = True
-    """Whether the repository is created private; one that is there stays as it is."""
+    """True creates the repository as a private one; an existing repository stays as it is."""
     branch: str | None = None
-    """Created from main where it is not there; None is main."""
+    """The branch, which is created from main if it does not exist; None means main."""
     create_pr: bool = False
     """Open a pull request instead of committing to a branch."""
     endpoint: str | None = None
-    """Of a Hub of your own; None takes HF_ENDPOINT or huggingface.co."""
+    """The address of a Hub of your own; None takes HF_ENDPOINT or huggingface.co."""
     timeout: float = TIMEOUT
     """Seconds after which one call to the Hub counts as hung; uploads get more, by their size."""
 
@@ -65,13 +65,13 @@ class HubRepository:
     """The repository of a `Destination`. Every call has a time limit, and raises HubError."""
 
     def __init__(self, to: Destination, token: str | None = None) -> None:
-        """`token` is None for HF_TOKEN, or that of `hf auth login`."""
+        """With `token` None, HF_TOKEN or the token of `hf auth login` is taken."""
         self.to = to
         self.api, self._token = Api(endpoint=to.endpoint, token=token), token
         self.repo_id = to.repo_id
         self.revision = to.branch or constants.DEFAULT_REVISION
         self.opens_pr = to.create_pr
-        """Whether the next commit opens a pull request; the ones after it go into that."""
+        """True if the next commit opens a pull request; the ones after it go into that."""
         self._checked_card: str | None = None
 
     def __str__(self) -> str:
@@ -79,12 +79,12 @@ class HubRepository:
         return f"{self.repo_id}{at}"
 
     def call(self, doing: str, function: Callable[..., T], *args: Any, seconds: float = 0.0, **kwargs: Any) -> T:
-        """`function(...)` within the timeout and `seconds` more."""
+        """Returns `function(...)`, within the timeout and `seconds` more."""
         return within(self.to.timeout + seconds, doing, function, *args, **kwargs)
 
     def check(self, card: str | None = None) -> None:
-        """Raise HubError unless what comes later will be allowed: token, repository (created where it is not there),
-        write permission, branch, and `card`. All of it within one timeout."""
+        """Raise HubError unless later pushes will be allowed. Checks token, repository and branch (both are created if
+        they do not exist), write permission, and `card`, all within one timeout."""
         until = time.monotonic() + self.to.timeout
 
         def step(doing: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -101,7 +101,7 @@ class HubRepository:
         info = step(f"looking at {here}", self.api.repo_info, here)
         if self.to.private and info.private is False:
             log.warning("%s was public before: everybody can read what is pushed there.", here)
-        # create_repo says nothing of an existing repository that may only be read.
+        # create_repo does not fail for an existing repository that this token may only read.
         if self.opens_pr:
             step(f"asking whether {name!r} may open a pull request on {here}", self.api.auth_check, here)
         else:
@@ -113,7 +113,7 @@ class HubRepository:
             step("checking the card", self._validate, card)
 
     def head(self) -> str | None:
-        """The newest commit; None where there is none."""
+        """The newest commit; None where there is no commit."""
 
         def sha() -> str | None:
             try:
@@ -155,7 +155,7 @@ class HubRepository:
             hf_raise_for_status(answer)
 
     def tag(self, name: str, commit: str, message: str | None = None) -> str | None:
-        """Tag `commit`; returns None, or the other commit that has this tag already."""
+        """Tag `commit`. Returns None, or the other commit that has this tag already."""
         doing = f"tagging {commit[:8]} as {name!r}"
 
         def tag() -> str:
@@ -176,7 +176,7 @@ class HubRepository:
         return build_hf_headers(token=self._token)
 
     def went_into(self, pull_request: str) -> None:
-        """Further commits go into this pull request, by its revision."""
+        """Send further commits into this pull request, given by its revision."""
         self.opens_pr = False
         self.revision = pull_request
 

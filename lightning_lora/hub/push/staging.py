@@ -1,4 +1,4 @@
-"""What is pushed is a copy that nothing changes any more, and holds nothing but an adapter."""
+"""Makes the copy of an adapter that is pushed: nothing changes it any more, and it holds nothing but the adapter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TRAINED = re.compile(
 
 @dataclass(frozen=True)
 class Digest:
-    """What tells whether the Hub has a file already."""
+    """The size and checksums of a file, which tell if the Hub has it already."""
 
     size: int
     sha256: str
@@ -45,7 +45,7 @@ class Digest:
 
 @dataclass(frozen=True)
 class Staged:
-    """A private copy of an adapter folder, checked, with what its card says."""
+    """A private, checked copy of an adapter folder, with the facts for its card."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -54,23 +54,23 @@ class Staged:
     modules: int
     parameters: int
     values: str
-    """A hash of the tensors: two files with the same ones differ where their metadata comes in another order."""
+    """A hash of the tensors alone: files with the same tensors can differ in the order of their metadata."""
     text: str | None
     """The card in the folder that it was copied from, which may hold the user's own text."""
     digests: dict[str, Digest] = field(default_factory=dict)
-    """Of every file but the card."""
+    """Name -> digest of every file but the card."""
 
     @property
     def size(self) -> int:
         return sum(digest.size for digest in self.digests.values())
 
     def with_file(self, name: str, content: bytes) -> Staged:
-        """With a further file, such as a picture."""
+        """This copy with a further file, such as a picture."""
         (self.folder / name).write_bytes(content)
         return replace(self, digests={**self.digests, name: digest(content)})
 
     def card(self, run: RunFacts) -> str:
-        """The card, with the text of the folder's own around it."""
+        """The card, with the user's text from the folder's own card around it."""
         if PICTURE in self.digests:
             run = replace(run, curve=PICTURE)
         ours = model_card(self.config, modules=self.modules, parameters=self.parameters, module=self.module, run=run)
@@ -86,7 +86,7 @@ def stage(
     checkpoint: str | os.PathLike[str] | None = None,
     ignore_fields: Collection[str] = (),
 ) -> Staged:
-    """Copy the adapter in the folder `source` (and a training `checkpoint`) to where only this process looks.
+    """Copy the adapter in the folder `source` (and a training `checkpoint`) to a temporary folder of this process.
 
     Raises AdapterFormatError for a folder that is no adapter, one that `pull_adapter` would refuse, and one with
     weights of the base. CheckpointError where it cannot be read or written.
@@ -135,8 +135,8 @@ def stage(
 
 
 def _tied_copies(file: TensorFile, config: Mapping[str, Any]) -> set[str]:
-    """Where PEFT keeps tied layers tied, the tensors that it wrote under the name of the layer that its config does not
-    name: copies of one that was trained whole."""
+    """The tensors that PEFT wrote twice because it keeps tied layers tied: copies of one that was trained whole, under
+    the name of the tied layer that the config does not name."""
     if not config.get("ensure_weight_tying"):
         return set()
     entries = config.get("modules_to_save") or ()
@@ -154,8 +154,7 @@ def _check(folder: Path, source: Path, ignore_fields: Collection[str]) -> None:
 
 
 def check_is_adapter(keys: Iterable[str], config: Mapping[str, Any], where: str) -> None:
-    """Raise AdapterFormatError, naming them, where some of `keys` are neither factors nor what `config` says was
-    trained whole."""
+    """Raise AdapterFormatError, naming them, where some of `keys` are neither factors nor trained whole by `config`."""
     whole = [*(config.get("modules_to_save") or ()), *HEADS_OF_TASK.get(config.get("task_type") or "", ())]
     biases = config.get("bias", "none") != "none"
     foreign = [
