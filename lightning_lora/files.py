@@ -179,11 +179,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes | tuple[bytes, memoryvi
         for name, content in files.items():
             _write(staged / name, content)
         _flush_all([*(staged / name for name in files), staged])
-        if not folder.exists():
-            os.rename(staged, folder)
-        elif {entry.name for entry in folder.iterdir()} <= set(files):
-            _exchange(staged, folder)
-        else:
+        if not _put_whole(staged, folder, set(files)):
             for name in files:
                 os.replace(staged / name, folder / name)
             flush(folder)
@@ -204,6 +200,24 @@ def write_folder(folder: Path, files: Mapping[str, bytes | tuple[bytes, memoryvi
         for parent in reversed(made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def _put_whole(staged: Path, folder: Path, names: set[str]) -> bool:
+    """Put `staged` in the place of `folder`, where that does not exist or holds only files of these `names`; returns
+    False where it holds others. Another run may make or remove the folder meanwhile: then this looks again."""
+    for tries_left in reversed(range(10)):
+        try:
+            if not folder.exists():
+                os.rename(staged, folder)
+            elif {entry.name for entry in folder.iterdir()} <= names:
+                _exchange(staged, folder)
+            else:
+                return False
+            return True
+        except OSError as error:
+            if not tries_left or error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise AssertionError
 
 
 def _write(path: Path, content: bytes | tuple[bytes, memoryview]) -> None:

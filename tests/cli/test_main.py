@@ -84,7 +84,7 @@ def test_a_reader_that_stops_early_ends_it_quietly(arguments, unbuffered):
         ("lightning-lora pu", {"push", "pull"}, {"train"}),
         ("lightning-lora train lora=do", {"lora=dora"}, {"lora=pissa"}),
         ("lightning-lora train lora.ra", {"lora.rank="}, set()),
-        ("lightning-lora push ", {"repo_id=", "data="}, {"trainer=", "lora=", "callbacks="}),
+        ("lightning-lora push ", {"repo_id=", "message="}, {"trainer=", "lora=", "callbacks="}),
         ("lightning-lora nothing lora", set(), {"lora="}),
     ],
 )

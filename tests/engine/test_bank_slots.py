@@ -438,7 +438,7 @@ def test_a_model_that_cannot_be_served_is_refused_before_anything_is_changed():
 
 def test_the_plan_is_what_is_taken():
     base, _, _ = small(1)
-    told = Bank.plan_for(base, 5, MOST, target_modules=["first", "second"])
+    told = Bank.plan_for(base, 5, max_rank=MOST, target_modules=["first", "second"])
     assert type(base.first) is nn.Linear
     bank = served(base, 5, MOST)
     assert bank.plan == told

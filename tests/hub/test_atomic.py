@@ -51,3 +51,33 @@ def test_so_it_is_where_the_interpreter_ends_and_starts_no_threads(tmp_path, flu
     monkeypatch.setattr(atomic.threading, "main_thread", lambda: SimpleNamespace(is_alive=lambda: False))
     write_folder(tmp_path / "adapter", FILES)
     check(tmp_path / "adapter", flushed)
+
+
+@pytest.mark.parametrize("meanwhile", ["made", "removed"])
+def test_a_folder_that_another_run_makes_or_removes_meanwhile_is_written(
+    meanwhile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename, others = tmp_path / "adapter", os.rename, []
+    if meanwhile == "removed":
+        write_folder(folder, {"a": b"before"})
+
+    def once(*_: object) -> None:
+        if not others:
+            others.append(meanwhile)
+            if meanwhile == "made":
+                folder.mkdir()
+                (folder / "a").write_bytes(b"theirs")
+            else:
+                (folder / "a").unlink()
+                folder.rmdir()
+
+    def late(source: Path, target: Path) -> None:
+        once()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    monkeypatch.setattr(atomic, "_exchanged_at_once", lambda *_: bool(once()))
+    write_folder(folder, {"a": b"ours"})
+    assert others
+    assert {entry.name: entry.read_bytes() for entry in folder.iterdir()} == {"a": b"ours"}
+    assert list(tmp_path.iterdir()) == [folder]

@@ -338,6 +338,16 @@ def refused(push: HubPush, error: type[Exception], words: str) -> None:
     assert not module.losses
 
 
+@pytest.mark.parametrize("path", ["/whoami-v2", "/api/repos/create", "/auth-check", "/api/validate-yaml"])
+def test_a_connection_that_breaks_before_the_first_step_does_not_end_the_run(
+    hub: HubServer, tmp_path: Path, path: str
+) -> None:
+    faults = [hub.fail("reset", path=path) for _ in range(2)]
+    trainer(LoRACallback(rank=2, push=HubPush(REPO)), checkpoints(tmp_path), max_epochs=1).fit(Lit())
+    assert [fault.hits for fault in faults] == [1, 1]
+    assert set(steps(hub)) == {5}
+
+
 def test_what_will_not_be_allowed_is_said_before_the_first_step(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,10 +88,7 @@ class HubRepository:
         until = time.monotonic() + self.to.timeout
 
         def step(doing: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-            def once() -> T:
-                return within(until - time.monotonic(), doing, function, *args, **kwargs)
-
-            return retried(once, until=until)
+            return _again(until, doing, function, *args, **kwargs)
 
         name = step("asking whose the token is", lambda: self.api.whoami()["name"])
         if "/" not in self.repo_id:
@@ -138,9 +135,9 @@ class HubRepository:
         return self.call(f"reading the card of {self}", read)
 
     def check_card(self, card: str) -> None:
-        """Raise HubError, with the Hub's reasons, for a card that it would refuse."""
+        """Raise HubError, with the Hub's reasons, for a card that it would refuse. All of it within one timeout."""
         if card != self._checked_card:
-            self.call("checking the card", self._validate, card)
+            _again(time.monotonic() + self.to.timeout, "checking the card", self._validate, card)
             self._checked_card = card
 
     def _validate(self, card: str) -> None:
@@ -186,3 +183,8 @@ def _reasons(answer: Any) -> str:
         return "; ".join(error["message"] for error in answer.json()["errors"])
     except (ValueError, LookupError, TypeError):
         return answer.text[:500]
+
+
+def _again(until: float, doing: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """`function(...)`, repeated where that may help, until `until` (time.monotonic)."""
+    return retried(lambda: within(until - time.monotonic(), doing, function, *args, **kwargs), until=until)
