@@ -195,6 +195,12 @@ def retried(attempt: Callable[[], T], *, until: float | None = None) -> T:
     raise AssertionError
 
 
+def asked(until: float, doing: str, call: Callable[..., T], *args: Any, most: float = float("inf"), **kwargs: Any) -> T:
+    """`call(*args, **kwargs)`, `retried` until `until` (time.monotonic); one try takes `most` seconds. `doing` and the
+    errors are those of `within`."""
+    return retried(lambda: within(min(until - time.monotonic(), most), doing, call, *args, **kwargs), until=until)
+
+
 def pause(error: HubUnavailableError, wait: float | None) -> float | None:
     """Seconds to wait after `error`, where the back-off says `wait`; None for no further try."""
     if wait is None or isinstance(error, StaleError):

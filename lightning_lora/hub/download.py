@@ -34,7 +34,7 @@ from huggingface_hub.utils import get_token
 
 from lightning_lora.errors import CheckpointError, HubError, HubIntegrityError, closest, listed
 from lightning_lora.files import own_name, remove_leftovers, written_beside
-from lightning_lora.hub.client import Api, plain_token, retried, within, without_progress_bars
+from lightning_lora.hub.client import Api, asked, plain_token, within, without_progress_bars
 from lightning_lora.hub.format.writing import local_path
 
 T = TypeVar("T")
@@ -124,13 +124,9 @@ class Remote:
         A question that hangs is asked again; a download goes on by itself."""
         most = self._patience if until is None else float("inf")
         until = time.monotonic() + self.timeout if until is None else until
-
-        def once() -> T:
-            return within(min(until - time.monotonic(), most), doing, call, *args, **kwargs)
-
         try:
             with without_progress_bars():
-                return retried(once, until=until)
+                return asked(until, doing, call, *args, most=most, **kwargs)
         except HubError as error:
             if isinstance(error.__cause__, GatedRepoError):
                 error.args = (f"{error} Ask for access at {self.api.endpoint}/{self.repo_id}.",)

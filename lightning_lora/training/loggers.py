@@ -39,8 +39,7 @@ def log_settings(trainer: Trainer, module: LightningModule, *several: Settings) 
     taken by one of them is called "run/group". A logger that refuses (MLflow, where an earlier part of its run had
     another value) does not end the run.
     """
-    wanted = getattr(trainer, "enable_autolog_hparams", True)  # Lightning before 2.6 has no such setting
-    if not (wanted and trainer.loggers and trainer.is_global_zero):
+    if not (trainer.enable_autolog_hparams and trainer.loggers and trainer.is_global_zero):
         return
     holders = [holder for holder in (module, trainer.datamodule) if private.logs_hyperparameters(holder)]  # type: ignore[attr-defined]
     theirs = {name: value for holder in holders for name, value in holder.hparams_initial.items()}

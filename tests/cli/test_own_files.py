@@ -5,30 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import (
-    BertConfig,
-    BertForPreTraining,
-    ByT5Tokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-)
 
+from tests.recipes.conftest import bert, llama, vit
+
+__all__ = ["bert", "llama", "vit"]
 pytestmark = pytest.mark.slow
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def chats() -> list[str]:
-    tokenizer = ByT5Tokenizer(extra_ids=0)
-    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=1)
-    LlamaForCausalLM(config).save_pretrained("model")
-    tokenizer.save_pretrained("model")
     with open("chats.jsonl", "w") as file:
         for n in range(24):
             turns = [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": str(n + 1)}]
@@ -38,9 +27,6 @@ def chats() -> list[str]:
 
 
 def table() -> list[str]:
-    tokenizer = ByT5Tokenizer(extra_ids=0)
-    BertForPreTraining(BertConfig(**SIZES, vocab_size=len(tokenizer), pad_token_id=0)).save_pretrained("model")
-    tokenizer.save_pretrained("model")
     with open("reviews.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["review", "sentiment"])
@@ -51,8 +37,6 @@ def table() -> list[str]:
 
 
 def images() -> list[str]:
-    ViTForImageClassification(ViTConfig(**SIZES, image_size=16, patch_size=8)).save_pretrained("model")
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained("model")
     for label, colour in (("cats", (250, 10, 10)), ("dogs", (10, 10, 250))):
         Path("pets", label).mkdir(parents=True)
         for n in range(12):
@@ -60,13 +44,16 @@ def images() -> list[str]:
     return ["task=image_classification", "data=images", "data.source.path=pets"]
 
 
-@pytest.mark.parametrize(("files", "rows", "keys"), [
-    (chats, 24, {"prompt", "text"}),
-    (table, 24, {"label", "probability", "probabilities"}),
-    (images, 24, {"label", "probability", "probabilities"}),
+@pytest.mark.parametrize(("files", "model", "rows", "keys"), [
+    (chats, "llama", 24, {"prompt", "text"}),
+    (table, "bert", 24, {"label", "probability", "probabilities"}),
+    (images, "vit", 24, {"label", "probability", "probabilities"}),
 ])  # fmt: skip
-def test_files_of_ones_own_are_trained_evaluated_and_predicted_without_a_look_into_the_code(cli, files, rows, keys):
+def test_files_of_ones_own_are_trained_evaluated_and_predicted_without_a_look_into_the_code(
+    cli, files, model, rows, keys, request
+):
     random.seed(0)
+    shutil.copytree(request.getfixturevalue(model).name, "model")
     settings = ["model=pretrained", "model.name=model", *files(), "trainer=cpu", "trainer.max_epochs=4"]
     assert cli("train", *settings, "optimizer.lr=1e-2") == 0, cli.err
     assert "Traceback" not in cli.err + cli.out

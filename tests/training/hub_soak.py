@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
@@ -181,9 +182,8 @@ def run(folder: Path, epochs: int = 0, seconds: float = 0.0, pause: float = 0.05
     hub = Hub()
     # The first call of a process makes the client, which takes long.
     HfApi(endpoint=hub.endpoint, token=hub.token).whoami()
-    os.environ["HF_TOKEN"] = hub.token
     try:
-        with temporary_files_in(folder / "tmp"):
+        with temporary_files_in(folder / "tmp"), patch.dict(os.environ, HF_TOKEN=hub.token):
             soak = Soak(hub, epochs, seconds, pause)
             push = HubPush(REPO, endpoint=hub.endpoint, timeout=0.5, timeout_at_end=0.5)
             saves = ModelCheckpoint(folder / "run", monitor="val_loss", save_top_k=2, save_last=True)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -15,7 +16,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from lightning_lora.checked import flag, number
 from lightning_lora.errors import ConfigError, HubError
-from lightning_lora.hub.client import TIMEOUT, Api, retried, within
+from lightning_lora.hub.client import TIMEOUT, Api, asked, within
 from lightning_lora.hub.format.writing import hub_address
 
 log = logging.getLogger(__name__)
@@ -85,11 +86,7 @@ class HubRepository:
     def check(self, card: str | None = None) -> None:
         """Raise HubError unless later pushes will be allowed. Checks token, repository and branch (both are created if
         they do not exist), write permission, and `card`, all within one timeout."""
-        until = time.monotonic() + self.to.timeout
-
-        def step(doing: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-            return _again(until, doing, function, *args, **kwargs)
-
+        step = partial(asked, time.monotonic() + self.to.timeout)
         name = step("asking whose the token is", lambda: self.api.whoami()["name"])
         if "/" not in self.repo_id:
             self.repo_id = f"{name}/{self.repo_id}"
@@ -137,7 +134,7 @@ class HubRepository:
     def check_card(self, card: str) -> None:
         """Raise HubError, with the Hub's reasons, for a card that it would refuse. All of it within one timeout."""
         if card != self._checked_card:
-            _again(time.monotonic() + self.to.timeout, "checking the card", self._validate, card)
+            asked(time.monotonic() + self.to.timeout, "checking the card", self._validate, card)
             self._checked_card = card
 
     def _validate(self, card: str) -> None:
@@ -183,8 +180,3 @@ def _reasons(answer: Any) -> str:
         return "; ".join(error["message"] for error in answer.json()["errors"])
     except (ValueError, LookupError, TypeError):
         return answer.text[:500]
-
-
-def _again(until: float, doing: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """`function(...)`, repeated where that may help, until `until` (time.monotonic)."""
-    return retried(lambda: within(until - time.monotonic(), doing, function, *args, **kwargs), until=until)
