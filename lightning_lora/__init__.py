@@ -43,6 +43,7 @@ _HOME = {
     "AdapterColumn": "lightning_lora.training.adapter_column",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
+    "MultiLoRACallback": "lightning_lora.training.many",
     "load_from_checkpoint": "lightning_lora.training",
     "LightningLoRAError": "lightning_lora.errors",
 }
@@ -61,6 +62,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "MemoryPlan",
+    "MultiLoRACallback",
     "adapter_state_dict",
     "calibrate",
     "combine_adapters",
@@ -108,6 +110,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub.push.commit import DryRun, push_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
+    from lightning_lora.training.many import MultiLoRACallback
     from lightning_lora.training.push import HubPush
 
 
