@@ -71,16 +71,21 @@ class Lines(pl.Callback):
 def tell_loggers(settings: dict[str, Any], callbacks: list[pl.Callback]) -> None:
     """Have the settings of a run logged as hyper-parameters. Its LoRACallback logs them, and the adapter's own; if
     there is none, a callback that logs them is added to `callbacks`."""
-    used = [value for name in ("task", "data") for value in settings[name].values()]
-    shared = [name for name in ("model", "optimizer", "scheduler") if settings[name] and settings[name] in used]
-    nodes = [settings[name] for name in shared]
-    groups = {name: dict(_flat(settings[name], nodes)) for name in ("data", "task", *shared)}
-    groups["run"] = {"seed": settings["seed"]}
+    groups = settings_for_loggers(settings)
     adapting = [callback for callback in callbacks if isinstance(callback, LoRACallback)]
     if adapting:
         adapting[0].settings_of_run = groups
     else:
         callbacks.append(LoggedSettings(groups))
+
+
+def settings_for_loggers(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of a run as its loggers get them: group -> name -> value."""
+    used = [value for name in ("task", "data") for value in settings[name].values()]
+    shared = [name for name in ("model", "optimizer", "scheduler") if settings[name] and settings[name] in used]
+    nodes = [settings[name] for name in shared]
+    groups = {name: dict(_flat(settings[name], nodes)) for name in ("data", "task", *shared)}
+    return groups | {"run": {"seed": settings["seed"]}}
 
 
 def _flat(node: dict[str, Any], elsewhere: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -106,6 +111,21 @@ class LoggedSettings(pl.Callback):
         # A resumed run takes its learning rates from the checkpoint, whatever its settings say.
         rates = optimizer_settings(trainer) if trainer.ckpt_path is None else {"lr": None}
         log_settings(trainer, pl_module, self._groups, {"optimizer": rates})
+
+
+# The start of a run: its data come in the same order whatever adapters start from.
+
+
+class SeededStart(pl.Callback):
+    """Seeds the run once more before its first batch: how many random numbers an adapter's start takes does not change
+    the order of the data, so runs with different ranks see the same batches."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._seed = seed
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._seed is not None:
+            pl.seed_everything(self._seed, workers=True, verbose=False)
 
 
 # The end of a run is validated and saved, even in the middle of an epoch.

@@ -20,6 +20,7 @@ import shlex
 import shutil
 import signal
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,16 @@ class Settings:
     run_dir: str
 
 
+shared_runs: dict[str, Callable[[dict[str, Any]], dict[str, Any] | None]] = {}
+"""The folder of a job that is trained in one run with others -> what trains them, in place of `train`."""
+
+
 def run(settings: dict[str, Any]) -> float | None:
     """Train as `settings` say; returns the monitored metric of the best checkpoint, which a sweeper optimises.
 
     Raises SystemExit with status 130 where the user interrupts, and 143 on SIGTERM, after saying how to go on.
     """
-    results = train(settings)
+    results = shared_runs.get(settings["run_dir"], train)(settings)
     folder = Path(settings["run_dir"])
     if results is not None:
         print(f"\n{_summary(results)}\n\n{_where(folder, results, settings['lora'] is not None)}")
@@ -83,6 +88,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     from lightning_lora.cli.runs import (
         EarlierMetrics,
         MeasuredEnd,
+        SeededStart,
         end_of,
         is_requeued,
         shows_progress,
@@ -101,17 +107,14 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     check_no_adapter_folder(checkpoint)
     if settings["adapter"] is not None:
         start_from(settings, _overrides())
-    folder = Path(settings["run_dir"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run_dir={folder} cannot be made: {error.strerror}.") from error
-    _seed(settings)
-    _check_optimizer(settings)
+    folder = make_folder(settings)
+    set_seed(settings)
+    check_optimizer(settings)
     task, data = task_and_data(settings)
-    _train_new_heads(settings, task)
+    train_new_heads(settings, task)
     earlier = EarlierMetrics(folder)
-    callbacks, bars = shows_progress(settings, [*build_each(settings, "callbacks"), MeasuredEnd(), earlier])
+    own = [SeededStart(settings["seed"]), MeasuredEnd(), earlier]
+    callbacks, bars = shows_progress(settings, [*build_each(settings, "callbacks"), *own])
     tell_loggers(settings, callbacks)
     trainer: Trainer = build(settings, "trainer", callbacks=callbacks, logger=build_each(settings, "logger"), **bars)
     _check_processes(trainer)
@@ -122,12 +125,12 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     measures = settings["evaluate_before"] and (checkpoint is not None or not is_requeued(trainer))
     # Settings are logged when the training starts: TensorBoard shows only the first settings that it gets.
     logs, trainer.enable_autolog_hparams = trainer.enable_autolog_hparams, False
-    earlier.before = before = _validate(trainer, task, data, None) if measures else {}
+    earlier.before = before = validate(trainer, task, data, None) if measures else {}
     trainer.enable_autolog_hparams = logs
     if trainer.received_sigterm:  # fit would forget it
         raise SystemExit(TERMINATED)
-    _check_monitor(settings, task, before)
-    _seed(settings)  # again, so that measuring the base does not change the order of the data
+    check_monitor(settings, task, before)
+    set_seed(settings)  # again, so that measuring the base does not change the order of the data
     started = time.perf_counter()
     try:
         # LoRACallback fetches the checkpoint by itself.
@@ -136,36 +139,77 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
             trainer.fit(task, data, ckpt_path=path)
     except SystemExit:
         if trainer.interrupted:
-            _say_how_to_go_on(folder, TERMINATED if trainer.received_sigterm else INTERRUPTED)
+            say_how_to_go_on(folder, TERMINATED if trainer.received_sigterm else INTERRUPTED)
         raise
     if trainer.received_sigterm:  # in the last batch: whoever sent it does not wait for what comes after the training
-        _say_how_to_go_on(folder, TERMINATED)
+        say_how_to_go_on(folder, TERMINATED)
     seconds = time.perf_counter() - started
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     best = best or end_of(trainer, folder)
     trainer.loggers = []  # the best checkpoint's metrics are in the log already, at the step that they belong to
-    after = _validate(trainer, task, data, best) if trainer.enable_validation else metrics_of(trainer)
+    after = validate(trainer, task, data, best) if trainer.enable_validation else metrics_of(trainer)
     if not trainer.is_global_zero:
         return None
+    return write_results(
+        settings,
+        best,
+        _overrides(),
+        before=earlier.before,
+        after=after,
+        trainable=sum(p.numel() for p in task.parameters() if p.requires_grad),
+        parameters=sum(math.prod(shape_of(p)) for p in task.parameters()),
+        steps=trainer.global_step,
+        seconds=seconds,
+    )
+
+
+def write_results(
+    settings: dict[str, Any],
+    best_checkpoint: str,
+    overrides: Sequence[str],
+    *,
+    before: dict[str, float],
+    after: dict[str, float],
+    trainable: int,
+    parameters: int,
+    steps: int,
+    seconds: float,
+    together: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Write results.json, the adapter and the plot into the run's folder; returns the content of results.json.
+
+    `together` are the numbers of the jobs that shared the run: it has one checkpoint for all of them.
+    """
+    folder = Path(settings["run_dir"])
     results = {
-        "before": earlier.before,
+        "before": before,
         "after": after,
         "monitor": settings["monitor"],
         "mode": settings["mode"],
-        "trainable_parameters": sum(p.numel() for p in task.parameters() if p.requires_grad),
-        "parameters": sum(math.prod(shape_of(p)) for p in task.parameters()),
-        "steps": trainer.global_step,
+        "trainable_parameters": trainable,
+        "parameters": parameters,
+        "steps": steps,
         "seconds": round(seconds, 2),
-        "best_checkpoint": os.path.relpath(best, folder),
-        "adapter": _keep_adapter(folder, best),
-        "overrides": _overrides(),
+        "best_checkpoint": None if together else os.path.relpath(best_checkpoint, folder),
+        "adapter": _keep_adapter(folder, best_checkpoint),
+        "overrides": list(overrides),
+        **({"together": list(together)} if together else {}),
     }
     write_json(folder / RESULTS, results)
     _plot(folder, settings)
     return results
 
 
-def _seed(settings: dict[str, Any]) -> None:
+def make_folder(settings: dict[str, Any]) -> Path:
+    folder = Path(settings["run_dir"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder} cannot be made: {error.strerror}.") from error
+    return folder
+
+
+def set_seed(settings: dict[str, Any]) -> None:
     from lightning.pytorch import seed_everything
 
     if settings["seed"] is None:
@@ -176,7 +220,7 @@ def _seed(settings: dict[str, Any]) -> None:
         raise ConfigError(f"seed={settings['seed']}: {error}.") from error
 
 
-def _check_optimizer(settings: dict[str, Any]) -> None:
+def check_optimizer(settings: dict[str, Any]) -> None:
     """Try an optimizer of torch on a dummy weight, so that a value that is not valid is reported before the data are
     read."""
     import torch
@@ -189,7 +233,7 @@ def _check_optimizer(settings: dict[str, Any]) -> None:
             raise ConfigError(f"optimizer: {error}") from error
 
 
-def _check_monitor(settings: dict[str, Any], task: LightningModule, before: dict[str, float]) -> None:
+def check_monitor(settings: dict[str, Any], task: LightningModule, before: dict[str, float]) -> None:
     """Raises ConfigError if a task of this package logs no metric of the name in `monitor`."""
     from lightning_lora.recipes.tasks.base import Task
 
@@ -200,7 +244,7 @@ def _check_monitor(settings: dict[str, Any], task: LightningModule, before: dict
         raise ConfigError(f"monitor={settings['monitor']}: there is no such metric.{hint} There are: {listed(known)}.")
 
 
-def _train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:
+def train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:
     """Have the new, random head of a task (a classifier) trained whole, unless the settings give modules_to_save."""
     heads = getattr(task, "head_modules", [])
     for callback in (settings["callbacks"] or {}).values():
@@ -228,7 +272,7 @@ def _check_processes(trainer: Trainer) -> None:
         )
 
 
-def _validate(
+def validate(
     trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: str | None
 ) -> dict[str, float]:
     trainer.validate(task, data, ckpt_path=checkpoint, verbose=False)
@@ -287,7 +331,7 @@ def _where(folder: Path, results: dict[str, Any], adapted: bool) -> str:
     return "\n".join(lines)
 
 
-def _say_how_to_go_on(folder: Path, status: int) -> NoReturn:
+def say_how_to_go_on(folder: Path, status: int) -> NoReturn:
     """After a signal, print the newest checkpoint and the command that resumes from it. Exits with `status`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has turned it off
     checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)

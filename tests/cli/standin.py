@@ -69,13 +69,26 @@ class Interrupting(Regression):
 class Terminated(Regression):
     """Somebody sends SIGTERM to its process, in the step of that number."""
 
-    def __init__(self, width: int = 8, at: int = 5):
-        super().__init__(width)
+    def __init__(self, width: int = 8, at: int = 5, optimizer=None):
+        super().__init__(width, optimizer=optimizer)
         self.at = at
 
     def training_step(self, batch, batch_idx):
         if self.global_step == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+class Failing(Regression):
+    """It raises in the step of that number."""
+
+    def __init__(self, width: int = 8, at: int = 5, optimizer=None):
+        super().__init__(width, optimizer=optimizer)
+        self.at = at
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.at:
+            raise ValueError("no more")
         return super().training_step(batch, batch_idx)
 
 
@@ -113,6 +126,15 @@ class Sums(pl.LightningDataModule):
         return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=self.batch_size)
 
     val_dataloader = predict_dataloader = train_dataloader
+
+
+class Shuffled(Sums):
+    """Its training rows come in a random order."""
+
+    def train_dataloader(self):
+        return DataLoader(super().train_dataloader().dataset, batch_size=self.batch_size, shuffle=True)
+
+    val_dataloader = Sums.train_dataloader
 
 
 class NamedSums(Sums):
