@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.engine.bank.cells import Cell
-from lightning_lora.engine.bank.kinds import cell_kind
 from lightning_lora.engine.bank.layout import hidden, sequence_first
 from lightning_lora.engine.bank.routing import Routes
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import Adapter, AdapterSpec, geometry_of
+from lightning_lora.engine.layers.cell import Cell, cell_kind
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import check_called, only_reads, reads_weight, way_of
 from lightning_lora.engine.present import check_none_of_ours

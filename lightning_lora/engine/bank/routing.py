@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_lora.engine.bank.cells import Cell, Factors
 from lightning_lora.engine.bank.layout import Said
 from lightning_lora.engine.forwards import is_running, runs_elsewhere
+from lightning_lora.engine.layers.cell import Cell, Factors
 from lightning_lora.engine.torch_private import is_view
 from lightning_lora.errors import AdapterStateError, BankError
 
