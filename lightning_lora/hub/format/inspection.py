@@ -189,8 +189,8 @@ def check_config(data: Any, where: str, ignore_fields: Collection[str] = ()) -> 
         of_alpha = "lora_alpha" if largest == config.alpha else "the largest alpha in alpha_pattern"
         of_rank = "r" if rank == config.rank else "the smallest rank in rank_pattern"
         raise AdapterFormatError(
-            f"{where}: {of_alpha} is {largest:g} and {of_rank} is {rank}, so the update would be multiplied by {scale:g}. "
-            f"More than {LARGEST_SCALE:g} is no adapter that was trained."
+            f"{where}: {of_alpha} is {largest:g} and {of_rank} is {rank}, so the update would be multiplied by "
+            f"{scale:g}. More than {LARGEST_SCALE:g} is no adapter that was trained."
         )
     return config
 
