@@ -29,6 +29,7 @@ _HOME = {
     "Adapter": "lightning_lora.engine",
     "pairs": "lightning_lora.engine",
     "init": "lightning_lora.engine.inits",
+    "measure": "lightning_lora.engine.inits",
     "calibrate": "lightning_lora.engine.calibration",
     "AdapterBank": "lightning_lora.hub.bank",
     "MemoryPlan": "lightning_lora.engine.bank",
@@ -71,6 +72,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",
+    "measure",
     "merge",
     "merged",
     "pairs",
@@ -96,7 +98,7 @@ if TYPE_CHECKING:
     )
     from lightning_lora.engine.bank import MemoryPlan
     from lightning_lora.engine.calibration import calibrate
-    from lightning_lora.engine.inits import init
+    from lightning_lora.engine.inits import init, measure
     from lightning_lora.errors import LightningLoRAError
     from lightning_lora.hub import load_adapter, save_adapter
     from lightning_lora.hub.bank import AdapterBank

@@ -17,6 +17,7 @@ NAMES = [
     "MemoryPlan",
     "calibrate",
     "init",
+    "measure",
     "pairs",
     "AdapterBank",
     "AdapterColumn",

@@ -312,14 +312,18 @@ def _list_of_names(name: str, value: Any) -> list[str] | None:
 
 
 def _tokens(value: Any) -> Any:
-    name = "trainable_token_indices"
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) and key for key in value) or not value:
-            raise ConfigError(f"{name} maps names of embeddings to lists of indices; {value!r} does not.")
-        return {key: _tokens(indices) for key, indices in value.items()}
-    if value is None:
-        return None
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+            raise ConfigError(
+                f"trainable_token_indices maps names of embeddings to lists of indices; {value!r} does not."
+            )
+        return {key: _indices(indices) for key, indices in value.items()}
+    return None if value is None else _indices(value)
+
+
+def _indices(value: Any) -> list[int]:
+    name = "trainable_token_indices"
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
         raise ConfigError(f"{name} is a list of indices, or a dict of them by name, not {value!r}.")
     indices = list(value)
     for index in indices:

@@ -61,7 +61,7 @@ def start_waiting(module: LightningModule, batches: int) -> None:
 
 def _measured(module: LightningModule, root: str, config: LoRAConfig, batches: int) -> Mapping[str, Any]:
     part = submodule(module, root)
-    if "E" in INITS[config.init].measures:
+    if INITS[config.init].reads("weights"):
         return residuals(part, config, _original(module, root, config))
     if not INITS[config.init].measures:
         return {}

@@ -112,6 +112,9 @@ _WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
     "merge_weights": (bool,),
 }
 
+# Fields whose feature is used, with its default settings, where they are {}.
+_USED_IF_EMPTY = ("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config")
+
 # Initialisers that change the weights of the base: PEFT changes them again when it loads such an adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -158,7 +161,7 @@ def from_peft(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoR
             if not (_is_empty(value) or key in ignore_fields):
                 raise AdapterFormatError(_unknown(key, value, where))
             passed_over.append(f"{key} ({_shown(value)})")
-        elif value:
+        elif value or (value == {} and key in _USED_IF_EMPTY):
             raise AdapterFormatError(
                 f"{where}: {key} is {value!r}. That changes what the adapter computes, and is not supported here. PEFT "
                 "loads it; its merge_and_unload() makes a plain model of the two."
@@ -240,7 +243,8 @@ def _config(data: Mapping[str, Any], where: str) -> LoRAConfig:
     values = {"rank": _DEFAULTS["r"], "alpha": _DEFAULTS["lora_alpha"]}
     for key, value in ((key, data[key]) for key in _OURS if key in data):
         # PEFT reads an absent value and an empty one alike, and null as false.
-        is_empty = value is None or (not value and isinstance(value, (str, list, dict)))
+        # But of layers_to_transform, "" and {} would mean no layer.
+        is_empty = value is None or value == [] or (value in ("", {}) and key != "layers_to_transform")
         if is_empty and (_DEFAULTS[key] is None or isinstance(_DEFAULTS[key], dict)):
             continue
         if value is None and _DEFAULTS[key] is False:
