@@ -24,6 +24,8 @@ _HOME = {
     "disabled": "lightning_lora.engine",
     "adapter_state_dict": "lightning_lora.engine",
     "load_adapter_state_dict": "lightning_lora.engine",
+    "resize": "lightning_lora.engine.resize",
+    "ResizeReport": "lightning_lora.engine.cut",
     "save_adapter": "lightning_lora.hub",
     "load_adapter": "lightning_lora.hub",
     "Adapter": "lightning_lora.engine",
@@ -61,6 +63,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "MemoryPlan",
+    "ResizeReport",
     "adapter_state_dict",
     "calibrate",
     "combine_adapters",
@@ -77,6 +80,7 @@ __all__ = [
     "pull_adapter",
     "push_adapter",
     "remove",
+    "resize",
     "save_adapter",
 ]
 
@@ -96,7 +100,9 @@ if TYPE_CHECKING:
     )
     from lightning_lora.engine.bank import MemoryPlan
     from lightning_lora.engine.calibration import calibrate
+    from lightning_lora.engine.cut import ResizeReport
     from lightning_lora.engine.inits import init
+    from lightning_lora.engine.resize import resize
     from lightning_lora.errors import LightningLoRAError
     from lightning_lora.hub import load_adapter, save_adapter
     from lightning_lora.hub.bank import AdapterBank
