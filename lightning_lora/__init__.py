@@ -42,6 +42,7 @@ _HOME = {
     "export_adapter": "lightning_lora.hub.export.rewrite",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push.commit",
+    "resize_adapter": "lightning_lora.hub.resize",
     "AdapterColumn": "lightning_lora.training.adapter_column",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
@@ -81,6 +82,7 @@ __all__ = [
     "push_adapter",
     "remove",
     "resize",
+    "resize_adapter",
     "save_adapter",
 ]
 
@@ -112,6 +114,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push.commit import DryRun, push_adapter
+    from lightning_lora.hub.resize import resize_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
     from lightning_lora.training.push import HubPush

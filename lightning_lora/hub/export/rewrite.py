@@ -191,7 +191,7 @@ def _check_numbers(rank: int | None, max_rank: int | None, tolerance: float) -> 
 def _for_peft(
     parts: Parts, row: Consumer, target: Path, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], ExportReport]:
-    refuse(unclear(parts))
+    refuse(unclear(parts.repaired, parts.ambiguous))
     keys = parts.tensor_keys(parts.pairs)
     tensors = {**parts.saved, **parts.biases, **parts.base}
     for name, pair in parts.pairs.items():
@@ -228,7 +228,11 @@ def _for_server(
 ) -> tuple[dict[str, Tensor], dict[str, Any], ExportReport]:
     named, revision = parts.data.get("base_model_name_or_path"), parts.data.get("revision")
     facts = facts_of(base, named, revision) if row.tried else BaseFacts()
-    problems = [*unclear(parts), *unsupported(parts, row, weight), *left_out(parts, row, facts)]
+    problems = [
+        *unclear(parts.repaired, parts.ambiguous),
+        *unsupported(parts, row, weight),
+        *left_out(parts, row, facts),
+    ]
     refuse([*problems, *other_base(parts, weight)])
     transposed = bool(parts.data.get("fan_in_fan_out"))
     spectra = dora_spectra(parts.pairs, weight, transposed) if weight is not None else {}
