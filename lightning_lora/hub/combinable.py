@@ -31,9 +31,7 @@ def check_combinable(adapters: Mapping[str, Parts], weights: Mapping[str, float]
     """Raise AdapterFormatError, which names all problems, unless `adapters` (by their names) can be combined with
     `weights`."""
     problems = [*_dora(adapters), *_geometries(adapters), *_whole(adapters, weights)]
-    problems += [
-        f"{name}: {why}" for name, parts in adapters.items() for why in unclear(parts.repaired, parts.ambiguous)
-    ]
+    problems += [f"{name}: {why}" for name, parts in adapters.items() for why in unclear(parts)]
     if problems:
         raise AdapterFormatError(f"These adapters cannot be combined: {'; '.join(problems)}. Nothing was written.")
 

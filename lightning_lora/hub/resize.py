@@ -40,7 +40,7 @@ from lightning_lora.engine.tree import entry_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
-from lightning_lora.hub.export.lowering import unclear
+from lightning_lora.hub.export.lowering import unclear_alphas
 from lightning_lora.hub.export.rewrite import DTYPES
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.inspection import check_config, config_in
@@ -198,7 +198,7 @@ def _pairs(tensors: Mapping[str, Tensor], config: LoRAConfig, where: str) -> dic
             )
     plain = {name: pair.rank for name, pair in pairs.items() if not pair.parameters}
     repaired = repaired_in(plain, config, where)
-    if problems := unclear(repaired, ambiguous_in(plain, config)):
+    if problems := unclear_alphas(repaired, ambiguous_in(plain, config)):
         raise AdapterFormatError(f"{where}: {problems[0]}.")
     return pairs
 

@@ -214,10 +214,14 @@ def refuse(problems: list[str]) -> None:
         raise AdapterFormatError("; ".join(problems))
 
 
-def unclear(repaired: Sequence[str], ambiguous: Sequence[str]) -> list[str]:
-    """The problem that alpha_pattern is ambiguous, if it is. PEFT sorts the patterns that it saves. If the ranks show
-    that this changed their order, and entries of alpha_pattern disagree, the alphas are not known. The arguments are
-    those of `Parts`."""
+def unclear(parts: Parts) -> list[str]:
+    """The problem that alpha_pattern is ambiguous, if it is."""
+    return unclear_alphas(parts.repaired, parts.ambiguous)
+
+
+def unclear_alphas(repaired: Sequence[str], ambiguous: Sequence[str]) -> list[str]:
+    """As `unclear`, of modules as they are in `Parts`. PEFT sorts the patterns that it saves. If the ranks show that
+    this changed their order, and entries of alpha_pattern disagree, the alphas are not known."""
     if not (repaired and ambiguous):
         return []
     return [

@@ -191,7 +191,7 @@ def _check_numbers(rank: int | None, max_rank: int | None, tolerance: float) -> 
 def _for_peft(
     parts: Parts, row: Consumer, target: Path, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], ExportReport]:
-    refuse(unclear(parts.repaired, parts.ambiguous))
+    refuse(unclear(parts))
     keys = parts.tensor_keys(parts.pairs)
     tensors = {**parts.saved, **parts.biases, **parts.base}
     for name, pair in parts.pairs.items():
@@ -229,7 +229,7 @@ def _for_server(
     named, revision = parts.data.get("base_model_name_or_path"), parts.data.get("revision")
     facts = facts_of(base, named, revision) if row.tried else BaseFacts()
     problems = [
-        *unclear(parts.repaired, parts.ambiguous),
+        *unclear(parts),
         *unsupported(parts, row, weight),
         *left_out(parts, row, facts),
     ]
