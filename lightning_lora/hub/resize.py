@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.checked import one_of
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.config import exact_pattern, scale_of, usual
 from lightning_lora.engine.cut import (
@@ -41,7 +40,7 @@ from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.export.lowering import unclear_alphas
-from lightning_lora.hub.export.rewrite import DTYPES
+from lightning_lora.hub.export.rewrite import dtype_called
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.inspection import check_config, config_in
 from lightning_lora.hub.format.parts import ambiguous_in, magnitude_key, names_of, repaired_in, tensors_in
@@ -97,7 +96,7 @@ def resize_adapter(
         CheckpointError: Files cannot be read or written.
     """
     aim = Aim.of(rank, energy, max_error)
-    wanted = _dtype(dtype)
+    wanted = dtype_called(dtype)
     target = local_path(folder)
     source = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
     if target.exists() and source.exists() and os.path.samefile(source, target):
@@ -125,12 +124,6 @@ def resize_adapter(
     card = _card(source, changed, report, header.note.get("module") or "", tensors)
     write_adapter(target, changed, dict(sorted(tensors.items())), note, card, header.others)
     return report
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or dtype in DTYPES.values():
-        return dtype  # type: ignore[return-value]
-    return DTYPES[one_of("dtype", dtype, DTYPES)]
 
 
 # Finds the pairs.

@@ -153,7 +153,7 @@ def export_adapter(
     """
     row = consumer_called(consumer)
     target = local_path(folder)
-    dtype = _dtype(dtype)
+    dtype = dtype_called(dtype)
     _check_numbers(rank, max_rank, tolerance)
     source = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
     if target.exists() and source.exists() and os.path.samefile(source, target):
@@ -173,7 +173,7 @@ def export_adapter(
     return replace(report, size_before=sizes[0], size=sizes[1], size_merged=size_of(base))
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_called(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype  # type: ignore[return-value]
     return DTYPES[one_of("dtype", dtype, DTYPES)]
@@ -228,11 +228,7 @@ def _for_server(
 ) -> tuple[dict[str, Tensor], dict[str, Any], ExportReport]:
     named, revision = parts.data.get("base_model_name_or_path"), parts.data.get("revision")
     facts = facts_of(base, named, revision) if row.tried else BaseFacts()
-    problems = [
-        *unclear(parts),
-        *unsupported(parts, row, weight),
-        *left_out(parts, row, facts),
-    ]
+    problems = [*unclear(parts), *unsupported(parts, row, weight), *left_out(parts, row, facts)]
     refuse([*problems, *other_base(parts, weight)])
     transposed = bool(parts.data.get("fan_in_fan_out"))
     spectra = dora_spectra(parts.pairs, weight, transposed) if weight is not None else {}
