@@ -24,6 +24,8 @@ _HOME = {
     "disabled": "lightning_lora.engine",
     "adapter_state_dict": "lightning_lora.engine",
     "load_adapter_state_dict": "lightning_lora.engine",
+    "resize": "lightning_lora.engine.resize",
+    "ResizeReport": "lightning_lora.engine.cut",
     "save_adapter": "lightning_lora.hub",
     "load_adapter": "lightning_lora.hub",
     "Adapter": "lightning_lora.engine",
@@ -41,6 +43,7 @@ _HOME = {
     "export_adapter": "lightning_lora.hub.export.rewrite",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push.commit",
+    "resize_adapter": "lightning_lora.hub.resize",
     "AdapterColumn": "lightning_lora.training.adapter_column",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
@@ -62,6 +65,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "MemoryPlan",
+    "ResizeReport",
     "adapter_state_dict",
     "calibrate",
     "combine_adapters",
@@ -79,6 +83,8 @@ __all__ = [
     "pull_adapter",
     "push_adapter",
     "remove",
+    "resize",
+    "resize_adapter",
     "save_adapter",
 ]
 
@@ -98,7 +104,9 @@ if TYPE_CHECKING:
     )
     from lightning_lora.engine.bank import MemoryPlan
     from lightning_lora.engine.calibration import calibrate
+    from lightning_lora.engine.cut import ResizeReport
     from lightning_lora.engine.inits import init, measure
+    from lightning_lora.engine.resize import resize
     from lightning_lora.errors import LightningLoRAError
     from lightning_lora.hub import load_adapter, save_adapter
     from lightning_lora.hub.bank import AdapterBank
@@ -108,6 +116,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push.commit import DryRun, push_adapter
+    from lightning_lora.hub.resize import resize_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
     from lightning_lora.training.push import HubPush

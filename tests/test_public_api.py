@@ -15,6 +15,7 @@ NAMES = [
     "InjectionReport",
     "LightningLoRAError",
     "MemoryPlan",
+    "ResizeReport",
     "calibrate",
     "init",
     "measure",
@@ -37,6 +38,8 @@ NAMES = [
     "pull_adapter",
     "push_adapter",
     "remove",
+    "resize",
+    "resize_adapter",
     "save_adapter",
 ]
 

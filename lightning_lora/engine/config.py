@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar, get_args
@@ -265,6 +266,18 @@ def _pattern_of(key: str) -> tuple[str, Callable[[str], re.Match[str] | None]]:
     """A plain ending that all matching names have ("" if none is known), for a quick test, and the full match."""
     end = key.rpartition(".")[2] if re.fullmatch(r"[\w.]*", key) else ""
     return end, re.compile(rf"(.*\.)?({key})$").match
+
+
+def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """A rank or alpha pattern that gives every module of `values` its value, whatever order its entries are read in."""
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+
+
+def usual(default: Any, values: Mapping[str, Any]) -> Any:
+    """`default` if some module has it, else the most common value: consumers that ignore patterns read only this."""
+    if not values or default in values.values():
+        return default
+    return Counter(values.values()).most_common(1)[0][0]
 
 
 def _first_match(pattern: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ class Spectrum:
 
     def rank_for(self, tolerance: float) -> int:
         """The smallest rank, at least 1, at which a cut leaves out at most the share `tolerance` of the norm."""
-        squares = self.S.square().reshape(-1, self.S.shape[-1]).sum(0)
-        tails = squares.flip(0).cumsum(0).flip(0).sqrt()  # tails[r] is left out at rank r
-        return max(1, int((tails > tolerance * self.norm).sum()))
+        return rank_for(self.S, tolerance)
 
     def cut(self, rank: int) -> Cut:
         """Cut the matrix at `rank`, or at its own rank if that is smaller."""
@@ -78,9 +77,22 @@ def spectrum_of_product(B: Tensor, A: Tensor) -> Spectrum:
     return Spectrum(Q_B @ U, S, Vh @ Q_A.mT)
 
 
+def rank_for(S: Tensor, tolerance: float) -> int:
+    """The smallest rank, at least 1, at which cuts leave out at most the share `tolerance` of the Frobenius norm. S
+    (..., r) has the singular values of one matrix, or of several that get one rank, each from the largest down."""
+    squares = S.square().reshape(-1, S.shape[-1]).sum(0)
+    tails = squares.flip(0).cumsum(0).flip(0).sqrt()  # tails[r] is left out at rank r
+    return max(1, int((tails > tolerance * S.norm()).sum()))
+
+
 def singular_values(B: Tensor, A: Tensor) -> Tensor:
     """The singular values of B A, the largest first, in float64; of all blocks if B and A are stacks."""
-    return torch.linalg.svdvals(_core(B.double(), A.double())).flatten().sort(descending=True).values
+    return block_singular_values(B, A).flatten().sort(descending=True).values
+
+
+def block_singular_values(B: Tensor, A: Tensor) -> Tensor:
+    """The singular values (..., r) of each product B A of a stack, the largest first, in float64."""
+    return torch.linalg.svdvals(_core(B.double(), A.double()))
 
 
 def product_norm(B: Tensor, A: Tensor) -> float:
@@ -90,8 +102,9 @@ def product_norm(B: Tensor, A: Tensor) -> float:
 
 def product_change(B: Tensor, A: Tensor, new_B: Tensor, new_A: Tensor) -> float:
     """||B A - B' A'||_F. If B' A' has more ranks than B A, the further ones must be zero, as in a padded file."""
-    r = A.shape[-2]
-    B, A, new_B, new_A = B.double(), A.double(), new_B[..., :r].double(), new_A[..., :r, :].double()
+    missing = A.shape[-2] - new_A.shape[-2]  # where it is negative, `pad` takes the further ranks away
+    new_B, new_A = F.pad(new_B.double(), (0, missing)), F.pad(new_A.double(), (0, 0, 0, missing))
+    B, A = B.double(), A.double()
     # (B - B') A + B' (A - A'): no difference of products, so factors that are equal give 0.
     return product_norm(torch.cat([B - new_B, new_B], dim=-1), torch.cat([A, A - new_A], dim=-2))
 

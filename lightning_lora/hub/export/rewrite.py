@@ -153,7 +153,7 @@ def export_adapter(
     """
     row = consumer_called(consumer)
     target = local_path(folder)
-    dtype = _dtype(dtype)
+    dtype = dtype_called(dtype)
     _check_numbers(rank, max_rank, tolerance)
     source = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
     if target.exists() and source.exists() and os.path.samefile(source, target):
@@ -173,7 +173,7 @@ def export_adapter(
     return replace(report, size_before=sizes[0], size=sizes[1], size_merged=size_of(base))
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_called(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype  # type: ignore[return-value]
     return DTYPES[one_of("dtype", dtype, DTYPES)]

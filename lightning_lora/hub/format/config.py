@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.config import exact_pattern, usual
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 
 log = logging.getLogger(__name__)
@@ -281,8 +281,8 @@ def to_peft(
 ) -> dict[str, Any]:
     """The fields of an `adapter_config.json`, sorted. `ranks` and `alphas` have an entry for each module and parameter
     that PEFT wraps."""
-    rank = _usual(config.rank, ranks)
-    alpha = _usual(config.alpha, alphas)
+    rank = usual(config.rank, ranks)
+    alpha = usual(config.alpha, alphas)
     return dict(
         sorted(
             {
@@ -310,17 +310,5 @@ def to_peft(
     )
 
 
-def _usual(default: Any, values: Mapping[str, Any]) -> Any:
-    """`default` if some module has it, else the most common value: consumers that ignore patterns read only this."""
-    if not values or default in values.values():
-        return default
-    return Counter(values.values()).most_common(1)[0][0]
-
-
 def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
-
-
-def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A rank or alpha pattern that gives every module of `values` its value, whatever order its entries are read in."""
-    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.config import exact_pattern
 from lightning_lora.engine.layers import AdapterSpec, geometry_of
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.merge import output_embeddings
@@ -23,7 +24,7 @@ from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.config import exact_pattern, with_own_fields
+from lightning_lora.hub.format.config import with_own_fields
 from lightning_lora.hub.format.layout import (
     Adapted,
     Layout,
