@@ -41,6 +41,7 @@ _HOME = {
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push.commit",
     "AdapterColumn": "lightning_lora.training.adapter_column",
+    "AdapterMonitor": "lightning_lora.training.monitor",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
     "load_from_checkpoint": "lightning_lora.training",
@@ -51,6 +52,7 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "AdapterColumn",
+    "AdapterMonitor",
     "Card",
     "CombineReport",
     "DryRun",
@@ -108,6 +110,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub.push.commit import DryRun, push_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
+    from lightning_lora.training.monitor import AdapterMonitor
     from lightning_lora.training.push import HubPush
 
 

@@ -20,6 +20,7 @@ NAMES = [
     "pairs",
     "AdapterBank",
     "AdapterColumn",
+    "AdapterMonitor",
     "HubPush",
     "LoRACallback",
     "LoRAConfig",
