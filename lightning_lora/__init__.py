@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LoRAConfig": "lightning_lora.engine",
     "InjectionReport": "lightning_lora.engine",
+    "InspectionReport": "lightning_lora.hub.inspected",
     "inject": "lightning_lora.engine",
     "remove": "lightning_lora.engine",
     "merge": "lightning_lora.engine",
@@ -38,6 +39,7 @@ _HOME = {
     "ExportReport": "lightning_lora.hub.export.rewrite",
     "combine_adapters": "lightning_lora.hub.combine",
     "export_adapter": "lightning_lora.hub.export.rewrite",
+    "inspect_adapter": "lightning_lora.hub.inspect",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push.commit",
     "AdapterColumn": "lightning_lora.training.adapter_column",
@@ -59,6 +61,7 @@ __all__ = [
     "ExportReport",
     "HubPush",
     "InjectionReport",
+    "InspectionReport",
     "LightningLoRAError",
     "LoRACallback",
     "LoRAConfig",
@@ -70,6 +73,7 @@ __all__ = [
     "export_adapter",
     "init",
     "inject",
+    "inspect_adapter",
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",
@@ -106,6 +110,8 @@ if TYPE_CHECKING:
     from lightning_lora.hub.combinable import CombineReport
     from lightning_lora.hub.combine import combine_adapters
     from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
+    from lightning_lora.hub.inspect import inspect_adapter
+    from lightning_lora.hub.inspected import InspectionReport
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push.commit import DryRun, push_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint

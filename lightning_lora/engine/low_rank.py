@@ -153,6 +153,51 @@ def stacked_singular_values(B: Tensor, A: Tensor) -> Tensor:
     return values.where(is_finite[:, None], torch.nan)
 
 
+# Compares an update with another one, and with the weight that it changes.
+
+
+def product_cosine(B: Tensor, A: Tensor, B2: Tensor, A2: Tensor) -> float:
+    """The cosine of the angle between B A and B2 A2 as vectors: <B A, B2 A2> / (||B A|| ||B2 A2||); 0 where one of them
+    is zero. The products themselves are not formed."""
+    B, A, B2, A2 = B.double(), A.double(), B2.double(), A2.double()
+    norms = product_norm(B, A) * product_norm(B2, A2)
+    return float(((B.mT @ B2) * (A @ A2.mT)).sum()) / norms if norms else 0.0
+
+
+def subspace_similarity(U: Tensor, V: Tensor) -> Tensor:
+    """phi(i, j) = ||U_i^T V_j||_F^2 / min(i, j) for the first i columns of U (d, I) and the first j of V (d, J), which
+    are orthonormal: 1 if the smaller span lies in the larger one, 0 if they are at right angles (Hu et al. 2021,
+    arXiv:2106.09685, section 7.2). Returns (I, J); two random subspaces give max(i, j) / d.
+
+    >>> import torch
+    >>> from lightning_lora.engine.low_rank import subspace_similarity
+    >>> subspace_similarity(torch.eye(4)[:, :2], torch.eye(4)[:, [0, 2]]).tolist()
+    [[1.0, 1.0], [1.0, 0.5]]
+    """
+    overlap = (U.mT @ V).square().cumsum(0).cumsum(1)
+    i, j = (torch.arange(1, n + 1, device=U.device) for n in overlap.shape)
+    return overlap / torch.minimum(i[:, None], j[None, :])
+
+
+def strength_within(W: Tensor, U: Tensor, Vh: Tensor) -> float:
+    """||U^T W V||_F: how strong W (out, in) is along the directions U (out, r) and Vh (r, in) of an update (Hu et al.
+    2021, section 7.3). Random directions give about r ||W||_F / sqrt(out * in)."""
+    return float((U.mT.double() @ W.double() @ Vh.mT.double()).norm())
+
+
+def intruder_dimensions(W: Tensor, changed: Tensor, *, count: int = 10, threshold: float = 0.5) -> int:
+    """How many of the first `count` left singular vectors of `changed` = W + dW (out, in) have a cosine below
+    `threshold` with every left singular vector of W (Shuttleworth et al. 2024, arXiv:2410.21228, algorithm 1).
+
+    Takes two full SVDs in float32 (576 x 1536: 0.3 s on one core, 4096 x 4096: a minute).
+    """
+    U, S, _ = torch.linalg.svd(W.float(), full_matrices=False)
+    new, _, _ = torch.linalg.svd(changed.float(), full_matrices=False)
+    if bool((S == 0).all()):
+        return min(count, new.shape[-1])
+    return int(((U.mT @ new[:, :count]).abs().amax(0) < threshold).sum())
+
+
 def _core(B: Tensor, A: Tensor) -> Tensor:
     """R_B R_A^T, whose singular values are those of B A."""
     return torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT
