@@ -128,6 +128,7 @@ def heat_map(
     side = max(5.0, min(52.0, (_WIDTH - left - 8) / max(1, len(columns))))
     tall = max(16.0, min(24.0, side))
     every = max(1, math.ceil(24 / side))  # so that the names of columns do not touch
+    has_room = side >= 3 + 6.0 * max((len(number(v, digits=2)) for v in found), default=0)  # in all cells, or in none
     parts = [
         f'<text class="tick" x="{left + side * (i + 0.5):.1f}" y="32" text-anchor="middle">{escape(name)}</text>'
         for i, name in enumerate(columns)
@@ -139,7 +140,8 @@ def heat_map(
         parts.append(f'<text class="tick" x="{left - 8:.0f}" y="{top + tall / 2 + 4:.1f}" text-anchor="end">')
         parts.append(f"{escape(name)}</text>")
         for i, value in enumerate(row):
-            parts.append(_cell(value, f"{name}, {x} {columns[i]}", left + side * i, top, side, tall, low, high))
+            box = left + side * i, top, side, tall
+            parts.append(_cell(value, f"{name}, {x} {columns[i]}", box, low, high, has_room))
     height = 40 + tall * len(rows)
     parts.append(_scale(left, height + 14, low, high))
     said = f"from {number(min(found))} to {number(max(found))}" if found else "empty"
@@ -147,7 +149,10 @@ def heat_map(
     return _svg(title, description, height + 36, "".join(parts))
 
 
-def _cell(value: Cell, where: str, x: float, y: float, side: float, tall: float, low: float, high: float) -> str:
+def _cell(
+    value: Cell, where: str, place: tuple[float, float, float, float], low: float, high: float, has_room: bool
+) -> str:
+    x, y, side, tall = place
     box = f'x="{x:.1f}" y="{y:.1f}" width="{side - 1:.1f}" height="{tall - 1:.1f}"'
     if value is None or not math.isfinite(value):
         said = "none" if value is None else number(value)
@@ -156,10 +161,10 @@ def _cell(value: Cell, where: str, x: float, y: float, side: float, tall: float,
     share = min(1.0, max(0.0, (size - least) / (most - least))) if most > least else 0.5
     cell = f'<rect class="{"cold" if value < 0 else "heat"}" {box} fill-opacity="{0.06 + 0.94 * share:.2f}">'
     cell += f"<title>{escape(where)}: {number(value)}</title></rect>"
-    text = number(value, digits=2)
-    if side >= 6.0 * len(text) + 3:
+    if has_room:
         style = "on-low" if share < 0.5 else "on-mid" if share < 0.75 else "on-high"
-        cell += f'<text class="{style}" x="{x + side / 2 - 0.5:.1f}" y="{y + tall / 2 + 3:.1f}">{text}</text>'
+        at = f'x="{x + side / 2 - 0.5:.1f}" y="{y + tall / 2 + 3:.1f}"'
+        cell += f'<text class="{style}" {at}>{number(value, digits=2)}</text>'
     return cell
 
 
@@ -202,6 +207,7 @@ class _Axis:
 
     def __init__(self, values: Sequence[float], start: float, end: float, is_log: bool) -> None:
         self.start, self.end, self.is_log = start, end, is_log
+        self.is_whole = not is_log and max(values) - min(values) >= 1 and all(v == round(v) for v in values)
         low, high = min(map(self._of, values)), max(map(self._of, values))
         if low == high:
             low, high = (low - 0.5, high + 0.5) if is_log or low == 0 else sorted((0.9 * low, 1.1 * low))
@@ -223,6 +229,7 @@ class _Axis:
         rough = (high - low) / 5
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough * 0.999)
+        step = max(step, 1.0) if self.is_whole else step
         first = math.ceil(low / step - 1e-9)
         return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -278,8 +285,11 @@ class Page:
         if columns:
             table = _table(columns, rows, f"The numbers of: {title}")
             unfold = f"<details><summary>The numbers</summary>{table}</details>"
-        heading = f"<h3>{escape(title)}</h3>"
-        self._parts.append(f"<figure>{heading}{chart}<figcaption>{escape(caption)}</figcaption>{unfold}</figure>")
+        label = escape(title, quote=True)
+        chart = (
+            f'<h3>{escape(title)}</h3><div class="chart" tabindex="0" role="group" aria-label="{label}">{chart}</div>'
+        )
+        self._parts.append(f"<figure>{chart}<figcaption>{escape(caption)}</figcaption>{unfold}</figure>")
 
     def html(self) -> str:
         """The whole page. It refers to nothing outside of itself, and forbids the browser to fetch anything."""
@@ -349,7 +359,8 @@ a { color: var(--c0) }
 :focus-visible { outline: 3px solid var(--c1); outline-offset: 2px }
 h3 { font-size: 1rem; margin: 0 0 .5rem } figure { margin: 1.2rem 0 2.2rem }
 figcaption { color: var(--soft); font-size: .95rem; margin-top: .5rem }
-svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif }
+.chart { overflow-x: auto }
+svg { display: block; width: 100%; min-width: 34rem; height: auto; font: 11px system-ui, sans-serif }
 svg text { fill: var(--ink) } svg .tick, svg .label { fill: var(--soft) } svg .key { font-size: 12px }
 .grid { stroke: var(--rule); stroke-width: 1 } .axis { stroke: var(--soft); stroke-width: 1 }
 .line polyline, .reference polyline { fill: none; stroke-width: 1.8 }
@@ -370,9 +381,10 @@ summary { cursor: pointer; color: var(--soft); font-size: .9rem; margin-top: .5r
   :root { --paper: #ffffff; --ink: #000000; --soft: #333333; --rule: #bbbbbb; --heat: #1f5d8f; --on-heat: #ffffff;
     --on-mid: #000000 }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
-  main { max-width: none; padding: 0 } nav, summary { display: none } body { font-size: 11px }
+  main { max-width: none; padding: 0 } svg { min-width: 0; max-width: 15cm }
+  nav, summary { display: none } body { font-size: 11px }
   figure, tr { break-inside: avoid } h2 { break-after: avoid } .scroll { max-height: none; overflow: visible }
-  th { position: static }
+  th { position: static } table { font-size: 7px } th, td { padding: .1rem .25rem; white-space: normal }
 }
 """
 )

@@ -48,8 +48,8 @@ def _summary(page: Page, report: InspectionReport) -> None:
         ("compared with", report.other),
         ("base", None if report.base is None else f"{report.base}, {report.dtype}"),
         ("adapted layers", f"{len(layers)}, of {len(report.kinds)} kinds"),
-        ("rank", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"),
-        ("directions used", spread([layer.effective_rank for layer in layers])),
+        ("rank, the most directions", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"),
+        ("directions that are used", spread([layer.effective_rank for layer in layers])),
         ("size beside the weight", spread([layer.relative_norm for layer in layers]) if report.base else None),
     ]
     shown = [[name, value] for name, value in facts if value is not None]
@@ -254,8 +254,9 @@ def _map(
     values: list[list[Cell]] = [
         [column[1](report.layers[own[at]]) if at in own else None for at in places] for own in kinds.values()
     ]
-    rows, columns = [names[kind] for kind in kinds], ["-" if at is None else str(at) for at in places]
-    chart = heat_map(values, rows=rows, columns=columns, title=title, x="layer", low=low, high=high)
+    rows, columns = [names[kind] for kind in kinds], ["" if at is None else str(at) for at in places]
+    x = "layer" if any(columns) else ""
+    chart = heat_map(values, rows=rows, columns=columns, title=title, x=x, low=low, high=high)
     texts = [[name, *map(_text, row)] for name, row in zip(rows, values)]
     page.figure(title, chart, caption, columns=["", *columns], rows=texts)
 
