@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LoRAConfig": "lightning_lora.engine",
     "InjectionReport": "lightning_lora.engine",
+    "InspectionReport": "lightning_lora.hub.inspected",
     "inject": "lightning_lora.engine",
     "remove": "lightning_lora.engine",
     "merge": "lightning_lora.engine",
@@ -41,10 +42,12 @@ _HOME = {
     "ExportReport": "lightning_lora.hub.export.rewrite",
     "combine_adapters": "lightning_lora.hub.combine",
     "export_adapter": "lightning_lora.hub.export.rewrite",
+    "inspect_adapter": "lightning_lora.hub.inspect",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push.commit",
     "resize_adapter": "lightning_lora.hub.resize",
     "AdapterColumn": "lightning_lora.training.adapter_column",
+    "AdapterMonitor": "lightning_lora.training.monitor",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
     "load_from_checkpoint": "lightning_lora.training",
@@ -55,12 +58,14 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "AdapterColumn",
+    "AdapterMonitor",
     "Card",
     "CombineReport",
     "DryRun",
     "ExportReport",
     "HubPush",
     "InjectionReport",
+    "InspectionReport",
     "LightningLoRAError",
     "LoRACallback",
     "LoRAConfig",
@@ -73,6 +78,7 @@ __all__ = [
     "export_adapter",
     "init",
     "inject",
+    "inspect_adapter",
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",
@@ -114,11 +120,14 @@ if TYPE_CHECKING:
     from lightning_lora.hub.combinable import CombineReport
     from lightning_lora.hub.combine import combine_adapters
     from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
+    from lightning_lora.hub.inspect import inspect_adapter
+    from lightning_lora.hub.inspected import InspectionReport
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push.commit import DryRun, push_adapter
     from lightning_lora.hub.resize import resize_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
+    from lightning_lora.training.monitor import AdapterMonitor
     from lightning_lora.training.push import HubPush
 
 

@@ -9,7 +9,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-COMMANDS = ("train", "evaluate", "predict", "demo", "merge", "push", "pull", "export", "combine", "resize")
+COMMANDS = (
+    "train", "evaluate", "predict", "demo", "merge", "push", "pull", "export", "combine", "resize", "inspect",
+)  # fmt: skip
 
 USAGE = """\
 usage: lightning-lora COMMAND [group=option ...] [key=value ...]

@@ -89,15 +89,16 @@ def magnitude_key(key_of_A: str) -> str:
     return f"{key_of_A[: key_of_A.rindex('lora_')]}lora_magnitude_vector"
 
 
-def parts_of(folder: Path, ignore_fields: Collection[str] = ()) -> Parts:
+def parts_of(folder: Path, ignore_fields: Collection[str] = (), *, to_look_at: bool = False) -> Parts:
     """Read and check the adapter in `folder`.
 
     Raises AdapterFormatError for a folder that is no adapter, is damaged, holds values that are not finite, does not
-    fit its own config, or uses a variant of LoRA that cannot be read here.
+    fit its own config, or uses a variant of LoRA that cannot be read here. With `to_look_at` the pairs are all that is
+    wanted, and variants are read too whose other tensors cannot be rewritten: a bias of B, tokens, aLoRA.
     """
     check_folder(folder)
     where = str(folder / TENSORS)
-    config, data = _config(folder, ignore_fields)
+    config, data = _config(folder, ignore_fields, to_look_at)
     tensors, header, renamed = tensors_in(folder, config)
     pairs = _pairs(tensors, config, bool(data.get("use_dora")), where)
     saved: dict[str, Tensor] = {}
@@ -156,7 +157,7 @@ def repaired_in(ranks: Mapping[str, int], config: LoRAConfig, where: str) -> tup
     return repaired
 
 
-def _config(folder: Path, ignore_fields: Collection[str]) -> tuple[LoRAConfig, Mapping[str, Any]]:
+def _config(folder: Path, ignore_fields: Collection[str], to_look_at: bool) -> tuple[LoRAConfig, Mapping[str, Any]]:
     """The config in `folder`, and the fields of its file. A config with DoRA is read as one without, since DoRA changes
     neither A nor B."""
     data = config_in(folder)
@@ -165,6 +166,13 @@ def _config(folder: Path, ignore_fields: Collection[str]) -> tuple[LoRAConfig, M
         raise AdapterFormatError(f"{folder / CONFIG}: use_dora is {data['use_dora']!r}, not true or false.")
     plain = {**data, "use_dora": False} if is_dora else data
     config = check_config(plain, str(folder / CONFIG), ignore_fields)
+    if to_look_at:
+        if config.target_parameters:
+            raise AdapterFormatError(
+                f"{folder / CONFIG}: target_parameters is {data['target_parameters']!r}. Which parameters the pairs in "
+                "the file belong to shows only beside the model: load the adapter onto it, and inspect the model."
+            )
+        return config, data
     for field in ("lora_bias", "target_parameters", "trainable_token_indices"):
         if getattr(config, field):
             raise AdapterFormatError(
