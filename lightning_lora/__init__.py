@@ -38,6 +38,8 @@ _HOME = {
     "ExportReport": "lightning_lora.hub.export.rewrite",
     "combine_adapters": "lightning_lora.hub.combine",
     "export_adapter": "lightning_lora.hub.export.rewrite",
+    "VerifyReport": "lightning_lora.hub.verify",
+    "verify_adapter": "lightning_lora.hub.verify",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push.commit",
     "AdapterColumn": "lightning_lora.training.adapter_column",
@@ -61,6 +63,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "MemoryPlan",
+    "VerifyReport",
     "adapter_state_dict",
     "calibrate",
     "combine_adapters",
@@ -78,6 +81,7 @@ __all__ = [
     "push_adapter",
     "remove",
     "save_adapter",
+    "verify_adapter",
 ]
 
 if TYPE_CHECKING:
@@ -106,6 +110,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push.commit import DryRun, push_adapter
+    from lightning_lora.hub.verify import VerifyReport, verify_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
     from lightning_lora.training.push import HubPush

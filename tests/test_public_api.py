@@ -15,6 +15,7 @@ NAMES = [
     "InjectionReport",
     "LightningLoRAError",
     "MemoryPlan",
+    "VerifyReport",
     "calibrate",
     "init",
     "pairs",
@@ -37,6 +38,7 @@ NAMES = [
     "push_adapter",
     "remove",
     "save_adapter",
+    "verify_adapter",
 ]
 
 

@@ -222,8 +222,8 @@ def load_adapter(
     except TargetError as error:
         raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
     try:
-        take_tables(model, _on(model, plan, tables))
-        own, given = adapter_tensors(model), _on(model, plan, {**values, **tables})
+        take_tables(model, on_model(model, plan, tables))
+        own, given = adapter_tensors(model), on_model(model, plan, {**values, **tables})
         check_fits(own, given, what="the adapter", are_finite=True)  # by `read`
         fill_adapter(model, own, given)
         if check_base:
@@ -240,7 +240,7 @@ def _version() -> str:
     return version("lightning-lora")
 
 
-def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_model(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`values`, named relative to the root, by the names that the engine uses on `model`."""
     if plan.root is unwrapped(model):
         return dict(values)
