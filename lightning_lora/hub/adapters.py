@@ -183,6 +183,7 @@ def load_adapter(
     check_base: bool = True,
     ignore_fields: Collection[str] = (),
     load_embedding_layers: bool = False,
+    verify: bool = False,
     **pulling: Unpack[Pulling],
 ) -> InjectionReport:
     """Adapt `model` as the adapter in a folder says and load its tensors, whether this package or PEFT wrote it.
@@ -197,6 +198,9 @@ def load_adapter(
     PEFT also writes the embedding and the head of the base (its save_embedding_layers) where the vocabulary was resized
     or they are adapted. They are compared with the model's. With `load_embedding_layers` they are loaded into it, stay
     frozen and are saved with the adapter, and `remove` puts back the model's own.
+
+    With `verify` each layer is then measured (`verify_adapter`), which takes two calls of each and proves that the
+    model's precision lets the adapter act; AdapterStateError says where it does not.
 
     Loading is strict. Raises AdapterFormatError for a folder of another layout, a config with a field that cannot be
     honoured, and every tensor that is missing, unexpected, of another shape or not finite; BaseMismatchError where the
@@ -228,6 +232,10 @@ def load_adapter(
         fill_adapter(model, own, given)
         if check_base:
             check_same_base(model, note, plan.root, what=f"The adapter in {folder}")
+        if verify:
+            from lightning_lora.hub.verify import verify_adapter  # which needs this file
+
+            verify_adapter(model, folder, check_base=False, ignore_fields=ignore_fields).raise_for_verdict()
     except BaseException:
         remove(model)
         raise

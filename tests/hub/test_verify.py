@@ -639,3 +639,17 @@ def test_an_adapter_that_the_files_do_not_have_is_named(folder, tmp_path):
     report = verify_adapter(loaded(folder), other)
     assert report.verdict == "another adapter"
     assert "it has an adapter, and the files have none for it" in str(report)
+
+
+def test_loading_can_verify_and_a_load_that_does_not_verify_leaves_the_base(folder, tmp_path):
+    model = base(torch.bfloat16)
+    load_adapter(model, folder, verify=True)
+    assert len(list(adapters(model))) == 21
+    fresh = base()
+    inject(fresh, LoRAConfig(rank=2))
+    untrained = save_adapter(fresh, tmp_path / "untrained")
+    model = base()
+    before = snapshot(model)
+    with pytest.raises(AdapterStateError, match="its update is zero"):
+        load_adapter(model, untrained, verify=True)
+    assert_same(snapshot(model), before)
