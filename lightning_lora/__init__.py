@@ -39,6 +39,9 @@ _HOME = {
     "combine_adapters": "lightning_lora.hub.combine",
     "export_adapter": "lightning_lora.hub.export.rewrite",
     "VerifyReport": "lightning_lora.hub.verify",
+    "make_certificate": "lightning_lora.hub.certificate",
+    "ServerReport": "lightning_lora.hub.served",
+    "verify_server": "lightning_lora.hub.served",
     "verify_adapter": "lightning_lora.hub.verify",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push.commit",
@@ -63,6 +66,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "MemoryPlan",
+    "ServerReport",
     "VerifyReport",
     "adapter_state_dict",
     "calibrate",
@@ -74,6 +78,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",
+    "make_certificate",
     "merge",
     "merged",
     "pairs",
@@ -82,6 +87,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "verify_adapter",
+    "verify_server",
 ]
 
 if TYPE_CHECKING:
@@ -105,11 +111,13 @@ if TYPE_CHECKING:
     from lightning_lora.hub import load_adapter, save_adapter
     from lightning_lora.hub.bank import AdapterBank
     from lightning_lora.hub.card import Card
+    from lightning_lora.hub.certificate import make_certificate
     from lightning_lora.hub.combinable import CombineReport
     from lightning_lora.hub.combine import combine_adapters
     from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push.commit import DryRun, push_adapter
+    from lightning_lora.hub.served import ServerReport, verify_server
     from lightning_lora.hub.verify import VerifyReport, verify_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn

@@ -15,7 +15,9 @@ NAMES = [
     "InjectionReport",
     "LightningLoRAError",
     "MemoryPlan",
+    "ServerReport",
     "VerifyReport",
+    "make_certificate",
     "calibrate",
     "init",
     "pairs",
@@ -39,6 +41,7 @@ NAMES = [
     "remove",
     "save_adapter",
     "verify_adapter",
+    "verify_server",
 ]
 
 

@@ -9,7 +9,10 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, merge, save_adapter
 from lightning_lora.engine import adapter_tensors
+from tests.hub.test_served import base, folder, loaded, serving
 from tests.tiny_transformers import llama
+
+__all__ = ["folder"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Merging:UserWarning")
 
@@ -60,3 +63,19 @@ def test_what_cannot_be_verified_is_an_error(cli, trained):
     other = llama()
     other.save_pretrained("other")
     assert "another base" in cli.error("verify", "adapter=adapter", "model=./other")
+
+
+def test_a_certificate_is_made_and_a_server_is_asked_by_it(cli, folder):
+    where = f"adapter={folder}"
+    (folder / "certificate.json").unlink()
+    assert "make=true makes it" in cli.error("verify", where, "server=http://127.0.0.1:9")
+    assert cli("verify", where, "model=embedded", "make=true") == 0, cli.err
+    assert "certificate.json" in cli.out
+    assert "modules apply the adapter" in cli.out
+    with serving({"base": base(), "legal": loaded(folder)}) as address:
+        assert cli("verify", where, f"server={address}", "name=legal", "base_name=base") == 0, cli.err
+        assert "same: it applies the adapter" in cli.out
+        assert cli("verify", where, f"server={address}", "name=base") == 1
+        assert "ignored: it answers as the base does" in cli.out
+        assert "exclude each other" in cli.error("verify", where, f"server={address}", "model=embedded")
+    assert "there is no server" in cli.error("verify", where, "model=embedded", "name=legal")
