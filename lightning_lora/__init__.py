@@ -43,6 +43,11 @@ _HOME = {
     "combine_adapters": "lightning_lora.hub.combine",
     "export_adapter": "lightning_lora.hub.export.rewrite",
     "inspect_adapter": "lightning_lora.hub.inspect",
+    "VerifyReport": "lightning_lora.hub.verify",
+    "make_certificate": "lightning_lora.hub.certificate",
+    "ServerReport": "lightning_lora.hub.served",
+    "verify_server": "lightning_lora.hub.served",
+    "verify_adapter": "lightning_lora.hub.verify",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push.commit",
     "resize_adapter": "lightning_lora.hub.resize",
@@ -71,6 +76,8 @@ __all__ = [
     "LoRAConfig",
     "MemoryPlan",
     "ResizeReport",
+    "ServerReport",
+    "VerifyReport",
     "adapter_state_dict",
     "calibrate",
     "combine_adapters",
@@ -82,6 +89,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",
+    "make_certificate",
     "measure",
     "merge",
     "merged",
@@ -92,6 +100,8 @@ __all__ = [
     "resize",
     "resize_adapter",
     "save_adapter",
+    "verify_adapter",
+    "verify_server",
 ]
 
 if TYPE_CHECKING:
@@ -117,6 +127,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub import load_adapter, save_adapter
     from lightning_lora.hub.bank import AdapterBank
     from lightning_lora.hub.card import Card
+    from lightning_lora.hub.certificate import make_certificate
     from lightning_lora.hub.combinable import CombineReport
     from lightning_lora.hub.combine import combine_adapters
     from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
@@ -125,6 +136,8 @@ if TYPE_CHECKING:
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push.commit import DryRun, push_adapter
     from lightning_lora.hub.resize import resize_adapter
+    from lightning_lora.hub.served import ServerReport, verify_server
+    from lightning_lora.hub.verify import VerifyReport, verify_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
     from lightning_lora.training.monitor import AdapterMonitor

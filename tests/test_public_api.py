@@ -17,6 +17,9 @@ NAMES = [
     "LightningLoRAError",
     "MemoryPlan",
     "ResizeReport",
+    "ServerReport",
+    "VerifyReport",
+    "make_certificate",
     "calibrate",
     "init",
     "measure",
@@ -44,6 +47,8 @@ NAMES = [
     "resize",
     "resize_adapter",
     "save_adapter",
+    "verify_adapter",
+    "verify_server",
 ]
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 COMMANDS = (
-    "train", "evaluate", "predict", "demo", "merge", "push", "pull", "export", "combine", "resize", "inspect",
+    "train", "evaluate", "predict", "demo", "merge", "push", "pull", "export", "combine", "resize", "inspect", "verify",
 )  # fmt: skip
 
 USAGE = """\
