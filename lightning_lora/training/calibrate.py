@@ -69,7 +69,7 @@ def _measured(module: LightningModule, root: str, config: LoRAConfig, batches: i
         return {}
     _check_measurable(module, config)
     trainer = module.trainer
-    with _silent(module), _batches(trainer, batches) as some:
+    with silent(module), _batches(trainer, batches) as some:
         return calibrate(part, config, lambda batch: _loss(trainer, module, *batch), some)
 
 
@@ -123,7 +123,7 @@ def _generators(loader: Any) -> Iterator[torch.Generator]:
 
 
 @contextmanager
-def _silent(module: LightningModule) -> Iterator[None]:
+def silent(module: LightningModule) -> Iterator[None]:
     """Inside, nothing is logged; afterwards metrics and buffers are as before."""
     trainer = module.trainer
     loggers = trainer.loggers
