@@ -55,6 +55,7 @@ _HOME = {
     "AdapterMonitor": "lightning_lora.training.monitor",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
+    "MultiLoRACallback": "lightning_lora.training.many",
     "load_from_checkpoint": "lightning_lora.training",
     "LightningLoRAError": "lightning_lora.errors",
 }
@@ -75,6 +76,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "MemoryPlan",
+    "MultiLoRACallback",
     "ResizeReport",
     "ServerReport",
     "VerifyReport",
@@ -140,6 +142,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub.verify import VerifyReport, verify_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
+    from lightning_lora.training.many import MultiLoRACallback
     from lightning_lora.training.monitor import AdapterMonitor
     from lightning_lora.training.push import HubPush
 

@@ -30,6 +30,7 @@ NAMES = [
     "HubPush",
     "LoRACallback",
     "LoRAConfig",
+    "MultiLoRACallback",
     "adapter_state_dict",
     "combine_adapters",
     "disabled",

@@ -146,7 +146,7 @@ def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> LoRAPlus:
             )
         check_hooks(one, f"lora_plus_ratio cannot be used with it. {advice}")
         for name, value in vars(one).items():
-            if name not in ("state", "param_groups", "defaults") and _lists_tensors(value):
+            if name not in ("state", "param_groups", "defaults") and lists_tensors(value):
                 raise TrainingError(
                     f"lora_plus_ratio cannot be used with {type(one).__name__}: it keeps a list of tensors beside its "
                     f"groups ({name}), so a group that is made for a step would not reach them. {advice}"
@@ -190,8 +190,8 @@ def check_hooks(optimizer: Optimizer, consequence: str) -> None:
         )
 
 
-def _lists_tensors(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) or _lists_tensors(v) for v in value)
+def lists_tensors(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) or lists_tensors(v) for v in value)
 
 
 def _check_rate(optimizer: Optimizer, group: dict[str, Any], advice: str) -> None:
@@ -297,8 +297,8 @@ class LoRAPlus:
 
     def twin(self, group: dict[str, Any], bs: list[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The numbers that are B's own already, and B's group."""
-        own = {key: b for key, (a, b) in group.get(_OWN, {}).items() if key in group and _same(group[key], a)}
-        shared = {key: _copied(group[key]) for key in group.keys() - own.keys() - {"params", _OWN}}
+        own = {key: b for key, (a, b) in group.get(_OWN, {}).items() if key in group and same(group[key], a)}
+        shared = {key: copied(group[key]) for key in group.keys() - own.keys() - {"params", _OWN}}
         rates = {key: shared[key] * self.ratio for key in _RATES if shared.get(key) is not None}
         return own, {**shared, **rates, **own, "params": bs}
 
@@ -346,14 +346,14 @@ class LoRAPlus:
                 continue
             if half.is_alone:
                 host[key] = value / self.ratio if is_rate else value
-            elif key not in host or is_rate or not _same(host[key], value):
-                own[key] = (_copied(host.get(key)), value)
+            elif key not in host or is_rate or not same(host[key], value):
+                own[key] = (copied(host.get(key)), value)
         host.pop(_OWN, None)
         if own:
             host[_OWN] = own
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """True if two values of a group are equal: numbers, tensors, or lists and dicts of them."""
     if a is b:
         return True
@@ -362,13 +362,13 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return a.shape == b.shape and bool((a == b).all())
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return bool(a == b)
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """A copy of `value` for another group, so that a change in place does not reach both."""
     return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
 

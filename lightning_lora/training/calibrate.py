@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,12 +32,13 @@ from lightning_lora.training.run_state import random_state, set_random_state
 from lightning_lora.training.torchmetrics_private import metric_state, put_metric_state
 
 
-def start_waiting(module: LightningModule, batches: int) -> None:
+def start_waiting(module: LightningModule, batches: int, drawing: Any = None) -> None:
     """Start the adapters of `module` that `inject(..., start=False)` left at zero and that no checkpoint has filled.
 
     An initialiser that needs measurements gets them from `training_step` on the first `batches` batches of the training
-    data. Afterwards the random state is as before, and all processes have the adapters of the first one. Raises
-    TrainingError for a module that cannot be measured in this way, and the errors of `calibrate`.
+    data. Afterwards the random state is as before, and all processes have the adapters of the first one. `drawing` is
+    the context in which A is drawn. Raises TrainingError for a module that cannot be measured in this way, and the
+    errors of `calibrate`.
     """
     waiting = {name: injection.config for name, injection in injections(module) if injection.awaits_start}
     if not waiting:
@@ -50,7 +51,8 @@ def start_waiting(module: LightningModule, batches: int) -> None:
             prefix = f"{root}." if root else ""
             found = _measured(module, root, config, batches)
             measured |= {prefix + name: of for name, of in found.items()}
-        start_adapters(module, measured)
+        with drawing or nullcontext():
+            start_adapters(module, measured)
     finally:
         set_random_state(before)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -67,7 +69,7 @@ def _measured(module: LightningModule, root: str, config: LoRAConfig, batches: i
         return {}
     _check_measurable(module, config)
     trainer = module.trainer
-    with _silent(module), _batches(trainer, batches) as some:
+    with silent(module), _batches(trainer, batches) as some:
         return calibrate(part, config, lambda batch: _loss(trainer, module, *batch), some)
 
 
@@ -121,7 +123,7 @@ def _generators(loader: Any) -> Iterator[torch.Generator]:
 
 
 @contextmanager
-def _silent(module: LightningModule) -> Iterator[None]:
+def silent(module: LightningModule) -> Iterator[None]:
     """Inside, nothing is logged; afterwards metrics and buffers are as before."""
     trainer = module.trainer
     loggers = trainer.loggers

@@ -326,14 +326,17 @@ class LoRACallback(Callback):
         watch_buffers(pl_module)
         if not shards(trainer.strategy):  # there each process sees only a part of the weights
             self._policy.watch = BaseWatch(pl_module, is_error=self._policy.check_base)
-        assert self.config is not None
         comes_later = trainer.ckpt_path is not None and shards(trainer.strategy)
         if self._optimizer_settings is None and not comes_later:  # else those of the checkpoint hold
             self._optimizer_settings = optimizer_settings(trainer)
-        plus = {"lora_plus_ratio": self._policy.lora_plus_ratio, "product_decay": self._policy.product_decay}
-        log_run(trainer, pl_module, self.config, self._optimizer_settings, self.settings_of_run, **plus)
+        self._log_settings(trainer, pl_module)
         if self._policy.lora_plus_ratio is not None:
             show_both_rates(trainer)
+
+    def _log_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.config is not None
+        plus = {"lora_plus_ratio": self._policy.lora_plus_ratio, "product_decay": self._policy.product_decay}
+        log_run(trainer, pl_module, self.config, self._optimizer_settings, self.settings_of_run, **plus)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._trained is not None:

@@ -33,6 +33,8 @@ from lightning_lora.training.run_state import restore_buffers
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+SEVERAL = "adapters"
+"""The key, in a checkpoint's description, of the descriptions of several adapters, by name."""
 METADATA = "lightning_lora"
 """The key under which a checkpoint describes its adapter; plain values only, so torch loads it with weights_only."""
 
@@ -91,6 +93,11 @@ def checkpoint_adapter(checkpoint: Any) -> dict[str, Any]:
         raise CheckpointError(
             f"The checkpoint was saved by a newer version of lightning_lora (format {metadata['format']}, this version "
             f"reads up to {_FORMAT}). Upgrade lightning-lora to load it."
+        )
+    if SEVERAL in metadata:
+        raise CheckpointError(
+            f"The checkpoint holds several adapters ({listed(metadata[SEVERAL])}), of MultiLoRACallback: resume with "
+            "that, or load one of the folders beside it with load_adapter, or with LoRACallback(adapter=...)."
         )
     return metadata
 

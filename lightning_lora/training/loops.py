@@ -64,10 +64,15 @@ class ResumedValidationLoop(_ValidationHost):
     """Mixin in front of Lightning's loop over the batches of a validation."""
 
     lora_resume: ExactResume
+    lora_goes_on = False
+    """True where a validation that began with one adapter runs for another one (many/rounds.py)."""
 
     def reset(self) -> None:
         if self._is_of_training():
+            before = self.lora_resume.before
             self.lora_resume.begin_validation()
+            if self.lora_goes_on:
+                self.lora_resume.before = before
         super().reset()
 
     def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:

@@ -166,7 +166,7 @@ class AdapterStrategy(_Host):
         if self.lora.adapt_as_in is not None and self.lightning_module is not None:
             self.lora.adapt_as_in(checkpoint, self.lightning_module)
         if self.lightning_module is not None and has_adapters(self.lightning_module):
-            checkpoint_adapter(checkpoint)
+            self._check_describes(checkpoint)
             # Saved before the first batch: the run starts anew, with the sanity check that Lightning leaves out of a
             # run that restarts.
             loops = checkpoint.get("loops", {}).get("fit_loop", {})
@@ -200,16 +200,16 @@ class AdapterStrategy(_Host):
         # Hidden files are the learning-rate and batch-size finders' own.
         if Path(path).name.startswith("."):
             return
-        folder = adapter_folder(path) if self.lora.save_adapter and is_local(path) else None
+        folder = self._folder_of(path) if self.lora.save_adapter and is_local(path) else None
         # In every process: each has a part of a sharded base.
-        known = None if folder is None else self._base(module, *adapter_root(module))
+        known = None if folder is None else self._bases(module)
         self.lora.folder = folder or self.lora.folder
         if not self.is_global_zero:
             return
         if folder is not None:
             # A run that is killed between the two leaves the folder of an earlier step beside this checkpoint.
             of = {"step": str(checkpoint["global_step"]), "epoch": str(checkpoint["epoch"])}
-            save_tensors(module, folder, checkpoint["state_dict"], known, metadata=of)
+            self._write(module, folder, checkpoint["state_dict"], known, of)
         elif self.lora.save_adapter:
             rank_zero_warn(f"No adapter folder was written beside {path}: it is not a local file.")
         if self.lora.push is not None:
@@ -237,8 +237,8 @@ class AdapterStrategy(_Host):
             return
         super().remove_checkpoint(filepath)
         if self.lora.save_adapter and self.is_global_zero and is_local(str(filepath)):
-            folder = adapter_folder(str(filepath))
-            if (folder / "adapter_config.json").exists():
+            folder = self._folder_of(str(filepath))
+            if any(folder.glob(self._FILE)):
                 remove_folder(folder)
 
     def _may_remove(self, remote: str) -> bool:
@@ -250,6 +250,23 @@ class AdapterStrategy(_Host):
         folders = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None)) is not None]
         same = trainer.ckpt_path is not None and _place(remote) == _place(trainer.ckpt_path)
         return not same and any(_place(remote).startswith(f"{_place(folder)}/") for folder in folders)
+
+    # The adapter of a checkpoint, and its folder: `ManyStrategy` overrides these for several adapters.
+
+    _FILE = "adapter_config.json"
+    """A file that is in the folder beside a checkpoint; a pattern."""
+
+    def _check_describes(self, checkpoint: Mapping[str, Any]) -> None:
+        checkpoint_adapter(checkpoint)
+
+    def _folder_of(self, checkpoint_path: str) -> Path:
+        return adapter_folder(checkpoint_path)
+
+    def _bases(self, module: nn.Module) -> dict[str, Any]:
+        return self._base(module, *adapter_root(module))
+
+    def _write(self, module: nn.Module, folder: Path, tensors: Any, known: Any, metadata: dict[str, str]) -> None:
+        save_tensors(module, folder, tensors, known, metadata=metadata)
 
     def _base(self, module: nn.Module, name: str, root: nn.Module) -> dict[str, Any]:
         if name not in self.lora.bases or not self.lora.check_base:  # without the check, the base may change

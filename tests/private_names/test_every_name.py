@@ -28,6 +28,7 @@ from tests.private_names.moved import moved
 PACKAGE = Path(lightning_lora.__file__).parent
 ROOMS = (
     *("engine/torch_private.py", "training/lightning_private.py", "training/torchmetrics_private.py"),
+    "training/many/rounds_private.py",
     *("hub/hub_private.py", "cli/hydra_private.py"),
 )
 

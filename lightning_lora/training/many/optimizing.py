@@ -1,0 +1,131 @@
+"""Each adapter of a pack takes its steps as if it were alone: with its own parameters and its own learning rate.
+
+One optimizer, the user's, holds the parameters of all adapters, so its schedulers and its state dict are the user's,
+too. For a step of one adapter, each of its groups has the parameters of that adapter alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer
+
+from lightning_lora.engine.optim import copied, lists_tensors, same, with_inner
+from lightning_lora.errors import TrainingError
+from lightning_lora.training.many.pack import Member
+
+_OWN = "lora_many"
+"""The key of a group for the numbers that steps have changed for one adapter: adapter -> name -> (the group's, its)."""
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+
+
+def check_divisible(optimizers: list[Optimizer]) -> None:
+    """Raise TrainingError for an optimizer whose step cannot be taken for a part of its parameters."""
+    for one in (inner for optimizer in optimizers for inner in with_inner(optimizer)):
+        kept = [n for n, v in vars(one).items() if n not in ("state", "param_groups", "defaults") and lists_tensors(v)]
+        if isinstance(one, LBFGS) or kept:
+            raise TrainingError(
+                f"{type(one).__name__} keeps a list of its parameters beside its groups ({', '.join(kept)}), so it "
+                "cannot step for one adapter of several. Use another optimizer, or train each adapter in a run of its "
+                "own with LoRACallback."
+            )
+
+
+def rate_factors(optimizers: list[Optimizer], members: Mapping[str, Member]) -> dict[str, float]:
+    """Adapter -> its learning rate, divided by the one that the first optimizer's schedule begins with (or, of a cycle
+    of rates, the highest). Raises TrainingError where the optimizer has none."""
+    group: dict[str, Any] = next((group for one in optimizers for group in one.param_groups), {})
+    rate = group.get("max_lr", group.get("initial_lr", group.get("lr", 0.0)))
+    own = [name for name, member in members.items() if member.lr is not None]
+    if own and (not rate or group.get("relative_step")):
+        raise TrainingError(
+            f"{own[0]!r} has a learning rate of its own, and {type(optimizers[0]).__name__} has none to compare it "
+            f"with (lr={rate}). Give the optimizer one (lr=..., relative_step=False)."
+        )
+    return {n: 1.0 if m.lr is None else m.lr / float(rate) for n, m in members.items()}
+
+
+@contextmanager
+def only(optimizers: list[Optimizer], name: str, owners: Mapping[int, str]) -> Iterator[None]:
+    """Inside, the optimizers have the parameters of the adapter `name` alone. What is set in their groups stays."""
+    with _parts(optimizers, name, owners) as parts:
+        yield
+        for host, part, given in parts:
+            host.update(
+                {key: value for key, value in part.items() if key not in _LISTS and value is not given.get(key)}
+            )
+
+
+@contextmanager
+def stepping(optimizer: Optimizer, name: str, owners: Mapping[int, str], factor: float) -> Iterator[None]:
+    """Inside, `optimizer` has the parameters of the adapter `name` alone, with its learning rate, which is `factor`
+    times that of the group. Numbers that the step writes into a group are kept for that adapter."""
+    with _parts([optimizer], name, owners) as parts:
+        for host, part, given in parts:
+            if factor != 1:
+                part.update({key: part[key] * factor for key in _RATES if part.get(key) is not None})
+            own = host.get(_OWN, {}).get(name, {})
+            part.update({key: value for key, (then, value) in own.items() if same(host.get(key), then)})
+            part.pop(_OWN, None)
+            given.update({key: copied(value) for key, value in part.items() if key not in _LISTS})
+        yield
+        for host, part, given in parts:
+            known = host.get(_OWN, {}).get(name, {})
+            own = {
+                key: known[key] if key in known and same(value, known[key][1]) else (copied(host.get(key)), value)
+                for key, value in part.items()
+                if key not in _LISTS and (key in known or not same(value, given.get(key)))
+            }
+            if own or known:
+                host[_OWN] = {**host.get(_OWN, {}), name: own}
+
+
+_LISTS = ("params", "param_names")
+_Group = dict[str, Any]
+
+
+@contextmanager
+def _parts(
+    optimizers: list[Optimizer], name: str, owners: Mapping[int, str]
+) -> Iterator[list[tuple[_Group, _Group, _Group]]]:
+    """Inside, each group is replaced by its part of the adapter `name`. Gives the group, its part, and what the part
+    was given."""
+    lists = {id(one.param_groups): one.param_groups for outer in optimizers for one in with_inner(outer)}.values()
+    before = [(groups, list(groups)) for groups in lists]
+    parts = {id(group): _part(group, name, owners) for _, theirs in before for group in theirs}  # some are shared
+    try:
+        for groups, theirs in before:
+            groups[:] = [parts[id(group)][1] for group in theirs]
+        yield list(parts.values())
+    finally:
+        for groups, theirs in before:
+            groups[:] = theirs
+
+
+def _part(group: _Group, name: str, owners: Mapping[int, str]) -> tuple[_Group, _Group, _Group]:
+    chosen = [owners.get(id(p)) == name for p in group["params"]]
+    part = {key: copied(value) for key, value in group.items() if key not in (*_LISTS, _OWN)}
+    if _OWN in group:
+        part[_OWN] = group[_OWN]
+    lists = {key: [v for v, ours in zip(group[key], chosen) if ours] for key in _LISTS if key in group}
+    given = dict(part)
+    return group, {**part, **lists}, given
+
+
+class Known:
+    """The closure of a step whose loss is known: the gradients of all adapters have been computed."""
+
+    def __init__(self, loss: Any, optimizer: Optimizer) -> None:
+        self._loss, self._optimizer, self._is_asked = loss, optimizer, False
+
+    def __call__(self) -> Any:
+        if self._is_asked:
+            raise TrainingError(
+                f"{type(self._optimizer).__name__} asks for the loss several times in a step, and the gradients of "
+                "several adapters are computed once. Use another optimizer, or train each adapter in a run of its own "
+                "with LoRACallback."
+            )
+        self._is_asked = True
+        return self._loss
