@@ -44,6 +44,8 @@ _HOME = {
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
     "load_from_checkpoint": "lightning_lora.training",
+    "Advice": "lightning_lora.training.advice",
+    "advise": "lightning_lora.training.advise",
     "LightningLoRAError": "lightning_lora.errors",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "AdapterColumn",
+    "Advice",
     "Card",
     "CombineReport",
     "DryRun",
@@ -62,6 +65,7 @@ __all__ = [
     "LoRAConfig",
     "MemoryPlan",
     "adapter_state_dict",
+    "advise",
     "calibrate",
     "combine_adapters",
     "disabled",
@@ -108,6 +112,8 @@ if TYPE_CHECKING:
     from lightning_lora.hub.push.commit import DryRun, push_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
+    from lightning_lora.training.advice import Advice
+    from lightning_lora.training.advise import advise
     from lightning_lora.training.push import HubPush
 
 

@@ -9,7 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-COMMANDS = ("train", "evaluate", "predict", "demo", "merge", "push", "pull", "export", "combine")
+COMMANDS = ("train", "evaluate", "predict", "demo", "merge", "push", "pull", "export", "combine", "advise")
 
 USAGE = """\
 usage: lightning-lora COMMAND [group=option ...] [key=value ...]
