@@ -12,7 +12,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SUITES = ["step", "memory", "injection", "folders", "checkpoint", "end_to_end", "bank", "mixed_batches"]
+SUITES = ["step", "memory", "injection", "folders", "checkpoint", "end_to_end", "bank", "mixed_batches", "advise"]
 
 
 @pytest.fixture
