@@ -57,6 +57,8 @@ _HOME = {
     "LoRACallback": "lightning_lora.training",
     "MultiLoRACallback": "lightning_lora.training.many",
     "load_from_checkpoint": "lightning_lora.training",
+    "Advice": "lightning_lora.training.advice",
+    "advise": "lightning_lora.training.advise",
     "LightningLoRAError": "lightning_lora.errors",
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "AdapterBank",
     "AdapterColumn",
     "AdapterMonitor",
+    "Advice",
     "Card",
     "CombineReport",
     "DryRun",
@@ -81,6 +84,7 @@ __all__ = [
     "ServerReport",
     "VerifyReport",
     "adapter_state_dict",
+    "advise",
     "calibrate",
     "combine_adapters",
     "disabled",
@@ -142,6 +146,8 @@ if TYPE_CHECKING:
     from lightning_lora.hub.verify import VerifyReport, verify_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
+    from lightning_lora.training.advice import Advice
+    from lightning_lora.training.advise import advise
     from lightning_lora.training.many import MultiLoRACallback
     from lightning_lora.training.monitor import AdapterMonitor
     from lightning_lora.training.push import HubPush

@@ -8,6 +8,8 @@ import lightning_lora
 
 NAMES = [
     "Adapter",
+    "Advice",
+    "advise",
     "Card",
     "CombineReport",
     "DryRun",

@@ -106,10 +106,10 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir={folder} cannot be made: {error.strerror}.") from error
-    _seed(settings)
-    _check_optimizer(settings)
+    seed(settings)
+    check_optimizer(settings)
     task, data = task_and_data(settings)
-    _train_new_heads(settings, task)
+    train_new_heads(settings, task)
     earlier = EarlierMetrics(folder)
     callbacks, bars = shows_progress(settings, [*build_each(settings, "callbacks"), MeasuredEnd(), earlier])
     tell_loggers(settings, callbacks)
@@ -127,7 +127,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     if trainer.received_sigterm:  # fit would forget it
         raise SystemExit(TERMINATED)
     _check_monitor(settings, task, before)
-    _seed(settings)  # again, so that measuring the base does not change the order of the data
+    seed(settings)  # again, so that measuring the base does not change the order of the data
     started = time.perf_counter()
     try:
         # LoRACallback fetches the checkpoint by itself.
@@ -165,7 +165,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     return results
 
 
-def _seed(settings: dict[str, Any]) -> None:
+def seed(settings: dict[str, Any]) -> None:
     from lightning.pytorch import seed_everything
 
     if settings["seed"] is None:
@@ -176,7 +176,7 @@ def _seed(settings: dict[str, Any]) -> None:
         raise ConfigError(f"seed={settings['seed']}: {error}.") from error
 
 
-def _check_optimizer(settings: dict[str, Any]) -> None:
+def check_optimizer(settings: dict[str, Any]) -> None:
     """Try an optimizer of torch on a dummy weight, so that a value that is not valid is reported before the data are
     read."""
     import torch
@@ -200,7 +200,7 @@ def _check_monitor(settings: dict[str, Any], task: LightningModule, before: dict
         raise ConfigError(f"monitor={settings['monitor']}: there is no such metric.{hint} There are: {listed(known)}.")
 
 
-def _train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:
+def train_new_heads(settings: dict[str, Any], task: LightningModule) -> None:
     """Have the new, random head of a task (a classifier) trained whole, unless the settings give modules_to_save."""
     heads = getattr(task, "head_modules", [])
     for callback in (settings["callbacks"] or {}).values():

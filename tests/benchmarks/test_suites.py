@@ -23,6 +23,7 @@ SUITES = [
     "mixed_batches",
     "monitor",
     "many",
+    "advise",
 ]
 
 
