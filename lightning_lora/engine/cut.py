@@ -76,7 +76,7 @@ class Resized:
 
     @property
     def error(self) -> float:
-        """||B A - B' A'||_F relative to ||B A||_F, with the rounding of what is stored; 0 where B A is rounding alone."""
+        """||B A - B' A'||_F relative to ||B A||_F, with the rounding of what is stored; 0 if B A is just rounding."""
         size = product_norm(self.old_B, self.old_A)
         if _is_rounding(size, self.old_A, self.old_B):
             return 0.0
