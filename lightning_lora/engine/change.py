@@ -49,7 +49,7 @@ class Change:
         for p, value in zip(self.parameters, (self.A, self.B)):
             gradient, p.grad = p.grad, None
             moved = None if gradient is None else self.moved(gradient, p)
-            p.data = value
+            _set(p, value)
             p.grad = moved
         module._buffers.update(self.start)
         each = {**own.parameters, self.pair.parameter: self.spec}
@@ -85,6 +85,18 @@ class Change:
     def report(self) -> ResizedModule:
         before, after = (sum(t.numel() for t in pair) for pair in ((self.was_A, self.was_B), (self.A, self.B)))
         return ResizedModule(self.pair.spec.rank, self.spec.rank, self.error, self.size, before, after)
+
+
+def _set(p: nn.Parameter, value: Tensor) -> None:
+    """Give `p` another value, of another shape.
+
+    A graph that is still alive, of outputs that were kept, holds the node that accumulates p's gradient, which knows
+    the old shape. torch makes another node only where the dtype changes, so it does for a moment. DDP has hooks on that
+    node, so among several processes it stays: better torch's error about the shape than gradients that are not summed.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        p.data = value.new_empty(0, dtype=torch.float64 if value.dtype != torch.float64 else torch.float32)
+    p.data = value
 
 
 def changes_of(config: LoRAConfig, own: list[Pair], aim: Aim) -> list[Change]:
@@ -212,7 +224,7 @@ def _tried(change: Change) -> Iterator[None]:
         yield
     finally:
         for p, data, gradient in zip(change.parameters, (change.was_A, change.was_B), gradients):
-            p.data = data
+            _set(p, data)
             p.grad = gradient
         module._buffers.update(buffers)
         module.__dict__["lora"] = spec

@@ -76,9 +76,11 @@ class Resized:
 
     @property
     def error(self) -> float:
-        """||B A - B' A'||_F relative to ||B A||_F, of what is stored: with the rounding. 0 where B A is 0."""
+        """||B A - B' A'||_F relative to ||B A||_F, with the rounding of what is stored; 0 if B A is just rounding."""
         size = product_norm(self.old_B, self.old_A)
-        return product_change(self.old_B, self.old_A, self.B, self.A) / size if size else 0.0
+        if _is_rounding(size, self.old_A, self.old_B):
+            return 0.0
+        return product_change(self.old_B, self.old_A, self.B, self.A) / size
 
     def to(self, dtype_A: torch.dtype, dtype_B: torch.dtype) -> Resized:
         """The same, stored in these dtypes."""
@@ -102,6 +104,13 @@ def resized(A: Tensor, B: Tensor, rank: int) -> Resized:
     new_B = torch.where(is_empty[..., None, :], 0.0, found.B)
     short = rank - S.shape[-1]  # the weight has a smaller side
     return Resized(F.pad(new_A, (0, 0, 0, short)), F.pad(new_B, (0, short)), A, B)
+
+
+def _is_rounding(size: float, A: Tensor, B: Tensor) -> bool:
+    """True if B A, of the norm `size`, is zero but for rounding: also where factors that are not zero cancel, as those
+    of an untrained "orthogonal" start do."""
+    eps = min(torch.finfo(t.dtype).eps for t in (A, B, torch.empty(0, dtype=torch.float32)))
+    return size <= eps * float(A.double().norm() * B.double().norm())
 
 
 def in_each_block(rank: int, name: str, A: Tensor, B: Tensor, old: int) -> int:

@@ -12,7 +12,7 @@ learning rates, and to keep m without v makes a run diverge.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -210,26 +210,32 @@ _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 def _carried(optimizer: Optimizer, changes: Sequence[Change]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     """The entries of the state of `optimizer` for pairs that change: the state of a parameter, the name, the new value.
     Raises TrainingError for an entry that cannot be carried over."""
+    changed = {p: change for change in changes if change.kind != "same" for p in change.parameters}
+    for p, key in moments(optimizer, {p: change.pair.name for p, change in changed.items()}):
+        state = optimizer.state[p]
+        yield state, key, changed[p].moved(state[key], p, is_square=key in _SQUARES)
+
+
+def moments(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> Iterator[tuple[nn.Parameter, str]]:
+    """The entries of the state of `optimizer` for those of its parameters that are in `names` (factors, with the names
+    of their pairs) that follow a change of rank. Raises TrainingError for others, but for numbers, which stay."""
     what = type(optimizer).__name__
-    changed = {id(p): change for change in changes if change.kind != "same" for p in change.parameters}
-    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in changed]
+    held = [p for group in optimizer.param_groups for p in group["params"] if p in names]
     if held and isinstance(optimizer, LBFGS):
         raise TrainingError(f"{what} keeps past steps in one flat vector, of the old ranks: {_ANEW}")
     for p in held:
-        state = optimizer.state.get(p, {})
-        change = changed[id(p)]
-        for key, value in state.items():
+        for key, value in optimizer.state.get(p, {}).items():
             if value is None or isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):
                 continue  # a count of steps, for one
             if key not in (*_SUMS, *_SQUARES) or not isinstance(value, Tensor) or value.shape != p.shape:
                 raise TrainingError(
-                    f"{what} keeps {key!r} for the factors of {change.pair.name!r}, and how that follows a change of "
-                    f"rank is not known, but for {listed((*_SUMS, *_SQUARES))}, in the shape of the parameter: {_ANEW}"
+                    f"{what} keeps {key!r} for the factors of {names[p]!r}, and how that follows a change of rank is "
+                    f"not known, but for {listed((*_SUMS, *_SQUARES))}, in the shape of the parameter: {_ANEW}"
                 )
-            yield state, key, change.moved(value, p, is_square=key in _SQUARES)
+            yield p, key
 
 
-_ANEW = "resize without optimizer=, and make a new optimizer after that. Nothing was changed."
+_ANEW = "resize before the training, or without optimizer= and make a new optimizer after that. Nothing was changed."
 
 
 def _notes(changes: Sequence[Change]) -> Iterator[str]:

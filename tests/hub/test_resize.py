@@ -7,10 +7,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lightning_lora import load_adapter, resize_adapter
+from lightning_lora import LoRAConfig, inject, load_adapter, resize_adapter, save_adapter
+from lightning_lora.engine import injection_of
+from lightning_lora.errors import AdapterFormatError, ConfigError
 from lightning_lora.hub.format.inspection import check_adapter
-from tests.hub.models import build, by_peft, output, peft_folder
+from lightning_lora.hub.format.reading import open_tensors
+from tests.hub.models import build, by_peft, edit_config, output, peft_folder, shake
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -125,3 +129,83 @@ def test_ranks_by_layer_keep_what_was_asked_for_in_peft(tmp_path, name, aim):
     ours = copy.deepcopy(model)
     load_adapter(ours, tmp_path / "out")
     torch.testing.assert_close(output(ours.eval(), x), output(loaded, x), **CLOSE)
+
+
+def test_all_else_in_a_folder_is_carried_over(tmp_path):
+    model, x = build("words")
+    fields = {"target_modules": ["fc"], "trainable_token_indices": {"embed": [3, 5]}, "freeze_a": True, "dropout": 0.1}
+    inject(model, LoRAConfig(rank=4, alpha=6, init="pissa", **fields))
+    shake(model)
+    folder = save_adapter(model, tmp_path / "a", base_model="user/base", metadata={"step": "7"})
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card + "\nMy own words.\n")
+    with open_tensors(folder) as file:
+        before = file.header
+    resize_adapter(folder, tmp_path / "out", rank=8)  # PiSSA is saved with twice its rank
+    with open_tensors(tmp_path / "out") as file:
+        after = file.header
+    assert {**after.note, "checksum": 0} == {
+        **before.note,
+        "checksum": 0,
+        "said_by_config": after.note["said_by_config"],
+        "resized": {"to": "rank 8", "version": after.note["version"]},
+    }
+    assert after.others == {"step": "7"}
+    text = (tmp_path / "out/README.md").read_text()
+    assert "My own words." in text
+    assert "| resized to | rank 8 |" in text
+    same = build("words")[0]
+    load_adapter(same, tmp_path / "out")
+    torch.testing.assert_close(output(same, x), output(model.eval(), x), **CLOSE)
+    assert injection_of(same).config.freeze_a
+
+    resize_adapter(folder, tmp_path / "cut", rank=2)
+    ours = build("words")[0]
+    load_adapter(ours, tmp_path / "cut")
+    tensors = [load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "cut")]
+    (key,) = [key for key in tensors[0] if "token" in key]
+    assert torch.equal(tensors[0][key], tensors[1][key])
+
+
+def test_with_its_base_the_error_of_a_dora_is_that_of_its_weight(tmp_path):
+    model, _, adapted, folder = written("linears-dora", tmp_path)
+    report = resize_adapter(folder, tmp_path / "out", rank=2, base=model)
+    merged = [one.merge_and_unload() for one in (adapted, by_peft(model, tmp_path / "out"))]
+    for name, m in report.modules.items():
+        before, after, base = (one.get_submodule(name).weight.detach().double() for one in (*merged, model))
+        expected = (after - before).norm() / (before - base).norm()
+        assert m.error == pytest.approx(float(expected), rel=1e-4)
+    bounded = resize_adapter(folder, tmp_path / "out", max_error=0.2, base=model)
+    assert 0 < bounded.largest_error <= 0.2
+    assert "before it is rescaled" in str(resize_adapter(folder, tmp_path / "out", rank=2))
+    with pytest.raises(ConfigError, match="pass base="):
+        resize_adapter(folder, tmp_path / "other", max_error=0.2)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_rounding_of_half_precision_counts_as_error(tmp_path):
+    _, _, _, folder = written("linears-rslora", tmp_path)
+    said = [resize_adapter(folder, tmp_path / name, rank=2, dtype=name) for name in ("float32", "bfloat16")]
+    assert said[0].error < said[1].error
+    wide = resize_adapter(folder, tmp_path / "wide", max_error=1e-3)
+    with pytest.raises(ConfigError, match=r"max_error=0.001 cannot be kept.*dtype='float32'"):
+        resize_adapter(folder, tmp_path / "narrow", max_error=1e-3, dtype="bfloat16")
+    assert wide.largest_error <= 1e-3
+    assert not (tmp_path / "narrow").exists()
+
+
+def test_what_cannot_be_told_or_had_is_refused_and_nothing_is_written(tmp_path):
+    _, _, _, folder = written("mixture", tmp_path)
+
+    def refused(error, match, **aim):
+        with pytest.raises(error, match=match):
+            resize_adapter(folder, tmp_path / "out", **aim)
+        assert not (tmp_path / "out").exists()
+
+    refused(ConfigError, "Give one of rank, energy and max_error", rank=2, energy=0.5)
+    with pytest.raises(ConfigError, match="would replace the adapter itself"):
+        resize_adapter(folder, folder, rank=2)
+    edit_config(folder, alpha_pattern={"experts.up": 3})
+    refused(AdapterFormatError, "cannot be told from the file.*call resize there", rank=2)
+    edit_config(folder, alpha_pattern={}, r=3)
+    refused(AdapterFormatError, "does not fit|cannot be told", rank=2)
