@@ -276,7 +276,14 @@ def test_a_page_is_whole_and_refers_to_nothing_outside(report, tmp_path):
     assert set(page.links) == {f"#s{i}" for i in range(1, len(page.links) + 1)} < {f"#{name}" for name in page.ids}
     assert page.scrolling == page.reachable > 5
     assert "Adapter &lt;one&gt; &amp; &#x27;first&#x27;" in text
-    for heading in ("What is odd", "Amplification", "Intruder dimensions", "Cosine of the two updates", "Loss"):
+    for heading in (
+        "What is odd",
+        "Amplification",
+        "Intruder dimensions",
+        "Cosine of the two updates",
+        "Loss",
+        "Directions that were used",
+    ):
         assert heading in text
 
 
