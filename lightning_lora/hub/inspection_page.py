@@ -69,8 +69,8 @@ def _sizes(page: Page, report: InspectionReport) -> None:
             ("|dW| / |W|", lambda layer: layer.relative_norm),
             "Size of the update beside its weight",
             "The Frobenius norm of the update over that of the weight: 0.01 means that the numbers of the weight move "
-            "by about one hundredth. Large says that much was changed, not that it was changed well. In short trainings of "
-            "two small language models it was 0.002 to 0.1.",
+            "by about one hundredth. Large says that much was changed, not that it was changed well. In short "
+            "trainings of two small language models it was 0.002 to 0.1.",
             low=0,
         )
         return
