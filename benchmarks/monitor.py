@@ -42,7 +42,7 @@ def workloads(quick: bool) -> Iterator[Workload]:
     if quick:
         yield decoder(hidden=64, layers=1, rows=1, tokens=8)
         return
-    # float32: a processor without bfloat16 takes thirty times as long for a step in it; a look then costs nothing.
+    # float32: where a processor lacks bfloat16, a step in it takes thirty times as long, and a look next to nothing.
     yield decoder(hidden=128, layers=2, rows=1, tokens=64)
     yield decoder()
     yield from (decoder(hidden=576, layers=30, rows=1, tokens=64).with_(rank=rank) for rank in (8, 64))

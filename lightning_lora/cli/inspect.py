@@ -48,10 +48,7 @@ def run(settings: dict[str, Any]) -> None:
     report = inspect_adapter(settings.pop("adapter"), other=settings.pop("adapter2"), **settings)
     report = report if source is None else replace(report, base=source.name)
     print(report)
-    try:
-        report.write_page(output, curves=_curves(report.folder))
-    except OSError as error:
-        raise ConfigError(f"output={output} cannot be written: {error.strerror or error}.") from error
+    report.write_page(output, curves=_curves(report.folder))
     print(f"page: {shown(output)}")
 
 

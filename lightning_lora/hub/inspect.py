@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.checked import whole
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.low_rank import (
+    Spectrum,
     intruder_dimensions,
     product_cosine,
     spectrum_of_product,
@@ -131,7 +132,8 @@ def inspect_adapter(
         check_bases(dict(zip(names, (own.parts, theirs.parts))))
     if isinstance(model, nn.Module) and check_base and own.parts is not None:
         check_same_base(model, own.parts.note, adapter_root(model)[1], what=f"The adapter {own.name}")
-    base = _Weights(adapter if isinstance(adapter, nn.Module) and model is None else model, own)
+    live = adapter if isinstance(adapter, nn.Module) and model is None else None
+    base = _Weights(live if live is not None else model, own, is_adapted=live is not None)
     layers, notes = {}, [*own.notes]
     with torch.no_grad():
         for name, update in own.updates.items():
@@ -160,7 +162,8 @@ def _source(adapter: Any, revision: str | None, subfolder: str | None, ignore_fi
         if revision is not None or subfolder is not None:
             raise ConfigError("revision and subfolder are those of an adapter on the Hub, and a model was given.")
         check_some_of_ours(adapter, Tree.of(adapter))
-        return _Source(type(adapter).__name__, dict(_of_model(adapter)), None)
+        root = adapter_root(adapter)[1]  # names are relative to it in a folder, too
+        return _Source(type(root).__name__, dict(_of_model(root)), None)
     if not isinstance(adapter, (str, os.PathLike)):
         raise ConfigError(f"An adapter is a folder, an id on the Hub or a model, not {adapter!r:.80}.")
     given = os.path.expanduser(adapter)
@@ -224,7 +227,8 @@ def _weights(base: Base) -> WeightOf:
 class _Weights:
     """The weights of the base, one at a time, as matrices."""
 
-    def __init__(self, base: Base | None, own: _Source) -> None:
+    def __init__(self, base: Base | None, own: _Source, *, is_adapted: bool) -> None:
+        """With `is_adapted`, `base` is the model that holds the adapter `own`."""
         self.name: str | None = None
         self.dtype: str | None = None
         self._unfit: list[str] = []
@@ -233,10 +237,14 @@ class _Weights:
         self._transposed = own.parts is not None and bool(own.parts.data.get("fan_in_fan_out"))
         if base is None:
             return
-        self.name = type(base).__name__ if isinstance(base, nn.Module) else _name(os.fspath(base))
-        if own.parts is None and isinstance(base, nn.Module):
-            self._layers = {pair.name: pair for pair in pairs(base)}
-        if not self._layers:
+        if isinstance(base, nn.Module):
+            root = adapter_root(base)[1]
+            self.name = type(root).__name__
+            if is_adapted:
+                self._layers = {pair.name: pair for pair in pairs(root)}
+        else:
+            self.name = _name(os.fspath(base))
+        if not is_adapted:
             self._weight = _weights(base)
         self._embeddings = {n for n, p in own.parts.pairs.items() if p.is_embedding} if own.parts is not None else set()
 
@@ -262,7 +270,8 @@ class _Weights:
         W = self._weight(f"{name}.weight" if name else "weight")
         if name in self._embeddings or (self._transposed and tuple(W.shape) == update.shape[::-1]):
             W = W.T
-        if not (W.is_floating_point() and W.dtype.itemsize > 1 and tuple(W.flatten(1).shape) == update.shape):
+        has_numbers = W.is_floating_point() and W.dtype.itemsize > 1 and W.ndim > 1
+        if not has_numbers or tuple(W.flatten(1).shape) != update.shape:
             raise AdapterFormatError(
                 f"The base's {name}.weight, {tuple(W.shape)} of {W.dtype}, is not the {update.shape} floating-point "
                 "weight that the adapter was trained on: pass its own base, one that is not quantized."
@@ -289,8 +298,7 @@ def _layer(update: _Update, W: Tensor | None, limit: int) -> InspectedLayer:
     layer = InspectedLayer(update.shape, update.rank, update.scale, tuple(S.tolist()))
     if W is None:
         return layer
-    kept = max(1, int((s.S[0] > ROUNDING * s.S[0, 0]).sum()))
-    U, Vh = s.U[0, :, :kept], s.Vh[0, :kept]
+    U, Vh = _directions(s)
     wide = W.float() if W.dtype.itemsize < 4 else W
     changed = wide + update.scale * (update.B[0] @ update.A[0]).to(wide.dtype)
     intruders = None
@@ -300,11 +308,17 @@ def _layer(update: _Update, W: Tensor | None, limit: int) -> InspectedLayer:
     base = AgainstBase(
         norm=norm,
         strength=strength_within(wide, U, Vh),
-        by_chance=kept * norm / W.numel() ** 0.5,
+        by_chance=len(Vh) * norm / W.numel() ** 0.5,
         kept=share_kept(W, changed),
         intruders=intruders,
     )
     return replace(layer, base=base)
+
+
+def _directions(s: Spectrum) -> tuple[Tensor, Tensor]:
+    """The directions (out, r) and (r, in) of a single block that are not zero, at least one."""
+    used = max(1, int((s.S[0] > ROUNDING * s.S[0, 0]).sum()))
+    return s.U[0, :, :used], s.Vh[0, :used]
 
 
 def _compared(
@@ -323,14 +337,13 @@ def _compared(
         if one.B.shape[0] > 1:
             unlike.append(name)
             continue
-        A, B, A2, B2 = (t[0].double() for t in (one.A, one.B, two.A, two.B))
-        cosine = product_cosine(B, A, B2, A2) * (1 if one.scale * two.scale > 0 else -1)
+        A, B, A2, B2 = (t.double() for t in (one.A, one.B, two.A, two.B))
         if not (A.any() and B.any() and A2.any() and B2.any()):
             unlike.append(name)
             continue
-        first, second = spectrum_of_product(B, A), spectrum_of_product(B2, A2)
-        inputs = subspace_similarity(first.Vh.mT, second.Vh.mT).diagonal()
-        outputs = subspace_similarity(first.U, second.U).diagonal()
+        cosine = product_cosine(B, A, B2, A2) * (1 if one.scale * two.scale > 0 else -1)
+        (U, Vh), (U2, Vh2) = (_directions(spectrum_of_product(*factors)) for factors in ((B, A), (B2, A2)))
+        inputs, outputs = subspace_similarity(Vh.mT, Vh2.mT).diagonal(), subspace_similarity(U, U2).diagonal()
         found[name] = replace(found[name], other=AgainstOther(cosine, tuple(inputs.tolist()), tuple(outputs.tolist())))
     alone = [n for n in own.updates if n not in theirs.updates], [n for n in theirs.updates if n not in own.updates]
     notes = [f"only in {s.name}: {listed(names)}" for s, names in zip((own, theirs), alone) if names]

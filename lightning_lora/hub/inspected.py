@@ -15,7 +15,9 @@ from torch import Tensor
 
 from lightning_lora.engine.low_rank import effective_rank, energy_shares, stable_rank
 from lightning_lora.engine.report import aligned
+from lightning_lora.errors import CheckpointError
 from lightning_lora.files import written_beside
+from lightning_lora.hub.format.writing import local_path
 from lightning_lora.page import Point, number
 
 
@@ -172,13 +174,17 @@ class InspectionReport:
             The path of the file.
 
         Raises:
-            OSError: The file cannot be written; one that was there is as it was.
+            CheckpointError: The file cannot be written; one that was there is as it was.
         """
         from lightning_lora.hub.inspection_page import page_of
 
-        path = Path(path)
-        with written_beside(path) as beside:
-            beside.write_text(page_of(self, curves or {}).html(), encoding="utf-8")
+        path = local_path(path)
+        text = page_of(self, curves or {}).html()
+        try:
+            with written_beside(path) as beside:
+                beside.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"The page could not be written to {path}: {error.strerror or error}.") from error
         return path
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_lora import InspectionReport, LoRAConfig, inject, inspect_adapter, pairs, save_adapter
 from lightning_lora.engine import effective_rank, stable_rank
 from lightning_lora.engine.low_rank import intruder_dimensions
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, ConfigError
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
 from lightning_lora.page import heat_map, line_chart, number
 
 from .models import Convolutions, Linears, Words, shake
@@ -126,6 +126,15 @@ def test_files_of_the_base_say_what_the_module_says(tmp_path):
     from_file = inspect_adapter(folder, model=tmp_path / "model.safetensors")
     from_module = inspect_adapter(folder, model=Net())
     assert from_file.layers == from_module.layers
+
+
+def test_a_model_is_compared_with_a_folder_and_with_its_base_by_the_folder_s_names(tmp_path):
+    folder, model = saved(tmp_path / "a")
+    for own in (inspect_adapter(model, other=folder), inspect_adapter(model, model=Net(), other=folder)):
+        assert all(layer.other.cosine == pytest.approx(1) for layer in own.layers.values())
+        assert all(layer.base is not None for layer in own.layers.values())
+    with pytest.raises(AdapterFormatError, match=r"has no weight 'layers.0.q.weight'"):
+        inspect_adapter(model, model=Linears())
 
 
 def test_what_is_odd_is_named(tmp_path):
@@ -276,12 +285,19 @@ def test_a_page_is_whole_and_refers_to_nothing_outside(report, tmp_path):
     assert set(page.links) == {f"#s{i}" for i in range(1, len(page.links) + 1)} < {f"#{name}" for name in page.ids}
     assert page.scrolling == page.reachable > 5
     assert "Adapter &lt;one&gt; &amp; &#x27;first&#x27;" in text
-    for heading in ("What is odd", "Amplification", "Intruder dimensions", "Cosine of the two updates", "Loss"):
+    for heading in (
+        "What is odd",
+        "Amplification",
+        "Intruder dimensions",
+        "Cosine of the two updates",
+        "Loss",
+        "Directions that were used",
+    ):
         assert heading in text
 
 
 def test_a_page_that_cannot_be_written_leaves_what_was_there(report, tmp_path):
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError, match="could not be written"):
         report.write_page(tmp_path / "no" / "page.html")
     assert list(tmp_path.iterdir()) == []
 
