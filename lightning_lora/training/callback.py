@@ -98,20 +98,18 @@ class LoRACallback(Callback):
         Args:
             config: What to adapt, and how.
             adapter: Start from this adapter, with a fresh optimizer: a folder in PEFT's format, or
-                "user/repo@revision" on the Hub. The config is read from there; a config or fields given besides must
-                agree with it. A run that is resumed (ckpt_path) does not need it any more.
+                "user/repo@revision" on the Hub. A config or fields given besides must agree with its own.
             subfolder, ignore_fields: Of `adapter`, as in `load_adapter`.
             rank, alpha, dropout, target_modules, exclude_modules, modules_to_save, bias, use_rslora, use_dora, init:
                 The fields of a LoRAConfig that are set most often, instead of `config`; None leaves a field unset.
             lora_plus_ratio: The learning rate of every B as a multiple of its group's (LoRA+, arXiv:2402.12354).
-            product_decay: Weight decay on the whole update s B A, beside the optimizer's own on A and B: after each
-                step, A and B take one more down the gradient of 1/2 ||s B A||^2, by the learning rate times this.
+            product_decay: Weight decay on the update s B A: after each step, A and B take one more down the gradient of
+                1/2 ||s B A||^2, by the learning rate times this.
             rank_schedule: Global step -> the rank of all adapters from there on: `{500: 16, 1000: 8}` (see `resize`).
             push: Push to the Hub while training goes on: `HubPush("user/my-adapter")`.
             save_adapter: Write an adapter folder beside each checkpoint: `best-adapter/` beside `best.ckpt`.
             check_base: Refuse a checkpoint that was trained on another base.
-            init_batches: The number of training batches on which an `init` that starts from data ("eva", "corda",
-                "lora_ga") is measured when training starts; a resumed run measures nothing.
+            init_batches: Batches on which an `init` from data ("eva", "corda", "lora_ga") is measured in a new run.
             config_fields: The other fields of a LoRAConfig, instead of `config`.
         """
         spelled = {
@@ -141,8 +139,7 @@ class LoRACallback(Callback):
         self._trained: TrainedWatch | None = None
         self._first_step = 0
         self._goes_on: str | None = None
-        self._was_launched = False
-        self._is_as_loaded = False
+        self._was_launched = self._is_as_loaded = False
         self._absent: Exception | None = None
         self._savers: list[Any] = []
         self._optimizer_settings: dict[str, Any] | None = None
@@ -338,8 +335,8 @@ class LoRACallback(Callback):
 
     def _log_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.config is not None
-        plus = {"lora_plus_ratio": self._policy.lora_plus_ratio, "product_decay": self._policy.product_decay}
-        log_run(trainer, pl_module, self.config, self._optimizer_settings, self.settings_of_run, **plus)
+        rates = {"lora_plus_ratio": self._policy.lora_plus_ratio, "product_decay": self._policy.product_decay}
+        log_run(trainer, pl_module, self.config, self._optimizer_settings, self.settings_of_run, **rates)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._trained is not None:
