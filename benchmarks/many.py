@@ -3,8 +3,8 @@
     python benchmarks/many.py
 
 "one after another" is LoRACallback, once for each adapter; "one forward each" is MultiLoRACallback(wave=1), "packed" is
-one forward for all, "chosen" is what MultiLoRACallback chooses by itself. All see the same batches, with AdamW. Time is
-the processor's, for the steps alone. "A process for each" has its imports, its base and its run once for each
+one forward for all, "chosen" is what MultiLoRACallback chooses by itself. All see the same batches, with AdamW. The
+time is the processor's, for the steps alone. "A process for each" has its imports, its base and its run once for each
 adapter: time and memory of one of them, times their number.
 """
 
