@@ -57,7 +57,7 @@ def line_chart(
     drawn = {name: points for name, points in drawn.items() if points}
     if not drawn:
         return _svg(title, "There is nothing to draw.", 40, '<text x="12" y="24" class="label">nothing to draw</text>')
-    across = _Axis([p[0] for points in drawn.values() for p in points], _LEFT, _WIDTH - _RIGHT, log_x)
+    across = _Axis([p[0] for points in drawn.values() for p in points], _LEFT, _WIDTH - _RIGHT, log_x, True)
     up = _Axis(between or [p[1] for points in drawn.values() for p in points], _HEIGHT - _BOTTOM, _TOP, log_y)
     parts = []
     for value in up.ticks():
@@ -203,11 +203,14 @@ def _is_drawn(point: Point, log_x: bool, log_y: bool) -> bool:
 
 
 class _Axis:
-    """Maps numbers to places between `start` and `end`."""
+    """Maps numbers to places between `start` and `end`; whole numbers that are `is_counted` get no ticks between."""
 
-    def __init__(self, values: Sequence[float], start: float, end: float, is_log: bool) -> None:
+    def __init__(
+        self, values: Sequence[float], start: float, end: float, is_log: bool, is_counted: bool = False
+    ) -> None:
         self.start, self.end, self.is_log = start, end, is_log
-        self.is_whole = not is_log and max(values) - min(values) >= 1 and all(v == round(v) for v in values)
+        is_whole = is_counted and max(values) - min(values) >= 1 and all(v == round(v) for v in values)
+        self.least_step = 1.0 if is_whole else 0.0
         low, high = min(map(self._of, values)), max(map(self._of, values))
         if low == high:
             low, high = (low - 0.5, high + 0.5) if is_log or low == 0 else sorted((0.9 * low, 1.1 * low))
@@ -229,7 +232,7 @@ class _Axis:
         rough = (high - low) / 5
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough * 0.999)
-        step = max(step, 1.0) if self.is_whole else step
+        step = max(step, self.least_step)
         first = math.ceil(low / step - 1e-9)
         return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -100,7 +100,7 @@ def inspect_adapter(
         ignore_fields: Unknown fields of the configs that are passed over.
         check_base: Refuse two adapters of different bases, and a module that is not the adapter's base.
         intruder_limit: Count intruder dimensions of weights whose smaller side is at most this; each takes two full
-            SVDs, of which one of 4096 x 4096 takes a minute.
+            SVDs, which take a minute for 4096 x 4096.
 
     Returns:
         The report: `str()` is a table, `write_page(path)` writes the HTML file.
@@ -200,6 +200,8 @@ def _of_pair(pair: Pair) -> _Update:
 def _of_model(model: nn.Module) -> Iterator[tuple[str, _Update]]:
     for pair in pairs(model):
         A, B = (gathered(t.detach()).cpu() for t in pair.module.matrices(pair.parameter))
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise AdapterFormatError(f"{pair.name!r} holds values that are not finite: its training diverged.")
         A, B = (t.flatten(0, -3) if t.ndim > 2 else t[None] for t in (A, B))
         yield pair.name, _Update(A.float(), B.float(), pair.spec.rank, pair.spec.scale)
 

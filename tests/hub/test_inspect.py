@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 import re
 import shutil
@@ -15,6 +16,8 @@ from cases import CASES, IDS, Case
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lightning_lora.engine.low_rank
+import lightning_lora.hub.inspect
 from lightning_lora import InspectionReport, LoRAConfig, inject, inspect_adapter, pairs, save_adapter
 from lightning_lora.engine import effective_rank, stable_rank
 from lightning_lora.engine.low_rank import intruder_dimensions
@@ -48,6 +51,13 @@ def adapted(seed: int = 0, model: nn.Module | None = None, **config) -> nn.Modul
 def saved(folder: Path, *given, **config) -> tuple[Path, nn.Module]:
     model = adapted(*given, **config)
     return save_adapter(model, folder), model
+
+
+@pytest.mark.parametrize("module", [lightning_lora.hub.inspect, lightning_lora.engine.low_rank])
+def test_the_examples_in_the_docstrings_print_what_they_say(module):
+    done = doctest.testmod(module)
+    assert done.attempted
+    assert done.failed == 0
 
 
 def test_every_number_is_that_of_the_dense_matrices(tmp_path):
@@ -188,6 +198,11 @@ def test_what_cannot_be_inspected_is_an_error(tmp_path):
         inspect_adapter(broken("nan", {**tensors, key: tensors[key] * torch.nan}))
     with pytest.raises(AdapterFormatError, match=f"missing: {re.escape(key)}"):
         inspect_adapter(broken("lacks", {name: t for name, t in tensors.items() if name != key}))
+    diverged = adapted()
+    with torch.no_grad():
+        next(pairs(diverged)).A[0, 0] = torch.nan
+    with pytest.raises(AdapterFormatError, match=r"'layers.0.q' holds values that are not finite"):
+        inspect_adapter(diverged)
     with pytest.raises(AdapterFormatError, match="There is no folder"):
         inspect_adapter(tmp_path / "nowhere")
     with pytest.raises(AdapterFormatError, match=r"has no weight 'layers.0.q.weight'"):
