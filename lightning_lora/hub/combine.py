@@ -39,6 +39,7 @@ from lightning_lora.hub.format.inspection import LARGEST_SCALE
 from lightning_lora.hub.format.parts import Pair, Parts, parts_of
 from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.hub.written import check_written
 
 # Names of methods in PEFT and elsewhere -> what the error says about them.
 _ELSEWHERE = {
@@ -118,9 +119,10 @@ def combine_adapters(
     )
     # The name of the base inside the model that was trained, if it was the same for all adapters.
     module = _common([one.note.get("module") or "" for one in parts.values()]) or ""
-    note = _note(parts, module, report)
     card = _card(config, report, module, sum(t.numel() for t in tensors.values()))
-    write_adapter(target, config, tensors, note, card)
+    write_adapter(target, config, tensors, _note(parts, module, report), card)
+    if method in ("sum", "svd"):
+        check_written(target, parts, weight_of, {name: m.error * m.norm for name, m in written.report.items()})
     return report
 
 
