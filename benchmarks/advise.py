@@ -168,6 +168,7 @@ def main() -> None:
     for name, (_, cells) in zip(TASKS, found, strict=True):
         report.table(f"The sweep: {name}", cells[:8])
     report.note("The sweep's best is the best of 56 with one seed, so chance favours it.")
+    report.note("Of two candidates that differ by less than the spread over seeds, advise takes the cheaper one.")
     report.write(given.results)
 
 

@@ -87,6 +87,7 @@ def advise(
         ConfigError: A value is not valid, validation does not log `monitor`, or the budget is too small for a first
             comparison.
         DataError: There are no validation data.
+        TrainingError: Trainings end early, or none comes to a finite metric.
         AdapterStateError: The module has adapters already.
 
     Example:

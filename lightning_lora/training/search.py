@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_lora.engine.tree import entry_matches
+from lightning_lora.errors import ConfigError, TargetError, TrainingError
 from lightning_lora.training.advice import Advice, mean
 from lightning_lora.training.trials import Candidate, Cut, Trials
 
@@ -41,12 +42,16 @@ class Search:
         self.full_steps = math.nan
         self.cuts: list[tuple[Cut, ...]] = []
         self.whole: tuple[float, ...] = ()
-        self.said: list[str] = []
         self.left_out: list[str] = []
         self.ran_out = False
 
     def rates(self, grid: list[Candidate]) -> None:
         self.finalists(self.race(grid, keep=2))
+        if not any(math.isfinite(c.mean) for c in self.measured()):
+            raise TrainingError(
+                f"No candidate trained to a finite {self.trials.monitor}: give lower learning_rates than "
+                f"{min(c.lr for c in grid):.2g}, and look at the data."
+            )
 
     def variant(self, name: str, modules: Sequence[Any]) -> None:
         """Try a variant at three learning rates around the best one, and take it where that pays."""
@@ -68,8 +73,10 @@ class Search:
         # rsLoRA's scale is sqrt(rank) times as large, which acts on the update as a learning rate does.
         middle = best.lr / (math.sqrt(config.rank) if name == "rslora" else 1)
         grid = [Candidate(VARIANTS[name], config, _rounded(middle * 10 ** (half / 2)), ratio) for half in (-1, 0, 1)]
-        (winner,) = self.race(grid, keep=1)
-        self.finalists([winner])
+        try:
+            self.finalists(self.race(grid, keep=1))
+        except (ConfigError, TargetError) as error:  # what holds for all layers need not for these, nor with DoRA
+            self.left_out.append(f"{VARIANTS[name]}: {error}")
 
     def ranks(self) -> None:
         """Cut the best adapter, and train the smallest rank that costs nothing."""
@@ -88,8 +95,7 @@ class Search:
         costless = [
             rank
             for rank, cuts in zip(ranks, self.cuts, strict=False)
-            if self.sign * (mean([cut.value for cut in cuts]) - best.mean)
-            <= max(self.spread or 0, WORTH_TRYING * abs(best.mean))
+            if self.cost(cuts) <= max(self.spread or 0, WORTH_TRYING * abs(best.mean))
         ]
         if costless and (smallest := min(costless)) < best.config.rank:
             smaller = replace(best, config=replace(best.config, rank=smallest), measured={}, reports=[])
@@ -130,7 +136,8 @@ class Search:
         """Of the best candidate (that of a worse one, which may be large, would make it pass for as good), and at least
         LEAST_SPREAD: two seeds may agree by chance."""
         best = min(self.measured(), key=self.badness)
-        return None if best.spread is None else max(best.spread, LEAST_SPREAD * abs(best.mean))
+        own = best.spread if math.isfinite(best.mean) else None
+        return None if own is None else max(own, LEAST_SPREAD * abs(best.mean))
 
     def measured(self) -> list[Candidate]:
         """The candidates that were trained longest, with as many seeds as two of them have (all, but where the budget
@@ -142,7 +149,7 @@ class Search:
 
     def as_good(self, a: Candidate, b: Candidate) -> bool:
         """True if `a` is not worse than `b` by more than the spread over seeds."""
-        return self.badness(a) - self.badness(b) <= (self.spread or 0)
+        return self.badness(a) <= self.badness(b) + (self.spread or 0)
 
     def chosen(self) -> Candidate:
         """The cheapest of those that are as good as the best; of one name and rank, the best learning rate."""
@@ -179,6 +186,8 @@ class Search:
         monitor, spread = self.trials.monitor, self.spread
         what = f"{best.name} of rank {best.config.rank}, alpha {best.config.alpha:g}, learning rate {best.lr:.2g}"
         lines = [f"Recommended: {what}: {monitor} {best.mean:.4g} after {best.steps} steps, {base:.4g} before."]
+        if self.badness(best) >= self.sign * base:
+            lines.append("That is no better than the bare base: nothing was learned that validation shows.")
         if spread is None:
             return [*lines, "No candidate has two seeds, so it is not known which differences are more than chance."]
         lines.append(f"Spread over its seeds: {spread:.2g}. A smaller difference is not counted as one.")

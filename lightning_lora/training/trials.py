@@ -25,7 +25,7 @@ from lightning_lora.engine import (
     remove,
 )
 from lightning_lora.engine.low_rank import spectrum_of_product
-from lightning_lora.errors import ConfigError, DataError, closest, listed
+from lightning_lora.errors import ConfigError, DataError, TrainingError, closest, listed
 from lightning_lora.files import temporary_folder
 from lightning_lora.training.callback import LoRACallback
 from lightning_lora.training.guest import left_as_it_was, quiet, seed_all
@@ -80,7 +80,7 @@ class Cut:
     rank_pattern: Mapping[str, int]
     """Name of a layer -> its rank."""
     parameters: int
-    """The elements of A and B that are left."""
+    """The trained elements that are left."""
     value: float
     """The monitored metric."""
 
@@ -109,6 +109,8 @@ class Trials:
         self._make = trainer
         self._states: dict[tuple[Candidate, int], dict[str, Tensor]] = {}
         self._folder = Path()
+        self._validates_as_given = False
+        """True if a schedule of the module needs the validations that the Trainer would do by itself."""
         self._note: Callable[[], None] = lambda: None
 
     @contextmanager
@@ -152,6 +154,7 @@ class Trials:
         started = time.perf_counter()
         self._fit(candidate, self._trainer(limit_val_batches=0), probe, None)
         probe.overhead = time.perf_counter() - started - probe.seconds * probe.step
+        self._validates_as_given = probe.needs_validation
         return probe
 
     def train(self, candidate: Candidate, seed: int, step: int) -> float:
@@ -203,7 +206,8 @@ class Trials:
         )
 
     def _trainer(self, **settings: Any) -> Trainer:
-        never = {"check_val_every_n_epoch": None, "val_check_interval": NEVER}  # but where a training stops
+        # Validate only where a training stops.
+        never = {} if self._validates_as_given else {"check_val_every_n_epoch": None, "val_check_interval": NEVER}
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = self._make(
             **never, **quiet, **{"callbacks": [], **settings}, enable_model_summary=False, num_sanity_val_steps=0,
@@ -221,6 +225,11 @@ class Trials:
             trainer.fit(self.module, self.datamodule, ckpt_path=path if path and path.exists() else None)
             if until.is_late:
                 raise OutOfTimeError
+            if trainer.global_step < min(until.step, 1 if path is None else until.step):
+                raise TrainingError(
+                    f"A training of {until.step} steps ended after {trainer.global_step}. Leave out what ends it in "
+                    "the Trainer's settings or in the module (max_time, limit_train_batches=0, should_stop)."
+                )
             if callback.report is not None:
                 candidate.reports.append(callback.report)
             if path is not None and until.step < self.steps:
@@ -284,12 +293,17 @@ class Probe(_Until):
     def __init__(self, lr: float) -> None:
         super().__init__(4, lr)
         self.own_rate = self.full_steps = math.nan
+        self.needs_validation = False
+        """True if a schedule goes by a metric."""
         self.overhead = 0.0
         """Seconds that a training takes beside its steps."""
         self._times: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.own_rate, self.full_steps = own_rate(trainer), float(trainer.estimated_stepping_batches)
+        for schedule in trainer.lr_scheduler_configs:
+            self.needs_validation |= schedule.reduce_on_plateau
+            schedule.strict = False  # here, nothing is validated
         self._times.append(time.perf_counter())
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -329,6 +343,7 @@ class _Cutting(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         load_adapter_state_dict(pl_module, self.state)
+        self.parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         with torch.no_grad():
             for pair in pairs(pl_module):
                 A, B = pair.module.matrices(pair.parameter)
@@ -340,4 +355,4 @@ class _Cutting(Callback):
                 U = whole.U[..., :rank]
                 B.copy_(U @ (U.mT @ B.double()))  # U U^T B A is the cut of B A, so A and the scale may stay
                 self.ranks[pair.name] = rank
-                self.parameters += (pair.A.numel() + pair.B.numel()) // pair.spec.rank * rank
+                self.parameters -= (pair.A.numel() + pair.B.numel()) // pair.spec.rank * (pair.spec.rank - rank)

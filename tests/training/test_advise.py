@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAConfig, advise, inject, pairs
 from lightning_lora.engine.inject import injections
-from lightning_lora.errors import AdapterStateError, ConfigError, DataError
+from lightning_lora.errors import AdapterStateError, ConfigError, DataError, TrainingError
 from lightning_lora.training.search import Search, attention_only
 from lightning_lora.training.trials import Candidate, Cut, OutOfTimeError, Trials
 
@@ -148,6 +149,43 @@ def test_the_schedule_of_the_module_is_scaled_and_not_replaced():
             assert used[-1] == pytest.approx(0.1 / step)
 
 
+def test_a_schedule_that_goes_by_the_metric_has_its_validations():
+    class Plateau(Lit):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=10.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+
+        def on_train_epoch_start(self):
+            rates.append(self.optimizers().param_groups[0]["lr"])
+
+    rates: list[float] = []
+    advise(Plateau(), **{**SMALL, "steps": 15, "learning_rates": [0.01]})  # epochs have 5 steps
+    assert min(rates) < 0.01  # lowered, by metrics that are there
+
+
+def test_variants_train_and_one_that_does_not_fit_is_told():
+    class Attentive(Lit):
+        def build(self, seed: int) -> None:
+            self.attn = nn.Linear(8, 8)
+            super().build(seed)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x + self.attn(x))
+
+    config = LoRAConfig(rank_pattern={"net.0": 2})
+    both = ["targets", "rslora", "dora", "lora_plus"]
+    advice = advise(Attentive(), config=config, **{**SMALL, "compare": both})
+    names = {c.name for c in advice.candidates if c.values()}
+    assert names == {"LoRA", "rsLoRA", "DoRA", "LoRA+"}
+    assert [line for line in advice.unknown if "net.0" in line and line.startswith("attention only: ")], advice.unknown
+    rslora = sorted({c.lr for c in advice.candidates if c.name == "rsLoRA"})
+    assert all(b / a == pytest.approx(10**0.5, rel=0.1) for a, b in pairwise(rslora))
+    advice = advise(Attentive(), **{**SMALL, "compare": ["targets"]})
+    (targets,) = {str(c.config.target_modules) for c in advice.candidates if c.name == "attention only"}
+    assert targets == "['attn']"
+
+
 # What is recommended, with trainings whose results are given.
 
 
@@ -218,6 +256,16 @@ def test_the_largest_metric_is_the_best_where_that_is_meant_and_what_is_not_fini
     assert searched(Given(lambda c, seed: noisy(values[c.lr], seed)), sign=-1).lr == 1e-3
 
 
+def test_where_nothing_is_learned_it_is_said():
+    advice = searched(Given(lambda c, seed: noisy(5.0, seed)))
+    assert any("no better than the bare base" in line for line in advice.recommended)
+
+
+def test_trainings_that_all_diverge_are_an_error():
+    with pytest.raises(TrainingError, match=r"lower learning_rates than 0\.0001"):
+        searched(Given(lambda c, seed: float("nan")))
+
+
 def test_a_cut_that_costs_much_is_not_trained():
     trials = Given(lambda c, seed: noisy(2.0, seed), cut_cost=0.5)
     advice = searched(trials)
@@ -279,6 +327,7 @@ class Unvalidated(Lit):
         (Lit, {"seeds": 1}, ConfigError, "seeds"),
         (partial(Lit, lr=0.0), {"learning_rates": None}, ConfigError, "has the learning rate 0.0"),
         (Lit, {"trainer": partial(CPU, devices=2)}, ConfigError, "devices=1"),
+        (Lit, {"trainer": partial(CPU, max_time={"seconds": 0})}, TrainingError, "max_time"),
     ],
 )
 def test_what_cannot_be_is_said_with_what_to_do_and_changes_nothing(module, settings, error, message):
