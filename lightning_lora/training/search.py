@@ -95,7 +95,7 @@ class Search:
         costless = [
             rank
             for rank, cuts in zip(ranks, self.cuts, strict=False)
-            if self.cost(cuts) <= max(self.spread or 0, WORTH_TRYING * abs(best.mean))
+            if self.cost(cuts) <= WORTH_TRYING * abs(best.mean)
         ]
         if costless and (smallest := min(costless)) < best.config.rank:
             smaller = replace(best, config=replace(best.config, rank=smallest), measured={}, reports=[])
@@ -148,8 +148,19 @@ class Search:
         return [c for c in longest if len(c.values()) >= seeds]
 
     def as_good(self, a: Candidate, b: Candidate) -> bool:
-        """True if `a` is not worse than `b` by more than the spread over seeds."""
-        return self.badness(a) <= self.badness(b) + (self.spread or 0)
+        """True if `a` is not worse than `b` by more than the spread over seeds; nor, seed by seed (a seed gives both
+        the same rows), by a difference that is more than chance."""
+        steps = self.trials.steps
+        seeds = [s for s in a.measured if steps in a.measured[s] and steps in b.measured.get(s, {})]
+        differences = [a.measured[seed][steps] - b.measured[seed][steps] for seed in seeds]
+        within = self.badness(a) <= self.badness(b) + (self.spread or 0)
+        return within and (len(differences) < 2 or self.is_chance(differences, b.mean))
+
+    def is_chance(self, differences: Sequence[float], value: float) -> bool:
+        """True if differences from `value`, one for each seed, show no change for the worse: their mean is at most
+        their spread, or LEAST_SPREAD."""
+        spread = max(max(differences) - min(differences), LEAST_SPREAD * abs(value))
+        return math.isfinite(spread) and self.sign * mean(differences) <= spread
 
     def chosen(self) -> Candidate:
         """The cheapest of those that are as good as the best; of one name and rank, the best learning rate."""
@@ -159,7 +170,7 @@ class Search:
         for candidate in sorted(field, key=self.badness):
             by_kind.setdefault((candidate.name, candidate.config.rank), candidate)
         order = {id(c): i for i, c in enumerate(self.all)}  # what comes first is the plainer one
-        good = [c for c in by_kind.values() if self.as_good(c, best)]
+        good = [c for c in by_kind.values() if c is best or self.as_good(c, best)]
         return min(good, key=lambda c: (c.parameters, order[id(c)]))
 
     def advice(self, base: float, monitor: str, own_rate: float) -> Advice:
@@ -190,7 +201,10 @@ class Search:
             lines.append("That is no better than the bare base: nothing was learned that validation shows.")
         if spread is None:
             return [*lines, "No candidate has two seeds, so it is not known which differences are more than chance."]
-        lines.append(f"Spread over its seeds: {spread:.2g}. A smaller difference is not counted as one.")
+        lines.append(
+            f"Spread over its seeds: {spread:.2g}. Two candidates are compared seed by seed; a difference that is "
+            "smaller than its own spread is not counted as one."
+        )
         for other in self.measured():
             if other is best:
                 continue
@@ -200,7 +214,12 @@ class Search:
                 lines.append(f"{name} is as good{cheaper if other.parameters > best.parameters else ''}.")
             else:
                 lines.append(f"{name} is {'worse' if self.as_good(best, other) else 'better'}.")
-        as_good = [cuts for cuts in self.cuts if self.cost(cuts) <= spread and cuts[0].parameters < best.parameters]
+        as_good = [
+            cuts
+            for cuts in self.cuts
+            if cuts[0].parameters < best.parameters
+            and self.is_chance([cut.value - own for cut, own in zip(cuts, self.whole, strict=True)], mean(self.whole))
+        ]
         if as_good:
             cuts = min(as_good, key=lambda cuts: cuts[0].parameters)
             lines.append(
