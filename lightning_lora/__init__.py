@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LoRAConfig": "lightning_lora.engine",
     "InjectionReport": "lightning_lora.engine",
+    "InspectionReport": "lightning_lora.hub.inspected",
     "inject": "lightning_lora.engine",
     "remove": "lightning_lora.engine",
     "merge": "lightning_lora.engine",
@@ -24,11 +25,14 @@ _HOME = {
     "disabled": "lightning_lora.engine",
     "adapter_state_dict": "lightning_lora.engine",
     "load_adapter_state_dict": "lightning_lora.engine",
+    "resize": "lightning_lora.engine.resize",
+    "ResizeReport": "lightning_lora.engine.cut",
     "save_adapter": "lightning_lora.hub",
     "load_adapter": "lightning_lora.hub",
     "Adapter": "lightning_lora.engine",
     "pairs": "lightning_lora.engine",
     "init": "lightning_lora.engine.inits",
+    "measure": "lightning_lora.engine.inits",
     "calibrate": "lightning_lora.engine.calibration",
     "AdapterBank": "lightning_lora.hub.bank",
     "MemoryPlan": "lightning_lora.engine.bank",
@@ -38,13 +42,23 @@ _HOME = {
     "ExportReport": "lightning_lora.hub.export.rewrite",
     "combine_adapters": "lightning_lora.hub.combine",
     "export_adapter": "lightning_lora.hub.export.rewrite",
+    "inspect_adapter": "lightning_lora.hub.inspect",
+    "VerifyReport": "lightning_lora.hub.verify",
+    "make_certificate": "lightning_lora.hub.certificate",
+    "ServerReport": "lightning_lora.hub.served",
+    "verify_server": "lightning_lora.hub.served",
+    "verify_adapter": "lightning_lora.hub.verify",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push.commit",
+    "resize_adapter": "lightning_lora.hub.resize",
     "AdapterColumn": "lightning_lora.training.adapter_column",
+    "AdapterMonitor": "lightning_lora.training.monitor",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
     "MultiLoRACallback": "lightning_lora.training.many",
     "load_from_checkpoint": "lightning_lora.training",
+    "Advice": "lightning_lora.training.advice",
+    "advise": "lightning_lora.training.advise",
     "LightningLoRAError": "lightning_lora.errors",
 }
 
@@ -52,34 +66,48 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "AdapterColumn",
+    "AdapterMonitor",
+    "Advice",
     "Card",
     "CombineReport",
     "DryRun",
     "ExportReport",
     "HubPush",
     "InjectionReport",
+    "InspectionReport",
     "LightningLoRAError",
     "LoRACallback",
     "LoRAConfig",
     "MemoryPlan",
     "MultiLoRACallback",
+    "ResizeReport",
+    "ServerReport",
+    "VerifyReport",
     "adapter_state_dict",
+    "advise",
     "calibrate",
     "combine_adapters",
     "disabled",
     "export_adapter",
     "init",
     "inject",
+    "inspect_adapter",
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",
+    "make_certificate",
+    "measure",
     "merge",
     "merged",
     "pairs",
     "pull_adapter",
     "push_adapter",
     "remove",
+    "resize",
+    "resize_adapter",
     "save_adapter",
+    "verify_adapter",
+    "verify_server",
 ]
 
 if TYPE_CHECKING:
@@ -98,19 +126,30 @@ if TYPE_CHECKING:
     )
     from lightning_lora.engine.bank import MemoryPlan
     from lightning_lora.engine.calibration import calibrate
-    from lightning_lora.engine.inits import init
+    from lightning_lora.engine.cut import ResizeReport
+    from lightning_lora.engine.inits import init, measure
+    from lightning_lora.engine.resize import resize
     from lightning_lora.errors import LightningLoRAError
     from lightning_lora.hub import load_adapter, save_adapter
     from lightning_lora.hub.bank import AdapterBank
     from lightning_lora.hub.card import Card
+    from lightning_lora.hub.certificate import make_certificate
     from lightning_lora.hub.combinable import CombineReport
     from lightning_lora.hub.combine import combine_adapters
     from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
+    from lightning_lora.hub.inspect import inspect_adapter
+    from lightning_lora.hub.inspected import InspectionReport
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push.commit import DryRun, push_adapter
+    from lightning_lora.hub.resize import resize_adapter
+    from lightning_lora.hub.served import ServerReport, verify_server
+    from lightning_lora.hub.verify import VerifyReport, verify_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
+    from lightning_lora.training.advice import Advice
+    from lightning_lora.training.advise import advise
     from lightning_lora.training.many import MultiLoRACallback
+    from lightning_lora.training.monitor import AdapterMonitor
     from lightning_lora.training.push import HubPush
 
 

@@ -14,7 +14,7 @@ import pytest
 import lightning_lora
 
 PACKAGE = Path(lightning_lora.__file__).parent
-FLOORS = ["errors", "borrowed", "checked", "files", "engine", "hub", "training", "recipes", "cli"]
+FLOORS = ["errors", "borrowed", "checked", "files", "page", "engine", "hub", "training", "recipes", "cli"]
 HEAVY = ("lightning", "pytorch_lightning", "transformers", "peft", "huggingface_hub", "datasets", "hydra", "matplotlib")
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from base_corpus import documentation_topics, source_sample
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from torch.nn.functional import cross_entropy, dropout
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_lora.embedded import BASE
-from lightning_lora.embedded.corpus import documentation_topics, source_sample
 
 CONTEXT = 512  # bytes
 BATCH = 16  # windows of CONTEXT bytes per step

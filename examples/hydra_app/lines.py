@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import calendar
+import difflib
+import inspect
 from collections.abc import Callable
+from pydoc_data.topics import topics
 
 import lightning.pytorch as pl
 import torch
@@ -11,7 +16,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
 
 from lightning_lora.embedded import BASE
-from lightning_lora.embedded.corpus import documentation_topics, source_sample
 
 
 class LineClassifier(pl.LightningModule):
@@ -47,8 +51,8 @@ class Lines(pl.LightningDataModule):
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
-        prose = self._cut("\n".join(documentation_topics().held_back.values()))
-        source = self._cut(b"\n".join(source_sample()).decode("utf-8", errors="ignore"))
+        prose = self._cut("\n".join(topics.values())[:50_000])
+        source = self._cut("\n".join(map(inspect.getsource, (argparse, calendar, difflib)))[:50_000])
         count = min(len(prose), len(source))
         tokenizer = AutoTokenizer.from_pretrained(BASE)
         ids = torch.tensor(tokenizer(prose[:count] + source[:count])["input_ids"])

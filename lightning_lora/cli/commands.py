@@ -9,7 +9,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-COMMANDS = ("train", "evaluate", "predict", "demo", "merge", "push", "pull", "export", "combine")
+COMMANDS = (
+    "train", "evaluate", "predict", "demo", "advise", "merge", "push", "pull", "export", "combine", "resize", "inspect",
+    "verify",
+)  # fmt: skip
 
 USAGE = """\
 usage: lightning-lora COMMAND [group=option ...] [key=value ...]

@@ -64,6 +64,7 @@ def run(settings: dict[str, Any]) -> None:
     print(
         f"\nPerplexity on Python source that was held back (the base learned documentation):\n\n{table(rows, columns)}"
     )
+    print(f"\nLoaded into the base again, {_proof(folder / METHODS['LoRA'] / 'adapter')}", flush=True)
     answers = _pirate(folder) if settings["pirate"] else []
     write_json(folder / "demo.json", {"rows": rows, "answers": answers})
     left = {"picture": picture, "adapter": folder / METHODS["LoRA"] / "adapter"}
@@ -75,6 +76,18 @@ def run(settings: dict[str, Any]) -> None:
 def _train(folder: Path, experiment: str, overrides: list[str]) -> dict[str, Any] | None:
     own = [f"experiment={experiment}", f"run_dir='{folder / experiment}'"]
     return train.train(checked(compose("demo", [*overrides, *own]), Settings))
+
+
+def _proof(adapter: Path) -> str:
+    """The verdict of `verify_adapter` on the saved adapter, in one line."""
+    from lightning_lora import load_adapter, verify_adapter
+    from lightning_lora.recipes.models import EMBEDDED, ModelSource
+    from lightning_lora.recipes.tasks import CausalLM
+
+    task = CausalLM(ModelSource(EMBEDDED))
+    task.configure_model()
+    load_adapter(task, adapter)
+    return str(verify_adapter(task, adapter)).splitlines()[-1]
 
 
 def _pirate(folder: Path) -> list[dict[str, str]]:

@@ -28,6 +28,7 @@ from lightning_lora.cli.composition import (
 )
 from lightning_lora.cli.explain import FLAGS, explain, explain_composition, help_of
 from lightning_lora.cli.hydra_private import hydra_parser
+from lightning_lora.cli.launcher import register
 from lightning_lora.cli.process import quieten_imports, wait_without_spinning
 from lightning_lora.cli.settings import checked
 from lightning_lora.cli.sweep import SweepTable, record_failure
@@ -78,6 +79,7 @@ def launch(command: str, arguments: list[str]) -> int:
         sys.path.append(os.getcwd())
     config_name, overrides = with_finished_run(command, arguments)
     _check_flags(overrides)
+    register()
     try:
         if any(flag in arguments for flag in FLAGS):
             print(help_of(command, docstring(command), arguments))

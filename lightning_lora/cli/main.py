@@ -24,7 +24,8 @@ COMPLETION = ("-sc", "--shell-completion")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for an error of the user's, 1 where jobs of a sweep failed in
-    other processes, 130 after an interrupt, 141 where nobody reads the output any more (`| head`), 143 on SIGTERM.
+    other processes or `verify` finds that an adapter is not applied, 130 after an interrupt, 141 where nobody reads the
+    output any more (`| head`), 143 on SIGTERM.
 
     Any other exception is a fault of the program and keeps its traceback; LIGHTNING_LORA_TRACEBACK=1 shows one for
     the errors of users too.

@@ -110,7 +110,7 @@ class Members(Checkpoint):
 
     def _tell(self, hook: str, trainer: Trainer, pl_module: LightningModule, *, validated: bool = False) -> None:
         """Call `hook` of what each job saves with, as its own Trainer would."""
-        watch = getattr(trainer.strategy, "lora").watch
+        watch = trainer.strategy.lora.watch
         if watch is not None:
             watch.check(pl_module)
         for member in self._members:

@@ -89,8 +89,8 @@ def merge_adapter(
     folder = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
     check_folder(folder)
     config = read_config(folder)
-    source = source or _named_base(config, folder)
-    model = _loaded(source, config, folder)
+    source = source or named_base(config, folder)
+    model = loaded_base(source, config, folder)
     was_tied = _is_tied(model)  # read now: the `weight` of an adapted layer is another tensor
     load_adapter(model, folder, check_base=check_base, ignore_fields=ignore_fields)
     kept = shares_kept(model)
@@ -110,7 +110,7 @@ def merge_adapter(
     return MergeReport(type(model).__name__, model.dtype, kept, tied if was_tied else None, notes, files)
 
 
-def _named_base(config: Any, folder: Path) -> ModelSource:
+def named_base(config: Any, folder: Path) -> ModelSource:
     name = config.get("base_model_name_or_path") if isinstance(config, Mapping) else None
     if not isinstance(name, str) or not name:
         raise ConfigError(f"The adapter in {folder} names no base. Give model=, a folder or an id on the Hub.")
@@ -118,8 +118,8 @@ def _named_base(config: Any, folder: Path) -> ModelSource:
     return ModelSource(name=name, revision=None if is_there else config.get("revision"))
 
 
-def _loaded(source: ModelSource, config: Mapping[str, Any], folder: Path) -> Any:
-    """The base, with the head that the adapter was trained with.
+def loaded_base(source: ModelSource, config: Mapping[str, Any], folder: Path) -> Any:
+    """The base in `source`, with the head that the adapter was trained with.
 
     Raises ConfigError where the base lacks weights that the adapter does not bring: they would be random.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,41 @@ def plot_comparison(
     _save(figure, path, title)
 
 
+def plot_advice(
+    trained: Sequence[tuple[str, float, int, Sequence[float]]],
+    ranks: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    base: float,
+    path: Path,
+    *,
+    metric: str,
+    mode: str,
+) -> None:
+    """Draw a metric against the learning rate, one line for each adapter and length of training, and against the rank.
+
+    `trained` holds (adapter, learning rate, steps, values over seeds); `ranks` a curve of (rank, values over seeds) for
+    each way to come to a rank. Bars span the seeds. The axis ends at the bare base's `base`: what is worse is left out.
+    """
+    figure, (left, right) = _figure(2)
+    lines: dict[tuple[str, int], list[tuple[float, Sequence[float]]]] = {}
+    for name, rate, steps, values in trained:
+        lines.setdefault((name, steps), []).append((rate, values))
+    most = max(steps for _, steps in lines)
+    for i, ((name, steps), points) in enumerate(lines.items()):
+        _draw_seeds(left, points, f"{name}, {steps} steps", PALETTE[i % 4], alpha=1 if steps == most else 0.5)
+    for colour, (name, curve) in zip(PALETTE, ranks.items(), strict=False):
+        _draw_seeds(right, curve, name, colour, linestyle="" if name.startswith("trained") else "-")
+    values = [v for points in (*lines.values(), *ranks.values()) for _, values in points for v in values]
+    best = (min if mode == "min" else max)([base, *filter(math.isfinite, values)])
+    margin = 0.1 * abs(best - base) or 1.0
+    for axis, x in ((left, "learning rate"), (right, "rank (mean over the layers)")):
+        axis.axhline(base, color=REFERENCE, linestyle="--", label=f"bare base: {base:.4g}")
+        axis.set_xscale("log", base=10 if axis is left else 2)
+        axis.set_ylim(min(best, base) - margin, max(best, base) + margin)
+        axis.set_ylabel(_words(metric))
+        _finish(axis, x)
+    _save(figure, path, "Measured on your data")
+
+
 def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
     # A figure without pyplot: no global state, no window system, nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -92,8 +128,22 @@ def _words(metric: str) -> str:
     return metric.replace("val_", "validation ").replace("_", " ")
 
 
-def _finish(axis: Any) -> None:
-    axis.set_xlabel("optimizer step")
+def _draw_seeds(
+    axis: Any, points: Sequence[tuple[float, Sequence[float]]], label: str, colour: str, **style: Any
+) -> None:
+    """Draw the mean of each point's values over its x, and a bar from the smallest to the largest."""
+    points = sorted(points)
+    means = [sum(values) / len(values) for _, values in points]
+    below = [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)]
+    above = [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)]
+    axis.errorbar(
+        [x for x, _ in points], means, [below, above], color=colour, marker="o", markersize=4, capsize=3, label=label,
+        **style,
+    )  # fmt: skip
+
+
+def _finish(axis: Any, x: str = "optimizer step") -> None:
+    axis.set_xlabel(x)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)

@@ -169,7 +169,7 @@ def start_from(settings: dict[str, Any], overrides: list[str]) -> None:
         and settings["ckpt_path"] is None
     ):
         raise ConfigError(f"adapter={adapter}: there is no such folder.")
-    nodes = [node for node in (settings["callbacks"] or {}).values() if node and _is_callback(node)]
+    nodes = [node for node in (settings["callbacks"] or {}).values() if node and is_callback(node)]
     if not nodes:
         raise ConfigError(f"adapter={adapter} is for a LoRACallback, and the settings have none (lora=none?).")
     defaults = LoRAConfig().to_dict()
@@ -181,7 +181,8 @@ def start_from(settings: dict[str, Any], overrides: list[str]) -> None:
         node.update(asked, adapter=adapter, **{name: settings[name] for name in ("subfolder", "ignore_fields")})
 
 
-def _is_callback(node: dict[str, Any]) -> bool:
+def is_callback(node: dict[str, Any]) -> bool:
+    """True if the target of `node` is a LoRACallback."""
     kind: Any = target(node["_target_"])
     return isinstance(kind, type) and issubclass(kind, LoRACallback)
 

@@ -20,7 +20,6 @@ from lightning_lora.cli.results import CONFIG, METRICS
 from lightning_lora.cli.runs import Lines, MeasuredEnd, SeededStart, shows_progress
 from lightning_lora.cli.settings import build, literal, target, task_and_data
 from lightning_lora.engine.weights import shape_of
-from lightning_lora.errors import LightningLoRAError
 from lightning_lora.training.many import MultiLoRACallback
 
 
@@ -67,7 +66,7 @@ class SharedRun:
         for job in self._jobs:
             train.make_folder(job.settings)
             train.check_optimizer(job.settings)
-        train.set_seed(settings)
+        train.seed(settings)
         task, data = task_and_data(settings)
         for job in self._jobs:
             train.train_new_heads(job.settings, task)
@@ -100,7 +99,7 @@ class SharedRun:
         if trainer.received_sigterm:
             raise SystemExit(train.TERMINATED)
         train.check_monitor(settings, task, members[0].earlier.before)
-        train.set_seed(settings)
+        train.seed(settings)
         started = time.perf_counter()
         try:
             trainer.fit(task, data, ckpt_path=str(self._checkpoint) if self._goes_on else None)

@@ -108,7 +108,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     if settings["adapter"] is not None:
         start_from(settings, _overrides())
     folder = make_folder(settings)
-    set_seed(settings)
+    seed(settings)
     check_optimizer(settings)
     task, data = task_and_data(settings)
     train_new_heads(settings, task)
@@ -130,7 +130,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     if trainer.received_sigterm:  # fit would forget it
         raise SystemExit(TERMINATED)
     check_monitor(settings, task, before)
-    set_seed(settings)  # again, so that measuring the base does not change the order of the data
+    seed(settings)  # again, so that measuring the base does not change the order of the data
     started = time.perf_counter()
     try:
         # LoRACallback fetches the checkpoint by itself.
@@ -209,7 +209,7 @@ def make_folder(settings: dict[str, Any]) -> Path:
     return folder
 
 
-def set_seed(settings: dict[str, Any]) -> None:
+def seed(settings: dict[str, Any]) -> None:
     from lightning.pytorch import seed_everything
 
     if settings["seed"] is None:

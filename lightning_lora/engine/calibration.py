@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.inits import INITS
+from lightning_lora.engine.inits import INITS, MEASURES
 from lightning_lora.engine.inject import injections
-from lightning_lora.engine.layers import Adapter, LinearLoRA, adapters, geometry_of
-from lightning_lora.engine.layers.conv import ConvLoRA
+from lightning_lora.engine.layers import Adapter, adapters, geometry_of
 from lightning_lora.engine.layers.fresh import Measured, check_measured, device_of, drawing_on, fresh_tensors, recipes
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.targets import select
-from lightning_lora.engine.torch_private import padded
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import token_tensors
 from lightning_lora.engine.weights import dense, fill, is_plain
@@ -30,12 +28,14 @@ from lightning_lora.errors import AdapterStateError, DataError, TargetError, lis
 
 Step = Callable[[Any], Any]
 """A function that runs the model on a batch. For gradients it returns the loss, or None to skip the batch."""
+Layers = Mapping[str, nn.Module]
+Function = Callable[..., Tensor]
 
 
 def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterable[Any]) -> dict[str, dict[str, Tensor]]:
     """Measure, on `batches`, the matrices that `config.init` needs for each layer that `config` adapts.
 
-    Returns layer name -> letter -> matrix: the mean of x x^T over all inputs x of the layer (C), or the mean gradient
+    Returns layer name -> measure -> matrix: the mean of x x^T over all inputs x of the layer (C), or the mean gradient
     of the loss with respect to its weight (G), in float32 on the layer's device. The model runs in eval mode. Its
     weights, gradients, modes and hooks, and torch's random state, are as before afterwards. The matrices stay in memory
     until the layers are started: C has d_in^2 numbers, G as many as the weight.
@@ -44,25 +44,26 @@ def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterabl
     that cannot be measured.
     """
     layers = _layers(model, config)
-    wants = INITS[config.init].measures - {"E"}
+    wants = {name: m for name in INITS[config.init].measures if (m := MEASURES[name]).reads != "weights"}
     if not wants:
         return {}
     batches = list(batches) if len(wants) > 1 else batches
     with _undisturbed(model), torch.random.fork_rng(_devices(model)):
-        found = {letter: _MEASURES[letter](layers, step, batches) for letter in sorted(wants)}
+        found = {name: _READERS[m.reads](layers, m.function, step, batches) for name, m in sorted(wants.items())}
     unreached = [name for name in layers if any(name not in by_name for by_name in found.values())]
     if unreached:
         raise TargetError(
             f"No batch reached {listed(unreached)}, so init={config.init!r} has no measurements to start them from: "
             "leave them out with exclude_modules, or choose another init."
         )
-    measured = {name: {letter: by_name[name] for letter, by_name in found.items()} for name in layers}
+    measured = {name: {own: by_name[name] for own, by_name in found.items()} for name in layers}
     check_measured(config, layers, measured)
     return measured
 
 
 def residuals(model: nn.Module, config: LoRAConfig, weight_of: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The quantization error of each weight that `config` adapts: layer name -> {"E": original - dequantized weight}.
+    """What `config.init` measures on the weights that a quantized base was made from: layer name -> measure -> matrix.
+    {"E": original - dequantized weight}, say, is the quantization error.
 
     `weight_of("<layer>.weight")` returns the original weight. Raises TargetError for a layer that is not quantized, or
     whose original weight has another shape.
@@ -86,9 +87,9 @@ def residuals(model: nn.Module, config: LoRAConfig, weight_of: Callable[[str], T
                 f"{name!r} has a weight of shape {tuple(Q.shape)}, and its original weight has the shape "
                 f"{tuple(original.shape)}: give the weights from which this base was quantized."
             )
-        geometry: Any = geometry_of(type(module))
-        E = original.to(torch.float32) - Q.to(torch.float32)
-        found[name] = {"E": geometry.matrix(module, E)}
+        own = {n: MEASURES[n] for n in INITS[config.init].measures if MEASURES[n].reads == "weights"}
+        both = original.to(torch.float32), Q.to(torch.float32)
+        found[name] = {n: _geometry(module).matrix(module, measure.function(*both)) for n, measure in own.items()}
     return found
 
 
@@ -98,43 +99,30 @@ def _layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def _second_moments(layers: Mapping[str, nn.Module], step: Step, batches: Iterable[Any]) -> dict[str, Tensor]:
-    unknown = [name for name, module in layers.items() if not issubclass(_geometry(module), (LinearLoRA, ConvLoRA))]
+def _of_inputs(layers: Layers, of: Function, step: Step, batches: Iterable[Any]) -> dict[str, Tensor]:
+    unknown = [name for name, module in layers.items() if (_geometry(module) or Adapter).inputs_of is Adapter.inputs_of]
     if unknown:
         raise TargetError(
-            f"The inputs of {listed(unknown)} cannot be measured: only those of linear layers and convolutions can. "
-            "Leave them out with exclude_modules, or choose another init."
+            f"The inputs of {listed(unknown)} cannot be measured: no one matrix is known that multiplies them. Leave "
+            "them out with exclude_modules, or choose another init."
         )
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
     def add(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.autocast(args[0].device.type if args else "cpu", enabled=False):
-            X = _read(module, args[0] if args else next(iter(kwargs.values())))
-            sums[name] = X.T @ X if name not in sums else sums[name].addmm_(X.T, X)
+            x = args[0] if args else next(iter(kwargs.values()))
+            X = _geometry(module).inputs_of(module, x.detach().to(torch.float32))
+            _add(sums, name, of(X))
         counts[name] = counts.get(name, 0) + X.shape[0]
 
     with _hooked(layers, add):
         for batch in _some(batches):
             step(batch)
-    return {name: C / counts[name] for name, C in sums.items()}
+    return {name: total / counts[name] for name, total in sums.items()}
 
 
-def _read(module: Any, x: Tensor) -> Tensor:
-    """The vectors (n, d_in) by which the layer's matrix is multiplied, in float32."""
-    x = x.detach().to(torch.float32)
-    if issubclass(_geometry(module), LinearLoRA):
-        return x.reshape(-1, x.shape[-1])
-    # A convolution with one kernel for each number that the layer's kernels cover: it picks that number.
-    size = (module.in_channels, *module.kernel_size)
-    pick = torch.eye(torch.Size(size).numel(), device=x.device).view(-1, *size)
-    x, padding = padded(module, x)
-    convolve: Any = (torch.conv1d, torch.conv2d, torch.conv3d)[len(module.kernel_size) - 1]
-    picked = convolve(x, pick, None, module.stride, padding, module.dilation)
-    return picked.movedim(-len(module.kernel_size) - 1, -1).reshape(-1, len(pick))
-
-
-def _gradients(layers: Mapping[str, nn.Module], step: Step, batches: Iterable[Any]) -> dict[str, Tensor]:
+def _of_gradients(layers: Layers, of: Function, step: Step, batches: Iterable[Any]) -> dict[str, Tensor]:
     weights = {name: module._parameters.get("weight") for name, module in layers.items()}
     unknown = [name for name, W in weights.items() if W is None or not is_plain(W)]
     if unknown:
@@ -154,18 +142,21 @@ def _gradients(layers: Mapping[str, nn.Module], step: Step, batches: Iterable[An
         gradients = torch.autograd.grad(loss, own, allow_unused=True)
         for (name, module), g in zip(layers.items(), gradients):
             if g is not None:
-                G = _geometry(module).matrix(module, g).to(torch.float32)
-                sums[name] = G.clone() if name not in sums else sums[name].add_(G)
+                _add(sums, name, of(_geometry(module).matrix(module, g).to(torch.float32)))
     if not count:
         raise DataError("No batch gave a loss, so there is no gradient to start from: let the step return the loss.")
-    return {name: G / count for name, G in sums.items()}
+    return {name: total / count for name, total in sums.items()}
 
 
-_MEASURES = {"C": _second_moments, "G": _gradients}
+_READERS = {"inputs": _of_inputs, "gradients": _of_gradients}
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = value.clone() if name not in sums else sums[name].add_(value)
 
 
 def _geometry(module: nn.Module) -> Any:
-    return geometry_of(type(module)) or type(None)
+    return geometry_of(type(module))
 
 
 def _some(batches: Iterable[Any]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar, get_args
@@ -267,6 +268,18 @@ def _pattern_of(key: str) -> tuple[str, Callable[[str], re.Match[str] | None]]:
     return end, re.compile(rf"(.*\.)?({key})$").match
 
 
+def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """A rank or alpha pattern that gives every module of `values` its value, whatever order its entries are read in."""
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+
+
+def usual(default: Any, values: Mapping[str, Any]) -> Any:
+    """`default` if some module has it, else the most common value: consumers that ignore patterns read only this."""
+    if not values or default in values.values():
+        return default
+    return Counter(values.values()).most_common(1)[0][0]
+
+
 def _first_match(pattern: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
     for key, value in pattern.items():
         if any(pattern_matches(key, name) for name in names):
@@ -312,14 +325,18 @@ def _list_of_names(name: str, value: Any) -> list[str] | None:
 
 
 def _tokens(value: Any) -> Any:
-    name = "trainable_token_indices"
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) and key for key in value) or not value:
-            raise ConfigError(f"{name} maps names of embeddings to lists of indices; {value!r} does not.")
-        return {key: _tokens(indices) for key, indices in value.items()}
-    if value is None:
-        return None
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+            raise ConfigError(
+                f"trainable_token_indices maps names of embeddings to lists of indices; {value!r} does not."
+            )
+        return {key: _indices(indices) for key, indices in value.items()}
+    return None if value is None else _indices(value)
+
+
+def _indices(value: Any) -> list[int]:
+    name = "trainable_token_indices"
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
         raise ConfigError(f"{name} is a list of indices, or a dict of them by name, not {value!r}.")
     indices = list(value)
     for index in indices:

@@ -14,8 +14,9 @@ A function asks for what it needs by the names of its parameters:
     G                           the mean gradient of the loss with respect to W, (d_out, d_in)
     E                           the quantization error of W: the original weight less the dequantized, (d_out, d_in)
 
-C and G are measured on the run's own data, E on the weights from which the base was quantized (see calibration.py).
-Tensors are in float32, and made and drawn on the layer's device. The annotation of a function says what it returns:
+C, G and E are measures, which stand under `@measure` below; to add one is to write one more function. C and G are
+measured on the run's own data, E on the weights from which the base was quantized (calibration.py runs them). Tensors
+are in float32, and made and drawn on the layer's device. The annotation of a function says what it returns:
 
     Tensor                      A; B is zero (in an embedding A is zero and B is drawn, as in PEFT)
     Factors                     A and B. The adapter keeps frozen copies A0 and B0, and its update is
@@ -33,17 +34,84 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_lora.errors import ConfigError, listed
 
-MEASURED = frozenset("CGE")
-"""The parameters that are measured before the adapters are made."""
-KNOWN = frozenset(("rank", "scale", "d_in", "d_out", "W")) | MEASURED
-"""All parameters that a function may ask for."""
+KNOWN = frozenset(("rank", "scale", "d_in", "d_out", "W"))
+"""The parameters that a function may ask for, besides the names of measures."""
+Function = TypeVar("Function", bound=Callable[..., Any])
+Reads: TypeAlias = Literal["inputs", "gradients", "weights"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A registered measure: what is known of a layer before its adapter is made, if an initialiser asks for it."""
+
+    function: Callable[..., Tensor]
+    words: str
+    """What it is, in words that follow "starts from"."""
+    reads: Reads
+    """What it is computed from."""
+
+
+MEASURES: dict[str, Measure] = {}
+_READS: dict[tuple[str, ...], Reads] = {
+    ("X",): "inputs",
+    ("gradient",): "gradients",
+    ("original", "dequantized"): "weights",
+}
+
+
+def measure(words: str) -> Callable[[Function], Function]:
+    """Register a function as a measure under its own name: initialisers may then ask for a parameter of that name.
+
+    `words` say what it is in messages ("starts from ..."). The function returns a tensor for one layer, in float32. By
+    its parameters it says what it is computed from:
+
+        X                       input vectors of the layer, (n, d_in); the measure is the sum of what it returns, over
+                                the number of vectors
+        gradient                the gradient of one batch's loss with respect to W, (d_out, d_in); the measure is the
+                                mean of what it returns over the batches
+        original, dequantized   the weight that a quantized W was made from, and W, in the layer's own layout
+
+    Raises ConfigError for other parameters, or if the name is taken by a measure of another module.
+    """
+
+    def register(function: Function) -> Function:
+        name, there = function.__name__, MEASURES.get(function.__name__)
+        if name in KNOWN or (there is not None and there.function.__module__ != function.__module__):
+            raise ConfigError(f"There is something else that initialisers ask for by {name!r}: give it another name.")
+        takes = tuple(inspect.signature(function).parameters)
+        reads = _READS.get(takes)
+        if reads is None:
+            raise ConfigError(
+                f"The measure {name!r} takes {listed(takes) or 'nothing'}. A measure takes X, or gradient, or original "
+                "and dequantized."
+            )
+        MEASURES[name] = Measure(function, words, reads)
+        return function
+
+    return register
+
+
+@measure("the inputs of each layer on some data")
+def C(X: Tensor) -> Tensor:
+    """The second moment of the inputs."""
+    return X.T @ X
+
+
+@measure("the gradients of each weight on some data")
+def G(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+@measure("the quantization errors of each weight")
+def E(original: Tensor, dequantized: Tensor) -> Tensor:
+    return original - dequantized
 
 
 @dataclass(frozen=True)
@@ -58,14 +126,11 @@ class Whole(Factors):
     """Factors whose product is part of the update from the start: nothing is left out."""
 
 
-Function = Callable[..., Tensor | Factors]
-
-
 @dataclass(frozen=True)
 class Init:
     """A registered initialiser."""
 
-    function: Function
+    function: Callable[..., Tensor | Factors]
     wants: frozenset[str]
     """The names of the parameters that it asks for."""
     rank_multiple: int = 1
@@ -73,13 +138,17 @@ class Init:
 
     @property
     def measures(self) -> frozenset[str]:
-        """The parameters it asks for that are measured: some of C, G and E."""
-        return self.wants & MEASURED
+        """The measures that it asks for, such as C, G or E."""
+        return self.wants & MEASURES.keys()
+
+    def reads(self, *sources: Reads) -> bool:
+        """True if one of its measures is computed from one of `sources`."""
+        return any(MEASURES[name].reads in sources for name in self.measures)
 
     @property
     def computes(self) -> bool:
         """True if it computes from W or from measurements, which takes time; False if it only draws."""
-        return bool(self.wants & (MEASURED | {"W"}))
+        return "W" in self.wants or bool(self.measures)
 
     @functools.cached_property
     def gives(self) -> str:
@@ -92,7 +161,9 @@ class Init:
 INITS: dict[str, Init] = {}
 
 
-def init(function: Function | None = None, *, rank_multiple: int = 1, replace: bool = False) -> Any:
+def init(
+    function: Callable[..., Tensor | Factors] | None = None, *, rank_multiple: int = 1, replace: bool = False
+) -> Any:
     """Register a function under its own name, as a choice for LoRAConfig's `init`. The rank must then be a multiple of
     `rank_multiple`.
 
@@ -112,11 +183,12 @@ def init(function: Function | None = None, *, rank_multiple: int = 1, replace: b
             "another name, or replace the other one for all adapters from now on: @init(replace=True)."
         )
     made = Init(function, frozenset(inspect.signature(function).parameters), rank_multiple)
-    unknown = sorted(made.wants - KNOWN)
+    known = KNOWN | MEASURES.keys()
+    unknown = sorted(made.wants - known)
     if unknown:
         raise ConfigError(
             f"The initialiser {function.__name__!r} asks for {listed(unknown)}. It may ask for: "
-            f"{listed(sorted(KNOWN), 99)}."
+            f"{listed(sorted(known), 99)}."
         )
     if made.gives not in ("Tensor", "Factors", "Whole"):
         raise ConfigError(

@@ -366,3 +366,14 @@ def _shared_by(name: str, others: Iterable[str], config: LoRAConfig) -> str:
         "parameter, or two in the same memory), which would be trained with it. Name both, or untie them first: give "
         "each a weight in memory of its own."
     )
+
+
+def take_tables(model: nn.Module, names: Iterable[str]) -> None:
+    """Count the embedding tables `names` of `model`, which has just been adapted, to its adapter: those of a vocabulary
+    that was resized before the adapter was trained. They stay frozen, and are saved, loaded and removed with it:
+    `remove` puts their present values back."""
+    injection = injection_of(model)
+    there = dict(Tree.of(model).tensors)
+    taken = {name: there[name].detach().clone() for name in names}
+    injection.originals.update(taken)
+    injection.tables |= taken.keys()

@@ -238,7 +238,7 @@ def shares_kept(model: nn.Module) -> dict[str, tuple[float, float]]:
     dtype, and the Frobenius norm of the update. Raises as `merge` does; nothing is changed."""
     with torch.no_grad():
         return {
-            changed: (_share_kept(before, wanted), float((wanted.double() - before.double()).norm()))
+            changed: (share_kept(before, wanted), float((wanted.double() - before.double()).norm()))
             for name, module in _mergeable(model).items()
             for changed, own, before, wanted in _changes(name, module)
             if is_plain(own)
@@ -262,7 +262,7 @@ def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
                 continue
             for changed, own, before, wanted in _changes(name, module):
                 if is_plain(own):
-                    kept[changed] = _share_kept(before, wanted)
+                    kept[changed] = share_kept(before, wanted)
                     if bool((before.isfinite() & ~wanted.to(before.dtype).isfinite()).any()):
                         broken.append(f"{changed} (in {str(before.dtype).removeprefix('torch.')})")
                     continue
@@ -322,7 +322,7 @@ def _changes(name: str, module: Adapter) -> Iterator[tuple[str, Tensor, Tensor, 
         yield f"{name}.bias" if name else "bias", bias, bias, bias.float() + module.lora.scale * mine.float()
 
 
-def _share_kept(before: Tensor, wanted: Tensor) -> float:
+def share_kept(before: Tensor, wanted: Tensor) -> float:
     """The share of the change `wanted - before` that is left once `wanted` is rounded to the dtype of `before`: the
     projection of the rounded change on the exact one, relative to that. 1 if nothing changes or nothing is rounded."""
     if before.dtype.itemsize >= wanted.dtype.itemsize:

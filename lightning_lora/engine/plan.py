@@ -10,24 +10,21 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_lora.engine.config import LoRAConfig, scale_of
-from lightning_lora.engine.layers import DoRA, LinearLoRA, ParameterLoRA, geometry_of
+from lightning_lora.engine.layers import DoRA, ParameterLoRA, geometry_of
 from lightning_lora.engine.layers.alora import ALoRA
-from lightning_lora.engine.layers.base import Adapter, has_own_forward
-from lightning_lora.engine.layers.by_weight import adds_its_update, by_weight
-from lightning_lora.engine.layers.conv import ConvLoRA, Convolution
+from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.fresh import Recipe, check_init, device_of, recipes, tensor_shapes
-from lightning_lora.engine.layers.linear import FastPathLinearLoRA, OutProjectionLoRA
 from lightning_lora.engine.layers.pair import AdapterSpec
+from lightning_lora.engine.layers.reads import Reading
 from lightning_lora.engine.swap import check_swappable, remembered
 from lightning_lora.engine.torch_private import PADDING
 from lightning_lora.engine.tree import Target, last_part
-from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import TargetError
 
 # Lists layers whose parent reads their weight without calling them: an update of their output would have no effect.
@@ -50,17 +47,6 @@ _ONLY_READS = {
     "wavlm.modeling_wavlm.WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": ("dense", "decoder"),
 }
-
-
-class Reading(NamedTuple):
-    """How a parent module uses a child of a given name."""
-
-    weight_alone: bool
-    """True if the parent has a fast path that uses the child's weight without calling the child."""
-    at_times: bool
-    """True if the parent may never call the child, an ordinary Linear, and reads its weight instead."""
-    besides: bool
-    """True if the parent, where the child is a convolution, sometimes calls it and sometimes reads its weight."""
 
 
 def reading(parent: Any, child: str) -> Reading:
@@ -227,7 +213,7 @@ def _geometry(target: Target, spec: AdapterSpec, config: LoRAConfig) -> type[Ada
             ALoRA.check_geometry(geometry)
         check_called(target.parent, child, target.module)
         geometry.check(target.module, spec)
-        check_init(target.module, geometry, spec, config)
+        check_init(target.module, spec, config)
         for mixin in mixins:
             mixin.check_variant(target.module, config)
     except TargetError as error:
@@ -249,26 +235,8 @@ def way_of(target: Target, geometry: Any) -> type[Adapter]:
                 "it out with exclude_modules"
             )
     parent: Any = type(target.parent)
-    if issubclass(geometry, LinearLoRA) and not geometry.lora_by_weight:
-        how_read = reading(parent, last_part(target.name))
-        if how_read.at_times:
-            return OutProjectionLoRA
-        geometry = FastPathLinearLoRA if how_read.weight_alone else geometry
-    if issubclass(geometry, LinearLoRA) and has_own_forward(type(module)):
-        W = module._parameters.get("weight")
-        # The layers of libraries that quantize multiply by the dequantized weight; some quantize it when it is moved.
-        if W is not None and (not is_plain(W) or type(W) is not nn.Parameter):
-            return geometry
-        if W is None or not adds_its_update(module, geometry.multiply, geometry.shapes(module, 1)[0][1]):
-            return by_weight(geometry)
-    if issubclass(geometry, Convolution) and geometry.computes_otherwise(module):
-        if module.groups != 1 and issubclass(geometry, ConvLoRA):
-            raise TargetError(
-                f"its class has a forward of its own, and with groups={module.groups} no weight of its shape can hold "
-                "the adapter: leave it out with exclude_modules"
-            )
-        return by_weight(geometry)
-    return geometry
+    found: type[Adapter] = geometry.way_for(module, reading(parent, last_part(target.name)))
+    return found
 
 
 def variants_of(config: LoRAConfig) -> tuple[type[Adapter], ...]:

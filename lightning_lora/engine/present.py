@@ -133,7 +133,7 @@ def check_none_of_others(model: nn.Module, tree: Tree, meant: Callable[[], Itera
 
 def _of_others(tree: Tree) -> dict[str, tuple[str, nn.Module]]:
     """Name of an outermost module that holds adapters of another library -> that library, and the module."""
-    libraries = {cls: library for cls in tree.classes if (library := _library(cls)) is not None}
+    libraries = {cls: library for cls in tree.classes if (library := library_of(cls)) is not None}
     found = {name: (libraries[type(m)], m) for name, m in tree.modules if type(m) in libraries} if libraries else {}
     owners: dict[str, set[str]] = {}
     for name, _ in tree.parameters:
@@ -155,7 +155,7 @@ def _lies_in(name: str, outer: str) -> bool:
     return not outer or name == outer or name.startswith(f"{outer}.")
 
 
-def _library(cls: type[nn.Module]) -> str | None:
+def library_of(cls: type[nn.Module]) -> str | None:
     """The library of adapters that `cls` comes from, if any."""
     for parent in cls.__mro__:
         package, _, rest = parent.__module__.partition(".")

@@ -19,9 +19,11 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.forwards import listen_for_forwards
 from lightning_lora.engine.inject import inject, injection_of, remove
 from lightning_lora.engine.layers.frozen import FrozenNorm
+from lightning_lora.engine.packed import Packed, Rows, why_not_packed
 from lightning_lora.engine.reads import forget
 from lightning_lora.engine.report import InjectionReport
 from lightning_lora.engine.state import adapter_tensors
+from lightning_lora.engine.swap import swapped_class
 from lightning_lora.engine.tree import Tree, unwrapped
 
 _ABSENT: Any = object()
@@ -41,6 +43,10 @@ class _Notes:
     def of(cls, module: nn.Module) -> _Notes:
         own = {key: value for key, value in module.__dict__.items() if key not in _NOT_OURS}
         return cls(type(module), (dict(module._parameters), dict(module._buffers), own))
+
+
+PACK = "/"
+"""In the place of an adapter's name: all of them, each on its rows."""
 
 
 class Several:
@@ -150,9 +156,39 @@ class Several:
                 self._plans[one] = steps
         return self._plans[name]
 
+    def pack(self, rows: Rows) -> str | None:
+        """Prepare for `use(PACK)`, with which the model has all adapters, each on its `rows`. Returns why that cannot
+        be done, if it cannot; nothing is changed then."""
+        packed: dict[int, _Notes] = {}
+        names = {id(m): name for name, m in Tree.of(self.model).modules}
+        for key in dict.fromkeys(key for of in self._of.values() for key in of):
+            module, bare = self._modules[key], self._bare[key]
+            each = {name: self._of[name].get(key, bare) for name in self.names}
+            own = [
+                n
+                for n in each.values()
+                if _differing(bare.held[0], [n.held[0]]) or _differing(bare.held[1], [n.held[1]])
+            ]
+            if not own:  # a frozen norm, or the root with its record
+                first = next(iter(each.values()))
+                if any(notes.cls is not first.cls for notes in each.values()):
+                    return f"{names.get(key)!r} is frozen for some of the adapters, and not for others"
+                packed[key] = first
+                continue
+            parts = {name: _part_of(module, notes) for name, notes in each.items()}
+            for part in parts.values():
+                if (reason := why_not_packed(part, names.get(key, ""))) is not None:
+                    return reason
+            attributes = {"pack_rows": rows, "pack_parts": parts, "pack_name": names.get(key, "")}
+            cls = swapped_class("Packed", Packed, bare.cls)
+            packed[key] = _Notes(cls, (*bare.held[:2], {**bare.held[2], **attributes}))
+        self._of[PACK] = packed
+        self._plans = {}
+        return None
+
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name in self._of if name is not None)
+        return tuple(name for name in self._of if name not in (None, PACK))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The live tensors of the adapter `name`, as `adapter_tensors` gives them."""
@@ -214,6 +250,15 @@ class Several:
                 module.__dict__["lora_names"] = lora_names
             injection.originals.clear()
             injection.originals.update(originals)
+
+
+def _part_of(module: nn.Module, notes: _Notes) -> nn.Module:
+    """`module` as it is with one adapter, as another object with the same tensors and children."""
+    part: nn.Module = notes.cls.__new__(notes.cls)
+    parameters, buffers, own = notes.held
+    held = {"_parameters": dict(parameters), "_buffers": dict(buffers), "_modules": module._modules}
+    part.__dict__.update({**module.__dict__, **own, **held})
+    return part
 
 
 def _copy_of(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -230,3 +231,8 @@ def check_unsharded(model: nn.Module, advice: str, tree: Tree | None = None) -> 
     ]
     if found:
         raise AdapterStateError(f"{type(model).__name__} is sharded over processes (at {listed(found, 3)}). {advice}")
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast on t's device. The meta device has no autocast to turn off."""
+    return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)

@@ -25,10 +25,10 @@ from lightning_lora.engine import (
     remove,
 )
 from lightning_lora.engine.as_injected import check_as_injected
+from lightning_lora.engine.inject import take_tables
 from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.present import check_none_of_ours, check_some_of_ours
 from lightning_lora.engine.state import by_plain_name, check_fits, check_same_base, describe_base, fill_adapter
-from lightning_lora.engine.tables import take_tables
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree, submodule, unwrapped
 from lightning_lora.engine.weights import is_first, is_sharded, whole
@@ -183,6 +183,7 @@ def load_adapter(
     check_base: bool = True,
     ignore_fields: Collection[str] = (),
     load_embedding_layers: bool = False,
+    verify: bool = False,
     **pulling: Unpack[Pulling],
 ) -> InjectionReport:
     """Adapt `model` as the adapter in a folder says and load its tensors, whether this package or PEFT wrote it.
@@ -197,6 +198,9 @@ def load_adapter(
     PEFT also writes the embedding and the head of the base (its save_embedding_layers) where the vocabulary was resized
     or they are adapted. They are compared with the model's. With `load_embedding_layers` they are loaded into it, stay
     frozen and are saved with the adapter, and `remove` puts back the model's own.
+
+    With `verify` each layer is then measured (`verify_adapter`), which takes two calls of each and proves that the
+    model's precision lets the adapter act; AdapterStateError says where it does not.
 
     Loading is strict. Raises AdapterFormatError for a folder of another layout, a config with a field that cannot be
     honoured, and every tensor that is missing, unexpected, of another shape or not finite; BaseMismatchError where the
@@ -222,12 +226,16 @@ def load_adapter(
     except TargetError as error:
         raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
     try:
-        take_tables(model, _on(model, plan, tables))
-        own, given = adapter_tensors(model), _on(model, plan, {**values, **tables})
+        take_tables(model, on_model(model, plan, tables))
+        own, given = adapter_tensors(model), on_model(model, plan, {**values, **tables})
         check_fits(own, given, what="the adapter", are_finite=True)  # by `read`
         fill_adapter(model, own, given)
         if check_base:
             check_same_base(model, note, plan.root, what=f"The adapter in {folder}")
+        if verify:
+            from lightning_lora.hub.verify import verify_adapter  # which needs this file
+
+            verify_adapter(model, folder, check_base=False, ignore_fields=ignore_fields).raise_for_verdict()
     except BaseException:
         remove(model)
         raise
@@ -240,7 +248,7 @@ def _version() -> str:
     return version("lightning-lora")
 
 
-def _on(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_model(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`values`, named relative to the root, by the names that the engine uses on `model`."""
     if plan.root is unwrapped(model):
         return dict(values)

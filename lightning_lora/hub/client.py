@@ -41,6 +41,7 @@ from lightning_lora.errors import (
     HubUnavailableError,
     LightningLoRAError,
 )
+from lightning_lora.hub.hub_private import Forks
 
 T = TypeVar("T")
 
@@ -78,6 +79,8 @@ _ASKED = "X-Lightning-Lora-Retry-After"
 _LOCK = threading.Lock()
 if hasattr(os, "register_at_fork"):  # where another thread holds it, the child would wait for ever
     os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+    _FORKS = Forks()
+    os.register_at_fork(before=_FORKS.before, after_in_parent=_FORKS.in_parent, after_in_child=_FORKS.in_child)
 
 
 def within(seconds: float, doing: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_lora.engine.cut import shown_error
 from lightning_lora.engine.report import aligned
 from lightning_lora.engine.state import compare_bases
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, listed
@@ -199,11 +200,6 @@ class CombineReport:
             (ending, str(len(members)), ranks, rank, shown_error(max(m.error for m in members)))
             for (ending, ranks, rank), members in groups.items()
         ]
-
-
-def shown_error(error: float) -> str:
-    """`error` as a text; "none" where it is as small as the rounding of float64."""
-    return f"{error:.2g}" if error > 1e-14 else "none"
 
 
 def of_combination(error: float) -> str:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lightning_lora.checked import number, one_of, share, whole
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine
+from lightning_lora.engine.layers.pair import as_blocks, from_blocks
 from lightning_lora.engine.low_rank import product_change
 from lightning_lora.engine.memory import largest
 from lightning_lora.engine.targets import name_matches
@@ -38,6 +39,7 @@ from lightning_lora.hub.format.inspection import LARGEST_SCALE
 from lightning_lora.hub.format.parts import Pair, Parts, parts_of
 from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.hub.written import check_written
 
 # Names of methods in PEFT and elsewhere -> what the error says about them.
 _ELSEWHERE = {
@@ -117,9 +119,10 @@ def combine_adapters(
     )
     # The name of the base inside the model that was trained, if it was the same for all adapters.
     module = _common([one.note.get("module") or "" for one in parts.values()]) or ""
-    note = _note(parts, module, report)
     card = _card(config, report, module, sum(t.numel() for t in tensors.values()))
-    write_adapter(target, config, tensors, note, card)
+    write_adapter(target, config, tensors, _note(parts, module, report), card)
+    if method in ("sum", "svd"):
+        check_written(target, parts, weight_of, {name: m.error * m.norm for name, m in written.report.items()})
     return report
 
 
@@ -209,9 +212,7 @@ def _combined(
 
 def _term(pair: Pair, weight: float) -> Term:
     """The pair with A as (groups, r, in) and B as (groups, out, r), for every geometry."""
-    groups = groups_of(pair)
-    A = pair.A.reshape(groups, pair.rank // groups, -1)
-    B = pair.B.reshape(groups, pair.B.shape[0] // groups, -1)
+    A, B = as_blocks(pair.A, pair.B, pair.rank)
     return Term(A, B, pair.scale, weight)
 
 
@@ -239,13 +240,8 @@ def _written(
         rounded = product_change(c.B, c.A, scale * B.double(), A)
         more = rank // groups - A.shape[-2]
         A, B = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
-        pairs[module] = Pair(
-            A=A.reshape(rank, *like.A.shape[1:]),
-            B=B.reshape(like.B.shape[0], rank // groups, *like.B.shape[2:]),
-            alpha=alpha,
-            scale=scale,
-            is_embedding=like.is_embedding,
-        )
+        A, B = from_blocks(A, B, like.A, like.B, like.rank)
+        pairs[module] = Pair(A=A, B=B, alpha=alpha, scale=scale, is_embedding=like.is_embedding)
         report[module] = CombinedModule(
             ranks=tuple(parts.pairs[module].rank if module in parts.pairs else None for parts in adapters.values()),
             rank=rank,

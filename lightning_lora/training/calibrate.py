@@ -63,13 +63,13 @@ def start_waiting(module: LightningModule, batches: int, drawing: Any = None) ->
 
 def _measured(module: LightningModule, root: str, config: LoRAConfig, batches: int) -> Mapping[str, Any]:
     part = submodule(module, root)
-    if "E" in INITS[config.init].measures:
+    if INITS[config.init].reads("weights"):
         return residuals(part, config, _original(module, root, config))
     if not INITS[config.init].measures:
         return {}
     _check_measurable(module, config)
     trainer = module.trainer
-    with _silent(module), _batches(trainer, batches) as some:
+    with silent(module), _batches(trainer, batches) as some:
         return calibrate(part, config, lambda batch: _loss(trainer, module, *batch), some)
 
 
@@ -123,7 +123,7 @@ def _generators(loader: Any) -> Iterator[torch.Generator]:
 
 
 @contextmanager
-def _silent(module: LightningModule) -> Iterator[None]:
+def silent(module: LightningModule) -> Iterator[None]:
     """Inside, nothing is logged; afterwards metrics and buffers are as before."""
     trainer = module.trainer
     loggers = trainer.loggers

@@ -27,6 +27,7 @@ from lightning_lora.training.lightning_private import trainer_being_made
 from lightning_lora.training.loggers import Settings, log_adapters, log_run, optimizer_settings, show_both_rates
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
+from lightning_lora.training.rank_schedule import RankSchedule
 from lightning_lora.training.run_state import watch_buffers
 from lightning_lora.training.starting import (
     AbsentError,
@@ -86,6 +87,7 @@ class LoRACallback(Callback):
         init: str | None = None,
         lora_plus_ratio: float | None = None,
         product_decay: float | None = None,
+        rank_schedule: Mapping[int, int] | None = None,
         push: HubPush | None = None,
         save_adapter: bool = True,
         check_base: bool = True,
@@ -96,21 +98,18 @@ class LoRACallback(Callback):
         Args:
             config: What to adapt, and how.
             adapter: Start from this adapter, with a fresh optimizer: a folder in PEFT's format, or
-                "user/repo@revision" on the Hub. The config is read from there; a config or fields given besides must
-                agree with it. A run that is resumed (ckpt_path) does not need it any more.
-            subfolder, ignore_fields: The folder inside `adapter` in which it lies, and unknown fields of its config to
-                ignore, as in `load_adapter`.
+                "user/repo@revision" on the Hub. A config or fields given besides must agree with its own.
+            subfolder, ignore_fields: Of `adapter`, as in `load_adapter`.
             rank, alpha, dropout, target_modules, exclude_modules, modules_to_save, bias, use_rslora, use_dora, init:
                 The fields of a LoRAConfig that are set most often, instead of `config`; None leaves a field unset.
             lora_plus_ratio: The learning rate of every B as a multiple of its group's (LoRA+, arXiv:2402.12354).
-            product_decay: Weight decay on the whole update s B A, beside the optimizer's own on A and B: after each
-                step, A and B take one more down the gradient of 1/2 ||s B A||^2, by the learning rate times this.
+            product_decay: Weight decay on the update s B A: after each step, A and B take one more down the gradient of
+                1/2 ||s B A||^2, by the learning rate times this.
+            rank_schedule: Global step -> the rank of all adapters from there on: `{500: 16, 1000: 8}` (see `resize`).
             push: Push to the Hub while training goes on: `HubPush("user/my-adapter")`.
-            save_adapter: Write an adapter folder in PEFT's format beside each checkpoint: `best-adapter/` beside
-                `best.ckpt`.
+            save_adapter: Write an adapter folder beside each checkpoint: `best-adapter/` beside `best.ckpt`.
             check_base: Refuse a checkpoint that was trained on another base.
-            init_batches: The number of training batches on which an `init` that starts from data ("eva", "corda",
-                "lora_ga") is measured when training starts; a resumed run measures nothing.
+            init_batches: Batches on which an `init` from data ("eva", "corda", "lora_ga") is measured in a new run.
             config_fields: The other fields of a LoRAConfig, instead of `config`.
         """
         spelled = {
@@ -140,14 +139,14 @@ class LoRACallback(Callback):
         self._trained: TrainedWatch | None = None
         self._first_step = 0
         self._goes_on: str | None = None
-        self._was_launched = False
-        self._is_as_loaded = False
+        self._was_launched = self._is_as_loaded = False
         self._absent: Exception | None = None
         self._savers: list[Any] = []
         self._optimizer_settings: dict[str, Any] | None = None
         self.settings_of_run: Settings = {}
         """Further settings for the loggers, beside those of the adapter, the optimizer and the data."""
-        if self._origin is not None:
+        self._ranks = RankSchedule(rank_schedule)
+        if self._origin is not None or rank_schedule is not None:
             self._policy.adapt_as_in = self._adapt_as_in
 
     def __repr__(self) -> str:
@@ -227,6 +226,7 @@ class LoRACallback(Callback):
         self._trained = TrainedWatch(pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
             adapt_averages(trainer, pl_module)
+            self._ranks.check(trainer, pl_module)
 
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the adapters that the module has already, from an earlier run, from inject or from load_adapter."""
@@ -335,8 +335,8 @@ class LoRACallback(Callback):
 
     def _log_settings(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.config is not None
-        plus = {"lora_plus_ratio": self._policy.lora_plus_ratio, "product_decay": self._policy.product_decay}
-        log_run(trainer, pl_module, self.config, self._optimizer_settings, self.settings_of_run, **plus)
+        rates = {"lora_plus_ratio": self._policy.lora_plus_ratio, "product_decay": self._policy.product_decay}
+        log_run(trainer, pl_module, self.config, self._optimizer_settings, self.settings_of_run, **rates)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._trained is not None:
@@ -358,6 +358,7 @@ class LoRACallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._trained is not None:
             self._trained.before_batch(trainer, pl_module)
+        self.config, self.report = self._ranks.before_batch(trainer, pl_module) or (self.config, self.report)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -366,6 +367,7 @@ class LoRACallback(Callback):
             self._trained.after_batch(pl_module)
         if self._policy.watch is not None:
             self._policy.watch.after_batch(pl_module, trainer.global_step > self._first_step)
+        self._ranks.after_batch(trainer, pl_module)
         self._resume.on_train_batch_end()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:

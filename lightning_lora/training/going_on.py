@@ -71,6 +71,9 @@ def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any
     for counts, value in ((batch.current, place["batches"]), (batch.total, place["total"])):
         counts.ready = counts.started = counts.processed = counts.completed = value
     batch.is_last_batch = place["is_last"]
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):  # it acts at an epoch's start, which is over
+            callback.on_train_epoch_start(trainer)
     if "stepped" in saved and not place["ended"] and not private.is_accumulating(trainer):
         # The end of the batch is still to come, and Lightning counts the batch there.
         private.set_batches_that_stepped(trainer, private.batches_that_stepped(trainer) - 1)
@@ -83,9 +86,6 @@ def enter(resume: ExactResume, trainer: Any, saved: dict[str, Any], fetcher: Any
     resume.trained.set_gradients(saved["gradients"])
     if place["batches"]:
         private.logging_goes_on(trainer)
-    for callback in trainer.callbacks:
-        if isinstance(callback, GradientAccumulationScheduler):  # it acts at an epoch's start, which is over
-            callback.on_train_epoch_start(trainer)
     for i, state in enumerate(saved["fetched_at"], 1):
         resume.fetched_at[place["total"] - i] = state or saved["random"]
     resume.validated = place["total"] if place["validated"] else -1

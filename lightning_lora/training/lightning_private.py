@@ -193,12 +193,6 @@ def iterator_given(fetcher: Any) -> Any:
     return fetcher.iterator_wrapper if isinstance(fetcher, _IteratorFetcher) else None
 
 
-def fetches_ahead(trainer: Any) -> bool:
-    """True if each batch is fetched before the batch ahead of it is trained on, to know which one is the last."""
-    fetcher = data_fetcher(trainer)
-    return isinstance(fetcher, _PrefetchFetcher) and fetcher.length is None
-
-
 def training_loader(trainer: Any) -> Any:
     """The loader that train_dataloader of the module or the data module returns. Raises MovedError where it cannot be
     asked for."""

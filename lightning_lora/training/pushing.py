@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -352,3 +354,37 @@ def _soon_after_sigterm(trainer: Trainer) -> Callable[[], bool]:
         return bool(since) and time.monotonic() - since[0] > WAIT_ON_EXCEPTION
 
     return stop
+
+
+class PushCallback(Callback):
+    """`callbacks.push` of a settings file: pushes as `LoRACallback(push=HubPush(repo_id, **settings))` does, and does
+    nothing where `repo_id` is None.
+
+    Put it after the LoRACallback whose adapters it pushes.
+    """
+
+    def __init__(self, repo_id: str | None = None, **settings: Any) -> None:
+        self._pushing = None if repo_id is None else Pushing(HubPush(repo_id, **settings))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._pushing is None or stage != "fit":
+            return
+        policy = getattr(trainer.strategy, "lora", None)
+        if policy is None:
+            raise ConfigError("callbacks.push pushes what a LoRACallback trains, and there is none before it.")
+        if policy.push is None:
+            policy.push = self._pushing  # from here on LoRACallback calls its hooks
+            policy.push.check(trainer)
+        elif policy.push.settings != self._pushing.settings:
+            raise ConfigError("LoRACallback has a push of its own: leave out one of the two.")
+
+
+def _signature() -> inspect.Signature:
+    """The signature of HubPush, with a repo_id that may be left out: the entries that a settings file may have."""
+    parameters = dict(inspect.signature(HubPush, eval_str=True).parameters)
+    first = parameters["repo_id"]
+    parameters["repo_id"] = first.replace(annotation=str | None, default=None)
+    return inspect.Signature(list(parameters.values()))
+
+
+PushCallback.__signature__ = _signature()  # type: ignore[attr-defined]

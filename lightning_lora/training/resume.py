@@ -139,7 +139,7 @@ class ExactResume:
             "start": self.start.epoch if place["kind"] == "inside" else None,
             "restarts": self.start.restarts if place["kind"] == "inside" else {},
             "fetched": held["fetched"],
-            "fetched_at": self._fetched_at(place["total"]) if rest or private.fetches_ahead(trainer) else [],
+            "fetched_at": [self.fetched_at.get(place["total"] - i) for i in (1, 2)],
             "metrics": plain(held["metrics"]) if place["kind"] == "inside" else None,
             "gradients": self._open_gradients(),
             "callback_metrics": tensors(callback_metrics(trainer)),
@@ -377,10 +377,6 @@ class ExactResume:
         """Numbers that change when weights or schedules do."""
         schedules = (config.scheduler for config in self.trainer.lr_scheduler_configs)
         return (self.trained.version(), *(getattr(schedule, "last_epoch", 0) for schedule in schedules))
-
-    def _fetched_at(self, done: int) -> list[RandomState | None]:
-        """The random states when the last two of `done` batches began, the later one first."""
-        return [self.fetched_at.get(done - 1), self.fetched_at.get(done - 2)]
 
     def _watch_loaders(self) -> None:
         self.start = LoaderStart()

@@ -12,7 +12,19 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SUITES = ["step", "memory", "injection", "folders", "checkpoint", "end_to_end", "bank", "mixed_batches"]
+SUITES = [
+    "step",
+    "memory",
+    "injection",
+    "folders",
+    "checkpoint",
+    "end_to_end",
+    "bank",
+    "mixed_batches",
+    "monitor",
+    "many",
+    "advise",
+]
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -224,9 +223,3 @@ def test_a_shared_run_that_fails_is_an_error_of_each_of_its_jobs_and_the_others_
     table = rows(cli.folder / "results.csv")
     assert [bool(row["error"]) for row in table] == [False, False, True, True]
     assert all("no more" in row["error"] for row in table[2:])
-
-
-def test_hydra_finds_the_launcher_in_a_checkout_and_in_the_wheel():
-    assert "hydra_plugins.lightning_lora_together.TogetherLauncher" in Plugins.instance().class_name_to_class
-    settings = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert 'packages = ["lightning_lora", "hydra_plugins"]' in settings

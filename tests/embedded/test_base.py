@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import train_base
+from base_corpus import SOURCE_FILES, Topics, documentation_topics, source_sample
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import lightning_lora.embedded
 from lightning_lora.embedded import BASE
-from lightning_lora.embedded.corpus import SOURCE_FILES, Topics, documentation_topics, source_sample
 
 FILES = {
     "README.md",

@@ -239,6 +239,11 @@ def test_compiled_once_it_serves_every_routing():
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no word for it")
+def test_the_updates_of_a_bank_are_left_out_of_cuda_graphs_which_would_replay_one_routing():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.lightning_lora.banked.default.tags
+
+
 def test_what_was_kept_in_inference_mode_serves_where_gradients_are_needed():
     base, factors, alone = small(2)
     bank = served(base, 2, MOST)

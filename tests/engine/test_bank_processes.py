@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from lightning_lora.engine.bank import Bank
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterStateError, BankError
 from tests.engine.bank_models import MOST, close_to, served, small
+from tests.processes import forked
 
 
 @pytest.fixture(autouse=True)
@@ -44,18 +45,6 @@ class SlowStore:
 
     def drop(self, name: str) -> None:
         del self.rows[name]
-
-
-def forked(work: Callable[[], bool]) -> bool:
-    """What `work` returns in a process that is forked here; False where it does not return."""
-    child = os.fork()
-    if not child:
-        threading.Timer(60, os._exit, (3,)).start()
-        try:
-            os._exit(0 if work() else 1)
-        finally:
-            os._exit(2)
-    return os.waitpid(child, 0)[1] == 0
 
 
 def outputs_are_right(base: nn.Module, bank: Bank, alone: dict[str, nn.Module], x: Tensor) -> bool:

@@ -11,12 +11,20 @@ from cases import CASES, IDS, Case
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.low_rank import (
     effective_rank,
+    effective_ranks,
+    energy_shares,
+    intruder_dimensions,
     product_change,
+    product_cosine,
     product_norm,
     singular_values,
     spectrum,
     spectrum_of_product,
     stable_rank,
+    stable_ranks,
+    stacked_singular_values,
+    strength_within,
+    subspace_similarity,
 )
 
 DOUBLE = {"rtol": 1e-10, "atol": 1e-12}
@@ -93,3 +101,54 @@ def test_the_singular_values_of_a_pair_are_those_of_what_it_changes(case: Case):
             count = min(len(own), len(dense))
             torch.testing.assert_close(own[:count], dense[:count], **DOUBLE)
             assert own.numel() == count or float(own[count:].max()) < 1e-10
+
+
+def test_many_products_at_once_have_the_spectra_that_each_has_alone():
+    B, A = factors(4)
+    B[1] = 0  # an untrained one
+    A[2, 0, 0] = torch.nan  # a diverged one
+    S = stacked_singular_values(B, A)
+    for place in (0, 3):
+        torch.testing.assert_close(S[place], torch.linalg.svdvals(B[place] @ A[place])[:3], **DOUBLE)
+        assert float(effective_ranks(S)[place]) == pytest.approx(effective_rank(S[place]))
+        assert float(stable_ranks(S)[place]) == pytest.approx(stable_rank(S[place]))
+        assert float(energy_shares(S)[place].sum()) == pytest.approx(1)
+    assert not bool(S[1].any())
+    assert [float(of(S)[1].sum()) for of in (effective_ranks, stable_ranks, energy_shares)] == [0, 0, 0]
+    assert bool(S[2].isnan().all() and effective_ranks(S)[2].isnan())
+
+
+def test_the_cosine_of_two_products_is_that_of_the_dense_matrices():
+    (B, A), (B2, A2) = factors(), factors(rank=2)
+    B2 = B2 + 0.3 * B[:, :2]
+    expected = torch.cosine_similarity((B @ A).flatten(), (B2 @ A2).flatten(), dim=0)
+    assert product_cosine(B, A, B2, A2) == pytest.approx(float(expected), rel=1e-12)
+    assert product_cosine(B, A, -B, A) == pytest.approx(-1)
+    assert product_cosine(B, A, 0 * B2, A2) == 0
+
+
+def test_the_similarity_of_subspaces_is_the_paper_s():
+    U, V = (torch.linalg.qr(torch.randn(9, k).double()).Q for k in (4, 3))
+    phi = subspace_similarity(U, V)
+    for i, j in ((1, 1), (2, 3), (4, 2), (4, 3)):
+        expected = (U[:, :i].T @ V[:, :j]).norm() ** 2 / min(i, j)
+        assert float(phi[i - 1, j - 1]) == pytest.approx(float(expected), rel=1e-12)
+    assert subspace_similarity(U, U).diagonal().tolist() == pytest.approx([1] * 4)
+
+
+def test_a_weight_is_as_strong_within_its_own_directions_as_its_singular_values():
+    W = torch.randn(7, 5).double()
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    assert strength_within(W, U[:, :2], Vh[:2]) == pytest.approx(float(S[:2].norm()))
+    assert strength_within(W, U[:, :2], Vh[2:4]) == pytest.approx(0, abs=1e-12)
+
+
+def test_an_intruder_is_a_direction_that_the_base_does_not_have():
+    W = torch.diag(torch.tensor([8.0, 7, 6, 5, 4, 3]))
+    mixed = torch.full((6,), 6**-0.5)  # its cosine with each singular vector of W is 0.41
+    strong = 50 * torch.outer(mixed, mixed)
+    assert intruder_dimensions(W, W, count=4) == 0
+    assert intruder_dimensions(W, W + strong, count=1) == 1
+    assert intruder_dimensions(W, W + strong, count=1, threshold=0.4) == 0
+    assert intruder_dimensions(W, W + 1e-3 * strong, count=4) == 0  # too weak to come to the top
+    assert intruder_dimensions(W, W + torch.diag(torch.tensor([9.0, 0, 0, 0, 0, 0])), count=4) == 0  # its own direction

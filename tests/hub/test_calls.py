@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject, save_adapter
@@ -23,6 +24,7 @@ from lightning_lora.hub.push.background import BackgroundPusher, Job
 from lightning_lora.hub.push.repository import Destination, HubRepository
 from lightning_lora.hub.push.staging import stage
 from tests.hub_server import HubServer
+from tests.processes import forked
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # httpx, of the client's way to upload
@@ -111,6 +113,37 @@ def test_a_day_that_the_hub_asks_for_is_not_slept(hub: HubServer) -> None:
     hub.fail(503, retry_after=86400.0)
     answer = calls.within(5, "asking", get_session().get, f"{hub.endpoint}/api/whoami-v2")
     assert float(answer.headers["Retry-After"]) == calls.LONGEST_WAIT
+
+
+class SlowClient:
+    """A client that another thread is making, or that another thread holds, for a while."""
+
+    def __init__(self, made: threading.Event) -> None:
+        assert made.wait(20)
+        self.lock = threading.Lock()
+
+    def close(self) -> None:
+        with self.lock:
+            pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_process_can_be_forked_while_another_thread_talks_to_the_hub() -> None:
+    """The client's locks, held by a thread that the child does not have, would hang it for ever."""
+    made = threading.Event()
+    set_client_factory(lambda: SlowClient(made))  # type: ignore[arg-type, return-value]
+    try:
+        thread = threading.Thread(target=get_session)
+        thread.start()  # holds the lock under which clients are made
+        threading.Timer(0.2, made.set).start()  # the fork waits for it
+        assert forked(lambda: isinstance(get_session(), SlowClient), seconds=20)
+        thread.join()
+        client: Any = get_session()
+        with client.lock:  # as while a request takes its connection
+            assert forked(lambda: get_session() is not client, seconds=20)
+            assert get_session() is client
+    finally:
+        set_client_factory(default_client_factory)
 
 
 def job(folder: Path, step: int, *, is_best: bool = False) -> Job:

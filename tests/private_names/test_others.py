@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd
+from huggingface_hub.utils import get_session
 
 from lightning_lora.cli import hydra_private
 from lightning_lora.cli.commands import suggestions
@@ -23,6 +24,24 @@ def test_a_file_that_goes_into_no_commit_is_known():
     assert hub_private.is_left_out(operation)
     with pytest.raises(MovedError, match="_should_ignore"):
         hub_private.is_left_out(SimpleNamespace())
+
+
+def test_the_client_lets_a_process_fork(monkeypatch: pytest.MonkeyPatch):
+    client = get_session()
+    assert client is get_session()
+    forks = hub_private.Forks()
+    forks.before()
+    assert forks.lock.locked()
+    forks.in_parent()
+    assert get_session() is client
+    forks.before()
+    forks.in_child()
+    assert get_session() is not client
+    take_away(monkeypatch, *(f"huggingface_hub.utils._http:{name}" for name in ("_CLIENT_LOCK", "_GLOBAL_CLIENT")))
+    client, forks = get_session(), hub_private.Forks()
+    forks.before()
+    forks.in_child()
+    assert get_session() is client
 
 
 def _mixtral() -> Any:

@@ -78,3 +78,20 @@ def test_a_checkpoint_saved_before_others_had_their_turn_gives_the_run_that_was_
     for path in saved[:1] + saved[1:][-1:]:
         resumed, its_run, _, _ = fit(setting, tmp_path / path.stem, ckpt=path)
         assert differences(end(resumed, its_run), end(whole, run)) == []
+
+
+@pytest.mark.parametrize("windows", [None, {0: 4, 1: 3, 2: 2}])
+def test_a_run_that_is_killed_soon_after_it_was_resumed_goes_on_as_well(
+    windows: dict[int, int] | None, tmp_path: Path
+) -> None:
+    in_batch = ("on_before_backward", "on_after_backward")  # every third call saves, first inside batch 1
+    setting = Setting(by_hand=in_batch, on_exception=True, windows=windows)
+    whole, run, _, _ = fit(setting, tmp_path / "whole")
+    first = min((tmp_path / "whole").glob("by-hand*"))
+    for call in range(5, 10):
+        folder = tmp_path / str(call)
+        *_, was_killed = fit(setting, folder, call, first)
+        (saved,) = folder.glob("exception*")
+        resumed, its_run, _, _ = fit(setting, folder, ckpt=saved)
+        assert was_killed
+        assert differences(end(resumed, its_run), end(whole, run)) == []

@@ -364,7 +364,6 @@ def test_what_will_not_be_allowed_is_said_before_the_first_step(
     assert titles(hub) == []
 
 
-@pytest.mark.slow  # it forks this process: beside what thousands of other tests leave, a child hung; cause not known
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning", "ignore:It is recommended to use `self.log")
 def test_under_two_processes_only_the_first_talks(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ do not contain them.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import weakref
@@ -16,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.engine.bank.cells import Cell
-from lightning_lora.engine.bank.kinds import cell_kind
 from lightning_lora.engine.bank.layout import hidden, sequence_first
 from lightning_lora.engine.bank.routing import Routes
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import Adapter, AdapterSpec, geometry_of
+from lightning_lora.engine.layers.cell import Cell, cell_kind
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import check_called, only_reads, reads_weight, way_of
 from lightning_lora.engine.present import check_none_of_ours
@@ -127,8 +127,17 @@ _SERVED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """The key of a cell -> its layer: a compiled graph can hold the number, and not the object."""
 
 
+# A CUDA graph would replay the adapters under which it was recorded, so torch.compile(mode="reduce-overhead") leaves
+# the operation out of its graphs. An older torch does not know this: there `Routes.apply` raises while it records.
+_IN_NO_GRAPH: Any = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)}
+    if hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(torch.library.custom_op).parameters
+    else {}
+)
+
+
 # A custom operation, which torch.compile does not look into: the routing is asked for when the graph runs.
-@torch.library.custom_op("lightning_lora::banked", mutates_args=("base",))
+@torch.library.custom_op("lightning_lora::banked", mutates_args=("base",), **_IN_NO_GRAPH)
 def _banked(base: Tensor, x: Tensor, key: int) -> None:
     layer = _SERVED[key]
     output = layer.bank_routes.apply(layer.bank_cell, base, x)

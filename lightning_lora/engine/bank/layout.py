@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor, nn
 
+from lightning_lora.engine.layers.cell import NOT_HIDDEN, Hidden
 from lightning_lora.errors import ConfigError
 
 Layout: TypeAlias = Literal["repeated", "tiled"]
@@ -77,17 +78,6 @@ _SEQUENCE_FIRST = {
 
 _EXPERT = re.compile(r"(?!.*shared)(?!mixture).*experts?\d*(mlp|layer|ffn|_\w*)?", re.IGNORECASE)
 _ROUTER = re.compile(r"(\w+_)?(gate|gating|router|routing|switch)(_\w+)?")
-
-
-class Hidden(NamedTuple):
-    """Why the rows cannot be found in a layer's input, in words that follow the layer's name."""
-
-    always: str | None = None
-    where_flat: str | None = None
-    """A reason that holds only for inputs with no dimensions but positions and features."""
-
-
-NOT_HIDDEN = Hidden()
 
 
 def hidden(modules: Mapping[str, nn.Module], name: str) -> Hidden:

@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_lora.engine.bank.cells import Cell, Factors
 from lightning_lora.engine.bank.layout import Said
 from lightning_lora.engine.forwards import is_running, runs_elsewhere
+from lightning_lora.engine.layers.cell import Cell, Factors
 from lightning_lora.engine.torch_private import is_view
 from lightning_lora.errors import AdapterStateError, BankError
 
@@ -54,6 +54,12 @@ class Routes:
 
     def apply(self, cell: Cell, base: Tensor, x: Tensor) -> Tensor:
         """Add the updates in use here to `base`, the output of the cell's layer for x. May write into `base`."""
+        if base.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise AdapterStateError(
+                f"A CUDA graph is recorded, with {cell.name!r} of a bank in it. It would replay the adapters that are "
+                "in use now, whatever is in use then: use torch.compile(mode='reduce-overhead'), which leaves the "
+                "updates out of its graphs (torch 2.9 on), or call bank.close() first."
+            )
         routing = self.current()
         if routing is not None:
             return routing.apply(cell, base, x)

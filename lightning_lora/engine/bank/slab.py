@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_lora.checked import whole
-from lightning_lora.engine.bank.cells import Cell, LayerFactors, copy_scaled
-from lightning_lora.engine.bank.kinds import LinearCell
+from lightning_lora.engine.layers.cell import Cell, LayerFactors, copy_scaled
+from lightning_lora.engine.layers.linear import LinearCell
 from lightning_lora.engine.memory import largest, largest_in, too_large
 from lightning_lora.engine.weights import dtype_of, is_plain
 from lightning_lora.errors import AdapterFormatError, BankError, listed

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import switch, torch_private
 from lightning_lora.engine.layers.base import Adapter, adapters
-from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.engine.torch_private import drop_forward_hooks
 from lightning_lora.errors import AdapterStateError, TargetError
 
@@ -30,7 +29,7 @@ class ALoRA(Adapter):
     @classmethod
     def check_geometry(cls, geometry: type[Adapter]) -> None:
         """Raise TargetError unless a layer of that geometry computes each position by itself."""
-        if not issubclass(geometry, LinearLoRA) or geometry.lora_by_weight:
+        if not geometry.lora_by_position or geometry.lora_by_weight:
             raise TargetError(
                 "alora_invocation_tokens adapts linear layers alone, whose update can be added at some positions and "
                 "not at others: leave it out with exclude_modules"

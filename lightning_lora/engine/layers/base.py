@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import fused, switch
-from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec, Pair, kept_ranks
-from lightning_lora.engine.layers.reads import Reads
+from lightning_lora.engine.layers.pair import BIAS, AdapterSpec, Pair, kept_ranks
+from lightning_lora.engine.layers.reads import Reading, Reads
 from lightning_lora.engine.reads import forget
 from lightning_lora.engine.swap import name_of_input, swap, swap_back
 from lightning_lora.engine.tree import Tree
-from lightning_lora.engine.weights import can_be_dense
+from lightning_lora.engine.weights import can_be_dense, without_autocast
 from lightning_lora.errors import AdapterStateError
 
 NOT_GIVEN: Any = object()
@@ -123,6 +122,20 @@ class Adapter(Reads):
     def from_output(cls, module: Any, M: Tensor) -> Tensor:
         """Undo `by_output`."""
         return cls.from_matrix(module, M)
+
+    @staticmethod
+    def inputs_of(module: Any, x: Tensor) -> Tensor:
+        """The vectors (n, in) that the matrix of `module` multiplies when its input is x: what `calibrate` measures."""
+        raise NotImplementedError
+
+    lora_by_position: ClassVar[bool] = False
+    """True if a position of the output depends on that position of the input alone: what aLoRA needs."""
+
+    @classmethod
+    def way_for(cls, module: Any, reading: Reading) -> type[Adapter]:
+        """This geometry, or one that adapts the weight where an update of the output might be something else, for a
+        `module` that its parent uses as `reading` says. Raises TargetError if neither is possible."""
+        return cls
 
     def update(self, x: Tensor) -> Tensor:
         """B A x for a layer input x, without the scale; shaped as the layer's output."""
@@ -326,11 +339,6 @@ def unadapt(module: Adapter) -> Callable[[], None]:
     return functools.partial(adapt, module, cls.mixin, spec, tensors, path)
 
 
-def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """A context without autocast on t's device. The meta device has no autocast to turn off."""
-    return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
-
-
 def geometry_of(cls: type[nn.Module]) -> type[Adapter] | None:
     """The geometry registered for `cls` or for its nearest parent; None where no layer of that kind can be adapted."""
     for parent in cls.__mro__:
@@ -345,15 +353,6 @@ def has_own_forward(cls: type[nn.Module]) -> bool:
     cls = cls.__dict__.get("base_class", cls)
     known = next(parent for parent in cls.__mro__ if parent in Adapter.geometries)
     return cls.forward is not known.forward
-
-
-def keeps_attributes(cls: Any) -> bool:
-    """False if a class that was put in front after the swap hides weight, bias, A or B: a parametrization's class does,
-    FSDP2's does not."""
-    swapped = next((parent for parent in cls.__mro__ if "base_class" in parent.__dict__), cls)
-    if swapped is cls:
-        return True
-    return all(getattr(cls, name, None) is getattr(swapped, name, None) for name in ("weight", "bias", *FACTORS))
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter, keeps_attributes
+from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter
+from lightning_lora.engine.layers.by_weight import by_weight
+from lightning_lora.engine.layers.cell import NOT_HIDDEN, Cell, Factors, OwnAdapters, copy_scaled
 from lightning_lora.engine.layers.pair import BIAS, AdapterSpec
+from lightning_lora.engine.layers.reads import keeps_attributes
 from lightning_lora.engine.torch_private import convolved, convolves_otherwise, output_padding, padded
 from lightning_lora.errors import AdapterStateError, TargetError
 
@@ -35,11 +38,21 @@ class Convolution(Adapter):
         return len(module.kernel_size)
 
     @classmethod
-    def computes_otherwise(cls, module: Any) -> bool:
-        """True if the class of `module` may do more than convolve with its weight and add its bias."""
-        own = type(module)
+    def check_variant(cls, module: Any, config: Any) -> None:
+        init = INITS[config.init]
+        if module.groups != 1 and (init.computes or init.gives != "Tensor"):
+            raise TargetError(
+                f"init={config.init!r} starts from the matrix of a layer, and a convolution with groups="
+                f"{module.groups} has no single matrix to which B A is added: leave it out with exclude_modules, or "
+                "choose init='kaiming'"
+            )
+
+    @classmethod
+    def way_for(cls, module: Any, reading: Any) -> type[Adapter]:
+        own: Any = type(module)
         known = next(parent for parent in own.__mro__ if parent in Adapter.geometries)
-        return convolves_otherwise(own, known)
+        geometry: Any = cls
+        return by_weight(geometry) if convolves_otherwise(own, known) else geometry
 
 
 class ConvLoRA(Convolution):
@@ -54,7 +67,18 @@ class ConvLoRA(Convolution):
     groups: int
 
     @classmethod
+    def way_for(cls, module: Any, reading: Any) -> type[Adapter]:
+        way = super().way_for(module, reading)
+        if way.lora_by_weight and module.groups != 1:
+            raise TargetError(
+                f"its class has a forward of its own, and with groups={module.groups} no weight of its shape can hold "
+                "the adapter: leave it out with exclude_modules"
+            )
+        return way
+
+    @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
+        super().check_variant(module, config)
         if config.use_dora and module.groups != 1:
             raise TargetError(
                 f"DoRA has no meaning for a convolution with groups={module.groups}: its adapter reads channels that "
@@ -146,6 +170,16 @@ class ConvLoRA(Convolution):
         return None if base.groups == 1 else (base.out_channels, base.in_channels, *base.kernel_size)
 
     @staticmethod
+    def inputs_of(module: Any, x: Tensor) -> Tensor:
+        # A convolution with one kernel for each number that the layer's kernels cover: it picks that number.
+        size = (module.in_channels, *module.kernel_size)
+        pick = torch.eye(math.prod(size), dtype=x.dtype, device=x.device).view(-1, *size)
+        x, padding = padded(module, x)
+        convolve: Any = (torch.conv1d, torch.conv2d, torch.conv3d)[len(module.kernel_size) - 1]
+        picked = convolve(x, pick, None, module.stride, padding, module.dilation)
+        return picked.movedim(-len(module.kernel_size) - 1, -1).reshape(-1, len(pick))
+
+    @staticmethod
     def matrix(module: Any, W: Tensor) -> Tensor:
         return W.flatten(1)
 
@@ -166,6 +200,59 @@ class Conv3dLoRA(ConvLoRA, adapts=nn.Conv3d):
     lora_convolve = staticmethod(torch.conv3d)
 
 
+class ConvCell(Cell, serves=ConvLoRA):
+    """nn.Conv1d, nn.Conv2d, nn.Conv3d. B is stored as a full matrix, with zeros between the base's groups."""
+
+    module: Any
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        self.channels_last = len(self.module.kernel_size)  # type: ignore[misc]
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        return (rank, self.module.in_channels, *self.module.kernel_size), (rank, self.out), (self.out,), (self.out,)
+
+    def is_batched(self, x: Tensor) -> bool:
+        return x.dim() == len(self.module.kernel_size) + 2
+
+    def has_rows_first(self, x: Tensor, count: int) -> bool:
+        return self.is_batched(x) and x.shape[0] == count and (count == 1 or self.hidden is NOT_HIDDEN)
+
+    def hides(self, x: Tensor, is_indexed: bool) -> str | None:
+        return self.hidden.always or (None if is_indexed else self.hidden.where_flat)
+
+    def doubt(self, x: Tensor) -> str | None:
+        return None
+
+    def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
+        rank, groups = A.shape[0], self.module.groups
+        self.A[slot, :rank].copy_(A)
+        wide, tall = rank // groups, self.out // groups
+        for group in range(groups):
+            inner = slice(group * wide, (group + 1) * wide)
+            outer = slice(group * tall, (group + 1) * tall)
+            copy_scaled(self.B[slot, inner, outer], B[outer].flatten(1).T, scale)
+
+    def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        A, B = factors
+        h = self._convolved(x if self.is_batched(x) else x[None], A)
+        return base + torch.einsum("nr...,ro->no...", h, B).view(base.shape)
+
+    def add_rows(self, base: Tensor, x: Tensor, rows: OwnAdapters) -> Tensor:
+        A, B = rows.factors(self, base.dtype)
+        # The rows become groups of channels of one image, so that each is convolved with its own A.
+        side = x.reshape(rows.count, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+        h = self._convolved(side, A.flatten(0, 1), groups=rows.count)
+        h = h.unflatten(1, (rows.count, -1)).transpose(0, 1)  # (rows, each, rank, *size)
+        return base + torch.einsum("ner...,nro->neo...", h, B).reshape(base.shape)
+
+    def _convolved(self, x: Tensor, A: Tensor, groups: int = 1) -> Tensor:
+        module = self.module
+        x, padding = padded(module, x)
+        h: Tensor = self.geometry.lora_convolve(x, A, None, module.stride, padding, module.dilation, groups)
+        return h
+
+
 # nn.ConvTranspose1d, 2d, 3d: A is a pointwise convolution to `rank` channels, B a transposed one like the base.
 
 
@@ -181,8 +268,9 @@ class ConvTransposeLoRA(Convolution):
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
+        super().check_variant(module, config)
         init = INITS[config.init]
-        if init.gives != "Tensor" or "C" in init.wants:
+        if init.gives != "Tensor" or init.reads("inputs"):
             raise TargetError(
                 f"init={config.init!r} starts from one matrix, and a transposed convolution has one for each position "
                 "of its kernel: choose init='kaiming', or leave it out with exclude_modules"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.layers.base import Adapter, without_autocast
+from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.pair import MAGNITUDE, Pair
-from lightning_lora.engine.weights import can_be_dense, fill, is_own, is_quantized, whole
+from lightning_lora.engine.weights import can_be_dense, fill, is_own, is_quantized, whole, without_autocast
 from lightning_lora.errors import TargetError
 
 

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_lora.engine.forwards import begins_as_an_input
+from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers.base import Adapter, has_own_forward
+from lightning_lora.engine.layers.cell import NOT_HIDDEN, Cell, Copied, Factors, OwnAdapters, copy_scaled
 from lightning_lora.engine.layers.pair import AdapterSpec
 from lightning_lora.errors import TargetError
 
@@ -38,6 +41,11 @@ class EmbeddingLoRA(Adapter, adapts=nn.Embedding):
     def check_variant(cls, module: Any, config: Any) -> None:
         if config.lora_bias:
             raise TargetError("lora_bias has no meaning for an embedding, which has no bias: leave one of the two out")
+        if INITS[config.init].reads("inputs", "gradients"):
+            raise TargetError(
+                f"init={config.init!r} measures layers that multiply their input, and an embedding looks up indices: "
+                "leave it out with exclude_modules"
+            )
 
     @staticmethod
     def shapes(module: nn.Embedding, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -60,6 +68,60 @@ class EmbeddingLoRA(Adapter, adapts=nn.Embedding):
         found = F.embedding(x, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
         update = F.linear(found, B)
         return scaled(update, self)
+
+
+class EmbeddingCell(Cell, serves=EmbeddingLoRA):
+    """nn.Embedding. A is stored transposed, as the base's table is: (vocabulary, rank)."""
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        size: int = self.geometry.shapes(self.module, rank)[0][1]
+        return (size, rank), (rank, self.out), (self.out,), (self.out,)
+
+    def is_batched(self, x: Tensor) -> bool:
+        return x.dim() > 0
+
+    def has_rows_first(self, x: Tensor, count: int) -> bool:
+        shape = x.shape
+        if not shape or shape[0] != count:
+            return False
+        return count == 1 or (self.hidden is NOT_HIDDEN and len(shape) > 1 and count not in shape[1:])
+
+    def doubt(self, x: Tensor) -> str | None:
+        # A learned table of positions gets (positions,), one of relative positions gets (positions, positions).
+        is_clear = x.dim() > 1 and x.shape[0] not in x.shape[1:]
+        if is_clear or begins_as_an_input(x, self.module, self.served):
+            return None
+        return (
+            "a learned table of positions gets inputs of that shape, too, and the model was not called with this "
+            "tensor itself. If it holds one entry for each row, say so with bank.rows_inside for this layer."
+        )
+
+    def store(self, slot: int, A: Tensor, B: Tensor, scale: float) -> None:
+        self.A[slot, :, : A.shape[0]].copy_(A.T)
+        copy_scaled(self.B[slot, : A.shape[0]], B.T, scale)
+
+    def one(self, slot: int, rank: int) -> Factors:
+        return self.A[slot, :, :rank], self.B[slot, :rank]
+
+    def many(self, index: Tensor, rank: int, copied: Copied) -> Factors:
+        return (copied(self.B[:, :rank], index),)  # add_rows reads only those rows of A that it looks up
+
+    def add_one(self, base: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        A, B = factors
+        return base + self._scaled(F.embedding(x, A) @ B)
+
+    def add_rows(self, base: Tensor, x: Tensor, rows: OwnAdapters) -> Tensor:
+        (B,) = rows.factors(self, base.dtype)
+        ids = x.reshape(rows.count, -1)
+        found = self.A[rows.index[:, None], ids, : B.shape[1]].to(B.dtype)  # (rows, positions, rank)
+        return base + self._scaled(torch.bmm(found, B)).view(base.shape)
+
+    def _scaled(self, update: Tensor) -> Tensor:
+        factor = getattr(self.module, "embed_scale", None)
+        return update if factor is None else (update * factor).to(update.dtype)
+
+    def _whole(self, slot: int) -> tuple[Tensor, Tensor]:
+        return self.A[slot].T, self.B[slot]
 
 
 def scaled(found: Tensor, module: Any) -> Tensor:

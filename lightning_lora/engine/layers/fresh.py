@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.inits import INITS, Factors, Init, kaiming
+from lightning_lora.engine.inits import INITS, MEASURES, Factors, Init, kaiming
 from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.dora import output_norms
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, MAGNITUDE, START, AdapterSpec
@@ -21,7 +21,7 @@ from lightning_lora.engine.weights import can_be_dense, dense, dtype_of, is_plai
 from lightning_lora.errors import ConfigError, DataError, TargetError, listed
 
 Measured = Mapping[str, Mapping[str, Tensor]]
-"""Measurements that some initialisers need: layer name -> letter (C, G or E; see inits.py) -> matrix."""
+"""Measurements that some initialisers need: layer name -> the measure's name (C, G or E; see inits.py) -> matrix."""
 
 
 class Recipe:
@@ -169,9 +169,10 @@ def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured)
     names = list(names)
     lacking = [name for name in names if not wants <= measured.get(name, {}).keys()]
     if lacking:
-        what, how = _MEASURED_BY[min(wants)]
+        measure = MEASURES[min(wants)]
+        how = "residuals(model, config, weight_of)" if measure.reads == "weights" else _CALIBRATE
         raise ConfigError(
-            f"init={config.init!r} starts from {what}, and `measured` has none for {listed(lacking)}. "
+            f"init={config.init!r} starts from {measure.words}, and `measured` has none for {listed(lacking)}. "
             f"LoRACallback measures them by itself; elsewhere, call inject(model, config, measured={how})."
         )
     broken = [name for name in names if not all(bool(measured[name][letter].isfinite().all()) for letter in wants)]
@@ -179,28 +180,14 @@ def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured)
         raise DataError(f"What was measured at {listed(broken)} is not finite: check the data and the loss.")
 
 
-_MEASURED_BY = {
-    "C": ("the inputs of each layer on some data", "calibrate(model, config, step, batches)"),
-    "E": ("the quantization errors of each weight", "residuals(model, config, weight_of)"),
-    "G": ("the gradients of each weight on some data", "calibrate(model, config, step, batches)"),
-}
+_CALIBRATE = "calibrate(model, config, step, batches)"
 
 
-def check_init(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig) -> None:
+def check_init(module: nn.Module, spec: AdapterSpec, config: LoRAConfig) -> None:
     """Raise TargetError if the initialiser or the scale cannot be used for `module`; called before any change."""
     init = INITS[config.init]
     if not abs(spec.scale) <= largest(torch.float32):
         raise TargetError(f"its scale is {spec.scale:.3g}, with which its update would overflow: lower alpha")
-    if getattr(module, "groups", 1) != 1 and (init.computes or init.gives != "Tensor"):
-        raise TargetError(
-            f"init={config.init!r} starts from the matrix of a layer, and a convolution with groups={module.groups} "
-            "has no single matrix to which B A is added: leave it out with exclude_modules, or choose init='kaiming'"
-        )
-    if geometry.draws_b and init.measures & {"C", "G"}:
-        raise TargetError(
-            f"init={config.init!r} measures layers that multiply their input, and an embedding looks up indices: leave "
-            "it out with exclude_modules"
-        )
     if "W" in init.wants and not all(can_be_dense(module._parameters.get(p)) for p in spec.parameters or ("weight",)):
         raise TargetError(
             f"init={config.init!r} starts from the layer's weight, which is stored in a way that is not known here: "

@@ -98,6 +98,30 @@ class Pair:
         return shape_of(weight) if weight is not None else (self.B.shape[0], self.A.shape[1])
 
 
+def as_blocks(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (n, r, in) and B (n, out, r) of a pair, for every geometry: n products B A, which change n blocks of a weight.
+
+    A stack of n matrices, such as experts, has `rank` ranks in each; n groups of a convolution share the `rank` ranks
+    of the pair; all others have one block."""
+    count = A.shape[0] // max(1, rank)
+    if count > 1:
+        return A.unflatten(0, (count, rank)), B.unflatten(1, (rank, count)).permute(2, 0, 1)
+    groups = rank // B.shape[1]
+    # A kernel counts as inputs of A, or, where the convolution is transposed, as outputs of B.
+    return A.flatten(1).unflatten(0, (groups, -1)), B.unflatten(0, (groups, -1)).movedim(2, -1).flatten(1, -2)
+
+
+def from_blocks(A: Tensor, B: Tensor, like_A: Tensor, like_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Undo `as_blocks`, maybe with more or fewer ranks in each block: A and B laid out as `like_A` and `like_B` are,
+    which have `rank` ranks."""
+    is_stack = like_A.shape[0] > rank
+    if is_stack:
+        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    kernel = like_B.shape[2:]
+    B = B.unflatten(1, (-1, *kernel)).movedim(-1, 2).flatten(0, 1)
+    return A.flatten(0, 1).reshape(-1, *like_A.shape[1:]), B
+
+
 def kept_ranks(spec: AdapterSpec, A: Tensor, dim: int = 0) -> Tensor:
     """Draw this forward's dropout of ranks: a factor for each row of A, 0 if the row is dropped, else above 1 so that
     the mean is 1. `dim` is the dimension of A that counts its rows (1 for a stack of matrices)."""

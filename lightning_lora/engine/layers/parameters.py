@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.layers.base import Adapter, without_autocast
+from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.by_weight import kept_columns
 from lightning_lora.engine.layers.frozen import FlatWeights, lay_flat
 from lightning_lora.engine.layers.pair import MAGNITUDE, START, AdapterSpec, Pair, kept_ranks
 from lightning_lora.engine.torch_private import flat_weights
-from lightning_lora.engine.weights import is_plain
+from lightning_lora.engine.weights import is_plain, without_autocast
 from lightning_lora.errors import AdapterStateError, TargetError
 
 
@@ -53,7 +53,7 @@ class ParameterLoRA(Adapter):
             raise TargetError(
                 "lora_bias has no meaning for a parameter, which has no output of its own: leave one of the two out"
             )
-        if "C" in INITS[config.init].wants:
+        if INITS[config.init].reads("inputs"):
             raise TargetError(
                 f"init={config.init!r} measures the inputs of a layer, and the inputs of a parameter are not known: "
                 "choose another init, or leave the parameter out"

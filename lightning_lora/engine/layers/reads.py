@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import sys
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.frozen import original
-from lightning_lora.engine.layers.pair import BIAS, AdapterSpec
+from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec
 from lightning_lora.engine.reads import show
 from lightning_lora.engine.torch_private import version
 from lightning_lora.engine.weights import dense, is_plain, is_wrapper
@@ -38,6 +38,26 @@ def _handles_parameters() -> bool:
 
 _HANDLERS = ("torch.distributed.", "accelerate.", "deepspeed.", "safetensors.")
 _GET_PARAMETER = nn.Module.get_parameter.__code__
+
+
+class Reading(NamedTuple):
+    """How a parent module uses a child of a given name."""
+
+    weight_alone: bool
+    """True if the parent has a fast path that uses the child's weight without calling the child."""
+    at_times: bool
+    """True if the parent may never call the child, an ordinary Linear, and reads its weight instead."""
+    besides: bool
+    """True if the parent, where the child is a convolution, sometimes calls it and sometimes reads its weight."""
+
+
+def keeps_attributes(cls: Any) -> bool:
+    """False if a class that was put in front after the swap hides weight, bias, A or B: a parametrization's class does,
+    FSDP2's does not."""
+    swapped = next((parent for parent in cls.__mro__ if "base_class" in parent.__dict__), cls)
+    if swapped is cls:
+        return True
+    return all(getattr(cls, name, None) is getattr(swapped, name, None) for name in ("weight", "bias", *FACTORS))
 
 
 class Reads(_Host):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -215,14 +215,19 @@ def refuse(problems: list[str]) -> None:
 
 
 def unclear(parts: Parts) -> list[str]:
-    """The problem that alpha_pattern is ambiguous, if it is. PEFT sorts the patterns that it saves. If the ranks show
-    that this changed their order, and entries of alpha_pattern disagree, the alphas are not known."""
-    if not (parts.repaired and parts.ambiguous):
+    """The problem that alpha_pattern is ambiguous, if it is."""
+    return unclear_alphas(parts.repaired, parts.ambiguous)
+
+
+def unclear_alphas(repaired: Sequence[str], ambiguous: Sequence[str]) -> list[str]:
+    """As `unclear`, of modules as they are in `Parts`. PEFT sorts the patterns that it saves. If the ranks show that
+    this changed their order, and entries of alpha_pattern disagree, the alphas are not known."""
+    if not (repaired and ambiguous):
         return []
     return [
-        f"its patterns were saved in another order than they were trained in (the rank of {parts.repaired[0]!r} shows "
-        f"it), so which entry of alpha_pattern was meant for {listed(map(repr, parts.ambiguous))} is not known: "
-        f"correct alpha_pattern in {CONFIG} by hand"
+        f"its patterns were saved in another order than they were trained in (the rank of {repaired[0]!r} shows it), "
+        f"so which entry of alpha_pattern was meant for {listed(map(repr, ambiguous))} is not known: correct "
+        f"alpha_pattern in {CONFIG} by hand"
     ]
 
 

@@ -41,6 +41,7 @@ from lightning_lora.hub.format.parts import Parts, magnitude_key, parts_of
 from lightning_lora.hub.format.reading import CARD, CONFIG
 from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.hub.written import check_written
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def export_adapter(
     """
     row = consumer_called(consumer)
     target = local_path(folder)
-    dtype = _dtype(dtype)
+    dtype = dtype_called(dtype)
     _check_numbers(rank, max_rank, tolerance)
     source = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
     if target.exists() and source.exists() and os.path.samefile(source, target):
@@ -169,11 +170,12 @@ def export_adapter(
         what = f"{adapter} cannot be exported for {row.title}"
         raise AdapterFormatError(f"{what}: {str(error).rstrip('.')}. Nothing was written.") from error
     write_adapter(target, config, tensors, parts.note, _card(source, config, parts, tensors, row))
+    check_written(target, {"": parts}, {"": 1.0}, {name: m.error * m.size for name, m in report.modules.items()})
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (source, target)]
     return replace(report, size_before=sizes[0], size=sizes[1], size_merged=size_of(base))
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_called(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype  # type: ignore[return-value]
     return DTYPES[one_of("dtype", dtype, DTYPES)]
@@ -265,8 +267,7 @@ def _for_server(
 
 
 def _cut(name: str, s: Spectrum, row: Consumer, rank: int | None, most: float, tolerance: float) -> int:
-    wanted = s.rank_for(tolerance) if rank is None else rank
-    return int(min(wanted, most, len(s.S)))
+    return int(min(s.rank_for(tolerance) if rank is None else rank, most, len(s.S)))
 
 
 def _ranks(own: Mapping[str, int], row: Consumer, rank: int | None, most: float) -> dict[str, int]:

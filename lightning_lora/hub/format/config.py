@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.config import exact_pattern, usual
 from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,9 @@ _WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
     "merge_weights": (bool,),
 }
 
+# Fields whose feature is used, with its default settings, where they are {}.
+_USED_IF_EMPTY = ("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config")
+
 # Initialisers that change the weights of the base: PEFT changes them again when it loads such an adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -158,7 +161,7 @@ def from_peft(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoR
             if not (_is_empty(value) or key in ignore_fields):
                 raise AdapterFormatError(_unknown(key, value, where))
             passed_over.append(f"{key} ({_shown(value)})")
-        elif value:
+        elif value or (value == {} and key in _USED_IF_EMPTY):
             raise AdapterFormatError(
                 f"{where}: {key} is {value!r}. That changes what the adapter computes, and is not supported here. PEFT "
                 "loads it; its merge_and_unload() makes a plain model of the two."
@@ -240,7 +243,8 @@ def _config(data: Mapping[str, Any], where: str) -> LoRAConfig:
     values = {"rank": _DEFAULTS["r"], "alpha": _DEFAULTS["lora_alpha"]}
     for key, value in ((key, data[key]) for key in _OURS if key in data):
         # PEFT reads an absent value and an empty one alike, and null as false.
-        is_empty = value is None or (not value and isinstance(value, (str, list, dict)))
+        # But of layers_to_transform, "" and {} would mean no layer.
+        is_empty = value is None or value == [] or (value in ("", {}) and key != "layers_to_transform")
         if is_empty and (_DEFAULTS[key] is None or isinstance(_DEFAULTS[key], dict)):
             continue
         if value is None and _DEFAULTS[key] is False:
@@ -277,8 +281,8 @@ def to_peft(
 ) -> dict[str, Any]:
     """The fields of an `adapter_config.json`, sorted. `ranks` and `alphas` have an entry for each module and parameter
     that PEFT wraps."""
-    rank = _usual(config.rank, ranks)
-    alpha = _usual(config.alpha, alphas)
+    rank = usual(config.rank, ranks)
+    alpha = usual(config.alpha, alphas)
     return dict(
         sorted(
             {
@@ -306,17 +310,5 @@ def to_peft(
     )
 
 
-def _usual(default: Any, values: Mapping[str, Any]) -> Any:
-    """`default` if some module has it, else the most common value: consumers that ignore patterns read only this."""
-    if not values or default in values.values():
-        return default
-    return Counter(values.values()).most_common(1)[0][0]
-
-
 def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
-
-
-def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A rank or alpha pattern that gives every module of `values` its value, whatever order its entries are read in."""
-    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}

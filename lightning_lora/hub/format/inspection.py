@@ -186,9 +186,11 @@ def check_config(data: Any, where: str, ignore_fields: Collection[str] = ()) -> 
     rank = min([config.rank, *config.rank_pattern.values()])
     scale = largest / (math.sqrt(rank) if config.use_rslora else rank)
     if scale > LARGEST_SCALE:
+        of_alpha = "lora_alpha" if largest == config.alpha else "the largest alpha in alpha_pattern"
+        of_rank = "r" if rank == config.rank else "the smallest rank in rank_pattern"
         raise AdapterFormatError(
-            f"{where}: lora_alpha is {largest:g} and r is {rank}, so the update would be multiplied by {scale:g}. "
-            f"More than {LARGEST_SCALE:g} is no adapter that was trained."
+            f"{where}: {of_alpha} is {largest:g} and {of_rank} is {rank}, so the update would be multiplied by "
+            f"{scale:g}. More than {LARGEST_SCALE:g} is no adapter that was trained."
         )
     return config
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.layers import AdapterSpec
+from lightning_lora.engine.config import exact_pattern
+from lightning_lora.engine.layers import AdapterSpec, geometry_of
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.merge import output_embeddings
 from lightning_lora.engine.plain_names import with_plain_names, without_wrappers
@@ -23,7 +24,7 @@ from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.config import exact_pattern, with_own_fields
+from lightning_lora.hub.format.config import with_own_fields
 from lightning_lora.hub.format.layout import (
     Adapted,
     Layout,
@@ -233,6 +234,7 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
     saved = [n for n in modules if n and config.modules_to_save and peft.ends_with(config.modules_to_save, n)]
     inside = {id(m) for name in saved for m in modules[name].modules()}
     candidates = [n for n, m in modules.items() if id(m) not in inside]
+    adaptable = [n for n in candidates if geometry_of(type(modules[n]))]  # an entry for others excludes nothing
     entries = [e for e in config.modules_to_save or () if any(name_matches([e], n) for n in modules)]
     excluded, targets = config.exclude_modules, config.target_modules
     parameters = [e for e in config.target_parameters or () if _names_a_parameter(e, modules)]
@@ -252,7 +254,7 @@ def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
         target_modules=targets,
         target_parameters=parameters or config.target_parameters,
         trainable_token_indices=_rows(config.trainable_token_indices, modules),
-        exclude_modules=None if excluded is None else _matching(excluded, candidates),
+        exclude_modules=None if excluded is None else _matching(excluded, adaptable),
         # The file's entries stay if they mean the same to the engine, which requires a dot before an entry.
         modules_to_save=entries if entries and all(name_matches(entries, n) for n in saved) else saved or None,
         rank_pattern={},

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine.config import exact_pattern
 from lightning_lora.engine.layers import geometry_of
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.config import exact_pattern
 from lightning_lora.hub.format.peft import exact_targets
 from lightning_lora.hub.format.reading import Header
 from lightning_lora.hub.hub_private import conversions, old_prefixes, renamed

@@ -16,7 +16,7 @@ from lightning_lora.engine.config import pattern_matches, scale_of
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.inspection import check_config, check_header, config_in
-from lightning_lora.hub.format.reading import CONFIG, TENSORS, check_folder, open_tensors
+from lightning_lora.hub.format.reading import CONFIG, TENSORS, Header, check_folder, open_tensors
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,34 @@ def magnitude_key(key_of_A: str) -> str:
     return f"{key_of_A[: key_of_A.rindex('lora_')]}lora_magnitude_vector"
 
 
-def parts_of(folder: Path, ignore_fields: Collection[str] = ()) -> Parts:
+def parts_of(folder: Path, ignore_fields: Collection[str] = (), *, to_look_at: bool = False) -> Parts:
     """Read and check the adapter in `folder`.
 
     Raises AdapterFormatError for a folder that is no adapter, is damaged, holds values that are not finite, does not
-    fit its own config, or uses a variant of LoRA that cannot be read here.
+    fit its own config, or uses a variant of LoRA that cannot be read here. With `to_look_at` the pairs are all that is
+    wanted, and variants are read too whose other tensors cannot be rewritten: a bias of B, tokens, aLoRA.
     """
     check_folder(folder)
     where = str(folder / TENSORS)
-    config, data = _config(folder, ignore_fields)
+    config, data = _config(folder, ignore_fields, to_look_at)
+    tensors, header, renamed = tensors_in(folder, config)
+    pairs = _pairs(tensors, config, bool(data.get("use_dora")), where)
+    saved: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    base: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = peft.base_name(key)
+        kind = saved if _is_inside(name, config) else biases if _is_bias(name, config) else base
+        kind[key] = tensor
+    repaired = repaired_in({name: pair.rank for name, pair in pairs.items()}, config, where)
+    return Parts(config, data, pairs, saved, biases, base, header.note, repaired, ambiguous_in(pairs, config), renamed)
+
+
+def tensors_in(folder: Path, config: LoRAConfig) -> tuple[dict[str, Tensor], Header, int]:
+    """The tensors of the adapter in `folder`, by PEFT's keys without what some writers leave in them; the header of
+    their file; and the number of keys that were not plain. Raises AdapterFormatError for what `config` does not
+    explain, and for values that are not finite."""
+    where = str(folder / TENSORS)
     tensors: dict[str, Tensor] = {}
     renamed, doubled, broken = 0, [], []
     with open_tensors(folder) as file:
@@ -112,29 +131,33 @@ def parts_of(folder: Path, ignore_fields: Collection[str] = ()) -> Parts:
             tensors[plain] = file[key]
             if tensors[plain].is_floating_point() and not bool(torch.isfinite(tensors[plain]).all()):
                 broken.append(key)
-        note = file.header.note
     if doubled:
         raise AdapterFormatError(f"{where} holds {listed(doubled)} twice, under keys that mean the same.")
     if broken:
         raise AdapterFormatError(f"{where} holds values that are not finite, in {listed(broken)}.")
-    pairs = _pairs(tensors, config, bool(data.get("use_dora")), where)
-    saved: dict[str, Tensor] = {}
-    biases: dict[str, Tensor] = {}
-    base: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = peft.base_name(key)
-        kind = saved if _is_inside(name, config) else biases if _is_bias(name, config) else base
-        kind[key] = tensor
-    repaired = tuple(name for name, pair in pairs.items() if config.rank_of(name) != pair.rank)
+    return tensors, file.header, renamed
+
+
+def names_of(name: str, adapted: Collection[str]) -> tuple[str, ...]:
+    """The names by which patterns match the module called `name`. For the out_proj of an nn.MultiheadAttention that is
+    adapted, PEFT takes what it takes for the attention."""
+    parent, _, last = name.rpartition(".")
+    return (name, parent) if last == "out_proj" and parent in adapted else (name,)
+
+
+def repaired_in(ranks: Mapping[str, int], config: LoRAConfig, where: str) -> tuple[str, ...]:
+    """The modules that have another rank than the config's patterns give, which PEFT sorts. Raises AdapterFormatError
+    where there is no pattern that may have been sorted."""
+    repaired = tuple(name for name, rank in ranks.items() if config.rank_of(*names_of(name, ranks)) != rank)
     if repaired and not config.rank_pattern:
         name = repaired[0]
         raise AdapterFormatError(
-            f"{where} does not fit its {CONFIG}: r is {config.rank}, and {name!r} has rank {pairs[name].rank}."
+            f"{where} does not fit its {CONFIG}: r is {config.rank}, and {name!r} has rank {ranks[name]}."
         )
-    return Parts(config, data, pairs, saved, biases, base, note, repaired, _ambiguous(config, pairs), renamed)
+    return repaired
 
 
-def _config(folder: Path, ignore_fields: Collection[str]) -> tuple[LoRAConfig, Mapping[str, Any]]:
+def _config(folder: Path, ignore_fields: Collection[str], to_look_at: bool) -> tuple[LoRAConfig, Mapping[str, Any]]:
     """The config in `folder`, and the fields of its file. A config with DoRA is read as one without, since DoRA changes
     neither A nor B."""
     data = config_in(folder)
@@ -143,6 +166,13 @@ def _config(folder: Path, ignore_fields: Collection[str]) -> tuple[LoRAConfig, M
         raise AdapterFormatError(f"{folder / CONFIG}: use_dora is {data['use_dora']!r}, not true or false.")
     plain = {**data, "use_dora": False} if is_dora else data
     config = check_config(plain, str(folder / CONFIG), ignore_fields)
+    if to_look_at:
+        if config.target_parameters:
+            raise AdapterFormatError(
+                f"{folder / CONFIG}: target_parameters is {data['target_parameters']!r}. Which parameters the pairs in "
+                "the file belong to shows only beside the model: load the adapter onto it, and inspect the model."
+            )
+        return config, data
     for field in ("lora_bias", "target_parameters", "trainable_token_indices"):
         if getattr(config, field):
             raise AdapterFormatError(
@@ -178,7 +208,7 @@ def _pairs(tensors: dict[str, Tensor], config: LoRAConfig, use_dora: bool, where
         elif use_dora != (magnitude is not None):
             problems.append(f"{name}: use_dora is {use_dora}, and a magnitude is {'missing' if use_dora else 'there'}")
         else:
-            alpha = config.alpha_of(name)
+            alpha = config.alpha_of(*names_of(name, wrapped))
             scale = scale_of(alpha, A.shape[0], rank_stabilised=config.use_rslora)
             pairs[name] = Pair(A, B, alpha, scale, magnitude, is_embedding)
     if problems:
@@ -200,8 +230,10 @@ def _is_bias(name: str, config: LoRAConfig) -> bool:
     return config.bias != "none" and name.endswith("bias")
 
 
-def _ambiguous(config: LoRAConfig, pairs: Mapping[str, Pair]) -> tuple[str, ...]:
+def ambiguous_in(names: Collection[str], config: LoRAConfig) -> tuple[str, ...]:
+    """The modules among `names` for which entries of alpha_pattern disagree."""
+
     def alphas(name: str) -> set[float]:
         return {alpha for entry, alpha in config.alpha_pattern.items() if pattern_matches(entry, name)}
 
-    return tuple(name for name in pairs if len(alphas(name)) > 1)
+    return tuple(name for name in names if len(alphas(name)) > 1)

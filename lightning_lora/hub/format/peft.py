@@ -83,7 +83,7 @@ def _expanded(module: str, wrapped: Collection[str], parameters: Mapping[str, Se
 
 
 _LEFT_IN = (
-    (re.compile(r"\.(lora_(?:embedding_)?[AB])\.default(?=\.|$)"), r".\1"),
+    (re.compile(r"\.(lora_(?:embedding_)?[AB])\.default(?=(?:\.(?:weight|bias))?$)"), r".\1"),
     (re.compile(r"\.trainable_tokens_delta\.default$"), ".trainable_tokens_delta"),
     (re.compile(rf"\.{MAGNITUDE}(?:\.default)?(?:\.weight)?$"), f".{MAGNITUDE}"),
     (re.compile(r"\.modules_to_save(?:\.default)?\."), "."),

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ class Header:
     floating: dict[str, bool]
     note: dict[str, Any]
     """Our own data, empty where somebody else wrote the file."""
+    others: dict[str, str] = field(default_factory=dict)
+    """The entries of the file's metadata that others made."""
 
 
 class _Converted(dict[str, Tensor]):
@@ -294,4 +296,5 @@ def _header(tensors: MappedTensors, path: Path) -> Header:
         note = None
     if not isinstance(note, dict) or not all(isinstance(note.get(k, ""), str) for k in ("module", "base_fingerprint")):
         raise AdapterFormatError(f"{path}: the entry {NOTE!r} of its metadata is not what this package writes there.")
-    return Header(shapes, floating, note)
+    others = {key: value for key, value in tensors.metadata.items() if key not in ("format", NOTE)}
+    return Header(shapes, floating, note, others)

@@ -12,9 +12,8 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorWithFlattening
 
 from lightning_lora.errors import ConfigError, DataError, closest, listed
-from lightning_lora.recipes.data.base import SourceData
+from lightning_lora.recipes.data.base import PadPacked, PadRows, SourceData
 from lightning_lora.recipes.data.chat import ChatEncoder, template_of
-from lightning_lora.recipes.data.collate import PadPacked, PadRows
 from lightning_lora.recipes.data.shapes import Shape, shape_of
 from lightning_lora.recipes.data.source import Source
 from lightning_lora.recipes.data.text import Prompts

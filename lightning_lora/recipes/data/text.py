@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.errors import ConfigError, DataError
-from lightning_lora.recipes.data.base import SourceData
-from lightning_lora.recipes.data.collate import PadRows
+from lightning_lora.recipes.data.base import PadRows, SourceData
 from lightning_lora.recipes.data.source import Source, require_columns
 from lightning_lora.recipes.models import ModelSource
 

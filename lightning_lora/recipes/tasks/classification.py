@@ -133,3 +133,22 @@ class Classification(Task):
         if len(names) < 2 or len(set(names)) < len(names):
             raise ConfigError(f"A classifier needs two or more labels that differ; these are {names}.")
         return names
+
+
+class ImageClassification(Classification):
+    """Train an image classifier; batches have `pixel_values` (rows, channels, height, width). See `Classification`."""
+
+    auto_class = "AutoModelForImageClassification"
+
+
+class SequenceClassification(Classification):
+    """Train a text classifier on a transformers encoder or decoder. See `Classification`."""
+
+    task_type = "SEQ_CLS"
+    auto_class = "AutoModelForSequenceClassification"
+
+    def build_model(self) -> PreTrainedModel:
+        model = super().build_model()
+        # Decoders classify by the last token that is not padding, so they must know the data's padding token.
+        model.config.get_text_config().pad_token_id = self.source.tokenizer().pad_token_id or 0
+        return model

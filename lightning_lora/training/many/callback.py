@@ -81,8 +81,6 @@ class MultiLoRACallback(LoRACallback):
         self._steps: Steps | None = None
         self._loaded: dict[str, Any] = {}
         self._final: dict[str, Path] = {}
-        self.reason: str | None = None
-        """Why the adapters train in one forward each, where that was not asked for."""
 
     def __repr__(self) -> str:
         return f"MultiLoRACallback({list(self._members)})"
@@ -96,6 +94,17 @@ class MultiLoRACallback(LoRACallback):
     def metrics(self) -> dict[str, dict[str, float]]:
         """Adapter -> metric -> its latest value in validation."""
         return {} if self._pack is None else {name: dict(own) for name, own in self._pack.metrics.items()}
+
+    @property
+    def reason(self) -> str | None:
+        """Why the adapters train in one forward each, as a sentence, where that was not asked for; None where it was,
+        or where they share forwards."""
+        return None if self._steps is None else self._steps.reason
+
+    @property
+    def wave(self) -> int | None:
+        """The number of adapters in one forward; None until it is chosen."""
+        return None if self._steps is None or self._steps.waves is None else self._steps.waves.chosen
 
     @property
     def stopped(self) -> tuple[str, ...]:
@@ -174,7 +183,7 @@ class MultiLoRACallback(LoRACallback):
     def _is_adapted(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._is_adapted(trainer, pl_module)
         assert self._pack is not None
-        self._steps = Steps(self._pack, trainer, log_every_n_steps=self._every)
+        self._steps = Steps(self._pack, trainer, log_every_n_steps=self._every, wave=self._wave)
         attach_pack(trainer.strategy, self._pack, self._steps)
         for loop in (trainer.validate_loop, trainer.test_loop):
             evaluate_each(loop, self._pack)
@@ -201,6 +210,7 @@ class MultiLoRACallback(LoRACallback):
             stopped = self._loaded["stopped"]
             self._pack.active[:] = [name for name in self._members if name not in stopped]
             self._pack.metrics = {name: dict(own) for name, own in self._loaded["metrics"].items()}
+            self._steps_of_run().known = self._loaded["wave"]
             self._loaded = {}
         with self._pack.several.all_shown():  # an exact resumption needs the gradients of all
             super().on_train_start(trainer, pl_module)
@@ -215,8 +225,8 @@ class MultiLoRACallback(LoRACallback):
             self._final = {name: folder / name for name in self._members}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "stopped": list(self.stopped), "metrics": self.metrics}
+        return {**super().state_dict(), "stopped": list(self.stopped), "metrics": self.metrics, "wave": self.wave}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._loaded = {key: state_dict[key] for key in ("stopped", "metrics")}
+        self._loaded = {key: state_dict[key] for key in ("stopped", "metrics", "wave")}

@@ -8,19 +8,28 @@ and all hooks are Lightning's own.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torchmetrics import Metric
 
-from lightning_lora.engine import torch_private
+from lightning_lora.engine.packed import Rows
+from lightning_lora.engine.several import PACK
 from lightning_lora.errors import TrainingError
+from lightning_lora.training.calibrate import silent
 from lightning_lora.training.lightning_private import batches_that_stepped, live_callback_metrics
+from lightning_lora.training.many.batches import amount_of, repeated, rows_of
+from lightning_lora.training.many.draws import common_draws
+from lightning_lora.training.many.guard import judged
+from lightning_lora.training.many.logs import Logs
 from lightning_lora.training.many.optimizing import only
-from lightning_lora.training.run_state import RandomState, random_state, set_random_state
+from lightning_lora.training.many.state import Counters, StateOfStep
+from lightning_lora.training.many.waves import Waves, kept_bytes, that_fit
+from lightning_lora.training.torchmetrics_private import metric_state, put_metric_state
 
 if TYPE_CHECKING:
     from lightning_lora.training.many.pack import Pack
@@ -31,8 +40,16 @@ Step = Callable[..., Any]
 class Steps:
     """Runs the training steps of a pack."""
 
-    def __init__(self, pack: Pack, trainer: Any, *, log_every_n_steps: int) -> None:
-        self.pack, self.trainer, self.every = pack, trainer, log_every_n_steps
+    def __init__(self, pack: Pack, trainer: Any, *, log_every_n_steps: int, wave: int | None = None) -> None:
+        self.pack, self.trainer, self.every, self.asked = pack, trainer, log_every_n_steps, wave
+        self.reason: str | None = None
+        """Why the adapters train in one forward each, where that was not asked for."""
+        self.waves: Waves | None = None
+        """The sizes of waves; None before the first step."""
+        self.known: int | None = None
+        """The size that the run which this one goes on from has chosen."""
+        self._is_mean = True
+        self._rows = Rows()
 
     @property
     def module(self) -> Any:
@@ -40,54 +57,201 @@ class Steps:
 
     def run(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What Lightning gets from training_step; `step` calls the module's."""
+        pack, batch = self.pack, args[0] if args else None
+        if not pack.active:
+            return None
         if not self.module.automatic_optimization:
+            self._one_each("the module takes its steps by itself (manual optimization)", args)
             return self._manual(step, args, kwargs)
-        logs, losses, outputs = Logs(self.module), [], []
+        if len(pack.members) > 1 and isinstance(batch, Mapping) and set(batch) == set(pack.members):
+            self._one_each("each adapter has data of its own", args)
+            return self._train([(name,) for name in pack.active], step, args, kwargs, own_data=True)
+        if self.waves is None:
+            self._choose(step, args, kwargs)
+        rows = rows_of(batch)
+        assert self.waves is not None
+        if rows is None or self.waves.chosen == 1 or len(pack.active) == 1:
+            return self._train([(name,) for name in pack.active], step, args, kwargs)
+        was_chosen = self.waves.chosen
+        with self.waves.step(self.module.device, amount_of(batch)) as size:
+            # Adapters of one rank side by side: their products are one.
+            order = sorted(pack.active, key=lambda name: pack.members[name].config.rank)
+            waves = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
+            output = self._train(waves, step, args, kwargs)
+        if was_chosen is None and self.waves.chosen is not None:
+            rank_zero_info(
+                f"{len(order)} adapters train in waves of {self.waves.chosen}. Time of a step, beside one forward for "
+                f"each: {self.waves}."
+            )
+        return output
+
+    def _one_each(self, reason: str, args: tuple[Any, ...]) -> None:
+        """Train in one forward for each adapter, and say why, once. Raises TrainingError where waves were asked for."""
+        if self.waves is None or self.waves.chosen != 1:
+            self.waves = Waves(1, 1)
+            if self.asked == 1 or len(self.pack.members) == 1:
+                return
+            if self.asked is not None:
+                raise TrainingError(
+                    f"wave={self.asked} is not possible, since {reason}. Leave wave out, or set wave=1."
+                )
+            self.reason = f"The adapters train in one forward each, since {reason}."
+            rank_zero_info(self.reason)
+
+    def _choose(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """On the first batch, find out whether adapters may share a forward, and how many fit."""
+        pack, names = self.pack, list(self.pack.members)
+        if self.asked == 1 or len(names) == 1:
+            self.waves = Waves(1, 1)
+            return
+        if rows_of(args[0] if args else None) is None:
+            self._one_each("the batch has no tensors with rows", args)
+            return
+        if (reason := pack.several.pack(self._rows)) is not None:
+            self._one_each(reason, args)
+            return
+        two, kept = (names[0], names[1]), 0
+        state = StateOfStep(pack, self.module)
+
+        def alone(name: str) -> list[Tensor]:
+            nonlocal kept
+            with kept_bytes(self.module) as count:
+                found = gradients((name,))[name]
+            kept = max(kept, count[0])
+            return found
+
+        def gradients(wave: tuple[str, ...]) -> dict[str, list[Tensor]]:
+            state.put_back()
+            _, loss, found = self._wave(wave, step, args, kwargs, factor=1)
+            if loss is None:
+                raise ValueError("training_step returns no loss")
+            state.note(wave[0])
+            return {
+                n: [torch.zeros_like(p) if g is None else g for p, g in zip(pack.parameters[n], found[n])] for n in wave
+            }
+
+        narrow = "16" in str(self.trainer.precision) or any(p.dtype.itemsize < 4 for p in self.module.parameters())
+        with silent(self.module):
+            self._is_mean, reason = judged(
+                pack.several, two, alone, lambda: list(gradients(two).values()), is_narrow=narrow
+            )
+        state.put_back()
+        if reason is not None:
+            self._one_each(reason, args)
+            return
+        most = that_fit(kept, self.module.device)
+        if self.asked is not None and min(self.asked, len(names)) > most:
+            raise TrainingError(
+                f"wave={self.asked} needs about {self.asked * kept / 2**30:.1f} GiB for the backward pass of one "
+                f"forward, and {most} adapters fit into half of the memory that is free: set wave={most}, or leave it "
+                "out."
+            )
+        self.waves = Waves(len(names), most)
+        if self.asked is not None or self.known is not None:
+            self.waves.chosen = min(self.asked or self.known or 1, len(names))
+
+    def _train(
+        self,
+        waves: list[tuple[str, ...]],
+        step: Step,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        own_data: bool = False,
+    ) -> Any:
+        """The step of all adapters, one wave after the other."""
+        logs, state, output = Logs(self.module), StateOfStep(self.pack, self.module), None
+        losses: list[Tensor] = []
         parameters: list[Tensor] = []
         gradients: list[Tensor | None] = []
-        state = StateOfStep(self.pack, self.module)
-        for name in self.pack.active:
+        for wave in waves:
             state.put_back()
-            with self.pack.several.using(name), logs.caught(name):
-                output = step(*args, **kwargs)
-                outputs.append(output)
-                loss = output.get("loss") if isinstance(output, Mapping) else output
-                if loss is not None:
-                    losses.append(loss.detach())
-                    own = self.pack.parameters[name]
-                    gradients += self._gradients(loss, own)
-                    parameters += own
-                    logs.loss(name, losses[-1])
-            state.note(name)
+            given = (args[0][wave[0]], *args[1:]) if own_data else args
+            with logs.caught(wave):
+                output, loss, found = self._wave(wave, step, given, kwargs, factor=len(wave) if self._is_mean else 1)
+            if loss is not None:
+                own_loss = loss if self._is_mean else loss / len(wave)
+                logs.loss(wave, own_loss, of=loss)
+                losses += [own_loss] * len(wave)
+            for name, own in found.items():
+                parameters += self.pack.parameters[name]
+                gradients += own
+            state.note(wave[0], is_alone=len(waves) == 1 or own_data)
         state.end()
-        self._log(logs)
+        if self._logs_now():
+            if any(len(wave) > 1 for wave in waves):
+                self._log(self._each_alone(step, args, kwargs, state))
+            else:
+                self._log(logs)
+        logs.give_means()
         if not losses:
-            return outputs[-1]
+            return output
         mean = torch.stack([loss.float() for loss in losses]).mean().to(losses[0].dtype)
         total = _Known.apply(mean, gradients, *parameters)
-        return {**outputs[-1], "loss": total} if isinstance(outputs[-1], Mapping) else total
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
 
-    def _gradients(self, loss: Tensor, own: list[Tensor]) -> list[Tensor | None]:
-        """The gradients of an adapter's own loss, by the module's own backward; its `.grad` stays as it is."""
-        held = [p.grad for p in own]
-        for p in own:
+    def _wave(
+        self, wave: tuple[str, ...], step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any], factor: float
+    ) -> tuple[Any, Tensor | None, dict[str, list[Tensor | None]]]:
+        """One forward and backward pass for the adapters of `wave`: what training_step returns, its loss, and the
+        gradients of each adapter, of `factor` times the loss. Gradients that are there already stay as they are."""
+        own = {name: self.pack.parameters[name] for name in wave}
+        held = [(p, p.grad) for of in own.values() for p in of]
+        for p, _ in held:
             p.grad = None
         try:
-            self.trainer.precision_plugin.backward(loss, self.module, None)
-            return [p.grad for p in own]
+            with self._using(wave, args) as given:
+                output = step(*given, **kwargs)
+                loss = output.get("loss") if isinstance(output, Mapping) else output
+                if loss is None:
+                    return output, None, {}
+                # The loss is scaled, and not the gradients of A and B: in 16 bits that rounds less.
+                scaled = loss if factor == 1 else loss * factor
+                self.trainer.precision_plugin.backward(scaled, self.module, None)
+            return output, loss.detach(), {name: [p.grad for p in of] for name, of in own.items()}
         finally:
-            for p, grad in zip(own, held):
+            for p, grad in held:
                 p.grad = grad
+
+    @contextmanager
+    def _using(self, wave: tuple[str, ...], args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        """Inside, the model has the adapters of `wave`, also in its backward pass, which may run forwards again. Gives
+        the arguments of training_step."""
+        if len(wave) == 1:
+            with self.pack.several.using(wave[0]):
+                yield args
+            return
+        rows = rows_of(args[0])
+        assert rows is not None
+        self._rows.names, self._rows.each = wave, rows
+        with self.pack.several.using(PACK), common_draws(len(wave), rows) as self._rows.own_draws:
+            yield (repeated(args[0], len(wave), rows), *args[1:])
+
+    def _each_alone(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: StateOfStep) -> Logs:
+        """What training_step logs with each adapter alone, on this batch, from the same state."""
+        logs = Logs(self.module)
+        metrics = [(m, metric_state(m)) for m in self.module.modules() if isinstance(m, Metric)]
+        with torch.no_grad():
+            for name in self.pack.active:
+                state.put_back()
+                with logs.caught((name,)), self.pack.several.using(name):
+                    output = step(*args, **kwargs)
+                loss = output.get("loss") if isinstance(output, Mapping) else output
+                if loss is not None:
+                    logs.loss((name,), loss.detach(), of=loss)
+        for metric, values in metrics:
+            put_metric_state(metric, *values)
+        state.end()
+        return logs
 
     def _manual(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The module takes its steps by itself: once for each adapter, with optimizers that hold that one alone."""
         pack, strategy, logs = self.pack, self.trainer.strategy, Logs(self.module)
-        state, counters = StateOfStep(self.pack, self.module), _Counters(self.trainer)
+        state, counters = StateOfStep(self.pack, self.module), Counters(self.trainer)
         output = None
         for name in pack.active:
             state.put_back()
             counters.put_back()
-            with pack.several.using(name), only(strategy.optimizers, name, pack.owners), logs.caught(name):
+            with pack.several.using(name), only(strategy.optimizers, name, pack.owners), logs.caught((name,)):
                 pack.turn = name
                 try:
                     output = step(*args, **kwargs)
@@ -95,20 +259,22 @@ class Steps:
                     pack.turn = None
             state.note(name)
         state.end()
-        self._log(logs)
+        if self._logs_now():
+            self._log(logs)
+        logs.give_means()
         return output
 
+    def _logs_now(self) -> bool:
+        """True every N steps, in the first batch of a step."""
+        is_first = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches == 0
+        return is_first and batches_that_stepped(self.trainer) % self.every == 0
+
     def _log(self, logs: Logs) -> None:
-        logs.give_means()
-        count = batches_that_stepped(self.trainer)
-        if (
-            count % self.every == 0
-            and self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches == 0
-        ):
-            named = logs.by_adapter()
-            live_callback_metrics(self.trainer).update({k: torch.tensor(v) for k, v in named.items()})
-            for logger in self.trainer.loggers:
-                logger.log_metrics(named, step=count)
+        """Log each adapter's own values."""
+        named = logs.by_adapter()
+        live_callback_metrics(self.trainer).update({key: torch.tensor(value) for key, value in named.items()})
+        for logger in self.trainer.loggers:
+            logger.log_metrics(named, step=batches_that_stepped(self.trainer))
 
 
 class _Known(torch.autograd.Function):
@@ -122,144 +288,3 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *(None if own is None else own * g for own in ctx.gradients))
-
-
-class StateOfStep:
-    """What a step changes besides weights: random state, buffers, and numbers in which the module counts."""
-
-    def __init__(self, pack: Pack, module: Any) -> None:
-        self._module, self._is_first = module, True
-        self._random, self._numbers = random_state(), _numbers(module)
-        self._buffers = [
-            (name, holder._buffers, key, b, torch_private.version(b), b.detach().clone())
-            for name, holder, key in pack.several.common_buffers()
-            if (b := holder._buffers[key]) is not None
-        ]
-        self._after: dict[str, Tensor] = {}
-        self._random_after: RandomState = {}
-
-    def put_back(self) -> None:
-        """Before each adapter: let its step begin where the first one's began."""
-        if self._is_first:
-            self._is_first = False
-            return
-        set_random_state(self._random)
-        vars(self._module).update(self._numbers)
-        for _, held, key, buffer, version, value in self._buffers:
-            held[key] = buffer
-            if torch_private.version(buffer) != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
-
-    def note(self, adapter: str) -> None:
-        """After each adapter. Raises TrainingError where the step left other buffers than with the first."""
-        self._random_after = self._random_after or random_state()
-        for name, held, key, buffer, version, _ in self._buffers:
-            now: Any = held[key]
-            if now is buffer and torch_private.version(buffer) == version:
-                continue
-            first = self._after.setdefault(name, now.detach().clone())
-            if not torch.equal(now, first):
-                raise TrainingError(
-                    f"The training step writes to the buffer {name!r}, and writes other values with the adapter "
-                    f"{adapter!r} than with the first: each adapter would need a {name!r} of its own. Train each in a "
-                    "run of its own with LoRACallback, or name its module in modules_to_save."
-                )
-
-    def end(self) -> None:
-        """After the last adapter: the run goes on with the random numbers of the first one. Others may have drawn more,
-        or fewer, for a dropout of their own."""
-        set_random_state(self._random_after)
-
-
-_NUMBERS = (int, float, bool, str, type(None))
-
-
-def _numbers(module: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if type(value) in _NUMBERS and key != "training"}
-
-
-class _Counters:
-    """Lightning's count of the steps that a manual training_step takes, the schedules, and the groups' settings: each
-    adapter begins with the same, and they count once."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._loop = trainer.fit_loop.epoch_loop.manual_optimization
-        self._schedulers = [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
-        self._optimizers = trainer.strategy.optimizers
-        self._progress = copy.deepcopy(self._loop.optim_step_progress)
-        self._states = [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers]
-        self._groups = [[self._settings(group) for group in one.param_groups] for one in self._optimizers]
-        self._is_first = True
-
-    @staticmethod
-    def _settings(group: dict[str, Any]) -> dict[str, Any]:
-        return {key: copy.deepcopy(v) for key, v in group.items() if key not in ("params", "param_names", "lora_many")}
-
-    def put_back(self) -> None:
-        if not self._is_first:
-            self._loop.optim_step_progress = copy.deepcopy(self._progress)
-            for scheduler, state in zip(self._schedulers, self._states):
-                scheduler.load_state_dict(copy.deepcopy(state))
-            for one, groups in zip(self._optimizers, self._groups):
-                for group, settings in zip(one.param_groups, groups):
-                    group.update(copy.deepcopy(settings))
-        self._is_first = False
-
-
-class Logs:
-    """What training_step logs with each adapter. The mean goes by the module's own name."""
-
-    def __init__(self, module: Any) -> None:
-        self._module, self._own_log = module, module.log
-        self._calls: dict[str, list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]] = {}
-        self._losses: dict[str, Tensor] = {}
-
-    @contextmanager
-    def caught(self, adapter: str) -> Iterator[None]:
-        """Inside, what the module logs is kept for that adapter."""
-        calls = self._calls[adapter] = []
-        attributes: dict[str, Any] = vars(self._module)
-        before = attributes.get("log", _ABSENT)
-
-        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            value = value.detach() if isinstance(value, Tensor) else value
-            calls.append((name, value, args, kwargs))
-
-        attributes["log"] = log
-        try:
-            yield
-        finally:
-            if before is _ABSENT:
-                del attributes["log"]
-            else:
-                attributes["log"] = before
-
-    def loss(self, adapter: str, loss: Tensor) -> None:
-        self._losses[adapter] = loss
-
-    def give_means(self) -> None:
-        """Log the mean of each value, as the module would."""
-        several = list(self._calls.values())
-        for i, (name, value, args, kwargs) in enumerate(several[-1] if several else ()):
-            same = [calls[i][1] for calls in several if i < len(calls) and calls[i][0] == name]
-            if _is_number(value):
-                value = torch.stack([torch.as_tensor(v, dtype=torch.float32).squeeze() for v in same]).mean()
-            self._own_log(name, value, *args, **kwargs)
-
-    def by_adapter(self) -> dict[str, float]:
-        """ "name/adapter" -> value, for each number that was logged; the loss, where nothing was."""
-        named = {
-            f"{name}/{adapter}": float(value)
-            for adapter, calls in self._calls.items()
-            for name, value, _, _ in calls
-            if _is_number(value)
-        }
-        return named or {f"train_loss/{adapter}": float(loss) for adapter, loss in self._losses.items()}
-
-
-_ABSENT: Any = object()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)

@@ -63,17 +63,20 @@ def same(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> bo
     return a.keys() == b.keys() and all(torch.equal(a[n][key], b[n][key]) for n in a for key in (*a[n], *b[n]))
 
 
-def fitted(tmp_path: Path, *callbacks: Callback, ckpt_path: Any = None, module: Any = None, **settings: Any) -> Any:
+def fitted(
+    tmp_path: Path, *callbacks: Callback, ckpt_path: Any = None, module: Any = None, wave: int = 1, **settings: Any
+) -> Any:
     seed_everything(0, verbose=False)
-    callback = MultiLoRACallback(ADAPTERS, log_every_n_steps=2)
+    callback = MultiLoRACallback(ADAPTERS, wave=wave, log_every_n_steps=2)
     run = trainer(callback, *callbacks, **{"default_root_dir": tmp_path, "max_epochs": 2, **settings})
     run.fit(module or Plain(), ckpt_path=ckpt_path)
     return callback, run
 
 
-def test_each_adapter_has_its_metrics_its_losses_and_a_row_in_the_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wave", [1, 2])
+def test_each_adapter_has_its_metrics_its_losses_and_a_row_in_the_log(wave: int, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    callback, run = fitted(tmp_path, logger=logger)
+    callback, run = fitted(tmp_path, logger=logger, wave=wave)
     with open(Path(logger.log_dir) / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     last = next(row for row in reversed(rows) if row["val_loss"])
@@ -89,9 +92,11 @@ def test_each_adapter_has_its_metrics_its_losses_and_a_row_in_the_log(tmp_path: 
     assert run.validate(Plain(), verbose=False)[0].keys() == {"val_loss/a", "val_loss/b"}
 
 
-@pytest.mark.parametrize("every", [1, 2, 4, 5])
-def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_was_not_interrupted(every: int, tmp_path: Path) -> None:
-    settings = {"accumulate_grad_batches": 2} if every == 2 else {}
+@pytest.mark.parametrize(("every", "wave"), [(1, 1), (2, 1), (4, 2), (5, 2)])
+def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_was_not_interrupted(
+    every: int, wave: int, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"wave": wave, "accumulate_grad_batches": 2 if every == 2 else 1}
     every_step = ModelCheckpoint(tmp_path / "all", "{step}", save_top_k=-1, every_n_train_steps=every)
     whole, run = fitted(tmp_path, every_step, **settings)
     path = sorted((tmp_path / "all").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)[0]
@@ -132,7 +137,7 @@ def test_an_adapter_can_be_stopped_and_the_run_ends_with_the_last_one(tmp_path: 
                     callback.stop(name)
 
     seed_everything(0, verbose=False)
-    callback = MultiLoRACallback(ADAPTERS)
+    callback = MultiLoRACallback(ADAPTERS, wave=1)
     run = trainer(callback, Stops(), max_epochs=5, default_root_dir=tmp_path)
     run.fit(Plain())
     assert callback.stopped == ("a", "b")

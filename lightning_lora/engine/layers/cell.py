@@ -11,19 +11,17 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.bank.layout import NOT_HIDDEN, Hidden
 from lightning_lora.engine.forwards import begins_as_an_input
-from lightning_lora.engine.layers import geometry_of
-from lightning_lora.engine.layers.base import has_own_forward
+from lightning_lora.engine.layers.base import geometry_of, has_own_forward
 from lightning_lora.engine.layers.dora import gains, output_norms
 from lightning_lora.engine.swap import name_of_input
 from lightning_lora.engine.weights import can_be_dense, dense, is_quantized
-from lightning_lora.errors import AdapterFormatError, AdapterStateError
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, TargetError
 
 _KEYS = itertools.count()
 
@@ -48,6 +46,17 @@ class LayerFactors:
     def is_affine(self) -> bool:
         """True if it also changes outputs by a gain (DoRA) or a shift (a bias of B)."""
         return self.magnitude is not None or self.bias is not None
+
+
+class Hidden(NamedTuple):
+    """Why the rows cannot be found in a layer's input, in words that follow the layer's name."""
+
+    always: str | None = None
+    where_flat: str | None = None
+    """A reason that holds only for inputs with no dimensions but positions and features."""
+
+
+NOT_HIDDEN = Hidden()
 
 
 FEW_POSITIONS = 4
@@ -310,3 +319,15 @@ def copy_scaled(to: Tensor, values: Tensor, scale: float) -> None:
         torch.mul(values, scale, out=to) if values.dtype.itemsize >= to.dtype.itemsize else to.copy_(values).mul_(scale)
     else:
         to.copy_(values.to(to.device, torch.promote_types(values.dtype, to.dtype)) * scale)
+
+
+def cell_kind(module: nn.Module, name: str) -> type[Cell]:
+    """The class of cells that serves `module`. Raises TargetError if there is none."""
+    geometry: Any = geometry_of(type(module))
+    served = next((parent for parent in geometry.__mro__ if parent in Cell.kinds), None)
+    # A subclass that overrides `update` computes something else than the cell does.
+    if served is None or geometry.update is not served.update:
+        raise TargetError(
+            f"{name!r}: a {type(module).__name__} cannot be served by a bank. Leave it out with exclude_modules."
+        )
+    return Cell.kinds[served]

@@ -1,11 +1,11 @@
-"""`hydra/launcher=together` for `lightning-lora train -m`. Hydra takes launchers from the package hydra_plugins alone, and
-imports all of them whenever any application starts: what the launcher does is in lightning_lora.cli.together."""
+"""`hydra/launcher=together` for `lightning-lora train -m`, as Hydra sees it: what it does is in cli/together.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -25,3 +25,8 @@ class TogetherLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         return self.sweep.launch(job_overrides, first=initial_job_idx)
+
+
+def register() -> None:
+    """Make the launcher known to Hydra, which finds by itself only what lies in a package called hydra_plugins."""
+    Plugins.instance().register(TogetherLauncher)

@@ -1,0 +1,177 @@
+"""Several adapters in one run beside a run for each: time and memory, in a Trainer.
+
+    python benchmarks/many.py
+
+"one after another" is LoRACallback, once for each adapter; "one forward each" is MultiLoRACallback(wave=1), "packed" is
+one forward for all, "chosen" is what MultiLoRACallback chooses by itself. All see the same batches, with AdamW. The
+time is the processor's, for the steps alone. "A process for each" has its imports, its base and its run once for each
+adapter: time and memory of one of them, times their number.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from side_by_side import Report, Row, Spread, arguments, in_fresh_process, peak_bytes, ratios, settings
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import LoRACallback, LoRAConfig, MultiLoRACallback
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained."""
+
+    adapters: int
+    rows: int
+    tokens: int
+    hidden: int = 128
+    layers: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    steps: int = 12
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.adapters} x {self.rows} x {self.tokens}, hidden {self.hidden}, {self.layers} layers, {kind}"
+
+
+class Module(pl.LightningModule):
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=512, hidden_size=setting.hidden, intermediate_size=3 * setting.hidden, num_attention_heads=4,
+            num_key_value_heads=2, num_hidden_layers=setting.layers,
+        )  # fmt: skip
+        self.model: nn.Module = LlamaForCausalLM(config).to(setting.dtype)
+
+    def training_step(self, ids: Tensor, index: int) -> Tensor:
+        loss: Tensor = self.model(input_ids=ids, labels=ids).loss
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-3)
+
+
+class Timed(pl.Callback):
+    """The time of the steps after those that warm up."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup, self.began, self.seconds = warmup, 0.0, 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        if index == self.warmup:
+            self.began = time.process_time()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds = time.process_time() - self.began
+
+
+def run(setting: Setting, callback: Any, warmup: int = 2) -> float:
+    """Seconds for the steps of one run."""
+    timed = Timed(warmup)
+    steps = setting.steps + warmup
+    ids = torch.randint(0, 512, (steps, setting.rows, setting.tokens), generator=torch.Generator().manual_seed(1))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[callback, timed],
+    )  # fmt: skip
+    trainer.fit(Module(setting), DataLoader(ids, batch_size=None))  # type: ignore[arg-type]
+    return timed.seconds
+
+
+def together(setting: Setting, wave: int | None) -> float:
+    config = {"rank": 8, "alpha": 16}
+    several = {f"a{i}": config for i in range(setting.adapters)}
+    # What is chosen is chosen in the first steps, which are not timed.
+    warmup = 2 if wave is not None else 10
+    return run(setting, MultiLoRACallback(several, wave=wave, save_adapter=False, log_every_n_steps=1000), warmup)
+
+
+def alone(setting: Setting, count: int) -> float:
+    return sum(run(setting, LoRACallback(LoRAConfig(rank=8, alpha=16), save_adapter=False)) for _ in range(count))
+
+
+def main() -> None:
+    given = arguments(__doc__, rounds=5)
+    report = Report(
+        "many",
+        "Several adapters in one run",
+        settings(seed=given.seed, rounds=given.rounds),
+        "Time of the steps of all adapters, as a multiple of one run after another in the same round: median (20th to "
+        "80th percentile). The first column is that of one after another, in milliseconds a step.",
+    )
+    quiet()
+    report.table("time of a step", [timed(setting, given.rounds) for setting in sizes(given.quick)])
+    for setting in list(sizes(given.quick))[-1:]:
+        report.table(f"whole processes; {setting}", processes(setting))
+    report.write(given.results)
+
+
+def sizes(quick: bool) -> Iterator[Setting]:
+    if quick:
+        yield Setting(2, 1, 8, hidden=32, layers=1, steps=2)
+        return
+    for dtype in (torch.bfloat16, torch.float32):
+        for adapters, rows, tokens in ((4, 1, 64), (16, 1, 64), (4, 4, 64), (16, 4, 64), (4, 4, 256)):
+            yield Setting(adapters, rows, tokens, dtype=dtype)
+    yield Setting(4, 1, 64, hidden=576, layers=8)
+
+
+def timed(setting: Setting, rounds: int) -> Row:
+    ways: dict[str, Callable[[], float]] = {
+        "one after another": lambda: alone(setting, setting.adapters),
+        "one forward each": lambda: together(setting, 1),
+        "packed": lambda: together(setting, setting.adapters),
+        "chosen": lambda: together(setting, None),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(way() / setting.steps)
+    against = ratios(times, "one after another")
+    first = Spread.of(1e3 * t for t in times["one after another"])
+    return {"adapters x rows x tokens": str(setting), "one after another (ms)": first} | {
+        name: against[name] for name in ways if name != "one after another"
+    }
+
+
+def processes(setting: Setting) -> list[Row]:
+    """Time and memory of one process that trains all, beside one for each adapter."""
+    ways: dict[str, tuple[int, Callable[[], float]]] = {
+        "a process for each": (setting.adapters, partial(alone, setting, 1)),
+        "one forward each": (1, partial(together, setting, 1)),
+        "packed": (1, partial(together, setting, setting.adapters)),
+    }
+    rows = []
+    for name, (count, way) in ways.items():
+        began = time.perf_counter()
+        peak = in_fresh_process(_peak, way)
+        seconds = time.perf_counter() - began
+        rows.append({"way": name, "seconds": count * seconds, "memory (MB)": count * peak / 2**20})
+    return rows
+
+
+def _peak(way: Callable[[], float]) -> int:
+    quiet()
+    return peak_bytes(way)
+
+
+def quiet() -> None:
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

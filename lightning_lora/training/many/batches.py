@@ -1,0 +1,72 @@
+"""Repeats a batch along its rows, once for each adapter of a wave."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def rows_of(batch: Any) -> int | None:
+    """The number of rows: the first dimension that most tensors share, at the shallowest level of `batch` that has any.
+    None where it has no tensors with dimensions."""
+    level = [batch]
+    while level:
+        sizes = [t.shape[0] for t in level if _has_dimensions(t)]
+        if sizes:
+            return max(sizes, key=lambda size: (sizes.count(size), -sizes.index(size)))
+        level = [child for one in level for child in _children(one)]
+    return None
+
+
+def repeated(batch: Any, times: int, rows: int) -> Any:
+    """`batch`, with all that has `rows` rows repeated; the rest as it is."""
+    if isinstance(batch, Tensor):
+        return batch.repeat(times, *[1] * (batch.dim() - 1)) if batch.dim() and batch.shape[0] == rows else batch
+    if isinstance(batch, np.ndarray):
+        return np.tile(batch, (times, *[1] * (batch.ndim - 1))) if batch.ndim and batch.shape[0] == rows else batch
+    if isinstance(batch, Mapping):
+        values = {key: repeated(value, times, rows) for key, value in batch.items()}
+        if type(batch) is dict:
+            return values
+        new: Any = copy.copy(batch)
+        if isinstance(getattr(new, "data", None), dict):  # UserDict, and transformers' BatchEncoding
+            new.data = values
+        else:
+            new.update(values)
+        return new
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        new = copy.copy(batch)
+        for field in dataclasses.fields(batch):  # also of a frozen one
+            object.__setattr__(new, field.name, repeated(getattr(batch, field.name), times, rows))
+        return new
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(repeated(value, times, rows) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        if len(batch) == rows and not any(_has_dimensions(v) and v.shape[0] == rows for v in batch):
+            return type(batch)(list(batch) * times)  # one entry a row: texts, dicts, the boxes of an image
+        return type(batch)(repeated(value, times, rows) for value in batch)
+    return batch
+
+
+def amount_of(batch: Any) -> int:
+    """How much is in the batch: the numbers in its largest tensor."""
+    own = batch.numel() if isinstance(batch, Tensor) else 0
+    return max([own, *(amount_of(child) for child in _children(batch))])
+
+
+def _has_dimensions(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim > 0
+
+
+def _children(one: Any) -> Iterable[Any]:
+    if isinstance(one, Mapping):
+        return list(one.values())
+    if dataclasses.is_dataclass(one) and not isinstance(one, type):
+        return [getattr(one, field.name) for field in dataclasses.fields(one)]
+    return one if isinstance(one, (list, tuple)) else ()

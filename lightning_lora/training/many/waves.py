@@ -1,0 +1,93 @@
+"""Chooses how many adapters share a forward, by timing the first steps; each of these steps counts like any other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+FEW = 4
+"""One of the sizes that are tried, beside one adapter and all."""
+TIMES = 3
+"""How often each size is tried. The first time warms up, and the fastest of the others counts."""
+_SHARE = 0.5
+"""The share of the free memory that what a wave keeps for its backward pass may take."""
+
+
+class Waves:
+    """The sizes that are tried, and the one that was chosen."""
+
+    def __init__(self, count: int, most: int) -> None:
+        self.chosen: int | None = None
+        self._plan = [size for size in sorted({1, FEW, count}) if size <= min(count, most)] * TIMES
+        self._taken: dict[int, list[float]] = {}
+        self._is_first = set(self._plan)
+        if self._plan.count(1) == len(self._plan):
+            self.chosen = 1
+
+    @contextmanager
+    def step(self, device: torch.device, amount: int) -> Iterator[int]:
+        """Give the size of the waves of this step; `amount` is the size of its batch."""
+        if self.chosen is not None:
+            yield self.chosen
+            return
+        size = self._plan.pop(0)
+        _wait(device)
+        began = time.perf_counter()
+        yield size
+        _wait(device)
+        taken = (time.perf_counter() - began) / max(1, amount)
+        if size in self._is_first:
+            self._is_first.discard(size)
+        else:
+            self._taken.setdefault(size, []).append(taken)
+        if not self._plan:
+            self.chosen = min(self._taken, key=lambda one: min(self._taken[one]))
+
+    def __str__(self) -> str:
+        fastest = min(self._taken[1])
+        return ", ".join(f"{min(taken) / fastest:.2f} in waves of {size}" for size, taken in self._taken.items())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on `device`; infinite where that is not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration, ValueError):
+        return float("inf")
+
+
+def that_fit(kept: int, device: torch.device) -> int:
+    """The number of adapters that fit into one forward, where one keeps `kept` bytes for its backward pass."""
+    return max(1, int(min(_SHARE * free_memory(device) / max(1, kept), 1e9)))
+
+
+@contextmanager
+def kept_bytes(module: nn.Module) -> Iterator[list[int]]:
+    """Counts what autograd keeps for the backward pass inside, without weights. The count is the list's one entry."""
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters() if type(p) is nn.Parameter}
+    seen: dict[int, int] = {}
+    count = [0]
+
+    def keep(t: Tensor) -> Tensor:
+        if t.layout is torch.strided and type(t) in (Tensor, nn.Parameter):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage.nbytes()
+                count[0] = sum(seen.values())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        yield count

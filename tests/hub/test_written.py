@@ -1,0 +1,42 @@
+"""What combine and export write is read back, and compared with what it was made from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, combine_adapters, export_adapter, inject, save_adapter
+from lightning_lora.errors import CheckpointError
+from lightning_lora.hub import combine
+from lightning_lora.hub.export import rewrite
+from tests.hub.models import Linears
+
+
+def saved(folder, seed: int):
+    torch.manual_seed(seed)
+    model = Linears()
+    inject(model, LoRAConfig(rank=2, target_modules=["fc", "head"], alpha_pattern={"fc": 3}))
+    for layer in (model.fc, model.head):
+        nn.init.normal_(layer.lora_B)
+    return save_adapter(model, folder)
+
+
+@pytest.mark.parametrize("fault", [1.02, -1.0, 0.0])
+@pytest.mark.parametrize("key", ["base_model.model.fc.lora_A.weight", "base_model.model.head.lora_B.weight"])
+def test_a_folder_that_does_not_compute_what_it_was_made_from_is_an_error(tmp_path, monkeypatch, key, fault):
+    a, b = saved(tmp_path / "a", 1), saved(tmp_path / "b", 2)
+    for module in (combine, rewrite):
+        right = module.write_adapter
+
+        def wrong(folder, config, tensors, *rest, right=right):
+            return right(folder, config, {**tensors, key: fault * tensors[key]}, *rest)
+
+        monkeypatch.setattr(module, "write_adapter", wrong)
+    name = key.split(".")[2]
+    for method, rank in (("sum", None), ("svd", 4)):  # at rank 4 nothing is cut off, so nothing may be off
+        with pytest.raises(CheckpointError, match=f"does not compute what it was made from, in 1 modules: {name}"):
+            combine_adapters([a, b], tmp_path / "c", weights=[0.5, 0.7], method=method, rank=rank, check_base=False)
+    for consumer in ("vllm", "peft"):
+        with pytest.raises(CheckpointError, match=name):
+            export_adapter(a, tmp_path / "e", consumer=consumer)
