@@ -72,7 +72,7 @@ def unshareable(settings: dict[str, Any]) -> str | None:
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
     from lightning_lora.training.callback import LoRACallback
-    from lightning_lora.training.push_callback import PushCallback
+    from lightning_lora.training.pushing import PushCallback
 
     callbacks = {name: node for name, node in (settings["callbacks"] or {}).items() if node}
     adapting = [name for name, node in callbacks.items() if target(node["_target_"]) is LoRACallback]

@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra import main as hydra_main
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -28,7 +29,6 @@ from lightning_lora.cli.composition import (
 )
 from lightning_lora.cli.explain import FLAGS, explain, explain_composition, help_of
 from lightning_lora.cli.hydra_private import hydra_parser
-from lightning_lora.cli.launcher import register
 from lightning_lora.cli.process import quieten_imports, wait_without_spinning
 from lightning_lora.cli.settings import checked
 from lightning_lora.cli.sweep import SweepTable, record_failure
@@ -79,7 +79,7 @@ def launch(command: str, arguments: list[str]) -> int:
         sys.path.append(os.getcwd())
     config_name, overrides = with_finished_run(command, arguments)
     _check_flags(overrides)
-    register()
+    _register_launcher()
     try:
         if any(flag in arguments for flag in FLAGS):
             print(help_of(command, docstring(command), arguments))
@@ -98,6 +98,14 @@ def launch(command: str, arguments: list[str]) -> int:
         raise failure
     # A job in another process (of joblib, of submitit) cannot change `status` here; SweepTable counts its failure.
     return status or int(SweepTable.failed > 0)
+
+
+def _register_launcher() -> None:
+    """Make `hydra/launcher=together` known to Hydra."""
+    folder = str(Path(__file__).with_name("plugins"))
+    if folder not in sys.path:
+        sys.path.append(folder)
+    Plugins.instance().register(import_module("hydra_plugins.lightning_lora_together").TogetherLauncher)
 
 
 def _settings(config: DictConfig, known: type) -> dict[str, Any]:

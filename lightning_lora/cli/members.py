@@ -110,7 +110,8 @@ class Members(Checkpoint):
 
     def _tell(self, hook: str, trainer: Trainer, pl_module: LightningModule, *, validated: bool = False) -> None:
         """Call `hook` of what each job saves with, as its own Trainer would."""
-        watch = trainer.strategy.lora.watch
+        strategy: Any = trainer.strategy
+        watch = strategy.lora.watch
         if watch is not None:
             watch.check(pl_module)
         for member in self._members:
@@ -139,7 +140,8 @@ class Members(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEY] = {}
         for member in self._members:
-            own = checkpoint[_KEY][member.name] = {}
+            own: dict[str, Any] = {}
+            checkpoint[_KEY][member.name] = own
             member.earlier.on_save_checkpoint(as_seen(trainer, member), pl_module, own)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -222,8 +224,8 @@ class EachOwnLogger(Logger):
         parts = {m.name: _part(metrics, m.name) for m in self._members}
         if not any(parts.values()) and "epoch" not in metrics:  # which Lightning adds to what it logs
             raise ConfigError(
-                f"{', '.join(metrics)}: the module logs by its logger itself, and it is not known for which adapter. Use "
-                "self.log, or leave out hydra/launcher=together."
+                f"{', '.join(metrics)}: the module logs by its logger itself, and it is not known for which adapter. "
+                "Use self.log, or leave out hydra/launcher=together."
             )
         epoch = metrics.get("epoch", None if self.trainer is None else self.trainer.current_epoch)
         for member in self._members:

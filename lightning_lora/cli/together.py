@@ -1,4 +1,4 @@
-"""The launcher `hydra/launcher=together`: it trains the jobs of a sweep that differ in their adapters alone in one run."""
+"""The launcher `hydra/launcher=together`: jobs of a sweep that differ in their adapters alone train in one run."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SOMEWHERE = "RUN"
 
 
 class Sweep:
-    """The jobs that Hydra's sweeper wants to be run. Each has its folder, its results and its row in the table, as under
-    Hydra's own launcher; hooks of Hydra's callbacks are called for each."""
+    """The jobs that Hydra's sweeper wants to be run. Each has its folder, its results and its row in the table, as
+    under Hydra's own launcher; hooks of Hydra's callbacks are called for each."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Sweep:
         print(described(groups), flush=True)
         returned = {}
         for group in groups:
-            are_done = all([self._is_done(job) for job in group])
+            are_done = all(self._is_done(job) for job in group)
             with self._shared_run(group):
                 for job in group:
                     returned[job.number] = (self._done if are_done else self._run)(job, configs[job.number])
@@ -81,7 +81,8 @@ class Sweep:
             folder = os.path.abspath(os.path.join(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)))
         try:
             job.settings = _settings(config, folder)
-            job.shared = shared(OmegaConf.to_container(_own(config), resolve=False), _settings(config, SOMEWHERE))
+            written: Any = OmegaConf.to_container(_own(config), resolve=False)
+            job.shared = shared(written, _settings(config, SOMEWHERE))
             job.alone = unshareable(job.settings)
             if job.settings["run_dir"] == job.shared.get("run_dir"):
                 job.alone = f"run_dir={job.settings['run_dir']} is no folder of its own"

@@ -1,4 +1,4 @@
-"""`hydra/launcher=together`: jobs that differ in their adapters alone share a run, and leave what jobs of any sweep leave."""
+"""`hydra/launcher=together`: jobs that differ in their adapters alone share a run, and leave what other jobs leave."""
 
 from __future__ import annotations
 

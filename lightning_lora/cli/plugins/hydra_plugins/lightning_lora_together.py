@@ -1,11 +1,13 @@
-"""`hydra/launcher=together` for `lightning-lora train -m`, as Hydra sees it: what it does is in cli/together.py."""
+"""`hydra/launcher=together` for `lightning-lora train -m`, as Hydra sees it: what it does is in cli/together.py.
+
+Hydra takes launchers from a package called hydra_plugins alone; cli/launch.py puts this one on the path.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -25,8 +27,3 @@ class TogetherLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         return self.sweep.launch(job_overrides, first=initial_job_idx)
-
-
-def register() -> None:
-    """Make the launcher known to Hydra, which finds by itself only what lies in a package called hydra_plugins."""
-    Plugins.instance().register(TogetherLauncher)
