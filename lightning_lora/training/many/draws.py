@@ -2,7 +2,8 @@
 
 Dropout of the base, noise, mixup and the like draw for the rows of a batch. While a packed step runs, the functions of
 torch that draw are replaced: a draw for K n rows draws for n and repeats. What draws in another way (numpy, in place)
-is not reached; the guard sees the difference.
+is not reached; the guard sees the difference. Which draws are for rows is what it saw, of two adapters: with more of
+them, a size that has nothing to do with rows may be a multiple of K n by chance.
 """
 
 from __future__ import annotations
@@ -16,19 +17,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_lora.errors import TrainingError
+
 _DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d")
 _LIKE = ("rand_like", "randn_like", "randint_like", "bernoulli")
 _SIZED = ("rand", "randn")
 
 
 @contextmanager
-def common_draws(copies: int, rows: int) -> Iterator[Callable[[], Any]]:
+def common_draws(copies: int, rows: int, are_of_rows: list[bool]) -> Iterator[Callable[[], Any]]:
     """Inside, what this thread draws for `copies` times `rows` rows is the same for each copy. Gives a context in which
-    draws are torch's own."""
+    draws are torch's own.
+
+    `are_of_rows` says of each draw of a step, in their order, whether it is for rows; where it is empty, it is noted
+    there. Raises TrainingError for a draw of which the size says otherwise.
+    """
     here, state = threading.get_ident(), {"inside": False}
+    noted: list[bool] = []
 
     def fits(size: Any) -> bool:
-        return len(size) > 0 and size[0] > 0 and size[0] % (copies * rows) == 0
+        noted.append(len(size) > 0 and size[0] > 0 and size[0] % (copies * rows) == 0)
+        if len(noted) <= len(are_of_rows) and noted[-1] is not are_of_rows[len(noted) - 1]:
+            raise TrainingError(
+                f"Random numbers of size {tuple(size)} are drawn in a step of {copies} adapters and {rows} rows, and "
+                "it is not known whether they are drawn for the rows. Set wave=1: one forward for each adapter."
+            )
+        return noted[-1]
 
     def dropout(own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         p = args[0] if args else kwargs.get("p", 0.5)
@@ -47,8 +61,8 @@ def common_draws(copies: int, rows: int) -> Iterator[Callable[[], Any]]:
         before, parts = _state(query), []
         for i in range(copies):
             _set_state(query, before)
-            each = [_chunk(v, i, copies, rows) for v in (query, key, value, *args)]
-            parts.append(own(*each, **{k: _chunk(v, i, copies, rows) for k, v in kwargs.items()}))
+            each = [_chunk(v, i, copies, query) for v in (query, key, value, *args)]
+            parts.append(own(*each, **{k: _chunk(v, i, copies, query) for k, v in kwargs.items()}))
         return torch.cat(parts)
 
     def like(own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -107,6 +121,7 @@ def common_draws(copies: int, rows: int) -> Iterator[Callable[[], Any]]:
         for (owner, name, way), (_, _, own) in zip(ways, before):
             setattr(owner, name, replaced(own, way))
         yield own_draws
+        are_of_rows[:] = are_of_rows or noted
     finally:
         for owner, name, own in before:
             setattr(owner, name, own)
@@ -116,8 +131,9 @@ def _again(one: Tensor, copies: int) -> Tensor:
     return one.repeat(copies, *[1] * (one.dim() - 1))
 
 
-def _chunk(value: Any, i: int, copies: int, rows: int) -> Any:
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] % (copies * rows) == 0 and value.shape[0]:
+def _chunk(value: Any, i: int, copies: int, query: Tensor) -> Any:
+    """The part of a copy. What has not the dimensions and rows of `query`, as a mask for all rows, is not divided."""
+    if isinstance(value, Tensor) and value.dim() == query.dim() and value.shape[0] == query.shape[0]:
         return value.chunk(copies)[i]
     return value
 

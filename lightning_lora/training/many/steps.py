@@ -50,6 +50,10 @@ class Steps:
         """The size that the run which this one goes on from has chosen."""
         self._is_mean = True
         self._rows = Rows()
+        self._checked = 0
+        """The number of rows of the batch on which it was found out that adapters may share a forward."""
+        self._are_of_rows: list[bool] = []
+        """Of each draw of random numbers in that step, whether it was for the rows."""
 
     @property
     def module(self) -> Any:
@@ -70,7 +74,8 @@ class Steps:
             self._choose(step, args, kwargs)
         rows = rows_of(batch)
         assert self.waves is not None
-        if rows is None or self.waves.chosen == 1 or len(pack.active) == 1:
+        # With another number of rows, what is a row and what is a shared table may look different: not checked.
+        if rows is None or rows != self._checked or self.waves.chosen == 1 or len(pack.active) == 1:
             return self._train([(name,) for name in pack.active], step, args, kwargs)
         was_chosen = self.waves.chosen
         with self.waves.step(self.module.device, amount_of(batch)) as size:
@@ -110,6 +115,7 @@ class Steps:
         if (reason := pack.several.pack(self._rows)) is not None:
             self._one_each(reason, args)
             return
+        self._checked = rows_of(args[0]) or 0
         two, kept = (names[0], names[1]), 0
         state = StateOfStep(pack, self.module)
 
@@ -223,7 +229,8 @@ class Steps:
         rows = rows_of(args[0])
         assert rows is not None
         self._rows.names, self._rows.each = wave, rows
-        with self.pack.several.using(PACK), common_draws(len(wave), rows) as self._rows.own_draws:
+        with self.pack.several.using(PACK), common_draws(len(wave), rows, self._are_of_rows) as own:
+            self._rows.own_draws = own
             yield (repeated(args[0], len(wave), rows), *args[1:])
 
     def _each_alone(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: StateOfStep) -> Logs:

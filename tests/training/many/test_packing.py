@@ -181,6 +181,15 @@ def by_size(net: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(net(batch[0]), batch[1], reduction="sum") / batch[2]
 
 
+def with_table(net: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(net(batch[0]) + batch[2].sum(), batch[1]) + batch[2].sum() * net(batch[0]).mean()
+
+
+def with_noise_for_all(net: nn.Module, batch: Any) -> Tensor:
+    """Draws 24 numbers, which are for no rows: there are eight."""
+    return cross_entropy(net, (batch[0] + 0.1 * torch.randn(24).mean(), batch[1]))
+
+
 PACKED = {
     "checkpointed": Kind(lambda: Checkpointed(False), cross_entropy, drawn(4, rows)),
     "checkpointed, reentrant": Kind(lambda: Checkpointed(True), cross_entropy, drawn(4, rows)),
@@ -188,6 +197,11 @@ PACKED = {
     "a sum by a number of the batch": Kind(mlp, by_size, lambda: [(*b, 8) for b in drawn(4, rows)()]),
     "batches of other sizes": Kind(
         mlp, cross_entropy, lambda: [(x[:n], y[:n]) for n, (x, y) in zip((8, 5, 1, 7), drawn(4, rows)())]
+    ),
+    "a table of as many rows as a batch": Kind(
+        mlp,
+        with_table,
+        lambda: [(x[:n], y[:n], torch.ones(3) / 9) for n, (x, y) in zip((8, 8, 3, 8), drawn(4, rows)())],
     ),
 }  # fmt: skip
 
@@ -200,6 +214,15 @@ def test_a_packed_step_is_that_of_each_alone(case: str, wave: int, tmp_path: Pat
     _, alone = trained(PACKED[case], tmp_path / "alone", wave=1)
     # 2^-23 relative to each sum of a gradient; AdamW may enlarge it where a gradient is small beside its sums.
     assert off(found, alone) < 2e-3
+
+
+def test_random_numbers_of_which_it_is_not_known_whether_they_are_for_the_rows_are_refused(tmp_path: Path) -> None:
+    kind = Kind(lambda: mlp().apply(without_dropout), with_noise_for_all, drawn(3, rows))
+    _, found = trained(kind, tmp_path, wave=2)
+    _, alone = trained(kind, tmp_path / "alone", wave=1)
+    assert off(found, alone) < 2e-3
+    with pytest.raises(TrainingError, match="not known whether they are drawn for the rows"):
+        trained(kind, tmp_path / "refused", wave=3)
 
 
 def without_dropout(module: nn.Module) -> None:
@@ -310,7 +333,7 @@ def test_what_is_drawn_for_copies_is_what_each_would_draw_alone(draw: str) -> No
     alone = DRAWS[draw](x)
     after = torch.get_rng_state()
     torch.manual_seed(0)
-    with common_draws(4, 3):
+    with common_draws(4, 3, []):
         together = DRAWS[draw](x.repeat(4, 1))
     assert torch.equal(together, alone.repeat(4, *[1] * (alone.dim() - 1)))
     assert torch.equal(torch.get_rng_state(), after)
@@ -321,7 +344,7 @@ def test_a_permutation_stays_inside_of_each_copy_and_other_sizes_are_drawn_as_ev
     torch.manual_seed(0)
     alone = torch.randperm(3)
     torch.manual_seed(0)
-    with common_draws(2, 3):
+    with common_draws(2, 3, []):
         assert torch.equal(torch.randperm(6), torch.cat([alone, alone + 3]))
         assert len(torch.rand(5)) == 5
         assert F.dropout(torch.ones(7, 2), 0.5, False).eq(1).all()
