@@ -193,6 +193,34 @@ def test_jobs_of_a_shared_run_leave_what_each_leaves_alone(cli, given):
     assert_same_sweep(Path("together"), Path("alone"))
 
 
+def test_jobs_whose_adapters_share_forwards_leave_what_each_leaves_alone(cli):
+    given = [*SWEEP, "trainer.log_every_n_steps=3", "trainer.max_epochs=3", "trainer.accumulate_grad_batches=2"]
+    assert cli.train(*given, "hydra.sweep.dir=alone") == 0
+    assert cli.train(*given, "hydra.sweep.dir=together", TOGETHER, "hydra.launcher.wave=4") == 0, cli.err
+    assert_same_sweep(Path("together"), Path("alone"))
+
+
+def test_what_a_module_logs_for_an_epoch_alone_is_not_given_for_a_step(cli):
+    """Our own tasks log the mean over the epoch by a name of its own."""
+    texts = ["task=causal_lm", "data=stdlib_source", "trainer.max_steps=1", "trainer.limit_val_batches=1"]
+    assert (
+        cli(
+            "train",
+            "-m",
+            *texts,
+            "trainer=cpu",
+            "data.batch_size=1",
+            "trainer.log_every_n_steps=1",
+            "lora.rank=1,2",
+            TOGETHER,
+        )
+        == 0
+    ), cli.err
+    logged = rows(cli.folder / "0" / "metrics.csv")
+    assert any(row["train_loss"] for row in logged)
+    assert all("train_loss_epoch" not in row for row in logged)
+
+
 def test_a_shared_run_that_was_stopped_goes_on_as_if_it_had_not_been(cli):
     assert cli.train(*SWEEP, "task._target_=standin.Terminated", "task.at=100", "hydra.sweep.dir=alone") == 0
     sweep = [*SWEEP, "task._target_=standin.Terminated", "hydra.sweep.dir=together", TOGETHER]

@@ -61,12 +61,13 @@ class Logs:
             self._own_log(name, value, *args, **kwargs)
 
     def by_adapter(self) -> dict[str, float]:
-        """ "name/adapter" -> value, for each number that was logged; the loss, where nothing was."""
+        """ "name/adapter" -> value, for each number that was logged for the step; the loss, where none was. What is
+        logged for the epoch alone (on_step=False) is left out: its mean over the epoch is not known by adapter."""
         named = {
             f"{name}/{wave[0]}": float(value)
             for wave, calls in self._calls.items()
-            for name, value, _, _ in calls
-            if _is_number(value)
+            for name, value, _, how in calls
+            if _is_number(value) and how.get("on_step") is not False
         }
         return named or {f"train_loss/{wave[0]}": float(loss) for wave, loss in self._losses.items()}
 

@@ -21,7 +21,7 @@ from lightning_lora.engine.packed import Rows
 from lightning_lora.engine.several import PACK
 from lightning_lora.errors import TrainingError
 from lightning_lora.training.calibrate import silent
-from lightning_lora.training.lightning_private import batches_that_stepped, live_callback_metrics
+from lightning_lora.training.lightning_private import batches_that_stepped, is_accumulating, live_callback_metrics
 from lightning_lora.training.many.batches import amount_of, repeated, rows_of
 from lightning_lora.training.many.draws import common_draws
 from lightning_lora.training.many.guard import judged
@@ -272,9 +272,8 @@ class Steps:
         return output
 
     def _logs_now(self) -> bool:
-        """True every N steps, in the first batch of a step."""
-        is_first = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches == 0
-        return is_first and batches_that_stepped(self.trainer) % self.every == 0
+        """True in the last batch of every Nth step, in which Lightning's own log_every_n_steps logs."""
+        return not is_accumulating(self.trainer) and (batches_that_stepped(self.trainer) + 1) % self.every == 0
 
     def _log(self, logs: Logs) -> None:
         """Log each adapter's own values."""

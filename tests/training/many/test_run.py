@@ -86,9 +86,7 @@ def test_each_adapter_has_its_metrics_its_losses_and_a_row_in_the_log(wave: int,
     mean = sum(own["val_loss"] for own in callback.metrics.values()) / 2
     assert float(last["val_loss"]) == pytest.approx(mean)
     logged = [row for row in rows if row["train_loss/a"]]
-    assert [int(row["step"]) for row in logged] == [0, 2, 4, 6, 8, 10]
-    first = logged[0]
-    assert first["train_loss/a"] == first["train_loss/b"]  # B is zero in both
+    assert [int(row["step"]) for row in logged] == [1, 3, 5, 7, 9, 11], "where Lightning's own log_every_n_steps logs"
     assert run.validate(Plain(), verbose=False)[0].keys() == {"val_loss/a", "val_loss/b"}
 
 
