@@ -37,7 +37,20 @@ def shared(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     `raw` holds the settings with their references, `values` the same resolved. What refers to a whole node, such as
     `task.model: ${model}`, stays the reference: the node is compared at its own place.
     """
-    return dict(_leaves(raw, values, ""))
+    return dict(_leaves(raw, values, "")) | _of_draws(values.get("lora") or {})
+
+
+_DRAWS = ("dropout", "module_dropout", "rank_dropout")
+
+
+def _of_draws(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an adapter on which the random numbers of a step depend: a shared run goes on with those that its
+    first adapter has left."""
+    rates = {f"lora.{name}": float(lora.get(name) or 0) for name in _DRAWS}
+    if not any(rates.values()):
+        return rates
+    free = ("alpha",) if lora.get("rank_dropout") else ("alpha", "rank")
+    return {f"lora.{name}": value for name, value in lora.items() if name not in free} | rates
 
 
 _NODE = re.compile(r"\$\{(?!lora|optimizer)[\w.]+\}")

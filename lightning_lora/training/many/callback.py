@@ -37,8 +37,8 @@ class MultiLoRACallback(LoRACallback):
     by the rate that the schedule begins with. on_before_optimizer_step is called for each adapter in turn, with an
     optimizer that holds that one alone; elsewhere the module has the first one. All draw their dropout from the same
     random numbers, those of the first: an adapter with another `dropout` than the first has other masks than alone.
-    Whether adapters may share a forward is found out on the first batch: with a loss in which rows meet only later (from
-    some step on), set `wave=1`.
+    Whether adapters may share a forward is found out on the first batch: with a loss in which rows meet only later
+    (from some step on), set `wave=1`.
 
     Example:
         >>> from lightning_lora import LoRAConfig, MultiLoRACallback
