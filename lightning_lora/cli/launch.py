@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -101,11 +101,13 @@ def launch(command: str, arguments: list[str]) -> int:
 
 
 def _register_launcher() -> None:
-    """Make `hydra/launcher=together` known to Hydra."""
+    """Make `hydra/launcher=together` known to Hydra. Where another package has taken the name hydra_plugins for itself,
+    it stays unknown, as all plugins but that package's own."""
     folder = str(Path(__file__).with_name("plugins"))
     if folder not in sys.path:
         sys.path.append(folder)
-    Plugins.instance().register(import_module("hydra_plugins.lightning_lora_together").TogetherLauncher)
+    with suppress(ModuleNotFoundError):
+        Plugins.instance().register(import_module("hydra_plugins.lightning_lora_together").TogetherLauncher)
 
 
 def _settings(config: DictConfig, known: type) -> dict[str, Any]:

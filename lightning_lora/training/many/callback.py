@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_lora.checked import flag, whole
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.inits import INITS
+from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.several import Several
 from lightning_lora.errors import AdapterStateError, ConfigError, LightningLoRAError, TrainingError
 from lightning_lora.training.callback import LoRACallback
@@ -180,7 +181,11 @@ class MultiLoRACallback(LoRACallback):
                 f"{type(pl_module).__name__} has adapters already, and MultiLoRACallback trains its own: call "
                 "lightning_lora.remove on it first."
             )
-        self._goes_on = f"{type(pl_module).__name__} has these adapters already: training goes on from them."
+        for name in self._members:
+            with self._pack.several.using(name):
+                is_fresh = all(pair.is_fresh for pair in pairs(pl_module))
+            if not is_fresh:
+                self._goes_on = f"{type(pl_module).__name__} has trained adapters already: training goes on from them."
 
     def _is_adapted(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._is_adapted(trainer, pl_module)

@@ -241,3 +241,17 @@ def test_a_config_that_does_not_fit_is_named_and_leaves_the_module_as_it_was() -
         trainer(callback, max_epochs=1).fit(module)
     assert all(p.requires_grad for p in module.parameters())
     assert type(module.net[0]) is nn.Linear
+
+
+def test_that_a_run_goes_on_from_trained_adapters_is_said_and_of_fresh_ones_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_lora.training.callback.rank_zero_info", said.append)
+    callback, module = MultiLoRACallback(ADAPTERS, wave=1), Plain()
+    for is_trained in (False, True):
+        run = trainer(callback, default_root_dir=tmp_path, max_epochs=1)
+        run.validate(module, verbose=False)
+        said.clear()
+        run.fit(module)
+        assert any("trained adapters already" in line for line in said) is is_trained
