@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checked import whole
 from lightning_lora.engine.layers import pairs
+from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.engine.low_rank import (
     Spectrum,
     intruder_dimensions,
@@ -29,7 +30,7 @@ from lightning_lora.engine.weights import can_be_dense
 from lightning_lora.engine.weights import whole as gathered
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
-from lightning_lora.hub.combinable import check_bases, groups_of
+from lightning_lora.hub.combinable import check_bases
 from lightning_lora.hub.export.lowering import unclear
 from lightning_lora.hub.format.layout import adapter_root
 from lightning_lora.hub.format.parts import Pair, Parts, parts_of
@@ -191,9 +192,7 @@ def _name(adapter: str) -> str:
 
 
 def _of_pair(pair: Pair) -> _Update:
-    groups = groups_of(pair)
-    A = pair.A.reshape(groups, pair.rank // groups, -1)
-    B = pair.B.movedim(1, -1).reshape(groups, -1, pair.B.shape[1])
+    A, B = as_blocks(pair.A, pair.B, pair.rank)
     return _Update(A.float(), B.float(), pair.rank, pair.scale, pair.B[0, 0].numel() == 1)
 
 

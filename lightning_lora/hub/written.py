@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.errors import CheckpointError, listed
-from lightning_lora.hub.combinable import groups_of
 from lightning_lora.hub.format.parts import Pair, Parts, parts_of
 
 
@@ -49,6 +49,7 @@ def _is_off(written: Pair, terms: Sequence[tuple[float, Pair]], error: float) ->
 
 
 def _update(pair: Pair, x: Tensor) -> Tensor:
-    """s B A x, for each group of a convolution by itself: x (n, in) -> (n, groups, out / groups)."""
-    A, B = (t.flatten(1).double().unflatten(0, (groups_of(pair), -1)) for t in (pair.A, pair.B))
+    """s B A x, for each group of a convolution by itself: x (n, in) -> (n, groups, out / groups). The kernel of a
+    transposed convolution counts as outputs."""
+    A, B = as_blocks(pair.A.double(), pair.B.double(), pair.rank)
     return pair.scale * torch.einsum("gor,gri,ni->ngo", B, A, x)
