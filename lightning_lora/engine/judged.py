@@ -21,7 +21,7 @@ VERDICTS = (OTHER, SCALED, PART, NOT_APPLIED, SWALLOWED, UNCHECKED, SAME)
 """All verdicts, the gravest first."""
 
 SURVIVES = 0.9
-"""An update of which less is left is called swallowed."""
+"""An update of which a smaller share survives the precision of a weight is called swallowed, and merging it warns."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.forwards import swapping
 from lightning_lora.engine.inject import injections, release
+from lightning_lora.engine.judged import SURVIVES, project
 from lightning_lora.engine.layers.base import Adapter, adapters, unadapt
 from lightning_lora.engine.layers.pair import BIAS, FACTORS
 from lightning_lora.engine.layers.tokens import TokenRows
@@ -245,10 +246,6 @@ def shares_kept(model: nn.Module) -> dict[str, tuple[float, float]]:
         }
 
 
-_SURVIVES = 0.9
-"""A warning is given if less than this share of an update is left in a merged weight."""
-
-
 def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
     """Warn of the part of the updates that is lost when the merged weights are rounded, before anything is changed.
     Raises AdapterStateError if a merged weight would not be finite."""
@@ -284,7 +281,7 @@ def _check_rounding(mergeable: Mapping[str, Adapter]) -> None:
             "in full precision.",
             stacklevel=3,
         )
-    weak = sorted((share, name) for name, share in kept.items() if share < _SURVIVES)
+    weak = sorted((share, name) for name, share in kept.items() if share < SURVIVES)
     if weak:
         warnings.warn(
             f"Merging rounds weights to a precision in which {len(weak)} of {len(kept)} updates are partly lost. Of "
@@ -329,8 +326,7 @@ def share_kept(before: Tensor, wanted: Tensor) -> float:
         return 1.0
     change = wanted - before
     left = wanted.to(before.dtype).to(wanted.dtype) - before
-    size = change.square().sum(dtype=torch.float64)
-    return float((left * change).sum(dtype=torch.float64) / size) if size else 1.0
+    return project(left, change) if bool(change.any()) else 1.0
 
 
 # Corrects `config.tie_word_embeddings` of a transformers model when a merge has untied its input embedding and head.

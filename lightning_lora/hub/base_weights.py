@@ -52,11 +52,16 @@ def facts_of(base: Base | None, named: str | None, revision: str | None) -> Base
     else:
         from transformers import AutoConfig
 
-        where = named or "" if base is None else str(local_path(base)) if local_path(base).exists() else str(base)
+        if base is None:
+            where = named or ""  # and the revision is that of the base that the adapter names
+        elif local_path(base).exists():
+            where, revision = str(local_path(base)), None
+        else:
+            own, revision = _named(base)
+            where = str(own)
         if not where:
             return BaseFacts()
-        try:  # the revision is that of the base that the adapter names
-            revision = revision if base is None else None
+        try:
             config = AutoConfig.from_pretrained(where, revision=revision, local_files_only=base is None)
         except Exception:  # not there, not fetched, another format, code that is not trusted: not known
             return BaseFacts()
@@ -78,8 +83,8 @@ def size_of(base: Base | None) -> int | None:
 
 
 def weights_of(base: Base, revision: str | None = None) -> WeightOf:
-    """A function that reads weights of `base`. `revision` is that of a model on the Hub, of which only safetensors are
-    fetched.
+    """A function that reads weights of `base`. `revision` is that of a model on the Hub, which "user/name@revision"
+    names too; only its safetensors are fetched.
 
     Raises ConfigError for a `base` that is none, CheckpointError for files that cannot be read, and HubError and its
     children for a model that cannot be fetched.
@@ -88,8 +93,36 @@ def weights_of(base: Base, revision: str | None = None) -> WeightOf:
         return _of_module(base)
     path = local_path(base)
     if not path.exists():
-        path = _fetched(base, revision)
+        name, at = _named(base)
+        path = _fetched(name, revision or at)
     return _of_files(path)
+
+
+def matrix_of(
+    weight: WeightOf, name: str, shape: tuple[int, int], *, is_embedding: bool = False, is_transposed: bool = False
+) -> Tensor:
+    """The weight of the module `name` as the matrix (out, in), of this `shape`, to which its update is added; a kernel
+    counts as inputs. `is_transposed` says that linear weights are stored as (in, out).
+
+    Raises AdapterFormatError where the base has another weight there, or a quantized one.
+    """
+    W = weight(f"{name}.weight" if name else "weight")
+    is_other_way = is_embedding or (is_transposed and tuple(W.shape) == shape[::-1])
+    found = W.T if is_other_way and W.ndim == 2 else W.flatten(1) if W.ndim > 1 else W
+    if tuple(found.shape) != shape or not W.is_floating_point() or W.dtype.itemsize == 1:
+        raise AdapterFormatError(
+            f"The base's {name}.weight, {tuple(W.shape)} of {W.dtype}, is not the {shape} floating-point weight that "
+            "the adapter was trained on: pass its own base, one that is not quantized."
+        )
+    return found
+
+
+def _named(base: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], str | None]:
+    """An id on the Hub, and the revision in it, if there is one."""
+    if not isinstance(base, str) or "@" not in base:
+        return base, None
+    name, _, revision = base.partition("@")
+    return name, revision or None
 
 
 def _of_module(model: nn.Module) -> WeightOf:

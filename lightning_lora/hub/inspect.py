@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checked import whole
+from lightning_lora.engine.judged import SURVIVES
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.engine.low_rank import (
@@ -29,17 +30,13 @@ from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import can_be_dense
 from lightning_lora.engine.weights import whole as gathered
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
-from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
+from lightning_lora.hub.base_weights import Base, matrix_of, weights_of
 from lightning_lora.hub.combinable import check_bases
 from lightning_lora.hub.export.lowering import unclear
 from lightning_lora.hub.format.layout import adapter_root
 from lightning_lora.hub.format.parts import Pair, Parts, parts_of
-from lightning_lora.hub.format.writing import local_path
 from lightning_lora.hub.inspected import AgainstBase, AgainstOther, InspectedLayer, InspectionReport
 from lightning_lora.hub.pull import adapter_folder
-
-SURVIVES = 0.9
-"""An update is called odd if less than this share of it survives being rounded to the base's precision."""
 
 ROUNDING = 1e-7
 """A singular value below this share of the largest one is taken for zero: factors in float32 do not tell it from zero.
@@ -218,13 +215,6 @@ def _unseen(parts: Parts) -> Iterator[str]:
         yield "single rows for tokens (trainable_token_indices) were trained and are not looked into"
 
 
-def _weights(base: Base) -> WeightOf:
-    if isinstance(base, str) and "@" in base and not local_path(base).exists():
-        name, _, revision = base.partition("@")
-        return weights_of(name, revision)
-    return weights_of(base)
-
-
 class _Weights:
     """The weights of the base, one at a time, as matrices."""
 
@@ -246,7 +236,7 @@ class _Weights:
         else:
             self.name = _name(os.fspath(base))
         if not is_adapted:
-            self._weight = _weights(base)
+            self._weight = weights_of(base)
         self._embeddings = {n for n, p in own.parts.pairs.items() if p.is_embedding} if own.parts is not None else set()
 
     def of(self, name: str, update: _Update) -> Tensor | None:
@@ -268,16 +258,8 @@ class _Weights:
                 return None
             W: Tensor = pair.module.matrix(pair.module, gathered(pair.module.dense_weight(pair.parameter).detach()))
             return W.cpu() if tuple(W.shape) == update.shape else None  # a transposed convolution's is another
-        W = self._weight(f"{name}.weight" if name else "weight")
-        if name in self._embeddings or (self._transposed and tuple(W.shape) == update.shape[::-1]):
-            W = W.T
-        has_numbers = W.is_floating_point() and W.dtype.itemsize > 1 and W.ndim > 1
-        if not has_numbers or tuple(W.flatten(1).shape) != update.shape:
-            raise AdapterFormatError(
-                f"The base's {name}.weight, {tuple(W.shape)} of {W.dtype}, is not the {update.shape} floating-point "
-                "weight that the adapter was trained on: pass its own base, one that is not quantized."
-            )
-        return W.flatten(1)
+        is_embedding = name in self._embeddings
+        return matrix_of(self._weight, name, update.shape, is_embedding=is_embedding, is_transposed=self._transposed)
 
     def notes(self, layers: Mapping[str, InspectedLayer], limit: int) -> Iterator[str]:
         if self._unfit:

@@ -7,7 +7,6 @@ other fields of the config, the metadata and the user's part of the card are car
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -37,13 +36,14 @@ from lightning_lora.engine.layers.pair import as_blocks, from_blocks
 from lightning_lora.engine.low_rank import product_norm
 from lightning_lora.engine.tree import entry_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
-from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
+from lightning_lora.hub.base_weights import Base, WeightOf, matrix_of, weights_of
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.export.lowering import unclear_alphas
 from lightning_lora.hub.export.rewrite import dtype_called
 from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.config import plain_number
 from lightning_lora.hub.format.inspection import check_config, config_in
-from lightning_lora.hub.format.parts import ambiguous_in, magnitude_key, names_of, repaired_in, tensors_in
+from lightning_lora.hub.format.parts import ambiguous_in, by_number, magnitude_key, names_of, repaired_in, tensors_in
 from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS, check_folder
 from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.pull import adapter_folder
@@ -149,23 +149,20 @@ class _Pair:
         return self.parameters or (self.module,)
 
 
-_A = re.compile(r"(^|\.)lora_(embedding_)?A(?=\.weight$|$)")
-
-
 def _pairs(tensors: Mapping[str, Tensor], config: LoRAConfig, where: str) -> dict[str, _Pair]:
     """The pairs among `tensors`, by the name of the module; with a number where a module has several."""
     keys: dict[str, list[str]] = {}
-    for key in sorted(tensors, key=_by_number):
-        if found := _A.search(key):
-            keys.setdefault(peft.base_name(key[: found.start()] or peft.PREFIX), []).append(key)
-    lacking = [b for found in keys.values() for key in found if (b := _A.sub(r"\1lora_\2B", key)) not in tensors]
+    for key in sorted(tensors, key=by_number):
+        if (owner := peft.owner_of_A(key)) is not None:
+            keys.setdefault(owner, []).append(key)
+    lacking = [b for found in keys.values() for key in found if (b := peft.key_of_B(key)) not in tensors]
     if lacking:
         raise AdapterFormatError(f"{where} is no whole adapter: missing: {listed(lacking)}.")
     pairs: dict[str, _Pair] = {}
     whole = {module for module in keys if not _parameters(module, config)}
     for module, of_module in keys.items():
         parameters = _parameters(module, config)
-        factors = [(tensors[key], tensors[_A.sub(r"\1lora_\2B", key)]) for key in of_module]
+        factors = [(tensors[key], tensors[peft.key_of_B(key)]) for key in of_module]
         if len(of_module) != max(1, len(parameters)):
             raise AdapterFormatError(
                 f"{where} holds {len(of_module)} pairs for {module!r}, of which its {CONFIG} adapts "
@@ -181,7 +178,7 @@ def _pairs(tensors: Mapping[str, Tensor], config: LoRAConfig, where: str) -> dic
             pairs[module if len(of_module) == 1 else f"{module} ({i})"] = _Pair(
                 A=A,
                 B=B,
-                keys=(key, _A.sub(r"\1lora_\2B", key)),
+                keys=(key, peft.key_of_B(key)),
                 rank=rank,
                 alpha=alpha,
                 scale=scale_of(alpha, rank, rank_stabilised=config.use_rslora),
@@ -194,11 +191,6 @@ def _pairs(tensors: Mapping[str, Tensor], config: LoRAConfig, where: str) -> dic
     if problems := unclear_alphas(repaired, ambiguous_in(plain, config)):
         raise AdapterFormatError(f"{where}: {problems[0]}.")
     return pairs
-
-
-def _by_number(key: str) -> list[tuple[int, str]]:
-    """A sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
 def _parameters(module: str, config: LoRAConfig) -> tuple[str, ...]:
@@ -293,16 +285,8 @@ def _one(
 
 def _weight(pair: _Pair, weight: WeightOf, transposed: bool) -> Tensor:
     """The weight (out, in) of the module of a DoRA pair; a kernel counts as inputs."""
-    shape = (pair.B.shape[0], pair.A[0].numel())
-    W = weight(f"{pair.module}.weight" if pair.module else "weight")
-    is_embedding = "lora_embedding_" in pair.keys[0]
-    W = W.T if is_embedding or (transposed and tuple(W.shape) == shape[::-1]) else W.flatten(1)
-    if tuple(W.shape) != shape or not W.is_floating_point():
-        raise AdapterFormatError(
-            f"the base's {pair.module}.weight, {tuple(W.shape)} of {W.dtype}, is not the {shape} floating-point weight "
-            "that the adapter was trained on: pass a base that is not quantized"
-        )
-    return W
+    shape, is_embedding = (pair.B.shape[0], pair.A[0].numel()), peft.is_of_embedding(pair.keys[0])
+    return matrix_of(weight, pair.module, shape, is_embedding=is_embedding, is_transposed=transposed)
 
 
 # Makes what is written beside the tensors.
@@ -318,11 +302,11 @@ def _config(
         rank = modules[name].rank
         alpha = alpha_for(pair.scale, rank, rank_stabilised=config.use_rslora)
         ranks |= dict.fromkeys(pair.names, rank)
-        alphas |= dict.fromkeys(pair.names, int(alpha) if alpha.is_integer() else alpha)
+        alphas |= dict.fromkeys(pair.names, plain_number(alpha))
     rank, alpha = usual(config.rank, ranks), usual(config.alpha, alphas)
     changed = {
         "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": plain_number(alpha),
         "rank_pattern": exact_pattern(ranks, rank),
         "alpha_pattern": exact_pattern(alphas, alpha),
         "base_model_name_or_path": base_id(data.get("base_model_name_or_path")),

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_lora.engine.layers.dora import dora_update
 from lightning_lora.engine.low_rank import Spectrum, product_change, product_norm, spectrum
 from lightning_lora.errors import AdapterFormatError, listed
-from lightning_lora.hub.base_weights import BaseFacts, WeightOf
+from lightning_lora.hub.base_weights import BaseFacts, WeightOf, matrix_of
 from lightning_lora.hub.export.consumers import Consumer
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.parts import Pair, Parts
@@ -98,14 +98,7 @@ def dora_spectra(pairs: Mapping[str, Pair], weight: WeightOf, transposed: bool) 
         if pair.magnitude is None:
             continue
         shape = (pair.B.shape[0], pair.A.shape[1])
-        W = weight(f"{name}.weight" if name else "weight")
-        if pair.is_embedding or (transposed and tuple(W.shape) == shape[::-1]):
-            W = W.T
-        if tuple(W.shape) != shape or not W.is_floating_point():
-            raise AdapterFormatError(
-                f"the base's {name}.weight, {tuple(W.shape)} of {W.dtype}, is not the {shape} floating-point weight "
-                "that the adapter was trained on: pass a base that is not quantized"
-            )
+        W = matrix_of(weight, name, shape, is_embedding=pair.is_embedding, is_transposed=transposed)
         update = dora_update(W, pair.A, pair.B, pair.scale, pair.magnitude)
         if not bool(torch.isfinite(update).all()):
             raise AdapterFormatError(f"DoRA divides by zero in {name!r}: a row of its adapted weight is zero")

@@ -288,10 +288,10 @@ def to_peft(
             {
                 **_DEFAULTS,
                 "r": rank,
-                "lora_alpha": _number(alpha),
+                "lora_alpha": plain_number(alpha),
                 "lora_dropout": 0.0 if without_dropout else config.dropout,
                 "rank_pattern": exact_pattern(ranks, rank),
-                "alpha_pattern": {k: _number(v) for k, v in exact_pattern(alphas, alpha).items()},
+                "alpha_pattern": {k: plain_number(v) for k, v in exact_pattern(alphas, alpha).items()},
                 "target_modules": target_modules,
                 "target_parameters": target_parameters,
                 "trainable_token_indices": trainable_token_indices,
@@ -310,5 +310,6 @@ def to_peft(
     )
 
 
-def _number(value: float) -> int | float:
+def plain_number(value: float) -> int | float:
+    """`value` as JSON shows it best: without a fraction where it has none."""
     return int(value) if float(value).is_integer() else value

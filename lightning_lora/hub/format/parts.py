@@ -193,7 +193,7 @@ def _plain(key: str) -> str:
 
 def _pairs(tensors: dict[str, Tensor], config: LoRAConfig, use_dora: bool, where: str) -> dict[str, Pair]:
     """Removes the pairs from `tensors` and returns them, by module."""
-    names = sorted(peft.adapted_names(tensors), key=_by_number)
+    names = sorted(peft.adapted_names(tensors), key=by_number)
     wrapped = set(names)
     pairs, problems = {}, []
     for name in names:
@@ -216,7 +216,7 @@ def _pairs(tensors: dict[str, Tensor], config: LoRAConfig, use_dora: bool, where
     return pairs
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
+def by_number(name: str) -> list[tuple[int, str]]:
     """A sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 

@@ -99,6 +99,25 @@ def plain_key(key: str) -> str:
     return key
 
 
+_A = re.compile(r"(^|\.)lora_(embedding_)?A(?=\.weight$|$)")
+
+
+def owner_of_A(key: str) -> str | None:
+    """The name in the base model of the module whose A is called `key`; None for a key of another tensor."""
+    found = _A.search(key)
+    return None if found is None else base_name(key[: found.start()] or PREFIX)
+
+
+def key_of_B(key_of_A: str) -> str:
+    """The key of the B that belongs to the A under `key_of_A`."""
+    return _A.sub(r"\1lora_\2B", key_of_A)
+
+
+def is_of_embedding(key: str) -> bool:
+    """True if `key` is of a factor of an embedding."""
+    return "lora_embedding_" in key
+
+
 def adapted_names(keys: Iterable[str]) -> set[str]:
     """The names, in the base model, of the modules that the tensors called `keys` adapt."""
     found = {match[1] or "" for match in map(_ADAPTED.match, keys) if match}
