@@ -25,7 +25,7 @@ from lightning_lora.engine.low_rank import (
     rank_for,
     spectrum_of_product,
 )
-from lightning_lora.engine.report import aligned
+from lightning_lora.engine.report import aligned, by_ending, overall_error
 from lightning_lora.errors import ConfigError
 
 
@@ -186,8 +186,7 @@ class ResizeReport:
     @property
     def error(self) -> float:
         """Frobenius norm of the errors of all modules together, relative to the updates."""
-        size = math.fsum(m.size**2 for m in self.modules.values())
-        return math.sqrt(math.fsum((m.error * m.size) ** 2 for m in self.modules.values()) / size) if size else 0.0
+        return overall_error((m.error, m.size) for m in self.modules.values())
 
     @property
     def largest_error(self) -> float:
@@ -213,11 +212,8 @@ class ResizeReport:
 
     def _rows(self) -> list[tuple[str, ...]]:
         """One row for all modules whose names end alike and that had one rank."""
-        groups: dict[tuple[str, int], list[ResizedModule]] = {}
-        for name, m in self.modules.items():
-            groups.setdefault((name.rpartition(".")[2] or "(root)", m.rank_before), []).append(m)
         rows: list[tuple[str, ...]] = []
-        for (ending, before), members in groups.items():
+        for (ending, before), members in by_ending(self.modules.items(), lambda m: m.rank_before).items():
             low, high = (end(m.rank for m in members) for end in (min, max))
             rank = f"{before} -> {low}" if low == high else f"{before} -> {low} to {high}"
             rows.append((ending, str(len(members)), rank, shown_error(max(m.error for m in members))))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ from lightning_lora.engine.plan import Kind, Plan
 from lightning_lora.engine.tree import Target
 from lightning_lora.engine.weights import shape_of
 from lightning_lora.errors import listed
+
+Row = TypeVar("Row")
+Key = TypeVar("Key", bound=Hashable)
 
 
 class AdaptedModule(NamedTuple):
@@ -190,6 +194,22 @@ def _note(
     if others:
         notes.append(f"shares its weight with {', '.join(others)}: only this module's use of it is adapted")
     return "; ".join(notes)
+
+
+def by_ending(modules: Iterable[tuple[str, Row]], alike: Callable[[Row], Key]) -> dict[tuple[str, Key], list[Row]]:
+    """The rows for modules whose names end alike, and of which `alike` says the same, together: (ending, what it says)
+    -> the rows, in order. A report shows a line for each."""
+    groups: dict[tuple[str, Key], list[Row]] = {}
+    for name, row in modules:
+        groups.setdefault((name.rpartition(".")[2] or "(root)", alike(row)), []).append(row)
+    return groups
+
+
+def overall_error(errors: Iterable[tuple[float, float]]) -> float:
+    """The error of several updates together, relative to all: from (relative error, norm) of each, Frobenius norms."""
+    known = list(errors)
+    whole = math.fsum(size**2 for _, size in known)
+    return math.sqrt(math.fsum((error * size) ** 2 for error, size in known) / whole) if whole else 0.0
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

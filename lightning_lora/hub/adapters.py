@@ -30,7 +30,7 @@ from lightning_lora.engine.layers import LinearLoRA, register_conv1d
 from lightning_lora.engine.present import check_none_of_ours, check_some_of_ours
 from lightning_lora.engine.state import by_plain_name, check_fits, check_same_base, describe_base, fill_adapter
 from lightning_lora.engine.targets import name_matches
-from lightning_lora.engine.tree import Tree, submodule, unwrapped
+from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import is_first, is_sharded, whole
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, ConfigError, TargetError, closest, listed
 from lightning_lora.hub.card import model_card
@@ -41,11 +41,9 @@ from lightning_lora.hub.format.layout import (
     adapter_root,
     layout_of,
     member,
-    names_of_tensors,
     tensor_named,
-    tensors_named,
 )
-from lightning_lora.hub.format.matching import Fit, fit
+from lightning_lora.hub.format.matching import fit
 from lightning_lora.hub.format.peft import ends_with, exact_targets, targets_of
 from lightning_lora.hub.format.reading import NOTE, check_folder, open_tensors
 from lightning_lora.hub.format.writing import local_path, write_adapter
@@ -226,14 +224,14 @@ def load_adapter(
     except TargetError as error:
         raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
     try:
-        take_tables(model, on_model(model, plan, tables))
-        own, given = adapter_tensors(model), on_model(model, plan, {**values, **tables})
+        take_tables(model, plan.on(model, tables))
+        own, given = adapter_tensors(model), plan.on(model, {**values, **tables})
         check_fits(own, given, what="the adapter", are_finite=True)  # by `read`
         fill_adapter(model, own, given)
         if check_base:
             check_same_base(model, note, plan.root, what=f"The adapter in {folder}")
         if verify:
-            from lightning_lora.hub.verify import verify_adapter  # which needs this file
+            from lightning_lora.hub.verify import verify_adapter  # the client of the Hub is slow to import
 
             verify_adapter(model, folder, check_base=False, ignore_fields=ignore_fields).raise_for_verdict()
     except BaseException:
@@ -246,15 +244,6 @@ def load_adapter(
 def _version() -> str:
     """The version of this package. It is cached, because it is looked up among the installed files."""
     return version("lightning-lora")
-
-
-def on_model(model: nn.Module, plan: Fit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`values`, named relative to the root, by the names that the engine uses on `model`."""
-    if plan.root is unwrapped(model):
-        return dict(values)
-    names = names_of_tensors(model)
-    there = tensors_named(plan.root)
-    return {names[id(there[name])]: value for name, value in values.items()}
 
 
 def only_injection(model: nn.Module) -> tuple[str, Injection]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.engine.cut import shown_error
-from lightning_lora.engine.report import aligned
+from lightning_lora.engine.report import aligned, by_ending, overall_error
 from lightning_lora.engine.state import compare_bases
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, listed
 from lightning_lora.hub.card import base_id
@@ -169,8 +169,7 @@ class CombineReport:
     @property
     def error(self) -> float:
         """Frobenius norm of the errors of all modules together, relative to the combination."""
-        whole = math.fsum(m.norm**2 for m in self.modules.values())
-        return math.sqrt(math.fsum((m.error * m.norm) ** 2 for m in self.modules.values()) / whole) if whole else 0.0
+        return overall_error((m.error, m.norm) for m in self.modules.values())
 
     @property
     def largest_error(self) -> float:
@@ -192,13 +191,13 @@ class CombineReport:
 
     def _rows(self) -> list[tuple[str, ...]]:
         """One row for all modules whose names end alike and that have the same ranks."""
-        groups: dict[tuple[str, str, str], list[CombinedModule]] = {}
-        for name, m in self.modules.items():
-            ranks = " + ".join("-" if rank is None else str(rank) for rank in m.ranks)
-            groups.setdefault((name.rpartition(".")[2] or "(root)", ranks, str(m.rank)), []).append(m)
+
+        def ranks(m: CombinedModule) -> tuple[str, str]:
+            return " + ".join("-" if rank is None else str(rank) for rank in m.ranks), str(m.rank)
+
         return [
-            (ending, str(len(members)), ranks, rank, shown_error(max(m.error for m in members)))
-            for (ending, ranks, rank), members in groups.items()
+            (ending, str(len(members)), *of_group, shown_error(max(m.error for m in members)))
+            for (ending, of_group), members in by_ending(self.modules.items(), ranks).items()
         ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,12 @@ from lightning_lora.engine.judged import (
     Verified,
     compare_whole,
 )
-from lightning_lora.engine.report import aligned
+from lightning_lora.engine.report import aligned, by_ending
 from lightning_lora.engine.state import check_fits, check_same_base
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.twin import Bare, bare, has_active_adapter
 from lightning_lora.engine.verify import check_layer
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, TargetError, listed
-from lightning_lora.hub.adapters import on_model
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.hub.format.inspection import checked_config
 from lightning_lora.hub.format.layout import member, place_of
@@ -98,7 +97,9 @@ class VerifyReport:
 
     def __str__(self) -> str:
         head = ("module", "number", "verdict", "scale", "largest error", "survives")
-        lines = aligned([head, *map(_row, self._groups())], right=(1, 3, 4, 5))
+        groups = by_ending(((m.name, m) for m in self.modules), lambda m: m.verdict)
+        rows = [_row(ending, members) for (ending, _), members in groups.items()]
+        lines = aligned([head, *rows], right=(1, 3, 4, 5))
         for note in dict.fromkeys((m.verdict, m.note) for m in self.modules if m.note and m.verdict != SAME):
             names = [m.name or "(root)" for m in self.modules if (m.verdict, m.note) == note]
             lines.append(f"{note[0]}: {listed(names, 3)}: {note[1]}")
@@ -106,16 +107,8 @@ class VerifyReport:
         right = sum(m.verdict == SAME for m in checked)
         return "\n".join([*lines, f"{self.verdict}: {right} of {len(self.modules)} modules apply the adapter"])
 
-    def _groups(self) -> Iterable[tuple[str, list[Verified]]]:
-        """The modules whose names end alike and whose verdicts are the same, together."""
-        groups: dict[tuple[str, str], list[Verified]] = {}
-        for m in self.modules:
-            groups.setdefault((m.name.rpartition(".")[2] or "(root)", m.verdict), []).append(m)
-        return [(ending, members) for (ending, _), members in groups.items()]
 
-
-def _row(group: tuple[str, list[Verified]]) -> tuple[str, ...]:
-    ending, members = group
+def _row(ending: str, members: list[Verified]) -> tuple[str, ...]:
     scales, errors, shares = (
         [v for m in members if (v := getattr(m, field)) is not None] for field in ("scale", "error", "share")
     )
@@ -226,7 +219,7 @@ def _with_factors(
             inject(reference, plan.config, start=False)
         except TargetError as error:
             raise AdapterFormatError(f"{folder} does not fit {type(reference).__name__}: {error}") from error
-        own, given = adapter_tensors(reference), on_model(reference, plan, values)
+        own, given = adapter_tensors(reference), plan.on(reference, values)
         check_fits(own, given, what="the adapter", are_finite=True)
         note = file.header.note
     for name, layer in adapters(reference):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_lora.checked import number, one_of, whole
 from lightning_lora.engine.low_rank import Spectrum
-from lightning_lora.engine.report import aligned
+from lightning_lora.engine.report import aligned, by_ending, overall_error
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub.base_weights import Base, BaseFacts, WeightOf, facts_of, size_of, weights_of
@@ -65,8 +65,7 @@ class ExportReport:
     @property
     def error(self) -> float:
         """Frobenius norm of the change of all updates together, relative to the updates."""
-        whole = math.fsum(m.size**2 for m in self.modules.values())
-        return math.sqrt(math.fsum((m.error * m.size) ** 2 for m in self.modules.values()) / whole) if whole else 0.0
+        return overall_error((m.error, m.size) for m in self.modules.values())
 
     @property
     def largest_error(self) -> float:
@@ -105,14 +104,15 @@ def _megabytes(size: int) -> str:
 
 def _rows(modules: Mapping[str, Lowered]) -> list[tuple[str, ...]]:
     """One row for all modules whose names end alike and that were rewritten alike."""
-    groups: dict[tuple[str, ...], list[Lowered]] = {}
-    for name, m in modules.items():
+
+    def rewriting(m: Lowered) -> tuple[str, str, str]:
         rank = str(m.rank) if m.rank == m.rank_before or m.added else f"{m.rank_before} -> {m.rank}"
         scale = "zeros added" if m.added else f"{m.scale:g}" if m.worst is None else "DoRA"
-        groups.setdefault((name.rpartition(".")[2] or "(root)", rank, scale, f"{m.factor:.6g}"), []).append(m)
+        return rank, scale, f"{m.factor:.6g}"
+
     return [
-        (ending, str(len(members)), rank, scale, factor, f"{max(m.error for m in members):.2g}")
-        for (ending, rank, scale, factor), members in groups.items()
+        (ending, str(len(members)), *alike, f"{max(m.error for m in members):.2g}")
+        for (ending, alike), members in by_ending(modules.items(), rewriting).items()
     ]
 
 

@@ -19,7 +19,7 @@ from lightning_lora.engine.plan import promised
 from lightning_lora.engine.present import check_none_of_others, other_prefix
 from lightning_lora.engine.state import describe_base, is_finite
 from lightning_lora.engine.targets import Selection, name_matches, select, tensors_trained_whole
-from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.tree import Tree, submodule, unwrapped
 from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
@@ -34,6 +34,7 @@ from lightning_lora.hub.format.layout import (
     names_of_tensors,
     place_of,
     tensor_named,
+    tensors_named,
 )
 from lightning_lora.hub.format.old_names import Recipe, renamed_config, renamed_key, restacked, todays_names
 from lightning_lora.hub.format.peft import exact_targets
@@ -65,6 +66,13 @@ class Fit:
     recipes: Mapping[str, Recipe]
     """Keys that stand for several tensors in the file -> the function that puts these together."""
     where: str
+
+    def on(self, model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`values`, named relative to the root, by the names that the engine uses on `model`."""
+        if self.root is unwrapped(model):
+            return dict(values)
+        names, there = names_of_tensors(model), tensors_named(self.root)
+        return {names[id(there[name])]: value for name, value in values.items()}
 
     def read(self, file: TensorFile | Mapping[str, Tensor], *, compare_base: bool = True) -> dict[str, Tensor]:
         """The tensors to load, by the engine's names relative to the root. Raises AdapterFormatError for one that is
