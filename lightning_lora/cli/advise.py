@@ -12,7 +12,7 @@ command that trains with it.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ from lightning_lora.files import written_beside
 if TYPE_CHECKING:
     from lightning_lora import LoRACallback
     from lightning_lora.training.advice import Advice
-    from lightning_lora.training.trials import Cut
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ def run(settings: dict[str, Any]) -> None:
     task, data = task_and_data(settings)
     train.train_new_heads(settings, task)
     name, callback = _lora(settings)
+    folder = train.make_folder(settings)
     node = settings["callbacks"][name]
     where, rate = _where_rate(settings)
     advice = advise(
@@ -87,8 +87,6 @@ def run(settings: dict[str, Any]) -> None:
     )
     if rate is not None and abs(rate - advice.own_rate) > 1e-6 * rate:
         where = None  # the task takes its learning rate from elsewhere
-    folder = Path(settings["run_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
     assert callback.config is not None
     advised = _advised(advice, callback.config.to_dict(), name, where)
     experiment = folder / "experiment" / f"{EXPERIMENT}.yaml"
@@ -191,17 +189,16 @@ def _content(advice: Advice) -> dict[str, Any]:
 
 def _plot(advice: Advice, path: Path) -> None:
     from lightning_lora.cli.plot import plot_advice
+    from lightning_lora.training.trials import mean
 
     trained = [(f"{c.name}, rank {c.config.rank}", c.lr, c.steps, c.values()) for c in advice.candidates if c.values()]
     last = [c for c in advice.candidates if c.steps == advice.steps]
     ranks = {"trained at that rank": [(float(c.config.rank), c.values()) for c in last]}
     if advice.cuts:
-        by_name = {cuts[0].name: (_mean_rank(cuts), [cut.value for cut in cuts]) for cuts in advice.cuts}
+        by_name = {
+            cuts[0].name: (mean([cut.rank for cut in cuts]), [cut.value for cut in cuts]) for cuts in advice.cuts
+        }
         top = (float(max(c.config.rank for c in last)), list(advice.whole))
         for label, start in (("cut to a rank", "rank"), ("cut by energy", "energy")):
             ranks[label] = sorted([top, *(cut for name, cut in by_name.items() if name.startswith(start))])
     plot_advice(trained, ranks, advice.base, path, metric=advice.monitor, mode=advice.mode)
-
-
-def _mean_rank(cuts: Sequence[Cut]) -> float:
-    return sum(cut.rank for cut in cuts) / len(cuts)

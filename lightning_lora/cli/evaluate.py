@@ -14,27 +14,16 @@ from typing import Any, Literal
 
 from lightning_lora.cli.composition import ADAPTER_MISSING
 from lightning_lora.cli.results import metrics_of, shown, table, write_json
-from lightning_lora.cli.settings import Node
+from lightning_lora.cli.settings import Applied
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The top-level keys of the configuration; each node's own keys are those of its target."""
+class Settings(Applied):
+    """The settings of a command that applies an adapter to data, and its own."""
 
-    model: Node
-    data: Node
-    task: Node
-    trainer: Node
-    optimizer: Node
-    scheduler: Node
     adapter: str | None = field(metadata={"missing": ADAPTER_MISSING})
-    subfolder: str | None
-    ignore_fields: list[str]
-    check_base: bool
     ckpt_path: str | None
     split: Literal["validation", "test"]
-    seed: int | None
-    run_dir: str
 
 
 def run(settings: dict[str, Any]) -> None:

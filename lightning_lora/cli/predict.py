@@ -16,7 +16,7 @@ from typing import Any
 
 from lightning_lora.cli.composition import ADAPTER_MISSING
 from lightning_lora.cli.results import shown
-from lightning_lora.cli.settings import Node
+from lightning_lora.cli.settings import Applied
 from lightning_lora.errors import ConfigError
 
 SHOWN, WIDTH = 3, 200
@@ -24,23 +24,12 @@ SHOWN, WIDTH = 3, 200
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The top-level keys of the configuration; each node's own keys are those of its target."""
+class Settings(Applied):
+    """The settings of a command that applies an adapter to data, and its own."""
 
-    model: Node
-    data: Node
-    task: Node
-    trainer: Node
-    optimizer: Node
-    scheduler: Node
     adapter: str | None = field(metadata={"missing": ADAPTER_MISSING})
-    subfolder: str | None
-    ignore_fields: list[str]
-    check_base: bool
     adapter_column: str | None
     ckpt_path: str | None
-    seed: int | None
-    run_dir: str
 
 
 def run(settings: dict[str, Any]) -> None:

@@ -18,19 +18,13 @@ from typing import Any
 
 from lightning_lora.cli.composition import ADAPTER_MISSING
 from lightning_lora.cli.results import metrics_of, shown, table
-from lightning_lora.cli.settings import Node
+from lightning_lora.cli.settings import Applied
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The top-level keys of the configuration; each node's own keys are those of its target."""
+class Settings(Applied):
+    """The settings of a command that applies an adapter to data, and its own."""
 
-    model: Node
-    data: Node
-    task: Node
-    trainer: Node
-    optimizer: Node
-    scheduler: Node
     adapter: str = field(metadata={"missing": ADAPTER_MISSING})
     output: str
     rank: int | None
@@ -38,11 +32,6 @@ class Settings:
     max_error: float | None
     base: str | None
     dtype: str | None
-    subfolder: str | None
-    ignore_fields: list[str]
-    check_base: bool
-    seed: int | None
-    run_dir: str
 
 
 _OPTIONS = ("rank", "energy", "max_error", "base", "dtype", "subfolder", "ignore_fields")

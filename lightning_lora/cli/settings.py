@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -165,6 +165,24 @@ def _written(parameter: inspect.Parameter, annotation: Any) -> str:
 
 Node = dict[str, Any] | None
 """The type of a setting that is a node: a target with its arguments, or several of them by name."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The top-level keys of commands that apply an adapter to data, beside the adapter itself; each node's own keys are
+    those of its target."""
+
+    model: Node
+    data: Node
+    task: Node
+    trainer: Node
+    optimizer: Node
+    scheduler: Node
+    subfolder: str | None
+    ignore_fields: list[str]
+    check_base: bool
+    seed: int | None
+    run_dir: str
 
 
 def checked(config: DictConfig, settings: type) -> dict[str, Any]:

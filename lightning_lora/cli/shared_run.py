@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from lightning_lora.cli.process import quieten, use_available_cores
 from lightning_lora.cli.results import CONFIG, METRICS
 from lightning_lora.cli.runs import Lines, MeasuredEnd, SeededStart, shows_progress
 from lightning_lora.cli.settings import build, literal, target, task_and_data
-from lightning_lora.engine.weights import shape_of
 from lightning_lora.training.many import MultiLoRACallback
 
 
@@ -119,20 +117,17 @@ class SharedRun:
                 member.after = member.metrics
                 save(trainer, member, member.best)
             with several.using(member.name):  # the module is what it would be in a run of its own
-                trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)
-                parameters = sum(math.prod(shape_of(p)) for p in task.parameters())
-            self._results[member.settings["run_dir"]] = train.write_results(
-                member.settings,
-                member.best,
-                member.job.overrides,
-                before=member.earlier.before,
-                after=member.after,
-                trainable=trainable,
-                parameters=parameters,
-                steps=trainer.global_step if member.steps is None else member.steps,
-                seconds=seconds,
-                together=[job.number for job in self._jobs],
-            )
+                self._results[member.settings["run_dir"]] = train.write_results(
+                    member.settings,
+                    task,
+                    best_checkpoint=member.best,
+                    overrides=member.job.overrides,
+                    before=member.earlier.before,
+                    after=member.after,
+                    steps=trainer.global_step if member.steps is None else member.steps,
+                    seconds=seconds,
+                    together=[job.number for job in self._jobs],
+                )
 
     def _adapters(self, members: Sequence[Member]) -> MultiLoRACallback:
         is_shared = len({member.lr for member in members}) == 1

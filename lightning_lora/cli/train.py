@@ -95,7 +95,6 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         start_from,
         tell_loggers,
     )
-    from lightning_lora.engine.weights import shape_of
     from lightning_lora.training.checkpoint import check_no_adapter_folder
     from lightning_lora.training.checkpoint_file import fetched
 
@@ -139,10 +138,10 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
             trainer.fit(task, data, ckpt_path=path)
     except SystemExit:
         if trainer.interrupted:
-            say_how_to_go_on(folder, TERMINATED if trainer.received_sigterm else INTERRUPTED)
+            _say_how_to_go_on(folder, TERMINATED if trainer.received_sigterm else INTERRUPTED)
         raise
     if trainer.received_sigterm:  # in the last batch: whoever sent it does not wait for what comes after the training
-        say_how_to_go_on(folder, TERMINATED)
+        _say_how_to_go_on(folder, TERMINATED)
     seconds = time.perf_counter() - started
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     best = best or end_of(trainer, folder)
@@ -152,12 +151,11 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     return write_results(
         settings,
-        best,
-        _overrides(),
+        task,
+        best_checkpoint=best,
+        overrides=_overrides(),
         before=earlier.before,
         after=after,
-        trainable=sum(p.numel() for p in task.parameters() if p.requires_grad),
-        parameters=sum(math.prod(shape_of(p)) for p in task.parameters()),
         steps=trainer.global_step,
         seconds=seconds,
     )
@@ -165,13 +163,12 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def write_results(
     settings: dict[str, Any],
+    task: LightningModule,
+    *,
     best_checkpoint: str,
     overrides: Sequence[str],
-    *,
     before: dict[str, float],
     after: dict[str, float],
-    trainable: int,
-    parameters: int,
     steps: int,
     seconds: float,
     together: Sequence[int] = (),
@@ -180,14 +177,16 @@ def write_results(
 
     `together` are the numbers of the jobs that shared the run: it has one checkpoint for all of them.
     """
+    from lightning_lora.engine.weights import shape_of
+
     folder = Path(settings["run_dir"])
     results = {
         "before": before,
         "after": after,
         "monitor": settings["monitor"],
         "mode": settings["mode"],
-        "trainable_parameters": trainable,
-        "parameters": parameters,
+        "trainable_parameters": sum(p.numel() for p in task.parameters() if p.requires_grad),
+        "parameters": sum(math.prod(shape_of(p)) for p in task.parameters()),
         "steps": steps,
         "seconds": round(seconds, 2),
         "best_checkpoint": None if together else os.path.relpath(best_checkpoint, folder),
@@ -331,7 +330,7 @@ def _where(folder: Path, results: dict[str, Any], adapted: bool) -> str:
     return "\n".join(lines)
 
 
-def say_how_to_go_on(folder: Path, status: int) -> NoReturn:
+def _say_how_to_go_on(folder: Path, status: int) -> NoReturn:
     """After a signal, print the newest checkpoint and the command that resumes from it. Exits with `status`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has turned it off
     checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)

@@ -185,25 +185,34 @@ def _hooked(layers: Mapping[str, nn.Module], hook: Callable[..., None]) -> Itera
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model is in eval mode inside, and no parameter requires grad; both are put back after."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, all modules of `model` are in eval mode; afterwards each is in its own again."""
     modes = [(module, module.training) for module in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    everything = list(model.parameters())
     try:
         for module, _ in modes:  # not eval(), which some modules override
             module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model is in eval mode inside, and no parameter requires grad; both are put back after."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    everything = list(model.parameters())
+    try:
         for p in trainable:
             p.requires_grad_(False)
-        yield
+        with evaluating(model):
+            yield
     finally:
         for p in everything:
             if p.is_floating_point():
                 p.requires_grad_(False)
         for p in trainable:
             p.requires_grad_()
-        for module, mode in modes:
-            module.training = mode
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -153,6 +153,13 @@ def energy_shares(S: Tensor) -> Tensor:
     return torch.where(energy.sum(-1, keepdim=True) == 0, 0.0, energy / energy.sum(-1, keepdim=True))
 
 
+def quarter_shares(S: Tensor) -> tuple[Tensor, Tensor]:
+    """The shares of the squared Frobenius norm in the largest quarter of the singular values, and in the smallest one,
+    for rows S (..., r)."""
+    shares, count = energy_shares(S), max(1, S.shape[-1] // 4)
+    return shares[..., :count].sum(-1), shares[..., -count:].sum(-1)
+
+
 def stacked_singular_values(B: Tensor, A: Tensor) -> Tensor:
     """The singular values (n, r) of each product of the stacks B (n, out, r) and A (n, r, in), the largest first, on
     the CPU, in the precision of the factors (float32 at least); NaN for a product that is not finite.

@@ -154,3 +154,17 @@ def too_large(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, *besides: 
     sizes["another number"] = largest_in(*(t for t in besides if t is not None))
     found = next((f"{what} of up to {size:.3g}" for what, size in sizes.items() if not size <= most), None)
     return found and f"{found}, where {str(dtype).removeprefix('torch.')} allows {most:.3g}"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """The bytes that can still be allocated on `device`; None if that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            facts = {line.partition(":")[0]: line.split()[1] for line in file}
+        return int(facts["MemAvailable"]) * 1024
+    except (OSError, LookupError, ValueError):
+        return None

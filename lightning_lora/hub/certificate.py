@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import disabled
+from lightning_lora.engine.calibration import evaluating
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
 from lightning_lora.files import written_beside
 from lightning_lora.hub.format.layout import adapter_root
@@ -110,16 +111,22 @@ class Certificate:
             least = min(got.values(), default=0.0)
             for c in prompt.best:
                 weight, size = math.exp(max(c.base, c.adapter)), c.adapter - c.base
-                here = got.get(c.id)  # a token that is not among the best is at most as likely as the last of them
-                off = 0.0 if here is None and c.adapter <= least else (least if here is None else here) - c.adapter
-                back = 0.0 if here is None and c.base <= least else (least if here is None else here) - c.base
+                off = _beyond(c.adapter, got.get(c.id), least)
                 to_adapter += weight * off**2
-                to_base += weight * back**2
+                to_base += weight * _beyond(c.base, got.get(c.id), least) ** 2
                 along += weight * (off + size) * size
                 moved += weight * (off + size) ** 2
                 whole += weight * size**2
         cosine = along / math.sqrt(moved * whole) if moved else 0.0
         return Distances(math.sqrt(to_adapter / whole), math.sqrt(to_base / whole), along / whole, cosine)
+
+
+def _beyond(known: float, here: float | None, least: float) -> float:
+    """How much the log-probability `here` is above `known`. A token that a server does not name (None) is at most as
+    likely as the least of those that it names."""
+    if here is None:
+        return 0.0 if known <= least else least - known
+    return here - known
 
 
 @dataclass(frozen=True)
@@ -165,9 +172,7 @@ def make_certificate(model: nn.Module, tokenizer: Any, adapter: str | os.PathLik
     verify_adapter(model, folder).raise_for_verdict()
     root: Any = adapter_root(model)[1]
     prompts = []
-    was = {id(m): m.training for m in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         for text in prompt_texts():
             ids = _tokens(tokenizer, text)
             after = _next(root, ids)
@@ -186,9 +191,6 @@ def make_certificate(model: nn.Module, tokenizer: Any, adapter: str | os.PathLik
                 for i in chosen
             ]
             prompts.append(Prompt(text, tuple(ids), tuple(best)))
-    finally:
-        for module in model.modules():
-            module.training = was[id(module)]
     effect = math.sqrt(
         sum(math.exp(max(c.base, c.adapter)) * (c.adapter - c.base) ** 2 for p in prompts for c in p.best)
         / len(prompts)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_lora.engine.low_rank import effective_rank, energy_shares, stable_rank
+from lightning_lora.engine.low_rank import effective_rank, quarter_shares, stable_rank
 from lightning_lora.engine.report import aligned
 from lightning_lora.errors import CheckpointError
 from lightning_lora.files import written_beside
@@ -85,12 +85,12 @@ class InspectedLayer:
     @property
     def energy_top_quarter(self) -> float:
         """The share of ||dW||^2 in the largest quarter of the directions."""
-        return float(energy_shares(self._S)[: max(1, len(self.singular_values) // 4)].sum())
+        return float(quarter_shares(self._S)[0])
 
     @property
     def energy_last_quarter(self) -> float:
         """The share of ||dW||^2 in the smallest quarter of the directions."""
-        return float(energy_shares(self._S)[-max(1, len(self.singular_values) // 4) :].sum())
+        return float(quarter_shares(self._S)[1])
 
     @property
     def relative_norm(self) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.report import aligned
-from lightning_lora.training.trials import Candidate, Cut
+from lightning_lora.training.trials import Candidate, Cut, mean
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,6 @@ class Advice:
         blocks.append("\n".join(self.recommended))
         blocks.append("Not known:\n" + "\n".join(f"- {line}" for line in self.unknown))
         return "\n\n".join(blocks)
-
-
-def mean(values: Sequence[float]) -> float:
-    """NaN if there are none."""
-    return sum(values) / len(values) if values else math.nan
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

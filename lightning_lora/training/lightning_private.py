@@ -36,7 +36,6 @@ def _of_loops(name: str, otherwise: Any = _Gone) -> Any:
 
 
 _IteratorFetcher = _of_loops("loops.fetchers:_DataLoaderIterDataFetcher")
-_PrefetchFetcher = _of_loops("loops.fetchers:_PrefetchDataFetcher")
 _FitStage = _of_loops("loops.fit_loop:RestartStage")
 _EpochStage = _of_loops("loops.training_epoch_loop:RestartStage")
 _Metadata = _of_loops("trainer.connectors.logger_connector.result:_Metadata")

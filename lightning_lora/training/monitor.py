@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.checked import flag, whole
 from lightning_lora.engine.layers import Pair, pairs
-from lightning_lora.engine.low_rank import effective_ranks, energy_shares, stable_ranks, stacked_singular_values
+from lightning_lora.engine.low_rank import effective_ranks, quarter_shares, stable_ranks, stacked_singular_values
 from lightning_lora.engine.present import check_some_of_ours
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import is_plain
@@ -169,13 +169,9 @@ def _spectra(own: Sequence[Pair]) -> Values:
     return found
 
 
-def _quarter(S: Tensor) -> int:
-    return max(1, S.shape[-1] // 4)
-
-
 _OF_SPECTRUM = {
     "effective_rank": effective_ranks,
     "stable_rank": stable_ranks,
-    "energy_top_quarter": lambda S: energy_shares(S)[..., : _quarter(S)].sum(-1),
-    "energy_last_quarter": lambda S: energy_shares(S)[..., -_quarter(S) :].sum(-1),
+    "energy_top_quarter": lambda S: quarter_shares(S)[0],
+    "energy_last_quarter": lambda S: quarter_shares(S)[1],
 }

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -18,6 +17,7 @@ from lightning_lora.engine.optim import with_inner
 from lightning_lora.engine.resize import moments, resize
 from lightning_lora.errors import ConfigError, TrainingError
 from lightning_lora.training.starting import adapters_present
+from lightning_lora.training.watches import averaging
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -55,10 +55,9 @@ class RankSchedule:
                 "the shapes of the first rank: train on one device, or in several runs, each from the adapter of the "
                 "one before (resize_adapter, adapter=)."
             )
-        averages = (WeightAveraging, StochasticWeightAveraging)
-        found = [type(c).__name__ for c in trainer.callbacks if isinstance(c, averages)]  # type: ignore[attr-defined]
-        if found:
-            raise TrainingError(f"rank_schedule cannot be used with {found[0]}: weights of two ranks have no average.")
+        for callback in averaging(trainer):
+            what = type(callback).__name__
+            raise TrainingError(f"rank_schedule cannot be used with {what}: weights of two ranks have no average.")
         for pair in pairs(module):
             for rank in self.ranks.values():
                 in_each_block(rank, pair.name, pair.A, pair.B, pair.spec.rank)

@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning_lora.engine.tree import entry_matches
 from lightning_lora.errors import ConfigError, TargetError, TrainingError
-from lightning_lora.training.advice import Advice, mean
-from lightning_lora.training.trials import Candidate, Cut, Trials
+from lightning_lora.training.advice import Advice
+from lightning_lora.training.trials import Candidate, Cut, Trials, mean
 
 HALF_DECADES = (-3, -2, -1, 0, 1, 2, 3)
 """The grid of learning rates, in steps of sqrt(10) from its middle: three decades in all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,11 @@ from lightning_lora.training.guest import left_as_it_was, quiet, seed_all
 from lightning_lora.training.strategy import has_adapters
 
 NEVER = 10**9
+
+
+def mean(values: Collection[float]) -> float:
+    """NaN if there are none."""
+    return sum(values) / len(values) if values else math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +67,7 @@ class Candidate:
 
     @property
     def mean(self) -> float:
-        return sum(values) / len(values) if (values := self.values()) else math.nan
+        return mean(self.values())
 
     @property
     def spread(self) -> float | None:
@@ -193,7 +198,7 @@ class Trials:
             self._clear()
         ranks = cutting.ranks
         value = float(trainer.callback_metrics[self.monitor])
-        return Cut(name, sum(ranks.values()) / len(ranks), ranks, cutting.parameters, value)
+        return Cut(name, mean(ranks.values()), ranks, cutting.parameters, value)
 
     def _check_time(self) -> None:
         if time.perf_counter() > self.deadline:
@@ -208,9 +213,9 @@ class Trials:
     def _trainer(self, **settings: Any) -> Trainer:
         # Validate only where a training stops.
         never = {} if self._validates_as_given else {"check_val_every_n_epoch": None, "val_check_interval": NEVER}
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = self._make(
-            **never, **quiet, **{"callbacks": [], **settings}, enable_model_summary=False, num_sanity_val_steps=0,
+            **never, **plain, **{"callbacks": [], **settings}, enable_model_summary=False, num_sanity_val_steps=0,
             inference_mode=False,  # what a metric keeps from inference mode cannot be used in training after it
         )  # fmt: skip
         if trainer.world_size > 1:

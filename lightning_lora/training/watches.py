@@ -159,12 +159,17 @@ def unfrozen(module: nn.Module) -> list[str]:
     return [name for name, p in Tree.of(module).parameters if p.requires_grad and id(p) not in saved]
 
 
+def averaging(trainer: Trainer) -> list[Any]:
+    """The callbacks of `trainer` that average weights."""
+    kinds = (WeightAveraging, StochasticWeightAveraging)
+    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]
+
+
 def adapt_averages(trainer: Trainer, module: LightningModule) -> None:
     """Let Lightning's averaging callbacks copy `module` with its adapters: they copy it in their own setup, which may
     have run before. Raises TrainingError for one that would change frozen statistics of the base."""
     frozen = [name for _, injection in injections(module) for name in injection.frozen_norms]
-    averaging = (WeightAveraging, StochasticWeightAveraging)
-    for callback in [c for c in trainer.callbacks if isinstance(c, averaging)]:  # type: ignore[attr-defined]
+    for callback in averaging(trainer):
         if frozen and isinstance(callback, StochasticWeightAveraging):
             raise TrainingError(
                 "StochasticWeightAveraging estimates the statistics of batch norms anew, and those of "

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_lora.checked import whole
 from lightning_lora.engine.layers.cell import Cell, LayerFactors, copy_scaled
 from lightning_lora.engine.layers.linear import LinearCell
-from lightning_lora.engine.memory import largest, largest_in, too_large
+from lightning_lora.engine.memory import free_bytes, largest, largest_in, too_large
 from lightning_lora.engine.weights import dtype_of, is_plain
 from lightning_lora.errors import AdapterFormatError, BankError, listed
 
@@ -106,26 +106,12 @@ def width_of(shapes: Shapes) -> int:
 
 def check_memory(plan: MemoryPlan) -> None:
     """Raise BankError if there is less memory free than `plan` takes."""
-    free = _free_bytes(plan.device)
+    free = free_bytes(plan.device)
     if free is not None and plan.bytes > free:
         raise BankError(
             f"The bank does not fit: {plan}, where {free / 2**30:.3g} GiB are free. Lower max_rank, or capacity: "
             "adapters without a slot wait in the processor's memory, or on disk."
         )
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """The bytes that can still be allocated on `device`; None if that is not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return None
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            facts: dict[str, Any] = {line.partition(":")[0]: line.split()[1] for line in file}
-        return int(facts["MemAvailable"]) * 1024
-    except (OSError, LookupError, ValueError):
-        return None
 
 
 def _in_units(size: float) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -23,6 +24,7 @@ from lightning_lora.training.many.pack import Pack, members
 from lightning_lora.training.many.rounds import evaluate_each, stop_each
 from lightning_lora.training.many.steps import Steps
 from lightning_lora.training.many.strategy import attach_pack, check_strategy
+from lightning_lora.training.watches import averaging
 
 
 class MultiLoRACallback(LoRACallback):
@@ -142,12 +144,9 @@ class MultiLoRACallback(LoRACallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_strategy(trainer.strategy)
-        kinds = (WeightAveraging, StochasticWeightAveraging)
-        averaging = [type(c).__name__ for c in trainer.callbacks if isinstance(c, kinds)]  # type: ignore[attr-defined]
-        if averaging:
-            raise TrainingError(
-                f"{averaging[0]} averages the weights of one adapter: MultiLoRACallback cannot run with it."
-            )
+        for callback in averaging(trainer):
+            what = type(callback).__name__
+            raise TrainingError(f"{what} averages the weights of one adapter: MultiLoRACallback cannot run with it.")
         if trainer.state.fn == TrainerFn.PREDICTING:
             raise TrainingError(
                 "predict has one output for each batch, and MultiLoRACallback has several adapters: load one with "
@@ -156,8 +155,6 @@ class MultiLoRACallback(LoRACallback):
         super().setup(trainer, pl_module, stage)
 
     def _inject(self, pl_module: LightningModule, trainer: Trainer) -> None:
-        import torch
-
         several = Several(pl_module)
         self._pack = Pack(self._members, several, list(self._members))
         random = torch.get_rng_state()

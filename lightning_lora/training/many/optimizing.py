@@ -16,7 +16,7 @@ from lightning_lora.engine.optim import copied, lists_tensors, same, with_inner
 from lightning_lora.errors import TrainingError
 from lightning_lora.training.many.pack import Member
 
-_OWN = "lora_many"
+OWN = "lora_many"
 """The key of a group for the numbers that steps have changed for one adapter: adapter -> name -> (the group's, its)."""
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
@@ -53,9 +53,7 @@ def only(optimizers: list[Optimizer], name: str, owners: Mapping[int, str]) -> I
     with _parts(optimizers, name, owners) as parts:
         yield
         for host, part, given in parts:
-            host.update(
-                {key: value for key, value in part.items() if key not in _LISTS and value is not given.get(key)}
-            )
+            host.update({key: value for key, value in part.items() if key not in LISTS and value is not given.get(key)})
 
 
 @contextmanager
@@ -66,23 +64,23 @@ def stepping(optimizer: Optimizer, name: str, owners: Mapping[int, str], factor:
         for host, part, given in parts:
             if factor != 1:
                 part.update({key: part[key] * factor for key in _RATES if part.get(key) is not None})
-            own = host.get(_OWN, {}).get(name, {})
+            own = host.get(OWN, {}).get(name, {})
             part.update({key: value for key, (then, value) in own.items() if same(host.get(key), then)})
-            part.pop(_OWN, None)
-            given.update({key: copied(value) for key, value in part.items() if key not in _LISTS})
+            part.pop(OWN, None)
+            given.update({key: copied(value) for key, value in part.items() if key not in LISTS})
         yield
         for host, part, given in parts:
-            known = host.get(_OWN, {}).get(name, {})
+            known = host.get(OWN, {}).get(name, {})
             own = {
                 key: known[key] if key in known and same(value, known[key][1]) else (copied(host.get(key)), value)
                 for key, value in part.items()
-                if key not in _LISTS and (key in known or not same(value, given.get(key)))
+                if key not in LISTS and (key in known or not same(value, given.get(key)))
             }
             if own or known:
-                host[_OWN] = {**host.get(_OWN, {}), name: own}
+                host[OWN] = {**host.get(OWN, {}), name: own}
 
 
-_LISTS = ("params", "param_names")
+LISTS = ("params", "param_names")
 _Group = dict[str, Any]
 
 
@@ -106,15 +104,15 @@ def _parts(
 
 def _part(group: _Group, name: str, owners: Mapping[int, str]) -> tuple[_Group, _Group, _Group]:
     chosen = [owners.get(id(p)) == name for p in group["params"]]
-    part = {key: copied(value) for key, value in group.items() if key not in (*_LISTS, _OWN)}
-    if _OWN in group:
-        part[_OWN] = group[_OWN]
-    lists = {key: [v for v, ours in zip(group[key], chosen) if ours] for key in _LISTS if key in group}
+    part = {key: copied(value) for key, value in group.items() if key not in (*LISTS, OWN)}
+    if OWN in group:
+        part[OWN] = group[OWN]
+    lists = {key: [v for v, ours in zip(group[key], chosen) if ours] for key in LISTS if key in group}
     given = dict(part)
     return group, {**part, **lists}, given
 
 
-class Known:
+class KnownLoss:
     """The closure of a step whose loss is known: the gradients of all adapters have been computed."""
 
     def __init__(self, loss: Any, optimizer: Optimizer) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_lora.engine import torch_private
 from lightning_lora.errors import TrainingError
+from lightning_lora.training.many.optimizing import LISTS, OWN
 from lightning_lora.training.run_state import RandomState, random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Counters:
 
     @staticmethod
     def _settings(group: dict[str, Any]) -> dict[str, Any]:
-        return {key: copy.deepcopy(v) for key, v in group.items() if key not in ("params", "param_names", "lora_many")}
+        return {key: copy.deepcopy(v) for key, v in group.items() if key not in (*LISTS, OWN)}
 
     def put_back(self) -> None:
         if not self._is_first:

@@ -65,14 +65,14 @@ class Steps:
         if not pack.active:
             return None
         if not self.module.automatic_optimization:
-            self._one_each("the module takes its steps by itself (manual optimization)", args)
+            self._one_each("the module takes its steps by itself (manual optimization)")
             return self._manual(step, args, kwargs)
         if len(pack.members) > 1 and isinstance(batch, Mapping) and set(batch) == set(pack.members):
-            self._one_each("each adapter has data of its own", args)
+            self._one_each("each adapter has data of its own")
             return self._train([(name,) for name in pack.active], step, args, kwargs, own_data=True)
-        if self.waves is None:
-            self._choose(step, args, kwargs)
         rows = rows_of(batch)
+        if self.waves is None:
+            self._choose(step, args, kwargs, rows)
         assert self.waves is not None
         # With another number of rows, what is a row and what is a shared table may look different: not checked.
         if rows is None or rows != self._checked or self.waves.chosen == 1 or len(pack.active) == 1:
@@ -90,7 +90,7 @@ class Steps:
             )
         return output
 
-    def _one_each(self, reason: str, args: tuple[Any, ...]) -> None:
+    def _one_each(self, reason: str) -> None:
         """Train in one forward for each adapter, and say why, once. Raises TrainingError where waves were asked for."""
         if self.waves is None or self.waves.chosen != 1:
             self.waves = Waves(1, 1)
@@ -103,19 +103,19 @@ class Steps:
             self.reason = f"The adapters train in one forward each, since {reason}."
             rank_zero_info(self.reason)
 
-    def _choose(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """On the first batch, find out whether adapters may share a forward, and how many fit."""
+    def _choose(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int | None) -> None:
+        """On the first batch, of so many `rows`, find out whether adapters may share a forward, and how many fit."""
         pack, names = self.pack, list(self.pack.members)
         if self.asked == 1 or len(names) == 1:
             self.waves = Waves(1, 1)
             return
-        if rows_of(args[0] if args else None) is None:
-            self._one_each("the batch has no tensors with rows", args)
+        if rows is None:
+            self._one_each("the batch has no tensors with rows")
             return
         if (reason := pack.several.pack(self._rows)) is not None:
-            self._one_each(reason, args)
+            self._one_each(reason)
             return
-        self._checked = rows_of(args[0]) or 0
+        self._checked = rows
         two, kept = (names[0], names[1]), 0
         state = StateOfStep(pack, self.module)
 
@@ -143,7 +143,7 @@ class Steps:
             )
         state.put_back()
         if reason is not None:
-            self._one_each(reason, args)
+            self._one_each(reason)
             return
         most = that_fit(kept, self.module.device)
         if self.asked is not None and min(self.asked, len(names)) > most:
@@ -192,7 +192,7 @@ class Steps:
         if not losses:
             return output
         mean = torch.stack([loss.float() for loss in losses]).mean().to(losses[0].dtype)
-        total = _Known.apply(mean, gradients, *parameters)
+        total = _HandsOut.apply(mean, gradients, *parameters)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def _wave(
@@ -207,7 +207,7 @@ class Steps:
         try:
             with self._using(wave, args) as given:
                 output = step(*given, **kwargs)
-                loss = output.get("loss") if isinstance(output, Mapping) else output
+                loss = _loss_in(output)
                 if loss is None:
                     return output, None, {}
                 # The loss is scaled, and not the gradients of A and B: in 16 bits that rounds less.
@@ -226,8 +226,7 @@ class Steps:
             with self.pack.several.using(wave[0]):
                 yield args
             return
-        rows = rows_of(args[0])
-        assert rows is not None
+        rows = self._checked
         self._rows.names, self._rows.each = wave, rows
         with self.pack.several.using(PACK), common_draws(len(wave), rows, self._are_of_rows) as own:
             self._rows.own_draws = own
@@ -242,7 +241,7 @@ class Steps:
                 state.put_back()
                 with logs.caught((name,)), self.pack.several.using(name):
                     output = step(*args, **kwargs)
-                loss = output.get("loss") if isinstance(output, Mapping) else output
+                loss = _loss_in(output)
                 if loss is not None:
                     logs.loss((name,), loss.detach(), of=loss)
         for metric, values in metrics:
@@ -283,7 +282,12 @@ class Steps:
             logger.log_metrics(named, step=batches_that_stepped(self.trainer))
 
 
-class _Known(torch.autograd.Function):
+def _loss_in(output: Any) -> Any:
+    """The loss in what training_step returns."""
+    return output.get("loss") if isinstance(output, Mapping) else output
+
+
+class _HandsOut(torch.autograd.Function):
     """A loss whose gradients are known already: its backward pass hands them out, times what comes in."""
 
     @staticmethod

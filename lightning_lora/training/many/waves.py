@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from lightning_lora.engine.memory import free_bytes
 
 FEW = 4
 """One of the sizes that are tried, beside one adapter and all."""
@@ -58,20 +59,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free on `device`; infinite where that is not known."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
-    except (OSError, StopIteration, ValueError):
-        return float("inf")
-
-
 def that_fit(kept: int, device: torch.device) -> int:
     """The number of adapters that fit into one forward, where one keeps `kept` bytes for its backward pass."""
-    return max(1, int(min(_SHARE * free_memory(device) / max(1, kept), 1e9)))
+    free = free_bytes(device)
+    return 10**9 if free is None else max(1, int(min(_SHARE * free / max(1, kept), 1e9)))
 
 
 @contextmanager

@@ -372,7 +372,7 @@ def test_the_fastest_size_is_chosen_after_each_was_tried(
 def test_sizes_that_exceed_the_memory_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Waves(8, 5)._plan.count(8) == 0
     assert Waves(8, 1).chosen == 1
-    monkeypatch.setattr(waves, "free_memory", lambda device: 2.0)
+    monkeypatch.setattr(waves, "free_bytes", lambda device: 2)
     with pytest.raises(TrainingError, match=r"wave=3 needs about .* and 1 adapters fit"):
         trained(PACKED["mixed rows"], tmp_path, wave=3)
     callback, _ = trained(PACKED["mixed rows"], tmp_path, wave=None)
