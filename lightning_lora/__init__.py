@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LoRAConfig": "lightning_lora.engine",
     "InjectionReport": "lightning_lora.engine",
-    "InspectionReport": "lightning_lora.hub.inspected",
+    "InspectionReport": "lightning_lora.hub.inspection_page",
     "inject": "lightning_lora.engine",
     "remove": "lightning_lora.engine",
     "merge": "lightning_lora.engine",
@@ -138,7 +138,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub.combine import combine_adapters
     from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
     from lightning_lora.hub.inspect import inspect_adapter
-    from lightning_lora.hub.inspected import InspectionReport
+    from lightning_lora.hub.inspection_page import InspectionReport
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push.commit import DryRun, push_adapter
     from lightning_lora.hub.resize import resize_adapter

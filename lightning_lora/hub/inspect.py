@@ -35,7 +35,8 @@ from lightning_lora.hub.combinable import check_bases
 from lightning_lora.hub.export.lowering import unclear
 from lightning_lora.hub.format.layout import adapter_root
 from lightning_lora.hub.format.parts import Pair, Parts, parts_of
-from lightning_lora.hub.inspected import AgainstBase, AgainstOther, InspectedLayer, InspectionReport
+from lightning_lora.hub.inspected import AgainstBase, AgainstOther, InspectedLayer
+from lightning_lora.hub.inspection_page import InspectionReport
 from lightning_lora.hub.pull import adapter_folder
 
 ROUNDING = 1e-7

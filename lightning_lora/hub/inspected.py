@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +14,7 @@ from torch import Tensor
 
 from lightning_lora.engine.low_rank import effective_rank, quarter_shares, stable_rank
 from lightning_lora.engine.report import aligned
-from lightning_lora.errors import CheckpointError
-from lightning_lora.files import written_beside
-from lightning_lora.hub.format.writing import local_path
-from lightning_lora.page import Point, number
+from lightning_lora.page import number
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 @dataclass(frozen=True)
-class InspectionReport:
+class Inspection:
     """What `inspect_adapter` found. `str()` is a table, one row for the layers of one kind: the median of each number
     (smallest to largest)."""
 
@@ -162,30 +158,6 @@ class InspectionReport:
             kind = name if numbered is None else f"{name[: numbered.start()]}*{name[numbered.end() :]}"
             found.setdefault(kind, {})[None if numbered is None else int(numbered[0])] = name
         return found
-
-    def write_page(self, path: str | os.PathLike[str], *, curves: Mapping[str, Sequence[Point]] | None = None) -> Path:
-        """Write the report as one HTML file that needs no network.
-
-        Args:
-            path: The file; one that is there is replaced.
-            curves: Metrics of the run that trained the adapter, each as points (step, value), to be shown as well.
-
-        Returns:
-            The path of the file.
-
-        Raises:
-            CheckpointError: The file cannot be written; one that was there is as it was.
-        """
-        from lightning_lora.hub.inspection_page import page_of
-
-        path = local_path(path)
-        text = page_of(self, curves or {}).html()
-        try:
-            with written_beside(path) as beside:
-                beside.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"The page could not be written to {path}: {error.strerror or error}.") from error
-        return path
 
     def __repr__(self) -> str:
         return f"InspectionReport({self.adapter!r}, {len(self.layers)} layers, {len(self.odd)} oddities)"

@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from lightning_lora.hub.inspected import Column, InspectedLayer, InspectionReport, short_names, spread
+from lightning_lora.errors import CheckpointError
+from lightning_lora.files import written_beside
+from lightning_lora.hub.format.writing import local_path
+from lightning_lora.hub.inspected import Column, InspectedLayer, Inspection, short_names, spread
 from lightning_lora.page import Cell, Page, Point, heat_map, line_chart, number
 
 _MOST_LINES = 8
 
 
-def page_of(report: InspectionReport, curves: Mapping[str, Sequence[Point]]) -> Page:
+@dataclass(frozen=True)
+class InspectionReport(Inspection):
+    """An inspection, and its page."""
+
+    def write_page(self, path: str | os.PathLike[str], *, curves: Mapping[str, Sequence[Point]] | None = None) -> Path:
+        """Write the report as one HTML file that needs no network.
+
+        Args:
+            path: The file; one that is there is replaced.
+            curves: Metrics of the run that trained the adapter, each as points (step, value), to be shown as well.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            CheckpointError: The file cannot be written; one that was there is as it was.
+        """
+        path = local_path(path)
+        text = page_of(self, curves or {}).html()
+        try:
+            with written_beside(path) as beside:
+                beside.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"The page could not be written to {path}: {error.strerror or error}.") from error
+        return path
+
+
+def page_of(report: Inspection, curves: Mapping[str, Sequence[Point]]) -> Page:
     """The page of `report`, with the metrics of its run as `curves`."""
     compared = "" if report.other is None else f", beside {report.other}"
     page = Page(f"Adapter {report.adapter}", f"What it changes in its base, layer by layer{compared}.")
@@ -35,7 +68,7 @@ def page_of(report: InspectionReport, curves: Mapping[str, Sequence[Point]]) -> 
     return page
 
 
-def _summary(page: Page, report: InspectionReport) -> None:
+def _summary(page: Page, report: Inspection) -> None:
     layers = list(report.layers.values())
     ranks = sorted({layer.rank for layer in layers})
     page.paragraph(
@@ -61,7 +94,7 @@ def _summary(page: Page, report: InspectionReport) -> None:
         page.items(report.notes)
 
 
-def _sizes(page: Page, report: InspectionReport) -> None:
+def _sizes(page: Page, report: Inspection) -> None:
     if report.base is not None:
         _map(
             page,
@@ -85,7 +118,7 @@ def _sizes(page: Page, report: InspectionReport) -> None:
     )
 
 
-def _ranks(page: Page, report: InspectionReport) -> None:
+def _ranks(page: Page, report: Inspection) -> None:
     _map(
         page,
         report,
@@ -119,7 +152,7 @@ def _ranks(page: Page, report: InspectionReport) -> None:
     )
 
 
-def _beside_base(page: Page, report: InspectionReport) -> None:
+def _beside_base(page: Page, report: Inspection) -> None:
     _map(
         page,
         report,
@@ -164,7 +197,7 @@ def _beside_base(page: Page, report: InspectionReport) -> None:
         )
 
 
-def _beside_other(page: Page, report: InspectionReport) -> None:
+def _beside_other(page: Page, report: Inspection) -> None:
     _map(
         page,
         report,
@@ -230,7 +263,7 @@ def _curves(page: Page, curves: Mapping[str, Sequence[Point]]) -> None:
             _lines(page, own, title, "optimizer step", "number" if "zero" in title else "value", caption)
 
 
-def _numbers(page: Page, report: InspectionReport) -> None:
+def _numbers(page: Page, report: Inspection) -> None:
     page.paragraph(
         "Stable rank counts strong directions only. Top and last quarter are the shares of the update's energy "
         "(|dW| squared) in the strongest and the weakest quarter of its directions."
@@ -246,14 +279,14 @@ def _numbers(page: Page, report: InspectionReport) -> None:
 # Figures of one number of each layer, and of lines for each kind of layer.
 
 
-def _kinds(report: InspectionReport) -> dict[str, list[InspectedLayer]]:
+def _kinds(report: Inspection) -> dict[str, list[InspectedLayer]]:
     names = short_names(list(report.kinds))
     return {names[kind]: [report.layers[name] for name in own.values()] for kind, own in report.kinds.items()}
 
 
 def _map(
     page: Page,
-    report: InspectionReport,
+    report: Inspection,
     column: Column,
     title: str,
     caption: str,
