@@ -66,35 +66,6 @@ def docstrings() -> tuple[LightningModule, LightningDataModule]:
 TASKS: dict[str, Task] = {"the standard library's source": text, "chats": chats, "docstrings' packages": docstrings}
 
 
-def sweep(
-    task: LightningModule,
-    data: LightningDataModule,
-    base: LoRAConfig,
-    rates: list[float],
-    ranks: tuple[int, ...],
-    steps: int,
-) -> dict[tuple[bool, int, float], float]:
-    """The validation loss of every combination: (attention alone, rank, learning rate) -> loss."""
-    losses = {}
-    for is_attention, rank, rate in itertools.product((False, True), ranks, rates):
-        config = replace(base, rank=rank, target_modules=ATTENTION if is_attention else "all-linear")
-        seed_everything(0, verbose=False)
-        task.learning_rate = rate
-        trainer = TRAINER(
-            max_epochs=-1,
-            max_steps=steps,
-            callbacks=[LoRACallback(config, save_adapter=False)],
-            check_val_every_n_epoch=None,
-            val_check_interval=steps,
-            num_sanity_val_steps=0,
-            **QUIET,
-        )
-        trainer.fit(task, data)
-        losses[is_attention, rank, rate] = float(trainer.callback_metrics["val_loss"])
-        remove(task)
-    return losses
-
-
 QUIET: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -102,6 +73,48 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "inference_mode": False,
 }
+
+
+def trained(
+    task: LightningModule,
+    data: LightningDataModule,
+    config: LoRAConfig,
+    rate: float,
+    steps: int,
+    lora_plus_ratio: float | None = None,
+) -> float:
+    """The validation loss after a training by a plain Trainer: what the sweep does for each of its combinations."""
+    seed_everything(0, verbose=False)
+    task.learning_rate = rate
+    trainer = TRAINER(
+        max_epochs=-1,
+        max_steps=steps,
+        callbacks=[LoRACallback(config, lora_plus_ratio=lora_plus_ratio, save_adapter=False)],
+        check_val_every_n_epoch=None,
+        val_check_interval=steps,
+        num_sanity_val_steps=0,
+        **QUIET,
+    )
+    trainer.fit(task, data)
+    loss = float(trainer.callback_metrics["val_loss"])
+    remove(task)
+    return loss
+
+
+def sweep(
+    task: LightningModule,
+    data: LightningDataModule,
+    base: LoRAConfig,
+    rates: list[float],
+    ranks: tuple[int, ...],
+    steps: int,
+) -> dict[str, float]:
+    """The validation loss of every combination, by its name."""
+    losses = {}
+    for targets, rank, rate in itertools.product(("all-linear", ATTENTION), ranks, rates):
+        config = replace(base, rank=rank, target_modules=targets)
+        losses[named(config, rate)] = trained(task, data, config, rate, steps)
+    return losses
 
 
 def measured(name: str, quick: bool) -> tuple[Row, list[Row]]:
@@ -132,15 +145,17 @@ def measured(name: str, quick: bool) -> tuple[Row, list[Row]]:
     losses = sweep(task, data, config, rates, ranks, steps)
     swept = time.process_time()
     best = min(losses, key=losses.__getitem__)
-    chosen = (advice.config.target_modules != "all-linear", advice.config.rank, advice.lr)
-    default = (False, 4 if quick else 8, RATE)
+    choice = (advice.config, advice.lr, advice.lora_plus_ratio)
+    chosen, default = named(*choice), named(replace(config, rank=4 if quick else 8), RATE)
+    if chosen not in losses:  # a rank from a cut, or a rate beside the grid
+        losses[chosen] = trained(task, data, advice.config, advice.lr, steps, advice.lora_plus_ratio)
     row = {
         "task": name,
         "bare base": advice.base,
         "sweep's best": losses[best],
-        "what it was": _named(best),
+        "what it was": best,
         "advised": losses[chosen],
-        "what it is": _named(chosen),
+        "what it is": chosen,
         "above the best %": 100 * (losses[chosen] / losses[best] - 1),
         "settings as they come": losses[default],
         "spread over seeds": advice.spread,
@@ -148,13 +163,20 @@ def measured(name: str, quick: bool) -> tuple[Row, list[Row]]:
         "sweep, s": swept - advised,
         "share of its time": (advised - started) / (swept - advised),
     }
-    cells = [{"adapter": _named(key), "val_loss": loss} for key, loss in sorted(losses.items(), key=lambda kv: kv[1])]
+    cells = [{"adapter": key, "val_loss": loss} for key, loss in sorted(losses.items(), key=lambda kv: kv[1])]
     return row, cells
 
 
-def _named(key: tuple[bool, int, float]) -> str:
-    is_attention, rank, rate = key
-    return f"{'attention' if is_attention else 'all linear'}, rank {rank}, {rate:.2g}"
+def named(config: LoRAConfig, rate: float, lora_plus_ratio: float | None = None) -> str:
+    targets = config.target_modules
+    variants = {"rsLoRA": config.use_rslora, "DoRA": config.use_dora, "LoRA+": lora_plus_ratio is not None}
+    parts = [
+        "all linear" if targets == "all-linear" else "attention" if targets == ATTENTION else str(targets),
+        f"rank {config.rank}",
+        f"{rate:.2g}",
+        *(name for name, has in variants.items() if has),
+    ]
+    return ", ".join(parts)
 
 
 def main() -> None:
