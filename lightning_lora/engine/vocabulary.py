@@ -90,8 +90,8 @@ def _steps(
             raise TargetError(
                 f"{what} is neither an embedding nor a linear layer, so it has no rows for tokens. Name an embedding."
             )
-        check_swappable(other, user, kind)
         try:
+            check_swappable(other, kind)
             kind.check(other, spec)
         except TargetError as error:
             raise TargetError(f"{what}: {error}.") from None
