@@ -16,11 +16,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_lora import LoRAConfig, inject, load_adapter, make_certificate, save_adapter, verify_server
+from lightning_lora import (
+    LoRAConfig,
+    inject,
+    load_adapter,
+    make_certificate,
+    pull_adapter,
+    push_adapter,
+    save_adapter,
+    verify_server,
+)
 from lightning_lora.embedded import BASE
 from lightning_lora.engine import adapters
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, ConfigError
 from lightning_lora.hub.certificate import CERTIFICATE, WORDS, prompt_texts, read_certificate
+from tests.hub.models import edit_config
+from tests.hub_server import HubServer
 
 
 def base(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -247,6 +258,18 @@ def test_the_certificate_of_another_adapter_or_base_is_an_error(copy, tmp_path_f
     (elsewhere / CERTIFICATE).write_bytes((copy / CERTIFICATE).read_bytes())
     with pytest.raises(BaseMismatchError, match="fingerprint"):
         read_certificate(elsewhere)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # httpx, of the client's way to upload
+def test_a_certificate_goes_to_the_hub_with_its_adapter_and_comes_back(hub: HubServer, copy, tmp_path_factory):
+    edit_config(copy, base_model_name_or_path="/a/path/of/mine")  # which a push leaves out
+    assert read_certificate(copy).prompts
+    push_adapter(copy, "user/adapter")
+    assert read_certificate(pull_adapter("user/adapter")) == read_certificate(copy)
+    other = saved(tmp_path_factory.mktemp("other") / "adapter", seed=5)
+    (other / CERTIFICATE).write_bytes((copy / CERTIFICATE).read_bytes())
+    with pytest.raises(AdapterFormatError, match="certificate of another adapter"):
+        push_adapter(other, "user/adapter")
 
 
 def test_an_adapter_that_no_answer_would_show_gets_no_certificate(tmp_path):
