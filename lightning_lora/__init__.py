@@ -53,6 +53,7 @@ _HOME = {
     "resize_adapter": "lightning_lora.hub.resize",
     "AdapterColumn": "lightning_lora.training.adapter_column",
     "AdapterMonitor": "lightning_lora.training.monitor",
+    "ForgettingMonitor": "lightning_lora.training.forgetting",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
     "MultiLoRACallback": "lightning_lora.training.many",
@@ -72,6 +73,7 @@ __all__ = [
     "CombineReport",
     "DryRun",
     "ExportReport",
+    "ForgettingMonitor",
     "HubPush",
     "InjectionReport",
     "InspectionReport",
@@ -148,6 +150,7 @@ if TYPE_CHECKING:
     from lightning_lora.training.adapter_column import AdapterColumn
     from lightning_lora.training.advice import Advice
     from lightning_lora.training.advise import advise
+    from lightning_lora.training.forgetting import ForgettingMonitor
     from lightning_lora.training.many import MultiLoRACallback
     from lightning_lora.training.monitor import AdapterMonitor
     from lightning_lora.training.push import HubPush
