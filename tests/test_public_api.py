@@ -14,6 +14,7 @@ NAMES = [
     "CombineReport",
     "DryRun",
     "ExportReport",
+    "ForgettingMonitor",
     "InjectionReport",
     "InspectionReport",
     "LightningLoRAError",

@@ -47,17 +47,20 @@ class ScoredTexts:
                 f"Text needs a tokenizer, and {type(model).__name__} has none as `tokenizer`: give one as tokenizer=."
             )
         self.network: Any = None
-        problem = f"no part of {type(model).__name__} has a forward with `input_ids`"
+        self._windows: list[Tensor] = []
+        self.bytes = 0
+        """The number of bytes that are predicted."""
+        problems: list[str] = []
         for network in _candidates(model):
             most = min(max_tokens, context_of(getattr(network, "config", None)) or max_tokens)
             self._windows, self.bytes = _windows(tokenizer, texts, most)
             if not self.bytes:
                 raise ConfigError("The texts have no token that a model could predict: give longer ones.")
             self.network = network
-            found = self._problem()
-            if found is None:
+            if (found := self._problem()) is None:
                 return
-            problem = found if self.network is None or problem.startswith("no part") else problem
+            problems.append(found)
+        problem = next(iter(problems), f"no part of {type(model).__name__} has a forward with `input_ids`")
         raise ConfigError(f"Bits per byte need a causal language model: {problem}.")
 
     @torch.no_grad()
@@ -96,8 +99,8 @@ class ScoredTexts:
                 logits, after = (self._logits(rows)[0, :-1].float() for rows in (ids, other))
         except _NoLogitsError as error:
             return str(error)
-        except (TypeError, ValueError) as error:  # it asks for other inputs too
-            return f"{name} fails on input_ids alone ({error})"
+        except (TypeError, ValueError, IndexError) as error:  # it asks for more, or does not know the tokens
+            return f"{name} fails on the tokens as its input_ids alone ({error})"
         if float((after - logits).abs().max()) > 0.03 * float(logits.std()):
             return f"{name} sees the tokens after a place, so it does not predict them"
         return None
