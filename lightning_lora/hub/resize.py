@@ -28,7 +28,6 @@ from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.engine.low_rank import product_norm
 from lightning_lora.errors import ConfigError
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
-from lightning_lora.hub.card import base_id
 from lightning_lora.hub.export.rewrite import dtype_called
 from lightning_lora.hub.format.config import plain_number
 from lightning_lora.hub.stored_pairs import StoredPair, opened
@@ -174,9 +173,8 @@ def _config(
         "lora_alpha": plain_number(alpha),
         "rank_pattern": exact_pattern(ranks, rank),
         "alpha_pattern": exact_pattern(alphas, alpha),
-        "base_model_name_or_path": base_id(data.get("base_model_name_or_path")),
     }
-    return dict(sorted({**data, **changed}.items()))
+    return {**data, **changed}
 
 
 def _notes(

@@ -22,7 +22,7 @@ from lightning_lora.engine.layers.pair import from_blocks
 from lightning_lora.engine.tree import entry_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub.base_weights import WeightOf, matrix_of
-from lightning_lora.hub.card import RunFacts, merge_cards, model_card
+from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
 from lightning_lora.hub.export.lowering import unclear_alphas
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.inspection import check_config, config_in
@@ -30,6 +30,8 @@ from lightning_lora.hub.format.parts import ambiguous_in, by_number, magnitude_k
 from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS, Header, check_folder
 from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.pull import adapter_folder
+
+_BASE = "base_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Stored:
     ) -> None:
         """Write the adapter anew, with other fields and tensors; `note` goes into its file, what is `said` into its
         card."""
+        data = dict(sorted({**data, _BASE: base_id(data.get(_BASE))}.items()))
         notes = {key: {**value, "version": version("lightning-lora")} for key, value in note.items()}
         card = model_card(
             data,
