@@ -80,7 +80,8 @@ class RepairReport:
 
     def __str__(self) -> str:
         count = len(self.modules)
-        lines = [f"{self.intruders} intruder dimensions in {count} module{'' if count == 1 else 's'}"]
+        found = f"{self.intruders} intruder dimension{'' if self.intruders == 1 else 's'}"
+        lines = [f"{found} in {count} module{'' if count == 1 else 's'}"]
         if self.intruders:
             lines += ["", *self._layers(), "", *self._curve()]
         else:

@@ -136,7 +136,7 @@ def test_what_is_measured_at_each_strength_joins_the_curve(tmp_path):
         assert metrics["size"] == pytest.approx(report.modules["first"].sizes[s], rel=1e-6)
     assert [place.exists() for place in seen] == [True, False, False]
     lines = str(report).splitlines()
-    assert lines[0] == "1 intruder dimensions in 2 modules"
+    assert lines[0] == "1 intruder dimension in 2 modules"
     assert lines[2].split() == [
         "module",
         "number",
