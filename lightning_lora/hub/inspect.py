@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checked import whole
+from lightning_lora.engine.intruders import LIMIT, intruder_dimensions, is_one_matrix, matrix_of_pair
 from lightning_lora.engine.judged import SURVIVES
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.engine.low_rank import (
     Spectrum,
-    intruder_dimensions,
     product_cosine,
     spectrum_of_product,
     strength_within,
@@ -27,7 +27,6 @@ from lightning_lora.engine.merge import share_kept
 from lightning_lora.engine.present import check_some_of_ours
 from lightning_lora.engine.state import check_same_base
 from lightning_lora.engine.tree import Tree
-from lightning_lora.engine.weights import can_be_dense
 from lightning_lora.engine.weights import whole as gathered
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub.base_weights import Base, matrix_of, weights_of
@@ -83,7 +82,7 @@ def inspect_adapter(
     subfolder: str | None = None,
     ignore_fields: Collection[str] = (),
     check_base: bool = True,
-    intruder_limit: int = 1024,
+    intruder_limit: int = LIMIT,
 ) -> InspectionReport:
     """Report what an adapter changes, layer by layer; nothing is loaded onto a model, and nothing is changed.
 
@@ -254,11 +253,7 @@ class _Weights:
     def _read(self, name: str, update: _Update) -> Tensor | None:
         if self._weight is None:
             pair = self._layers[name]
-            own = pair.module.own(pair.parameter)
-            if own is None or not can_be_dense(own):
-                return None
-            W: Tensor = pair.module.matrix(pair.module, gathered(pair.module.dense_weight(pair.parameter).detach()))
-            return W.cpu() if tuple(W.shape) == update.shape else None  # a transposed convolution's is another
+            return matrix_of_pair(pair).cpu() if is_one_matrix(pair) else None
         is_embedding = name in self._embeddings
         return matrix_of(self._weight, name, update.shape, is_embedding=is_embedding, is_transposed=self._transposed)
 

@@ -20,7 +20,7 @@ import lightning_lora.engine.low_rank
 import lightning_lora.hub.inspect
 from lightning_lora import InspectionReport, LoRAConfig, inject, inspect_adapter, pairs, save_adapter
 from lightning_lora.engine import effective_rank, stable_rank
-from lightning_lora.engine.low_rank import intruder_dimensions
+from lightning_lora.engine.intruders import intruder_dimensions
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
 from lightning_lora.page import heat_map, line_chart, number
 
