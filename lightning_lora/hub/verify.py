@@ -268,10 +268,13 @@ def _verified(
     """The verdicts on all that the adapter adapts, and on what is adapted though the adapter does not name it."""
     names = {id(module): name for name, module in reversed(Tree.of(plan.root).modules)}
     seen = set()
-    for _, layer in adapters(reference):
+    for full, layer in adapters(reference):
         name = names[id(layer)]
         there = live.at(name, layer)
         seen.add(id(there))
+        bias = getattr(there, "bias", None) if has_base and member(full, "bias") in whole else None
+        if isinstance(bias, nn.Parameter):
+            layer._parameters["bias"] = bias  # trained whole, and judged by itself
         try:
             with _base_of(layer, name, weight_of):
                 yield from check_layer(name, layer.eval(), there, has_base=has_base)

@@ -182,6 +182,10 @@ def test_variants_that_cannot_be_rewritten_can_be_looked_at(tmp_path):
     ):
         folder, _ = saved(tmp_path / "a", **config)
         assert note in str(inspect_adapter(folder))
+    words = nn.Sequential(nn.Embedding(9, 12), Net().layers[0]["q"])
+    folder, _ = saved(tmp_path / "b", 0, words, target_modules=["1"], trainable_token_indices={"0": [1, 5]})
+    assert list(inspect_adapter(folder).layers) == ["1"]
+    assert "single rows for tokens" in str(inspect_adapter(folder))
 
 
 def test_what_cannot_be_inspected_is_an_error(tmp_path):
