@@ -90,7 +90,10 @@ class VerifyReport:
     def raise_for_verdict(self) -> None:
         """Raise AdapterStateError, whose message is the report, unless `ok`."""
         if not self.ok:
-            raise AdapterStateError(f"The model does not apply the adapter in {self.folder} as it should.\n{self}")
+            what = f"the adapter in {self.folder}"
+            is_known = self.verdict != UNCHECKED
+            said = f"The model does not apply {what} as it should." if is_known else f"Nothing shows that {what} acts."
+            raise AdapterStateError(f"{said}\n{self}")
 
     def __repr__(self) -> str:
         return f"VerifyReport({self.verdict!r}, {len(self.modules)} modules)"

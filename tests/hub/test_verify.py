@@ -599,6 +599,8 @@ def test_an_untrained_adapter_proves_nothing(tmp_path):
     assert report.verdict == "not checked"
     assert not report.ok
     assert set(report.not_checked.values()) == {"its update is zero"}
+    with pytest.raises(AdapterStateError, match="Nothing shows that the adapter in"):
+        report.raise_for_verdict()
 
 
 def test_experts_in_peft_are_listed_as_not_checked(tmp_path):
