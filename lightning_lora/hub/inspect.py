@@ -228,6 +228,8 @@ class _Weights:
         self._transposed = own.parts is not None and bool(own.parts.data.get("fan_in_fan_out"))
         if base is None:
             return
+        if not is_adapted:
+            self._weight = weights_of(base)  # checks `base`, too
         if isinstance(base, nn.Module):
             root = adapter_root(base)[1]
             self.name = type(root).__name__
@@ -235,8 +237,6 @@ class _Weights:
                 self._layers = {pair.name: pair for pair in pairs(root)}
         else:
             self.name = _name(os.fspath(base))
-        if not is_adapted:
-            self._weight = weights_of(base)
         self._embeddings = {n for n, p in own.parts.pairs.items() if p.is_embedding} if own.parts is not None else set()
 
     def of(self, name: str, update: _Update) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -157,7 +158,7 @@ class _Client:
             if error.code in _REFUSES:
                 raise _RefusedError(what) from None
             raise ConfigError(f"{self.server}{self.route} answers with {what}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ConfigError(
                 f"{self.server}{self.route} gives no answer that can be read: {error}. Is it an OpenAI-like server, "
                 "and is it running?"

@@ -10,6 +10,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from cases import CASES, IDS, Case
@@ -182,6 +183,10 @@ def test_variants_that_cannot_be_rewritten_can_be_looked_at(tmp_path):
     ):
         folder, _ = saved(tmp_path / "a", **config)
         assert note in str(inspect_adapter(folder))
+    words = nn.Sequential(nn.Embedding(9, 12), Net().layers[0]["q"])
+    folder, _ = saved(tmp_path / "b", 0, words, target_modules=["1"], trainable_token_indices={"0": [1, 5]})
+    assert list(inspect_adapter(folder).layers) == ["1"]
+    assert "single rows for tokens" in str(inspect_adapter(folder))
 
 
 def test_what_cannot_be_inspected_is_an_error(tmp_path):
@@ -220,6 +225,10 @@ def test_what_cannot_be_inspected_is_an_error(tmp_path):
     assert inspect_adapter(folder, other=other, check_base=False).layers["layers.0.q"].other is not None
     with pytest.raises(AdapterStateError, match="has no adapters"):
         inspect_adapter(Net())
+    with pytest.raises(AdapterStateError, match="has adapters of PEFT, and none of this package"):
+        inspect_adapter(peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["q"])))
+    with pytest.raises(ConfigError, match="A path is a str or a Path"):
+        inspect_adapter(folder, model=3)
     with pytest.raises(ConfigError, match="is a folder, an id on the Hub or a model"):
         inspect_adapter(3)
     with pytest.raises(ConfigError, match="intruder_limit"):

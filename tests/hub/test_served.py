@@ -196,6 +196,8 @@ def test_a_server_that_cannot_be_asked_is_an_error_that_says_why(folder):
         verify_server("localhost:8000", folder)
     with pytest.raises(ConfigError, match="is it running"):
         verify_server("http://127.0.0.1:9", folder, timeout=5)
+    with pytest.raises(ConfigError, match="gives no answer that can be read: URL can't contain"):
+        verify_server("http://local host", folder)  # an HTTPException of the library, as an answer that is cut off is
     with serving({"legal": base()}, key="secret") as address:
         with pytest.raises(ConfigError, match="status 401"):
             verify_server(address, folder)
