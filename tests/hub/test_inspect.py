@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import math
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 from cases import CASES, IDS, Case
 from safetensors.torch import load_file, save_file
+from snapshot import assert_same, snapshot
 from torch import nn
 
 import lightning_lora.engine.low_rank
@@ -137,6 +139,26 @@ def test_files_of_the_base_say_what_the_module_says(tmp_path):
     from_file = inspect_adapter(folder, model=tmp_path / "model.safetensors")
     from_module = inspect_adapter(folder, model=Net())
     assert from_file.layers == from_module.layers
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (Net, {"target_modules": ["q"], "modules_to_save": ["v"]}),
+        (Net, {"target_modules": ["q", "v"], "bias": "all"}),
+        (Words, {"target_modules": ["fc"], "trainable_token_indices": [1, 2]}),
+    ],
+)
+def test_the_base_of_an_adapter_that_trains_some_of_its_weights_is_known_as_such(kind, config, tmp_path):
+    base = kind()
+    folder = save_adapter(adapted(model=copy.deepcopy(base), **config), tmp_path / "adapter")
+    before = snapshot(base)
+    assert next(iter(inspect_adapter(folder, model=base).layers.values())).base is not None
+    assert_same(snapshot(base), before)
+    with torch.no_grad():
+        next(base.parameters()).mul_(1.5)
+    with pytest.raises(BaseMismatchError):
+        inspect_adapter(folder, model=base)
 
 
 def test_a_model_is_compared_with_a_folder_and_with_its_base_by_the_folder_s_names(tmp_path):
