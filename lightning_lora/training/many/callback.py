@@ -223,6 +223,8 @@ class MultiLoRACallback(LoRACallback):
             self._pack.active[:] = [name for name in self._members if name not in stopped]
             self._pack.metrics = {name: dict(own) for name, own in self._loaded["metrics"].items()}
             self._steps_of_run().known = self._loaded["wave"]
+            if self._loaded["kept"]:
+                self._pack.kept.load_state_dict(self._loaded["kept"], pl_module.device)
             self._loaded = {}
         with self._pack.several.all_shown():  # an exact resumption needs the gradients of all
             super().on_train_start(trainer, pl_module)
@@ -237,8 +239,9 @@ class MultiLoRACallback(LoRACallback):
             self._final = {name: folder / name for name in self._members}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "stopped": list(self.stopped), "metrics": self.metrics, "wave": self.wave}
+        own = {"stopped": list(self.stopped), "metrics": self.metrics, "wave": self.wave}
+        return {**super().state_dict(), **own, "kept": {} if self._pack is None else self._pack.kept.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._loaded = {key: state_dict[key] for key in ("stopped", "metrics", "wave")}
+        self._loaded = {key: state_dict[key] for key in ("stopped", "metrics", "wave", "kept")}

@@ -18,13 +18,15 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_lora.engine import torch_private
 from lightning_lora.engine.several import Several
-from lightning_lora.errors import TrainingError
+from lightning_lora.errors import TrainingError, listed
 from lightning_lora.training.run_state import set_python_state
 
 _LARGEST = 2**20
@@ -118,6 +120,41 @@ class Kept:
                 self._own[place] = {**before, **ends}
                 self._left[place] = ends[first]
         self._put(self._after[first])
+
+    # In checkpoints: metrics, as those of a single adapter are. Other attributes are the module's to save.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics of each adapter as a checkpoint can hold them, and the names of other attributes that differ."""
+        names = {id(m): name for name, m in self._several.model.named_modules() if isinstance(m, Metric)}
+        metrics = {
+            f"{names[place[0]]}/{place[1]}": {
+                "own": {n: _plain(v) for n, v in own.items()},
+                "left": _plain(self._left[place]),
+            }
+            for place, own in self._own.items()
+            if place[0] in names
+        }
+        return {"metrics": metrics, "others": [self._named(place) for place in self._own if place[0] not in names]}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from `state_dict`, with values on `device`. Raises TrainingError where the module loads attributes that
+        were another with each adapter."""
+        module: Any = self._several.model
+        if state["others"] and is_overridden("on_load_checkpoint", module):
+            raise TrainingError(
+                f"{listed(state['others'])} was another with each adapter when the checkpoint was saved, and the "
+                "module's own on_load_checkpoint knows that of one. Train each in a run of its own with LoRACallback."
+            )
+        modules = dict(module.named_modules())
+        for path, saved in state["metrics"].items():
+            name, _, key = path.rpartition("/")
+            if name in modules:
+                place = id(modules[name]), key
+                self._modules[place[0]] = modules[name]
+                self._left[place] = _saved(move_data_to_device(saved["left"], device), set(), "")
+                self._own[place] = {
+                    n: _saved(move_data_to_device(v, device), set(), "") for n, v in saved["own"].items()
+                }
 
     # Where something is kept.
 
@@ -213,13 +250,22 @@ def _put_back(saved: Any) -> Any:
         _GENERATORS[type(value)][1](value, content)
     else:
         parts = {key: _put_back(one) for key, one in content.items()}
-        own = value if isinstance(value, _CONTAINERS) else vars(value)
+        own: Any = value if isinstance(value, _CONTAINERS) else vars(value)
         own.clear()
         if isinstance(value, (list, deque)):
             value.extend(parts.values())
         else:
             own.update(parts.values() if isinstance(value, set) else parts)
     return value
+
+
+def _plain(saved: Any) -> Any:
+    """What a checkpoint can hold of a metric's attribute."""
+    if not isinstance(saved, _Saved):
+        return saved if isinstance(saved, (int, float, str)) else None
+    if isinstance(saved.value, list):
+        return [_plain(one) for one in saved.content.values()]
+    return {k: _plain(v) for k, v in saved.content.items()} if isinstance(saved.value, dict) else saved.content
 
 
 def _same(a: Any, b: Any) -> bool:

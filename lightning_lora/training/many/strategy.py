@@ -77,7 +77,7 @@ class ManyStrategy(_Host):
             return loss
         self.pre_backward(closure_loss)
         loss = self.precision_plugin.pre_backward(closure_loss, module)
-        loss.backward()  # type: ignore[no-untyped-call]  # not the module's own, which each adapter has gone through
+        loss.backward()  # not the module's own, which each adapter has gone through
         for name in list(self.pack.active):
             with self.pack.several.using(name):  # on_after_backward sees, and may change, the gradients of each
                 closure_loss = self.precision_plugin.post_backward(loss, module)
