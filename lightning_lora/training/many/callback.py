@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_lora.checked import flag, whole
 from lightning_lora.engine import LoRAConfig
@@ -37,11 +38,13 @@ class MultiLoRACallback(LoRACallback):
     mean over the adapters, by which a ModelCheckpoint chooses. One checkpoint holds all; a resumed run goes on exactly.
 
     The schedule is the user's, for all adapters: an adapter's rate is at each step the group's, times its `lr` divided
-    by the rate that the schedule begins with. on_before_optimizer_step is called for each adapter in turn, with an
-    optimizer that holds that one alone; elsewhere the module has the first one. All draw their dropout from the same
-    random numbers, those of the first: an adapter with another `dropout` than the first has other masks than alone.
-    Whether adapters may share a forward is found out on the first batch: with a loss in which rows meet only later
-    (from some step on), set `wave=1`.
+    by the rate that the schedule begins with. on_after_backward and on_before_optimizer_step are called for each
+    adapter in turn, the latter with an optimizer that holds that one alone. Elsewhere the module has the first one, and
+    a hook that changes weights there ends the run with an error. What the module keeps in attributes is kept for each
+    adapter, where it differs. All draw their dropout from the same random numbers, those of the first: an adapter with
+    another `dropout` than the first has other masks than alone. Whether adapters may share a forward is found out on
+    the first batch and looked at again from time to time: a loss in which rows meet later ends the run with an error.
+    With a step that decides by its loss (`if loss < 1: ...`), set `wave=1`: a shared forward has the mean of several.
 
     Example:
         >>> from lightning_lora import LoRAConfig, MultiLoRACallback
@@ -152,6 +155,11 @@ class MultiLoRACallback(LoRACallback):
                 "predict has one output for each batch, and MultiLoRACallback has several adapters: load one with "
                 "load_adapter(model, callback.adapter_folders[name]), and predict without this callback."
             )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise TrainingError(
+                "training_step asks for the loader's iterator (dataloader_iter), of which each adapter would take "
+                "other batches: let it take a batch, or train each adapter in a run of its own with LoRACallback."
+            )
         super().setup(trainer, pl_module, stage)
 
     def _inject(self, pl_module: LightningModule, trainer: Trainer) -> None:
@@ -215,6 +223,8 @@ class MultiLoRACallback(LoRACallback):
             self._pack.active[:] = [name for name in self._members if name not in stopped]
             self._pack.metrics = {name: dict(own) for name, own in self._loaded["metrics"].items()}
             self._steps_of_run().known = self._loaded["wave"]
+            if self._loaded["kept"]:
+                self._pack.kept.load_state_dict(self._loaded["kept"], pl_module.device)
             self._loaded = {}
         with self._pack.several.all_shown():  # an exact resumption needs the gradients of all
             super().on_train_start(trainer, pl_module)
@@ -229,8 +239,9 @@ class MultiLoRACallback(LoRACallback):
             self._final = {name: folder / name for name in self._members}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "stopped": list(self.stopped), "metrics": self.metrics, "wave": self.wave}
+        own = {"stopped": list(self.stopped), "metrics": self.metrics, "wave": self.wave}
+        return {**super().state_dict(), **own, "kept": {} if self._pack is None else self._pack.kept.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._loaded = {key: state_dict[key] for key in ("stopped", "metrics", "wave")}
+        self._loaded = {key: state_dict[key] for key in ("stopped", "metrics", "wave", "kept")}
