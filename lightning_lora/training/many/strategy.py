@@ -21,7 +21,7 @@ from lightning_lora.hub.adapters import save_tensors
 from lightning_lora.training.calibrate import start_waiting
 from lightning_lora.training.checkpoint import METADATA, SEVERAL, check_metadata, checkpoint_metadata
 from lightning_lora.training.checkpoint_address import local_path
-from lightning_lora.training.many.optimizing import KnownLoss, check_divisible, rate_factors, stepping
+from lightning_lora.training.many.optimizing import KnownLoss, Owned, check_divisible, rate_factors, stepping
 from lightning_lora.training.many.pack import Pack
 from lightning_lora.training.many.steps import Steps
 from lightning_lora.training.run_state import changed_buffers, restore_buffers
@@ -88,9 +88,10 @@ class ManyStrategy(_Host):
         if not has_pack(self):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         pack, loss = self.pack, closure()
+        owned = Owned([optimizer], pack.owners)
         for name in [pack.turn] if pack.turn is not None else list(pack.active):
             known = KnownLoss(loss, optimizer)
-            with pack.several.using(name), stepping(optimizer, name, pack.owners, pack.factors[name]):
+            with pack.several.using(name), stepping(name, owned, pack.factors[name]):
                 super().optimizer_step(optimizer, known, model, **kwargs)
         self.steps.weights.note()
         return loss

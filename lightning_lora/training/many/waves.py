@@ -15,6 +15,8 @@ FEW = 4
 """One of the sizes that are tried, beside one adapter and all."""
 TIMES = 3
 """How often each size is tried. The first time warms up, and the fastest of the others counts."""
+_CHANCE = 0.02
+"""Of two sizes that differ by less than this share of their time, the smaller one is chosen: it needs less memory."""
 _SHARE = 0.5
 """The share of the free memory that what a wave keeps for its backward pass may take."""
 
@@ -47,7 +49,8 @@ class Waves:
         else:
             self._taken.setdefault(size, []).append(taken)
         if not self._plan:
-            self.chosen = min(self._taken, key=lambda one: min(self._taken[one]))
+            fastest = min(map(min, self._taken.values()))
+            self.chosen = next(one for one in sorted(self._taken) if min(self._taken[one]) <= fastest * (1 + _CHANCE))
 
     def __str__(self) -> str:
         fastest = min(self._taken[1])

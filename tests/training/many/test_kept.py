@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,6 +111,20 @@ class Averages(Plain):
         return loss * self.meter.mean / self.meter.steps[0]
 
 
+class OfPython(Plain):
+    """A counter, beside objects that are not the module's alone."""
+
+    def begins(self) -> None:
+        self.state = SimpleNamespace(steps=0)
+        self.logger_, self.lock, self.folder = logging.getLogger("of a module"), threading.Lock(), Path("somewhere")
+
+    def loss(self, batch: Any) -> Tensor:
+        self.state.steps += 1
+        with self.lock:
+            self.logger_.debug("step %d", self.state.steps)
+        return super().loss(batch) / self.state.steps
+
+
 class Queue(Plain):
     def loss(self, batch: Any) -> Tensor:
         y = self.net(batch[0])
@@ -165,6 +182,7 @@ KEEPS = {
     "a generator of torch": (Generator, None),
     "a generator of numpy": (OfNumpy, None),
     "averages": (Averages, "differ"),
+    "a counter, a logger, a lock": (OfPython, None),
     "the last output": (Queue, "the module keeps 'Queue.last'"),
     "a backward of its own": (Backward, None),
     "gradients that are changed after backward": (AfterBackward, None),
