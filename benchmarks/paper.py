@@ -73,17 +73,17 @@ class Study:
 
 def embedded() -> tuple[CausalLM, LightningDataModule]:
     base = ModelSource("embedded")
-    return CausalLM(base, OPTIMIZER), TextData(base, StdlibSource(max_characters=300_000), block_size=96, batch_size=4)
+    return CausalLM(base, OPTIMIZER), TextData(base, StdlibSource(max_characters=300_000), block_size=64, batch_size=4)
 
 
 def pirate() -> tuple[CausalLM, LightningDataModule]:
     base = smollm2(dtype="float32")
     chats = pirate_chats(validation_fraction=0.25)
-    return CausalLM(base, OPTIMIZER), InstructionData(base, chats, max_length=96, batch_size=2)
+    return CausalLM(base, OPTIMIZER), InstructionData(base, chats, max_length=96, batch_size=1)
 
 
 STUDIES = (
-    Study("embedded", embedded, steps=80, rates=(1e-3, 3e-3, 1e-2), tuned=RANKS, seeds=(0, 1)),
+    Study("embedded", embedded, steps=60, rates=(1e-3, 3e-3, 1e-2), tuned=RANKS, seeds=(0, 1)),
     Study("SmolLM2-135M", pirate, steps=20, rates=(5e-4, 2e-3), tuned=(SMALL,), seeds=(0,)),
 )
 QUICK = Study("embedded", embedded, steps=2, rates=(1e-3,), tuned=(4,), seeds=(0,), ranks=(4, 8, 64), validation=1)
