@@ -302,7 +302,8 @@ def draw(page: Page, study: Study, loss: Sequence[Row], grids: Grids) -> None:
     page.section(study.name)
     lines = {t: [(row["rank"], row["val_loss"]) for row in loss if row["adapted"] == t] for t in TARGETS}
     title = f"{study.name}: validation loss against rank"
-    chart = line_chart(lines, title=title, x="rank", y="validation loss", log_x=True)
+    ticks = {float(rank): str(rank) for rank in study.ranks}
+    chart = line_chart(lines, title=title, x="rank", y="validation loss", log_x=True, ticks_x=ticks)
     texts = [
         [str(row[column]) for column in ("adapted", "rank", "parameters")] + [number(row["val_loss"], 5)]
         for row in loss

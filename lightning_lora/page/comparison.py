@@ -65,7 +65,8 @@ def comparison(
         page.items([f"{run.name}{_settings_of(run)}: {run.error or f'its {metric} is not finite'}" for run in failed])
     drawn = [run for run in found if _is_in_sight(run, found, mode, base)]
     if drawn:
-        page.section(f"What {metric} depends on")
+        if len(drawn) > 1:
+            page.section(f"What {metric} depends on")
         better = "lower" if mode == "min" else "higher"
         aside = [run.name for run in found if run not in drawn]
         left_out = f" Left out, since they are far worse: {', '.join(aside)}." if aside else ""
@@ -122,7 +123,9 @@ class _Charts:
         if len(set(values)) < 2:
             return
         places, ticks = _places(values)
+        title = f"{self._metric} against {name}"
         if len(places) > _MOST_CATEGORIES and ticks is not None:
+            self._page.paragraph(f"{title} is not drawn, since it has {len(places)} values: see the table.")
             return
         is_log = ticks is None and min(places.values()) > 0
         is_log = is_log and max(places.values()) >= _LOGARITHMIC * min(places.values())
@@ -145,7 +148,6 @@ class _Charts:
         places_of = [x for own in lines.values() for x in own]
         if self._base is not None and self._is_near(self._base):
             series["bare base"] = [(min(places_of), self._base), (max(places_of), self._base)]
-        title = f"{self._metric} against {name}"
         chart = line_chart(
             series, title=title, x=f"{name}{', logarithmic' if is_log else ''}", y=self._metric, log_x=is_log,
             dashed=["bare base"], ticks_x=ticks or _ticks(places_of, is_log), bars=bars,
@@ -174,7 +176,7 @@ def _order(run: Run, setting: str) -> list[tuple[bool, float, str]]:
 
 
 def _short(setting: str, value: Any) -> str:
-    return f"{setting.rpartition('.')[2]} {written(value)}"
+    return f"{setting.rpartition('.')[2]} {value}"  # in full: rounded values could share a line
 
 
 def _together(lines: Any) -> dict[float, list[float]]:

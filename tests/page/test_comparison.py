@@ -91,6 +91,13 @@ def test_a_setting_that_is_no_number_has_its_words_below_the_axis():
     assert f">{'a' * 15}\u2026</text>" in text
 
 
+def test_a_setting_of_very_many_words_is_said_to_be_left_out_and_one_run_has_no_charts():
+    text, _ = page([Run(f"job {i}", {"run_name": f"name {i}"}, float(i)) for i in range(20)])
+    assert "val_loss against run_name is not drawn, since it has 20 values" in text
+    text, _ = page([Run("job 0", {}, 1.0, seconds=3.0)])
+    assert "depends on" not in text
+
+
 def test_what_failed_or_diverged_is_named_with_its_settings_and_its_reason():
     runs = of_rates({0.1: 1.0, 0.2: 2.0})
     runs += [Run("job 2", {"optimizer.lr": 0.3}, None, error="it <broke>"), Run("job 3", {"optimizer.lr": 9.0}, None)]
