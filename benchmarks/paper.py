@@ -263,10 +263,14 @@ def findings(name: str, loss: Sequence[Row], shared: Sequence[Row], amplified: S
     for targets in TARGETS:
         own = [row for row in loss if row["adapted"] == targets]
         least, best = own[0], max(own, key=lambda row: row[GAIN])
-        part = least[GAIN] / best[GAIN]
+        lost, spread = least["val_loss"] - best["val_loss"], max(row["most"] - row["least"] for row in own)
+        is_enough = lost <= max(spread, 0.05 * best["val_loss"] * best[GAIN] / (100 - best[GAIN]))
+        apart = f"two seeds differ by up to {spread:.2g}" if spread else "there is one seed, so chance is not known"
         yield (
-            f"{name}, {targets}: the paper finds a very small rank enough. Rank {least['rank']} takes away {part:.0%} "
-            f"of what the best rank, {best['rank']}, takes away of the loss. That {said(part >= 0.95)} (95 % or more)."
+            f"{name}, {targets}: the paper finds a very small rank enough. Rank {least['rank']} takes away "
+            f"{least[GAIN]:.3g} % of the base's loss, and the best rank, {best['rank']}, {best[GAIN]:.3g} %. "
+            f"They are {lost:.2g} apart; {apart}. That {said(is_enough)} (5 % of what is taken away, or the seeds' "
+            "difference, counts as equal)."
         )
     first, last = f"phi({SHOWN[0]}, {SHOWN[0]})", f"phi({SHOWN[-1]}, {SHOWN[-1]})"
     for kind in KINDS:
