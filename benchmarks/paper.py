@@ -5,7 +5,8 @@
 How much rank is needed (7.2, table 6)? Do adapters share their first directions (7.2, figures 3 and 4)? How much do
 they amplify what the base already has (7.3, table 7)? The embedded byte-level model learns the standard library's
 source, SmolLM2-135M learns pirates' chats. These models are a thousand times smaller than GPT-3 and more, the trainings
-short, and the data small: what agrees is a hint, and what does not is no refutation.
+short, and the data small: what agrees is a hint, and what does not is no refutation. The lines below say what the
+paper found, whether it agrees with the tables, and by what figures.
 
 As in the paper, alpha is the same for all ranks, and learning rates are chosen: by the validation loss of the first
 seed, for each rank of the embedded model, and for rank 8 of SmolLM2. phi(i, j) tells how much of the first i directions
@@ -48,7 +49,9 @@ KINDS = tuple(TARGETS["q and v"])
 SHOWN = (1, 2, 4, 8)
 """phi(i, i) is shown for these."""
 GAIN, WRITES = "of the base's loss taken away, %", "dW writes"
-RANKS_COMPARED = f"r = {SMALL} and r = {LARGE}"
+RANKS_COMPARED, SEEDS_COMPARED = f"r = {SMALL} and r = {LARGE}", f"r = {LARGE}, two seeds"
+CLEARLY = 1.2
+"""A factor that is larger than this counts as more than one."""
 FIRST_CHANCE, LAST_CHANCE = (f"chance at {i}" for i in (SHOWN[0], SHOWN[-1]))
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
 QUIET: dict[str, Any] = {
@@ -209,7 +212,7 @@ def similarities(base: Base) -> tuple[list[Row], Grids]:
     compared = {
         RANKS_COMPARED: (of(SMALL, first), of(LARGE, first)),
         f"r = {SMALL}, two seeds": (of(SMALL, first), of(SMALL, second)),
-        f"r = {LARGE}, two seeds": (of(LARGE, first), of(LARGE, second)),
+        SEEDS_COMPARED: (of(LARGE, first), of(LARGE, second)),
     }
     rows, grids = [], {}
     for kind in KINDS:
@@ -259,41 +262,45 @@ def amplification(base: Base) -> Iterator[Row]:
 
 
 def findings(name: str, loss: Sequence[Row], shared: Sequence[Row], amplified: Sequence[Row]) -> Iterator[str]:
-    """What the paper says, beside what the tables say."""
+    """What the paper says beside what the tables say, a line for each."""
     for targets in TARGETS:
         own = [row for row in loss if row["adapted"] == targets]
         least, best = own[0], max(own, key=lambda row: row[GAIN])
         lost, spread = least["val_loss"] - best["val_loss"], max(row["most"] - row["least"] for row in own)
         is_enough = lost <= max(spread, 0.05 * best["val_loss"] * best[GAIN] / (100 - best[GAIN]))
-        apart = f"two seeds differ by up to {spread:.2g}" if spread else "there is one seed, so chance is not known"
+        chance = f"two seeds differ by up to {spread:.2g}" if spread else "there is one seed, so chance is not known"
         yield (
-            f"{name}, {targets}: the paper finds a very small rank enough. Rank {least['rank']} takes away "
-            f"{least[GAIN]:.3g} % of the base's loss, and the best rank, {best['rank']}, {best[GAIN]:.3g} %. "
-            f"They are {lost:.2g} apart; {apart}. That {said(is_enough)} (5 % of what is taken away, or the seeds' "
-            "difference, counts as equal)."
+            f"{name}, {targets}, a very small rank is enough: {said(is_enough)}. Rank {least['rank']} takes away "
+            f"{least[GAIN]:.3g} % of the base's loss, and rank {best['rank']}, the best, {best[GAIN]:.3g} %. They are "
+            f"{lost:.2g} apart; {chance}. A difference counts above that of the seeds and 5 % of what is taken away."
         )
     first, last = f"phi({SHOWN[0]}, {SHOWN[0]})", f"phi({SHOWN[-1]}, {SHOWN[-1]})"
+    phi = {(row["layers"], row["adapters"], row["directions"]): row for row in shared}
     for kind in KINDS:
-        own = [
-            r for r in shared if r["layers"] == kind and r["adapters"] == RANKS_COMPARED and r["directions"] != WRITES
-        ]
+        A, dW = (phi[kind, RANKS_COMPARED, whose] for whose in ("A", "dW reads"))
+        is_shared = A[first] > 0.5
         yield (
-            f"{name}, {kind}: the paper finds that A of rank {SMALL} and A of rank {LARGE} share their first "
-            "direction, with phi(1, 1) above 0.5, and hardly the others. "
-            + " ".join(
-                f"Here phi(1, 1) is {row[first]:.2f} for {row['directions']}, which {said(row[first] > 0.5)}, and "
-                f"{last} is {row[last]:.2f}; chance is {row[FIRST_CHANCE]:.3f} and {row[LAST_CHANCE]:.3f}."
-                for row in own
-            )
+            f"{name}, {kind}, adapters of rank {SMALL} and {LARGE} share their first direction ({first} above 0.5), "
+            f"and hardly the others: {said(is_shared)}. {first} is {A[first]:.2f} for A and {dW[first]:.2f} for what "
+            f"dW reads, where chance is {A[FIRST_CHANCE]:.3f}; {last} is {A[last]:.2f} and {dW[last]:.2f}, where chance "
+            f"is {A[LAST_CHANCE]:.3f}. A has left its random start by {A['A moved by']:.2f} of that start's norm: "
+            "the less it has, the more of its directions is chance."
         )
+    q, v = (phi[kind, SEEDS_COMPARED, "A"] for kind in KINDS)
+    yield (
+        f"{name}, two seeds of rank {LARGE} share more directions than chance: "
+        f"{said(min(q[last] / q[LAST_CHANCE], v[last] / v[LAST_CHANCE]) > CLEARLY)}; and more in {KINDS[0]} than in "
+        f"{KINDS[1]}: {said(q[last] > v[last])}. {last} of A is {q[last]:.2f} and {v[last]:.2f}, where chance is "
+        f"{q[LAST_CHANCE]:.3f}."
+    )
     for kind in KINDS:
         small, large = (next(r for r in amplified if (r["layers"], r["rank"]) == (kind, n)) for n in AMPLIFYING)
         over, factor, second = small["dW over random"], small["amplification"], large["amplification"]
         yield (
-            f"{name}, {kind}: the paper finds W stronger along dW's directions than along random ones. Here it is by a "
-            f"factor of {over:.2g} at rank {AMPLIFYING[0]}, which {said(over > 1)}. The paper finds dW stronger than W "
-            f"along them, by 21.5 at rank 4 and 1.9 at rank 64. Here it is by {factor:.2g}, which {said(factor > 1)}, "
-            f"and {second:.2g}: that it is less at rank 64 {said(second < factor)}."
+            f"{name}, {kind}, W is stronger along dW's directions than along random ones: {said(over > CLEARLY)}, by a "
+            f"factor of {over:.2f} at rank {AMPLIFYING[0]} (paper: 16). dW amplifies what W has there: "
+            f"{said(factor > CLEARLY)}, by {factor:.2g} (paper: 21.5); and less at rank {AMPLIFYING[1]}: "
+            f"{said(second < factor)}, by {second:.2g} (paper: 1.9). It grows with alpha and learning rate."
         )
 
 
