@@ -283,7 +283,7 @@ def findings(name: str, loss: Sequence[Row], shared: Sequence[Row], amplified: S
             f"{name}, {kind}, adapters of rank {SMALL} and {LARGE} share their first direction ({first} above 0.5), "
             f"and hardly the others: {said(is_shared)}. {first} is {A[first]:.2f} for A and {dW[first]:.2f} for what "
             f"dW reads (chance: {A[FIRST_CHANCE]:.3f}); {last} is {A[last]:.2f} and {dW[last]:.2f} "
-            f"(chance: {A[LAST_CHANCE]:.3f}). A has left its random start by {A['A moved by']:.2f} of that start's norm: "
+            f"(chance: {A[LAST_CHANCE]:.3f}). A has left its random start by {A['A moved by']:.2f} of its norm: "
             "the less it has, the more of its directions is chance."
         )
     q, v = (phi[kind, SEEDS_COMPARED, "A"] for kind in KINDS)
