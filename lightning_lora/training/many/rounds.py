@@ -75,7 +75,10 @@ class EachAdapter(EvaluationLoop):
         finally:
             trainer.callbacks, self.verbose, self.lora_goes_on = callbacks, verbose, False
         pack.kept.end()
-        pack.metrics |= {name: {key: float(v) for key, v in own.items()} for name, own in found.items()}
+        metrics = {name: {key: float(v) for key, v in own.items()} for name, own in found.items()}
+        pack.metrics |= metrics
+        if is_fit:
+            pack.history.append((trainer.global_step, metrics))
         means = {
             key: torch.stack([own[key].float() for own in found.values() if key in own]).mean()
             for key in dict.fromkeys(key for own in found.values() for key in own)
