@@ -172,6 +172,7 @@ def test_a_sweeper_that_is_told_the_opposite_is_refused_before_the_first_job(cli
 
 
 @pytest.mark.parametrize("subdir", ["${hydra.job.num}", "by_width/width_${task.width}"])
+@pytest.mark.slow
 def test_a_sweep_in_a_used_folder_has_its_own_jobs_in_its_table(cli, subdir):
     where = ["hydra.sweep.dir=runs/it/sweep", f"hydra.sweep.subdir={subdir}", "lora=none", "trainer.max_epochs=1"]
     assert cli.train("-m", *where, "task.width=4,5,6") == 0

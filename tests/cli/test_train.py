@@ -89,6 +89,7 @@ def test_a_run_without_an_adapter_names_no_command_that_would_be_refused(cli):
     assert "evaluate " not in cli.out
 
 
+@pytest.mark.slow
 def test_a_run_is_quiet_but_for_the_adapters_its_progress_and_its_results(tmp_path):
     text = "\n\n".join(f"Paragraph {number}." for number in range(60))
     (tmp_path / "notes.txt").write_text(text)
@@ -165,6 +166,7 @@ def test_a_run_that_gets_sigterm_leaves_a_last_checkpoint_says_how_to_go_on_and_
         (5, ["trainer.val_check_interval=2", "callbacks.checkpoint.every_n_train_steps=3", "evaluate_before=false"]),
     ],
 )
+@pytest.mark.slow
 def test_a_run_resumed_in_its_own_folder_has_the_metrics_of_one_that_was_not_stopped(cli, step, more):
     theirs = ["task._target_=standin.Terminated", "trainer.max_epochs=3", *more]
     assert cli.train(*theirs, "task.at=-1", "hydra.run.dir=whole") == 0
@@ -188,6 +190,7 @@ def test_a_new_run_in_a_used_folder_says_that_it_writes_its_metrics_anew(cli):
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+@pytest.mark.slow
 def test_a_job_that_slurm_starts_again_says_what_the_base_measured_and_goes_on_with_its_metrics(cli, monkeypatch):
     slurm = {"NTASKS": "1", "JOB_NAME": "tune", "JOB_ID": "17", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
     for name, value in slurm.items():
@@ -213,6 +216,7 @@ class Runs:
         return Path.touch, (Path("mark"),)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_whole_model_runs_no_code_from_an_address_either(cli):
     assert cli.train("lora=none") == 0
     torch.save({**torch.load(cli.folder / "checkpoints/last.ckpt"), "extra": Runs()}, "bad.ckpt")
@@ -250,6 +254,7 @@ def test_without_a_logger_there_is_no_plot_and_nothing_claims_one(cli):
     assert not (cli.folder / "loss.png").exists()
 
 
+@pytest.mark.slow
 def test_a_module_in_the_users_folder_is_found_by_the_installed_command(tmp_path):
     source = Path(__file__).with_name("standin.py").read_text()
     (tmp_path / "their_own.py").write_text(source)
@@ -261,6 +266,7 @@ def test_a_module_in_the_users_folder_is_found_by_the_installed_command(tmp_path
     assert "lightning-lora evaluate run=runs/train/" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter_with_the_config_that_it_has(cli):
     assert cli.train("lora.rank=2", "lora.alpha=6", "trainer.max_epochs=3") == 0
     first, before = cli.folder, cli.results
