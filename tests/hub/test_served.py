@@ -78,7 +78,10 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        model = self.models.get(body.get("model", next(iter(self.models))))
+        if self.layout == "strict" and "cache_prompt" in body:
+            return 400, {"error": "Extra inputs are not permitted: cache_prompt"}
+        first = next(iter(self.models))
+        model = self.models.get(first if self.layout == "any name" else body.get("model", first))
         if model is None:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         if path == "/v1/completions" and self.layout != "chat":
@@ -172,7 +175,7 @@ def test_the_answers_of_a_server_show_whether_it_applies_the_adapter(make, verdi
     assert report.ok == (verdicts == {"same"})
 
 
-@pytest.mark.parametrize("layout", ["legacy", "content", "chat"])
+@pytest.mark.parametrize("layout", ["legacy", "content", "chat", "strict"])
 def test_each_layout_of_log_probabilities_is_read(layout, folder):
     with serving({"base": base(), "legal": loaded(folder)}, layout) as address:
         report = verify_server(f"{address}/v1/", folder, name="legal", base_name="base")
@@ -189,6 +192,14 @@ def test_the_same_numbers_under_both_names_are_an_ignored_adapter_whatever_the_b
         report = verify_server(address, folder, name="legal", base_name="base")
     assert report.verdict == "ignored"
     assert "is it the same base?" in str(report)
+
+
+@pytest.mark.parametrize(("make", "verdict"), [(loaded, "same"), (lambda f: base(), "ignored")])
+def test_a_server_that_answers_to_any_name_is_judged_by_its_answers_alone(make, verdict, folder):
+    with serving({"legal": make(folder)}, "any name") as address:
+        report = verify_server(address, folder, name="legal", base_name="base")
+    assert report.verdict == verdict, str(report)
+    assert "it answers to any name" in str(report)
 
 
 def test_a_server_that_cannot_be_asked_is_an_error_that_says_why(folder):
