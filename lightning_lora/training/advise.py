@@ -25,7 +25,7 @@ from lightning_lora.checked import number, one_of, whole
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.training.advice import Advice
-from lightning_lora.training.search import CUTS, VARIANTS, Search, around
+from lightning_lora.training.search import CUTS, KEPT, VARIANTS, Search, around
 from lightning_lora.training.strategy import has_adapters
 from lightning_lora.training.trials import Candidate, OutOfTimeError, Probe, Trials
 
@@ -161,12 +161,13 @@ class Plan:
         """The optimizer steps, trainings and validations of a search whose longest trainings have `steps`."""
         eighth, quarter = max(1, steps // 8), max(1, steps // 4)
 
-        def race(field: int, keep: int) -> tuple[int, int]:
-            half, more = max(keep, math.ceil(field / 2)), keep * (self.seeds - 1)
+        def race(field: int, finalists: int) -> tuple[int, int]:
+            keep = min(KEPT, field)
+            half, more = max(keep, math.ceil(field / 2)), min(finalists, keep) * (self.seeds - 1)
             trained = field * eighth + half * (quarter - eighth) + keep * (steps - quarter) + more * steps
             return trained, field + half + keep + more
 
-        parts = [race(self.rates, min(2, self.rates)), *[race(3, 1)] * self.variants, (self.seeds * steps, self.seeds)]
+        parts = [race(self.rates, KEPT), *[race(3, 1)] * self.variants, (self.seeds * steps, self.seeds)]
         trained, trainings = (sum(column) for column in zip(*parts, strict=True))
         return trained, trainings, trainings + self.seeds * len(CUTS)
 

@@ -26,6 +26,8 @@ VARIANTS = {"targets": "attention only", "rslora": "rsLoRA", "dora": "DoRA", "lo
 """What can be compared -> its name in the table."""
 LORA_PLUS_RATIO = 16.0
 """B's learning rate as a multiple of A's (Hayou et al. 2024, arXiv:2402.12354, section 6)."""
+KEPT = 2
+"""The learning rates that are trained to the end."""
 LEAST_SPREAD = 0.001
 """As a share of the metric."""
 WORTH_TRYING = 0.01
@@ -46,7 +48,7 @@ class Search:
         self.ran_out = False
 
     def rates(self, grid: list[Candidate]) -> None:
-        self.finalists(self.race(grid, keep=2))
+        self.finalists(self.race(grid, keep=KEPT))
         if not any(math.isfinite(c.mean) for c in self.measured()):
             raise TrainingError(
                 f"No candidate trained to a finite {self.trials.monitor}: give lower learning_rates than "
@@ -74,7 +76,7 @@ class Search:
         middle = best.lr / (math.sqrt(config.rank) if name == "rslora" else 1)
         grid = [Candidate(VARIANTS[name], config, _rounded(middle * 10 ** (half / 2)), ratio) for half in (-1, 0, 1)]
         try:
-            self.finalists(self.race(grid, keep=1))
+            self.finalists(sorted(self.race(grid, keep=KEPT), key=self.badness)[:1])
         except (ConfigError, TargetError) as error:  # what holds for all layers need not for these, nor with DoRA
             self.left_out.append(f"{VARIANTS[name]}: {error}")
 
@@ -103,15 +105,25 @@ class Search:
             self.finalists([smaller])
 
     def race(self, field: list[Candidate], keep: int) -> list[Candidate]:
-        """Train all to an eighth of the steps, the better half to a quarter, and the best `keep` to the end."""
+        """Train all to an eighth of the steps, the better half to a quarter, and `keep` to the end."""
         self.all += field
         seed, steps = self.seeds[0], self.trials.steps
         sizes = (len(field), max(keep, math.ceil(len(field) / 2)), keep)
         for step, size in zip((max(1, steps // 8), max(1, steps // 4), steps), sizes, strict=True):
-            field = sorted(field, key=self.badness)[:size]
+            field = self.last(field, keep) if size == keep else sorted(field, key=self.badness)[:size]
             for candidate in field:
                 self.train(candidate, seed, step)
         return field
+
+    def last(self, field: Sequence[Candidate], count: int) -> list[Candidate]:
+        """The best so far, and those with the next lower learning rates.
+
+        Early on, a rate that is too high looks better than it is (Wu et al. 2018, arXiv:1803.02021): the second best is
+        then often the next higher rate, and the best in the end the next lower one.
+        """
+        ranked = sorted(field, key=self.badness)
+        lower = [c for c in ranked if c.lr < ranked[0].lr and math.isfinite(c.mean)]
+        return list(dict.fromkeys([ranked[0], *sorted(lower, key=lambda c: -c.lr), *ranked]))[:count]
 
     def finalists(self, field: list[Candidate]) -> None:
         """Train `field` with every seed, and note the best so far."""
@@ -211,7 +223,13 @@ class Search:
             name = f"{other.name} of rank {other.config.rank} at {other.lr:.2g} ({other.mean:.4g})"
             if self.as_good(other, best) and self.as_good(best, other):
                 cheaper = f", and costs {_times(other.parameters, best.parameters)} the parameters"
-                lines.append(f"{name} is as good{cheaper if other.parameters > best.parameters else ''}.")
+                after = f"{cheaper if other.parameters > best.parameters else ''}."
+                gain = self.badness(best) - self.badness(other)
+                if gain > WORTH_TRYING * abs(best.mean):
+                    seeds = len(other.values())
+                    after = f" by what {seeds} seeds can tell, though {gain:.2g} better in their mean{after}"
+                    after += f" More seeds can tell more: seeds={2 * seeds}."
+                lines.append(f"{name} is as good{after}")
             else:
                 lines.append(f"{name} is {'worse' if self.as_good(best, other) else 'better'}.")
         as_good = [
