@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from omegaconf import OmegaConf
 
+from lightning_lora.checked import closest
 from lightning_lora.cli.process import quieten, use_available_cores
 from lightning_lora.cli.results import CONFIG, METRICS, RESULTS, metrics_of, read_metrics, shown, table, write_json
 from lightning_lora.cli.settings import Node, build, build_each, literal, task_and_data
-from lightning_lora.errors import ConfigError, closest, listed
+from lightning_lora.errors import ConfigError, listed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.checked import closest
 from lightning_lora.engine.all_linear import all_linear, is_linear, left_out_weights, parameters_of
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
 from lightning_lora.engine.layers import Adapter, geometry_of, register_conv1d
@@ -22,7 +23,7 @@ from lightning_lora.engine.present import check_none_of_others
 from lightning_lora.engine.torch_private import persistent_buffers
 from lightning_lora.engine.tree import Candidates, Target, Tree, entry_matches, last_part, name_in
 from lightning_lora.engine.weights import is_plain
-from lightning_lora.errors import TargetError, closest, listed
+from lightning_lora.errors import TargetError, listed
 
 
 @dataclass(frozen=True)

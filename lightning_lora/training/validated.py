@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torchmetrics import Metric
 
+from lightning_lora.checked import closest
 from lightning_lora.engine.calibration import evaluating
-from lightning_lora.errors import ConfigError, DataError, closest, listed
+from lightning_lora.errors import ConfigError, DataError, listed
 from lightning_lora.training.calibrate import silent
 from lightning_lora.training.lightning_private import moved_batch
 from lightning_lora.training.run_state import random_state, set_random_state
