@@ -51,6 +51,7 @@ def test_the_curve_is_printed_and_the_chosen_strength_is_written(cli, adapter, t
     assert not (tmp_path / "runs").exists(), "nothing is run, so there is no folder of a run"
 
 
+@pytest.mark.slow
 def test_where_data_is_given_the_loss_is_measured_at_each_strength(cli, tmp_path):
     assert cli.train("lora.rank=4", "optimizer.lr=0.5") == 0, cli.err
     run, after = cli.folder, cli.results["after"]

@@ -82,6 +82,7 @@ def test_the_largest_metric_is_the_best_where_that_is_the_mode(tmp_path):
         ({"trainer.limit_train_batches": "range(1,3)"}, [{"trainer.limit_train_batches": "2"}]),
     ],
 )
+@pytest.mark.slow
 def test_a_search_space_in_a_file_may_name_settings_that_no_file_lists(cli, params, rows):
     assert cli.train(*space(**params)) == 0, cli.err
     table = list(csv.DictReader((cli.folder / "results.csv").read_text().splitlines()))
@@ -90,6 +91,7 @@ def test_a_search_space_in_a_file_may_name_settings_that_no_file_lists(cli, para
         assert value.lower() in [row[key].lower() for row in table]
 
 
+@pytest.mark.slow
 def test_the_command_line_is_stronger_than_the_search_space(cli):
     assert cli.train(*space(**{"lora.use_dora": "true,false"}), "lora.use_dora=false", "task.width=8,9") == 0
     table = list(csv.DictReader((cli.folder / "results.csv").read_text().splitlines()))

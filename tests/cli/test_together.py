@@ -213,6 +213,7 @@ def test_jobs_whose_adapters_share_forwards_leave_what_each_leaves_alone(cli):
     assert_same_sweep(Path("together"), Path("alone"))
 
 
+@pytest.mark.slow
 def test_what_a_module_logs_for_an_epoch_alone_is_not_given_for_a_step(cli):
     """Our own tasks log the mean over the epoch by a name of its own."""
     texts = ["task=causal_lm", "data=stdlib_source", "trainer.max_steps=1", "trainer.limit_val_batches=1"]

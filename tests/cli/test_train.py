@@ -68,6 +68,7 @@ def test_the_last_lines_say_where_everything_is_and_the_command_to_evaluate_it(c
         ["trainer.max_steps=2", "lora=none"],
     ],
 )
+@pytest.mark.slow
 def test_a_run_that_reached_its_end_has_what_it_ended_with_wherever_that_lies(cli, bound):
     assert cli.train(*bound) == 0
     assert (cli.folder / "adapter/adapter_model.safetensors").is_file() == ("lora=none" not in bound)
@@ -147,6 +148,7 @@ def test_a_run_on_which_the_user_hits_ctrl_c_says_how_to_go_on(cli):
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")  # before the first validation
 @pytest.mark.parametrize(("step", "lora"), [(0, "default"), (3, "default"), (7, "default"), (5, "none")])
+@pytest.mark.slow
 def test_a_run_that_gets_sigterm_leaves_a_last_checkpoint_says_how_to_go_on_and_ends_with_143(cli, step, lora):
     before = signal.getsignal(signal.SIGTERM)
     assert cli.train("task._target_=standin.Terminated", f"task.at={step}", f"lora={lora}") == 143
@@ -280,6 +282,7 @@ def test_a_run_starts_from_an_adapter_with_the_config_that_it_has(cli):
     assert "alpha" not in cli.err
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_not_there_or_is_meant_otherwise_says_so(cli):
     assert cli.train("adapter=./nothing") == 2
     assert "there is no such folder" in cli.err
