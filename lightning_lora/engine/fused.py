@@ -236,7 +236,7 @@ def _gradients(ctx: Any, g: Tensor | None, grad_H: Tensor | None) -> tuple[Tenso
             grad_H, scale = (from_y, scale) if grad_H is None else (grad_H + scale * from_y, 1.0)
         assert grad_H is not None
         if needs_x:
-            through_W = None if G is None or W is None else product(G, _in(dtype, W))
+            through_W = None if G is None or W is None else torch.mm(G, _in(dtype, W))
             grad_X = _add_through_A(through_W, grad_H, _in(dtype, A), scale, dropped)
             grad_x = _in(x_dtype, grad_X if len(ctx.shape) == 2 else grad_X.view(ctx.shape))
         # Last, since x, kept since the forward pass, pushes G and its products out of the processor's cache.
@@ -291,21 +291,6 @@ def has_tiles() -> bool:
     """
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 does not have it
     return bool(capabilities.get("amx_bf16", False))
-
-
-def product(G: Tensor, W: Tensor) -> Tensor:
-    """G W, summed in float32 and rounded once, whichever way it takes."""
-    if G.is_cpu and G.dtype == torch.bfloat16 and not multiplies_bfloat16():
-        return torch.mm(G.float(), W.float()).to(G.dtype)
-    return torch.mm(G, W)
-
-
-@functools.lru_cache(maxsize=1)
-def multiplies_bfloat16() -> bool:
-    """False where torch multiplies bfloat16 without oneDNN, which needs AVX-512 on x86: 1024 x 384 by 384 x 128 takes
-    41 ms then on an EPYC, and 1.7 ms by way of float32."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 does not have it
-    return bool(capabilities.get("avx512_bw", True))
 
 
 def _add_product(Y: Tensor, H: Tensor, M: Tensor, scale: float) -> Tensor:

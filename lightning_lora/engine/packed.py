@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.engine import fused
 from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.conv import ConvLoRA
 from lightning_lora.engine.layers.embedding import EmbeddingLoRA
@@ -180,7 +179,7 @@ class _Routed(torch.autograd.Function):
         G, X = g.reshape(ctx.count, -1, g.shape[-1]), x.reshape(ctx.count, -1, x.shape[-1])
         through: Any = None
         if ctx.needs_input_grad[0]:
-            through = fused.product(G.reshape(-1, G.shape[-1]), W.to(G.dtype)).view(X.shape)
+            through = torch.matmul(G.reshape(-1, G.shape[-1]), W.to(G.dtype)).view(X.shape)
         gradients: list[Tensor] = []
         for i, (where, scale) in enumerate(ctx.runs):
             A, Bt, H = kept[3 * i : 3 * i + 3]
