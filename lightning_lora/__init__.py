@@ -50,9 +50,12 @@ _HOME = {
     "verify_adapter": "lightning_lora.hub.verify",
     "pull_adapter": "lightning_lora.hub.pull",
     "push_adapter": "lightning_lora.hub.push.commit",
+    "RepairReport": "lightning_lora.hub.repair",
+    "repair_adapter": "lightning_lora.hub.repair",
     "resize_adapter": "lightning_lora.hub.resize",
     "AdapterColumn": "lightning_lora.training.adapter_column",
     "AdapterMonitor": "lightning_lora.training.monitor",
+    "ForgettingMonitor": "lightning_lora.training.forgetting",
     "HubPush": "lightning_lora.training.push",
     "LoRACallback": "lightning_lora.training",
     "MultiLoRACallback": "lightning_lora.training.many",
@@ -72,6 +75,7 @@ __all__ = [
     "CombineReport",
     "DryRun",
     "ExportReport",
+    "ForgettingMonitor",
     "HubPush",
     "InjectionReport",
     "InspectionReport",
@@ -80,6 +84,7 @@ __all__ = [
     "LoRAConfig",
     "MemoryPlan",
     "MultiLoRACallback",
+    "RepairReport",
     "ResizeReport",
     "ServerReport",
     "VerifyReport",
@@ -103,6 +108,7 @@ __all__ = [
     "pull_adapter",
     "push_adapter",
     "remove",
+    "repair_adapter",
     "resize",
     "resize_adapter",
     "save_adapter",
@@ -141,6 +147,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub.inspection_page import InspectionReport
     from lightning_lora.hub.pull import pull_adapter
     from lightning_lora.hub.push.commit import DryRun, push_adapter
+    from lightning_lora.hub.repair import RepairReport, repair_adapter
     from lightning_lora.hub.resize import resize_adapter
     from lightning_lora.hub.served import ServerReport, verify_server
     from lightning_lora.hub.verify import VerifyReport, verify_adapter
@@ -148,6 +155,7 @@ if TYPE_CHECKING:
     from lightning_lora.training.adapter_column import AdapterColumn
     from lightning_lora.training.advice import Advice
     from lightning_lora.training.advise import advise
+    from lightning_lora.training.forgetting import ForgettingMonitor
     from lightning_lora.training.many import MultiLoRACallback
     from lightning_lora.training.monitor import AdapterMonitor
     from lightning_lora.training.push import HubPush

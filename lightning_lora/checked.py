@@ -1,12 +1,14 @@
-"""Checks of arguments. Each function returns the value, or raises ConfigError, which says what values are allowed."""
+"""Checks of arguments. Each function returns the value, or raises ConfigError, which says what values are allowed;
+`closest` finds what was meant."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
 from typing import Any
 
-from lightning_lora.errors import ConfigError, closest, listed
+from lightning_lora.errors import ConfigError, listed
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
@@ -65,3 +67,8 @@ def one_of(name: str, value: Any, choices: Iterable[str], hint: str = "") -> str
         hint = hint or (f"Did you mean {near[0]!r}?" if near else "")
         raise ConfigError(f"{name} is one of {listed(map(repr, choices))}, not {value!r}. {hint}".rstrip())
     return value
+
+
+def closest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The `count` names of `known` that a user most likely meant by `name`, best first; maybe none."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)

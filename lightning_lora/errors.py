@@ -24,7 +24,6 @@ the Hub as they were.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 __all__ = [
@@ -146,11 +145,6 @@ class MovedError(LightningLoRAError, RuntimeError):
 
     def __reduce__(self) -> tuple[type[MovedError], tuple[str, str]]:
         return type(self), self._arguments
-
-
-def closest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` names of `known` that a user most likely meant by `name`, best first; maybe none."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

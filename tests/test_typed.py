@@ -39,6 +39,7 @@ def test_the_package_says_that_it_is_typed():
     assert (Path(lightning_lora.__file__).parent / "py.typed").is_file()
 
 
+@pytest.mark.slow
 def test_a_type_checker_finds_what_is_wrong_in_a_users_file_and_nothing_else(tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "theirs.py").write_text(FILE)

@@ -15,10 +15,10 @@ from transformers import (
 )
 
 
-def llama(layers: int = 3, tied: bool = False) -> nn.Module:
+def llama(layers: int = 3, tied: bool = False, words: int = 32) -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=32,
+            vocab_size=words,
             hidden_size=16,
             intermediate_size=24,
             num_hidden_layers=layers,

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 COMMANDS = (
-    "train", "evaluate", "predict", "demo", "advise", "merge", "push", "pull", "export", "combine", "resize", "inspect",
-    "verify",
+    "train", "evaluate", "predict", "demo", "advise", "merge", "push", "pull", "export", "combine", "resize", "repair",
+    "inspect", "verify",
 )  # fmt: skip
 
 USAGE = """\

@@ -24,10 +24,11 @@ from hydra.core.override_parser.types import IntervalSweep, Override, OverrideTy
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lightning_lora.checked import closest
 from lightning_lora.cli.hydra_private import hydra_parser
 from lightning_lora.cli.results import CONFIG, RESULTS
 from lightning_lora.cli.settings import HYDRA_KEYS, parameter_names
-from lightning_lora.errors import ConfigError, closest, listed
+from lightning_lora.errors import ConfigError, listed
 
 CONFIG_MODULE = "lightning_lora.conf"
 

@@ -105,7 +105,7 @@ def _pirate(folder: Path) -> list[dict[str, str]]:
     # Of the settings of the first part, only those of the trainer and the seed apply to this one.
     shared = [o for o in HydraConfig.get().overrides.task if o.lstrip("+").startswith(("trainer", "seed="))]
     dtype = [] if _multiplies_bfloat16() else ["model.dtype=float32", "trainer.precision=32-true"]
-    if _train(folder, PIRATE, [*dtype, *shared]) is None:
+    if _train(folder, PIRATE, [*dtype, *shared, "evaluate_before=false"]) is None:
         return []
     answers = _answers(folder / PIRATE / "adapter")
     for answer in answers:

@@ -14,9 +14,10 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from lightning_lora.checked import closest
 from lightning_lora.cli.composition import CONFIG_MODULE, composed, keys, refused_key, with_pluses
 from lightning_lora.cli.settings import ours_for, parameter_names
-from lightning_lora.errors import LightningLoRAError, closest, listed
+from lightning_lora.errors import LightningLoRAError, listed
 
 # `--help`: the docstring of a command, its groups, and its settings.
 

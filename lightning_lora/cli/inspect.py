@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.cli.results import METRICS, read_metrics, shown
+from lightning_lora.cli.results import METRICS, curves_of, shown
 from lightning_lora.cli.settings import Node, build
 from lightning_lora.errors import ConfigError
 
@@ -56,8 +56,5 @@ def _curves(folder: Path | None) -> Mapping[str, Sequence[tuple[int, float]]]:
     """The metrics of the run whose folder holds the adapter, as RUN/adapter or RUN/checkpoints/NAME-adapter."""
     for place in folder.absolute().parents[:2] if folder is not None else ():
         if (place / METRICS).is_file():
-            try:
-                return read_metrics(place / METRICS)
-            except (OSError, ValueError, KeyError):  # another program's file
-                return {}
+            return curves_of(place)
     return {}

@@ -7,8 +7,8 @@ import select
 import sys
 
 import lightning_lora
+from lightning_lora.checked import closest
 from lightning_lora.cli.commands import COMMANDS, overview
-from lightning_lora.errors import closest
 
 OTHER_NAMES = {
     **dict.fromkeys(("fit", "finetune", "fine-tune", "tune", "sweep", "resume"), "train"),

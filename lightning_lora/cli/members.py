@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_lora.cli.grouping import Job
-from lightning_lora.cli.results import written
 from lightning_lora.cli.runs import EarlierMetrics, settings_for_loggers
 from lightning_lora.cli.settings import build, build_each, target
 from lightning_lora.engine import LoRAConfig, adapter_state_dict
@@ -21,6 +20,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.files import remove_folder
 from lightning_lora.hub import adapter_root
 from lightning_lora.hub.adapters import save_tensors
+from lightning_lora.page import written
 from lightning_lora.training.loggers import log_run, optimizer_settings
 from lightning_lora.training.many import MultiLoRACallback
 from lightning_lora.training.strategy import adapter_folder

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.files import written_beside
+from lightning_lora.page import written
 
 # Aligned text tables: numbers to the right, words to the left.
 
@@ -26,17 +27,6 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(columns), line(["-" * w for w in widths]), *map(line, cells)])
-
-
-def written(value: Any) -> str:
-    """One value for a reader: four significant digits, thousands apart, nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 RESULTS = "results.json"
@@ -67,6 +57,14 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
                 if value and name not in ("step", "epoch"):
                     curves.setdefault(name, []).append((int(float(row["step"])), float(value)))
     return curves
+
+
+def curves_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves of the run in `folder`; none where it has no metrics.csv, or another program's."""
+    try:
+        return read_metrics(folder / METRICS)
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def shown(path: Path) -> str:

@@ -21,11 +21,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora import LoRACallback, LoRAConfig, load_adapter
 from lightning_lora.cli.process import is_terminal, quieten, use_available_cores
-from lightning_lora.cli.results import METRICS, written
+from lightning_lora.cli.results import METRICS
 from lightning_lora.cli.settings import HYDRA_KEYS, build, target, task_and_data
 from lightning_lora.errors import ConfigError
 from lightning_lora.hub.format.writing import hub_address
 from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.page import written
 from lightning_lora.training.lightning_private import rows_still_to_log
 from lightning_lora.training.loggers import Settings, log_settings, optimizer_settings
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_lora.checked import closest
 from lightning_lora.cli.hydra_private import located
-from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError, closest, listed
+from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError, listed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule

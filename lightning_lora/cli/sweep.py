@@ -1,4 +1,4 @@
-"""Writes one table for a sweep: the settings that were varied and the results, the best job first."""
+"""Writes one table and one page for a sweep: the settings that were varied and the results, the best job first."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from lightning_lora.cli.composition import directions, search_space
-from lightning_lora.cli.results import RESULTS, shown, table, write_json
+from lightning_lora.cli.results import RESULTS, curves_of, shown, table, write_json
+from lightning_lora.page.comparison import Run, comparison
 
+TABLE, PAGE = "results.csv", "results.html"
 Version = tuple[int, int]
 """The inode and time of a file. Results files are replaced as a whole, so a new one has another version."""
 
 
 class SweepTable(Callback):
-    """A callback of Hydra. It writes results.csv into the sweep's folder after each job, and prints the table after the
-    last.
+    """A callback of Hydra. It writes results.csv and results.html into the sweep's folder after each job, and prints
+    the table after the last.
 
     It reads the jobs' results.json and nothing else, so it does not matter which launcher ran them, or where.
     """
@@ -55,7 +57,7 @@ class SweepTable(Callback):
             # The screen gets shortened errors; the file has them in full.
             SweepTable.failed = sum(bool(row.get("error")) for row in rows)
             rows = [{name: _shortened(value) for name, value in row.items()} for row in rows]
-            print(f"\n{table(rows)}\n\nTable: {shown(folder / 'results.csv')}")
+            print(f"\n{table(rows)}\n\nPage: {shown(folder / PAGE)}\nTable: {shown(folder / TABLE)}")
 
 
 def record_failure(error: Exception, message: str | None) -> None:
@@ -74,8 +76,8 @@ def record_failure(error: Exception, message: str | None) -> None:
 
 
 def write_table(sweep: Path, earlier: Mapping[Path, Version] | None = None) -> list[dict[str, Any]]:
-    """Write the results in the folders below `sweep` into its results.csv; returns the rows, the best first. Results
-    that have not changed since `earlier` are left out."""
+    """Write the results in the folders below `sweep` into its results.csv and results.html; returns the rows, the best
+    first. Results that have not changed since `earlier` are left out."""
     found = [path for path, version in _results(sweep).items() if (earlier or {}).get(path) != version]
     jobs = [
         {"folder": path.parent.relative_to(sweep).as_posix(), **json.loads(path.read_text(encoding="utf-8"))}
@@ -86,25 +88,52 @@ def write_table(sweep: Path, earlier: Mapping[Path, Version] | None = None) -> l
     varied = [
         name for name in dict.fromkeys(n for s in settings for n in s) if len({s.get(name) for s in settings}) > 1
     ]
+    differs = len({job["trainable_parameters"] for job in jobs if "trainable_parameters" in job}) > 1
     rows = [
         {name: s.get(name) for name in varied}
         | job.get("after", {})
+        | ({"parameters": job.get("trainable_parameters")} if differs else {})
         | {"seconds": job.get("seconds"), "folder": job["folder"]}
         | ({"error": _first_said(job["error"])} if "error" in job else {})
         for job, s in zip(jobs, settings, strict=True)
     ]
     # A failed job has fewer values. So `last` says which columns come last, whatever the order in a single row.
-    last = ("seconds", "folder", "error")
+    last = ("parameters", "seconds", "folder", "error")
     columns = sorted(
         dict.fromkeys(key for row in rows for key in row), key=lambda name: name in last and last.index(name) + 1
     )
     rows = [{column: row.get(column) for column in columns} for row in rows]
     if rows:
-        with (sweep / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        with (sweep / TABLE).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=columns)
             writer.writeheader()
             writer.writerows(rows)
+        _write_page(sweep, jobs, rows, varied)
     return rows
+
+
+def _write_page(sweep: Path, jobs: list[dict[str, Any]], rows: list[dict[str, Any]], varied: list[str]) -> None:
+    done = next((job for job in jobs if "monitor" in job), {"monitor": "the metric", "mode": "min"})
+    metric = done["monitor"]
+    runs = [
+        Run(
+            name=f"job {job['folder']}",
+            settings={name: row[name] for name in varied},
+            value=job.get("after", {}).get(metric),
+            parameters=job.get("trainable_parameters"),
+            seconds=job.get("seconds"),
+            curve=curves_of(sweep / job["folder"]).get(metric, ()),
+            error=row.get("error"),
+        )
+        for job, row in zip(jobs, rows, strict=True)
+    ]
+    bases = {job.get("before", {}).get(metric) for job in jobs if "after" in job}
+    base = bases.pop() if len(bases) == 1 else None
+    names = f" They differ in {', '.join(varied)}." if varied else ""
+    page = comparison(
+        f"Sweep {sweep.name}", f"{len(jobs)} trainings.{names}", runs, rows, metric=metric, mode=done["mode"], base=base
+    )
+    page.write(sweep / PAGE)
 
 
 def _results(sweep: Path) -> dict[Path, Version]:

@@ -6,7 +6,7 @@ lightning-lora train model=pretrained model.name=ID data=text data.source.path=n
 lightning-lora train data=instructions data.source.path=chats.jsonl    rows of messages, or of prompt and response
 lightning-lora train task=sequence_classification data=text_classification data.source.path=rows.csv model=ID
 lightning-lora train task=image_classification data=images data.source.path=FOLDER model=ID    a folder for each label
-lightning-lora train -m lora.rank=4,8,16                   a sweep, with one table at its end
+lightning-lora train -m lora.rank=4,8,16                   a sweep, with one table and one page at its end
 lightning-lora train ckpt_path=RUN/checkpoints/last.ckpt   go on from a checkpoint
 lightning-lora train adapter=RUN/adapter                   a new run that starts from a trained adapter
 lightning-lora train task=custom task._target_=my.Task data=custom data._target_=my.Data
@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from omegaconf import OmegaConf
 
+from lightning_lora.checked import closest
 from lightning_lora.cli.process import quieten, use_available_cores
 from lightning_lora.cli.results import CONFIG, METRICS, RESULTS, metrics_of, read_metrics, shown, table, write_json
 from lightning_lora.cli.settings import Node, build, build_each, literal, task_and_data
-from lightning_lora.errors import ConfigError, closest, listed
+from lightning_lora.errors import ConfigError, listed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer

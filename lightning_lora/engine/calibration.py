@@ -18,7 +18,7 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS, MEASURES
 from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import Adapter, adapters, geometry_of
-from lightning_lora.engine.layers.fresh import Measured, check_measured, device_of, drawing_on, fresh_tensors, recipes
+from lightning_lora.engine.layers.fresh import Kind, Measured, check_measured, drawing_on
 from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.targets import select
 from lightning_lora.engine.tree import Tree, submodule
@@ -253,10 +253,9 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
             if isinstance(module, TokenRows):
                 started = token_tensors(module, module.lora, injection.config)
             else:
-                of = (measured or {}).get(name)
-                with drawing_on(device_of(module, module.lora)):
-                    how = recipes(module, type(module), module.lora, injection.config)
-                    started = fresh_tensors(name, module, how, of)
+                kind = Kind.of(module, type(module), module.lora, injection.config)
+                with drawing_on(kind.device):
+                    started = kind.tensors(name, module, (measured or {}).get(name, {}))
             values += [(module, own, value) for own, value in started.items()]
     with torch.no_grad():
         for module, own, value in values:

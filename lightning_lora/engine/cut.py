@@ -26,7 +26,7 @@ from lightning_lora.engine.low_rank import (
     spectrum_of_product,
 )
 from lightning_lora.engine.report import aligned, by_ending, overall_error
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, listed
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,13 @@ def shown_error(error: float) -> str:
 
 
 def check_limit(aim: Aim, modules: Mapping[str, ResizedModule], how: str) -> None:
-    """Raise ConfigError, which says `how` to go on, where rounding makes an error larger than was allowed."""
+    """Raise ConfigError, which says `how` to go on, where rounding makes an error larger than was allowed, and where
+    the new factors are too large for their dtype."""
+    if broken := [name for name, m in modules.items() if not math.isfinite(m.error)]:
+        raise ConfigError(
+            f"The factors of {listed(map(repr, broken), 3)} would hold values that are not finite: they are too large "
+            "for their dtype. Take float32 or bfloat16. Nothing was changed."
+        )
     over = {} if aim.limit is None else {n: m.error for n, m in modules.items() if m.error > aim.limit * (1 + 1e-9)}
     over = {name: error for name, error in over.items() if error > _ROUNDING}
     if over:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -20,7 +20,7 @@ from lightning_lora.engine.config import LoRAConfig, check_is_config
 from lightning_lora.engine.forwards import listen_for_forwards, swapping, unlisten_for_forwards
 from lightning_lora.engine.layers.alora import check_readers, listen, stop_listening
 from lightning_lora.engine.layers.base import adapt, is_adapter, unadapt
-from lightning_lora.engine.layers.fresh import Measured, check_measured, drawing_on, fresh_tensors
+from lightning_lora.engine.layers.fresh import Measured, check_measured, drawing_on
 from lightning_lora.engine.layers.frozen import (
     FrozenNorm,
     freeze_statistics,
@@ -31,15 +31,14 @@ from lightning_lora.engine.layers.frozen import (
 )
 from lightning_lora.engine.layers.quantized import is_kept, keep_in_place, let_go, may_be_kept
 from lightning_lora.engine.layers.tokens import TokenRows
-from lightning_lora.engine.memory import Memory
 from lightning_lora.engine.plain_names import with_plain_names
-from lightning_lora.engine.plan import planned, variants_of
+from lightning_lora.engine.plan import planned
 from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours, check_removable
 from lightning_lora.engine.report import InjectionReport, rows
-from lightning_lora.engine.targets import Selection, select, tensors_trained_whole, trained_whole
+from lightning_lora.engine.targets import check_shared, select, tensors_trained_whole
 from lightning_lora.engine.torch_private import check_overridden
-from lightning_lora.engine.tree import Tree, submodule, weight_users
-from lightning_lora.engine.vocabulary import Vocabulary, token_tensors, vocabulary
+from lightning_lora.engine.tree import Tree, weight_users
+from lightning_lora.engine.vocabulary import token_tensors, vocabulary
 from lightning_lora.engine.weights import check_unsharded, shape_of
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
@@ -131,7 +130,8 @@ def inject(
     if start:
         check_measured(config, [target.name for target in selection.targets], measured)
     whole = tensors_trained_whole(model, config, selection)
-    _check_shared(model, config, selection, whole, vocabularies)
+    rows_of = {f"{name}.weight": module._parameters["weight"] for name, module, _, _ in vocabularies}
+    check_shared(model, config, selection, whole, rows_of)
     wasteful = [target.names_of(name)[0] for target, kind in plan if kind.wasteful for name in kind.wasteful]
     if wasteful:  # warn before anything is changed, since a user may turn warnings into errors
         warnings.warn(
@@ -143,17 +143,19 @@ def inject(
     start = start and not any(kind.is_on_meta for _, kind in plan)
     saved_modules = {id(m) for saved in selection.saved.values() for m in saved.modules()}
     targeted = {id(target.module) for target in selection.targets}
+    norms = {
+        name: m
+        for name, m in tree.of_classes(may_have_running_statistics)
+        if has_running_statistics(m) and id(m) not in saved_modules
+    }
+    kept = {name: m for name, m in tree.of_classes(may_be_kept) if id(m) not in targeted and is_kept(m)}
     injection = Injection(
         config=config,
         was_trainable=frozenset(name for name, p in tree.parameters if p.requires_grad),
         originals={name: t.detach().clone() for name, t in whole.items()},
         head=selection.head,
-        frozen_norms=tuple(
-            name
-            for name, m in tree.of_classes(may_have_running_statistics)
-            if has_running_statistics(m) and id(m) not in saved_modules
-        ),
-        kept_in_place=tuple(name for name, m in tree.of_classes(may_be_kept) if id(m) not in targeted and is_kept(m)),
+        frozen_norms=tuple(norms),
+        kept_in_place=tuple(kept),
         awaits_start=not start,
         adapted={
             name: module
@@ -165,7 +167,7 @@ def inject(
     for device, steps in groupby(plan, key=lambda step: step[1].device):
         with drawing_on(device):
             tensors += [
-                fresh_tensors(target.name, target.module, kind.recipes, measured.get(target.name), start=start)
+                kind.tensors(target.name, target.module, measured.get(target.name, {}) if start else None)
                 for target, kind in steps
             ]
     tokens = [token_tensors(module, spec, config) for _, module, _, spec in vocabularies]
@@ -183,19 +185,17 @@ def inject(
             trainable += p.numel()
         else:
             frozen += math.prod(shape_of(p))
-    variants = variants_of(config)
     for (target, kind), own in zip(plan, tensors):
-        mixin = (*variants, kind.geometry) if variants else kind.geometry
-        adapt(target.module, mixin, kind.spec, own, target.name)
+        adapt(target.module, kind.mixin, kind.spec, own, target.name)
     for (name, module, rows_of_tokens, spec), own in zip(vocabularies, tokens):
         adapt(module, rows_of_tokens, spec, own, name)
     listen_for_forwards(model)
     if config.alora_invocation_tokens:
         listen(model, config.alora_invocation_tokens)
-    for name in injection.frozen_norms:
-        freeze_statistics(submodule(model, name))
-    for name in injection.kept_in_place:
-        keep_in_place(submodule(model, name))
+    for module in norms.values():
+        freeze_statistics(module)
+    for module in kept.values():
+        keep_in_place(module)
     model.__dict__[RECORD] = injection
     of_tokens = (t for own in tokens for t in own.values())
     fresh = (t for own in tensors for t in own.values() if isinstance(t, nn.Parameter) and not t.requires_grad)
@@ -327,45 +327,6 @@ def _check_unadapted(model: nn.Module, tree: Tree) -> None:
     lazy = [name for name, p in unusual if nn.parameter.is_lazy(p)]
     if lazy:
         raise TargetError(f"{listed(lazy)} of {type(model).__name__} has no shape yet: run one batch through it first.")
-
-
-def _check_shared(
-    model: nn.Module,
-    config: LoRAConfig,
-    selection: Selection,
-    whole: Mapping[str, Tensor],
-    vocabularies: Vocabulary,
-) -> None:
-    """Raise TargetError if a tensor that is trained whole is also used elsewhere (the tensor or its memory): the other
-    use would change unasked."""
-    if not whole and not vocabularies:
-        return
-    _, is_wanted = trained_whole(config, selection)
-    modules = Tree.of(model).modules
-    memory = Memory(modules)
-    trained = {id(t): name for name, t in whole.items()}
-    for prefix, module in modules:
-        for own, p in module._parameters.items():
-            if id(p) in trained and not is_wanted(module, own):
-                raise TargetError(_shared_by(trained[id(p)], [f"{prefix}.{own}" if prefix else own], config))
-    rows = {f"{name}.weight": module._parameters["weight"] for name, module, _, _ in vocabularies}
-    for name, t in (*whole.items(), *rows.items()):
-        if not isinstance(t, nn.Parameter):
-            continue  # a buffer is often a constant, or a view of one
-        others = [held.name for held in memory.sharing(t) if not held.is_attribute and id(held.tensor) not in trained]
-        if others:
-            raise TargetError(_shared_by(name, others, config))
-
-
-def _shared_by(name: str, others: Iterable[str], config: LoRAConfig) -> str:
-    others = listed(repr(other.removesuffix(".weight")) for other in others)
-    what = {"modules_to_save": config.modules_to_save, "trainable_token_indices": config.trainable_token_indices}
-    asked = [option for option, value in what.items() if value] + [f"bias={config.bias!r}"] * (config.bias != "none")
-    return (
-        f"{' and '.join(asked)}: {name.removesuffix('.weight')!r} shares its weight with {others} (they are one "
-        "parameter, or two in the same memory), which would be trained with it. Name both, or untie them first: give "
-        "each a weight in memory of its own."
-    )
 
 
 def take_tables(model: nn.Module, names: Iterable[str]) -> None:

@@ -205,20 +205,6 @@ def strength_within(W: Tensor, U: Tensor, Vh: Tensor) -> float:
     return float((U.mT.double() @ W.double() @ Vh.mT.double()).norm())
 
 
-def intruder_dimensions(W: Tensor, changed: Tensor, *, count: int = 10, threshold: float = 0.5) -> int:
-    """How many of the first `count` left singular vectors of `changed` = W + dW (out, in) have a cosine below
-    `threshold` with every left singular vector of W (Shuttleworth et al. 2024, arXiv:2410.21228, algorithm 1).
-
-    Takes two full SVDs in float32 (576 x 1536: 0.6 s on one core, 2048 x 2048: 9 s, and eight times that for twice
-    the size).
-    """
-    U, S, _ = torch.linalg.svd(W.float(), full_matrices=False)
-    new, _, _ = torch.linalg.svd(changed.float(), full_matrices=False)
-    if bool((S == 0).all()):
-        return min(count, new.shape[-1])
-    return int(((U.mT @ new[:, :count]).abs().amax(0) < threshold).sum())
-
-
 def _core(B: Tensor, A: Tensor) -> Tensor:
     """R_B R_A^T, whose singular values are those of B A."""
     return torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT

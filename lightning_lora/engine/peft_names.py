@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_lora.errors import closest, listed
+from lightning_lora.checked import closest
+from lightning_lora.errors import listed
 
 PEFT_NAMES = {
     "r": "rank",

@@ -6,9 +6,8 @@ Most targets of a model are alike. They are grouped into kinds, and each kind is
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -19,7 +18,7 @@ from lightning_lora.engine.config import LoRAConfig, scale_of
 from lightning_lora.engine.layers import DoRA, ParameterLoRA, geometry_of
 from lightning_lora.engine.layers.alora import ALoRA
 from lightning_lora.engine.layers.base import Adapter
-from lightning_lora.engine.layers.fresh import Recipe, check_init, device_of, recipes, tensor_shapes
+from lightning_lora.engine.layers.fresh import Kind, tensor_shapes
 from lightning_lora.engine.layers.pair import AdapterSpec
 from lightning_lora.engine.layers.reads import Reading
 from lightning_lora.engine.swap import check_swappable, remembered
@@ -27,7 +26,7 @@ from lightning_lora.engine.torch_private import PADDING
 from lightning_lora.engine.tree import Target, last_part
 from lightning_lora.errors import TargetError
 
-# Lists layers whose parent reads their weight without calling them: an update of their output would have no effect.
+# Layers whose parent reads their weight without calling them: an update of their output would have no effect.
 
 # Parents that hand a child's weight to a kernel on a fast path, and else call the child: type -> names of the children.
 _READS_WEIGHT_OF: dict[type[nn.Module], tuple[str, ...]] = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
@@ -89,21 +88,6 @@ def check_called(parent: nn.Module, child: str, module: nn.Module) -> None:
             f"a {type(parent).__name__} reads its weight where it has a kernel or a cache, and calls the layer "
             "elsewhere: leave it out with exclude_modules"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Kind:
-    """The plan for a group of targets that differ only in their names and in the values of their tensors."""
-
-    geometry: type[Adapter]
-    spec: AdapterSpec
-    recipes: Sequence[Recipe]
-    device: torch.device
-    """The device on which A and B are made."""
-    is_on_meta: bool
-    """True if a parameter of the targets is on the meta device."""
-    wasteful: tuple[str | None, ...]
-    """The parameters whose rank is above their smaller side; None stands for the module's output."""
 
 
 Plan = list[tuple[Target, Kind]]
@@ -182,43 +166,27 @@ def _own_values(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any,
 
 
 def _kind(target: Target, spec: AdapterSpec, config: LoRAConfig) -> Kind:
+    """The plan of `target` alone. Raises TargetError if it cannot be adapted."""
     module = target.module
-    geometry = _geometry(target, spec, config)
-    return Kind(
-        geometry,
-        spec,
-        recipes(module, geometry, spec, config),
-        device_of(module, spec),
-        any(p.is_meta for p in module._parameters.values() if p is not None),
-        tuple(_wasteful(module, geometry, spec)),
-    )
-
-
-def _geometry(target: Target, spec: AdapterSpec, config: LoRAConfig) -> type[Adapter]:
-    """The geometry of `target`. Raises TargetError if the target cannot be adapted."""
-    geometry = geometry_of(type(target.module))
+    geometry = geometry_of(type(module))
     if target.parameters and (geometry is None or not issubclass(geometry, ParameterLoRA)):
         geometry = ParameterLoRA
     assert geometry is not None, "select() only returns modules with a geometry"
-    child = last_part(target.name)
+    variants = variants_of(config)
     try:
         geometry = way_of(target, geometry)
-    except TargetError as error:
-        raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
-    mixins = (*variants_of(config), geometry)
-    for mixin in mixins:
-        check_swappable(target.module, target.name, mixin)
-    try:
-        if ALoRA in mixins:
-            ALoRA.check_geometry(geometry)
-        check_called(target.parent, child, target.module)
-        geometry.check(target.module, spec)
-        check_init(target.module, spec, config)
+        mixins = (*variants, geometry)
         for mixin in mixins:
-            mixin.check_variant(target.module, config)
+            check_swappable(module, mixin)
+        if ALoRA in variants:
+            ALoRA.check_geometry(geometry)
+        check_called(target.parent, last_part(target.name), module)
+        geometry.check(module, spec)
+        for mixin in mixins:
+            mixin.check_variant(module, config)
+        return Kind.of(module, geometry, spec, config, variants)
     except TargetError as error:
-        raise TargetError(f"{target.name!r} ({type(target.module).__name__}): {error}.") from None
-    return geometry
+        raise TargetError(f"{target.name!r} ({type(module).__name__}): {error}.") from None
 
 
 def way_of(target: Target, geometry: Any) -> type[Adapter]:
@@ -265,12 +233,3 @@ _spec_of = functools.lru_cache(maxsize=64)(AdapterSpec)  # thousands of layers h
 def _spec_of_parameters(config: LoRAConfig, target: Target) -> AdapterSpec:
     each = {name: _spec(config, target.names_of(name)) for name in target.parameters}
     return replace(_spec(config, target.names_of()), parameters=each)
-
-
-def _wasteful(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec) -> Iterator[str | None]:
-    groups: Any = vars(module).get("groups", 1)  # the rank is split over the groups
-    parts: dict[str | None, AdapterSpec] = dict(spec.parameters.items()) or {None: spec}
-    for name, part in parts.items():
-        A, B = geometry.shapes_of(module, name or "weight", part.rank)
-        if part.rank // groups > min(math.prod(A[1:]), B[0] // groups * math.prod(B[2:])):
-            yield name

@@ -54,8 +54,14 @@ def check_none_of_ours(model: nn.Module, tree: Tree) -> None:
 def check_some_of_ours(model: nn.Module, tree: Tree) -> None:
     """Raise AdapterStateError, which says why, if `model` has no adapters of this package at the moment."""
     if not tree.of_classes(is_adapter):
-        why = _where_they_are(model, tree)
-        raise AdapterStateError(why or f"{type(model).__name__} has no adapters: call inject(model, config) first.")
+        what, why = type(model).__name__, _where_they_are(model, tree)
+        if why is None and (found := _of_others(tree)):
+            library = next(iter(found.values()))[0]
+            why = (
+                f"{what} has adapters of {library}, and none of this package: use that library's calls, or save them "
+                "there (PEFT: save_pretrained) and pass the folder, or load_adapter(base, folder)."
+            )
+        raise AdapterStateError(why or f"{what} has no adapters: call inject(model, config) first.")
 
 
 def check_removable(model: nn.Module, tree: Tree | None = None) -> None:

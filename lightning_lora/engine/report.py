@@ -9,8 +9,9 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_lora.engine.layers.fresh import Kind
 from lightning_lora.engine.layers.pair import TENSORS, AdapterSpec
-from lightning_lora.engine.plan import Kind, Plan
+from lightning_lora.engine.plan import Plan
 from lightning_lora.engine.tree import Target
 from lightning_lora.engine.weights import shape_of
 from lightning_lora.errors import listed

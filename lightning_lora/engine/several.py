@@ -206,6 +206,11 @@ class Several:
             if p is not None and p.requires_grad and not any(p is own for own in self._bare[key].held[0].values())
         }
 
+    @property
+    def exchanged(self) -> set[tuple[int, str]]:
+        """id(module) and name of the attributes, beside tensors, that `use` exchanges."""
+        return {(id(m), key) for m, _, entries in self._plan(None) for place, key, _ in entries if place == 2}
+
     def common_buffers(self) -> list[tuple[str, nn.Module, str]]:
         """The buffers that the adapters have in common: name, module, and key in its `_buffers`."""
         own = {(key, entry) for of in self._of.values() for key, n in of.items() for entry in self._own_buffers(key, n)}

@@ -60,19 +60,19 @@ def _forget_bound_forward(thing: Any) -> None:
         thing.__dict__.pop("forward", None)
 
 
-def check_swappable(module: nn.Module, name: str, mixin: Any) -> None:
+def check_swappable(module: nn.Module, mixin: Any) -> None:
     """Raise TargetError if a swap with `mixin` would not change the forward of `module`, or would hide its
     attributes."""
     if is_wrapped(module):
         raise TargetError(
-            f"{name!r} has a forward of its own on the instance, as accelerate's hooks put there, and it would bypass "
-            f"the adapter. Adapt the model first and add hooks after, or {TAKE_OFF_HOOKS}."
+            "it has a forward of its own on the instance, as accelerate's hooks put there, which would bypass the "
+            f"adapter: adapt the model first and add hooks after, or {TAKE_OFF_HOOKS}"
         )
     taken = _taken(module, _own_names(mixin))
     if taken is not None:
         raise TargetError(
-            f"{name!r} ({type(module).__name__}) already has an attribute {taken!r} of its own, which the adapter "
-            "needs. Rename it, or leave the module out with exclude_modules."
+            f"it already has an attribute {taken!r} of its own, which the adapter needs: rename that, or leave the "
+            "module out with exclude_modules"
         )
 
 

@@ -7,21 +7,23 @@ entry of a list is the whole name or what follows a dot; `modules_to_save` are n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.checked import closest
 from lightning_lora.engine.all_linear import all_linear, is_linear, left_out_weights, parameters_of
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
 from lightning_lora.engine.layers import Adapter, geometry_of, register_conv1d
 from lightning_lora.engine.layers.quantized import register_bitsandbytes
+from lightning_lora.engine.memory import Memory
 from lightning_lora.engine.present import check_none_of_others
 from lightning_lora.engine.torch_private import persistent_buffers
 from lightning_lora.engine.tree import Candidates, Target, Tree, entry_matches, last_part, name_in
 from lightning_lora.engine.weights import is_plain
-from lightning_lora.errors import TargetError, closest, listed
+from lightning_lora.errors import TargetError, listed
 
 
 @dataclass(frozen=True)
@@ -347,3 +349,41 @@ def trained_whole(
         return id(module) in inside or (biases and "bias" in name)
 
     return is_saved, is_wanted
+
+
+def check_shared(
+    model: nn.Module,
+    config: LoRAConfig,
+    selection: Selection,
+    whole: Mapping[str, Tensor],
+    rows_of: Mapping[str, Tensor | None],
+) -> None:
+    """Raise TargetError if a tensor that is trained whole, or of which rows are trained (`rows_of`), is also used
+    elsewhere (the tensor or its memory): the other use would change unasked."""
+    if not whole and not rows_of:
+        return
+    _, is_wanted = trained_whole(config, selection)
+    modules = Tree.of(model).modules
+    memory = Memory(modules)
+    trained = {id(t): name for name, t in whole.items()}
+    for prefix, module in modules:
+        for own, p in module._parameters.items():
+            if id(p) in trained and not is_wanted(module, own):
+                raise TargetError(_shared_by(trained[id(p)], [f"{prefix}.{own}" if prefix else own], config))
+    for name, t in (*whole.items(), *rows_of.items()):
+        if not isinstance(t, nn.Parameter):
+            continue  # a buffer is often a constant, or a view of one
+        others = [held.name for held in memory.sharing(t) if not held.is_attribute and id(held.tensor) not in trained]
+        if others:
+            raise TargetError(_shared_by(name, others, config))
+
+
+def _shared_by(name: str, others: Iterable[str], config: LoRAConfig) -> str:
+    others = listed(repr(other.removesuffix(".weight")) for other in others)
+    what = {"modules_to_save": config.modules_to_save, "trainable_token_indices": config.trainable_token_indices}
+    asked = [option for option, value in what.items() if value] + [f"bias={config.bias!r}"] * (config.bias != "none")
+    return (
+        f"{' and '.join(asked)}: {name.removesuffix('.weight')!r} shares its weight with {others} (they are one "
+        "parameter, or two in the same memory), which would be trained with it. Name both, or untie them first: give "
+        "each a weight in memory of its own."
+    )

@@ -153,7 +153,7 @@ def _inside(module: Any) -> Any:
         return module.get_base_model()
     if hasattr(module, "get_base_layer"):  # layers
         return module.get_base_layer()
-    held = module._modules.get("original_module")  # modules_to_save, trainable tokens
+    held = getattr(module, "original_module", None)  # modules_to_save, trainable tokens
     return module if held is None else held
 
 

@@ -34,7 +34,7 @@ from lightning_lora.engine.judged import (
     project,
     surviving,
 )
-from lightning_lora.engine.layers.alora import ALoRA
+from lightning_lora.engine.layers.alora import ALoRA, Everywhere
 from lightning_lora.engine.layers.base import Adapter, is_adapter, without_autocast
 from lightning_lora.engine.layers.conv import Convolution
 from lightning_lora.engine.layers.dora import DoRA
@@ -42,8 +42,10 @@ from lightning_lora.engine.layers.embedding import EmbeddingBagLoRA, EmbeddingLo
 from lightning_lora.engine.layers.pair import BIAS
 from lightning_lora.engine.layers.tokens import TOKENS, TokenRows
 from lightning_lora.engine.twin import holds_merged, is_adapted, is_of_peft, twin, widened
-from lightning_lora.engine.weights import can_be_dense, dense, dtype_of, is_plain
+from lightning_lora.engine.weights import can_be_dense, dense, dtype_of, is_plain, stored
 from lightning_lora.errors import LightningLoRAError
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def check_layer(name: str, expected: Any, live: Any, *, has_base: bool) -> list[Verified]:
@@ -66,14 +68,25 @@ def check_layer(name: str, expected: Any, live: Any, *, has_base: bool) -> list[
 def _checked(name: str, expected: Any, live: Any, has_base: bool) -> list[Verified]:
     if isinstance(expected, TokenRows):
         return _token_rows(name, expected, live)
-    if isinstance(expected, ALoRA):
-        return [Verified(name, UNCHECKED, note="it acts from its invocation tokens on, and not in a layer by itself")]
+    if isinstance(expected, ALoRA) and is_adapter(type(live)):
+        if not isinstance(live, ALoRA):
+            return [Verified(name, OTHER, note="it acts at every position, and not from its invocation tokens on")]
+        if live.lora_invocation.tokens != expected.lora_invocation.tokens:
+            return [Verified(name, OTHER, note=f"its invocation tokens are {list(live.lora_invocation.tokens)}")]
+        expected, live = _everywhere(expected), _everywhere(live)
+    elif isinstance(expected, ALoRA):
+        if is_adapted(live):
+            why = "it acts from its invocation tokens on, which no layer of PEFT's is given by itself"
+            return [Verified(name, UNCHECKED, note=why)]
+        merged = "a merged weight acts at every position, and not from its invocation tokens on"
+        rows = _by_weight(name, expected, live)
+        return [row if row.verdict == NOT_APPLIED else replace(row, verdict=OTHER, note=merged) for row in rows]
     if holds_merged(live):
         if not has_base:
             return [Verified(name, UNCHECKED, note="PEFT has merged it: unmerge it, or give base=")]
         live = live.get_base_layer()
     own_class = getattr(type(live), "base_class", type(live))
-    if not is_adapted(live) and own_class is type(expected).base_class:
+    if not is_adapted(live) and (own_class is type(expected).base_class or _is_quantized_of(live, expected)):
         return _by_weight(name, expected, live)
     if not expected.lora_by_weight:
         return [_by_call(name, expected, live)]
@@ -81,6 +94,19 @@ def _checked(name: str, expected: Any, live: Any, has_base: bool) -> list[Verifi
         return _by_read(name, expected, live)
     why = "its update acts inside the forward of a larger module: merge the adapter, and give base="
     return [Verified(name, UNCHECKED, note=why)]
+
+
+def _is_quantized_of(live: nn.Module, expected: Any) -> bool:
+    """True if `live` is the base's kind of layer with a quantized weight whose numbers can be read."""
+    W = live._parameters.get("weight")
+    return isinstance(live, expected.base_class) and W is not None and not is_plain(W) and can_be_dense(W)
+
+
+def _everywhere(layer: ALoRA) -> Any:
+    """A twin of `layer` whose adapter acts at every position."""
+    own = twin(layer)
+    own.__dict__["lora_invocation"] = Everywhere(layer.lora_invocation.tokens)
+    return own
 
 
 # By calling the layer.
@@ -112,7 +138,7 @@ def _by_call(name: str, expected: Any, live: Any) -> Verified:
 def _promised(layer: Any, x: Tensor, base: Tensor) -> Tensor:
     """The change of the layer's output by its adapter."""
     update = layer.update(x)
-    if type(layer).combine is Adapter.combine:
+    if type(layer).combine in (Adapter.combine, ALoRA.combine):
         scaled: Tensor = layer.lora.scale * update
         return scaled
     changed: Tensor = layer.combine(base, update) - base  # DoRA
@@ -160,8 +186,11 @@ def _by_weight(name: str, expected: Any, live: Any) -> list[Verified]:
         else:
             base, change = _change(expected, pair.parameter)
             now = dense(live, W)
-            is_exact = is_plain(W)
-            found.append(_compare_weights(pair, expected, base, change, now, is_exact))
+            if is_plain(W):
+                row = _compare_weights(pair, expected, base, change, now)
+            else:
+                row = _through_noise(pair, live, W, base, change)
+            found.append(row)
     if BIAS in expected.lora_names:
         found.append(
             Verified(f"{name}.bias", UNCHECKED, note="the bias of B (lora_bias) is not looked for once merged")
@@ -178,7 +207,7 @@ def _by_read(name: str, expected: Any, live: Any) -> list[Verified]:
         base, change = _change(expected, pair.parameter)
         with without_autocast(base):
             read = twin(live, widened(wide)).value_read(pair.parameter)
-            row = _compare_weights(pair, expected, base.to(wide), change, read, True)
+            row = _compare_weights(pair, expected, base.to(wide), change, read)
             if row.verdict == SAME and dtype_of(own) is not wide:
                 read = twin(live).value_read(pair.parameter)
                 row = surviving(row, read.to(wide) - base.to(wide), change)
@@ -195,17 +224,17 @@ def _change(layer: Any, parameter: str) -> tuple[Tensor, Tensor]:
     return base, change
 
 
-def _compare_weights(pair: Any, layer: Any, base: Tensor, change: Tensor, now: Tensor, is_exact: bool) -> Verified:
-    """Judge the weight `now`. A plain weight (`is_exact`) is compared with the merged weight, rounded as `now` is; a
-    quantized one with the exact change, through its noise."""
+def _compare_weights(pair: Any, layer: Any, base: Tensor, change: Tensor, now: Tensor) -> Verified:
+    """Judge the plain weight `now`: it is compared with the merged weight, rounded as `now` is."""
     if now.shape != change.shape:
         return Verified(pair.name, OTHER, note=f"its weight is of shape {tuple(now.shape)}, not {tuple(change.shape)}")
     now, base = now.to(change.device), base.to(change.device)
-    if not is_exact:
-        return _through_noise(pair, now.to(change.dtype) - base, change)
+    now = _as_rounded(now)
     before = base.to(now.dtype).to(change.dtype)
-    rounded = (base + change).to(now.dtype).to(change.dtype) - before
     measured = now.to(change.dtype) - before
+    # The base may have been rounded before the merge (a model loaded in bfloat16), or only the merged weight after it.
+    ways = [(W + change).to(now.dtype).to(change.dtype) - before for W in (before, base)]
+    rounded = min(ways, key=lambda way: norm(measured - way))
     size = float(before.double().norm() / rounded.double().norm().clamp(min=1e-300))
     share = project(rounded, change)
     row = judge(
@@ -221,25 +250,47 @@ def _compare_weights(pair: Any, layer: Any, base: Tensor, change: Tensor, now: T
     if is_lost and (row.verdict == SAME or not bool(rounded.any()) or (row.error or 1) <= 0.5):
         left = project(measured, change)
         return Verified(pair.name, SWALLOWED, row.scale, row.error, left, row.size)
+    off, largest = (measured - rounded).abs(), torch.maximum(now.abs().to(before.dtype), before.abs())
+    is_near = norm(off) <= 0.5 * norm(rounded) or bool((off <= 2 * _eps(now) * largest).all())
+    if row.verdict == OTHER and is_near:
+        why = "near it: is base= what it was merged into, in the same precision (bfloat16, quantized)?"
+        return replace(row, note=f"{row.note}, {why}")
     return replace(row, share=share if row.verdict == SAME else None)
 
 
-def _through_noise(pair: Any, measured: Tensor, change: Tensor) -> Verified:
-    """Judge a weight that was quantized after the adapter was merged: the noise is larger than the update in each
-    number, and averages out over all of them."""
-    size = norm(change)
+def _as_rounded(W: Tensor) -> Tensor:
+    """`W` in the 16-bit dtype that holds all its numbers, if one does: it was rounded to that, and widened later."""
+    return next((half for dtype in HALF if (half := W.to(dtype)).to(W.dtype).equal(W)), W)
+
+
+def _through_noise(pair: Any, live: nn.Module, W: Tensor, base: Tensor, change: Tensor) -> Verified:
+    """Judge W, the weight of `live`, which was quantized after the adapter was merged, against the exact change. The
+    noise is larger than the update in each number, and averages out over all of them."""
+    size, now = norm(change), dense(live, W).to(change)
+    if now.shape != change.shape:
+        return Verified(pair.name, OTHER, note=f"its weight is of shape {tuple(now.shape)}, not {tuple(change.shape)}")
     if not size:
         return Verified(pair.name, UNCHECKED, note="its update is zero")
+    base = base.to(change)
+    measured = now - base
     scale = project(measured, change)
-    noise = norm(measured - scale * change) / size
+    rest = norm(measured - scale * change)
+    noise = rest / size
     doubt = 4 * noise / math.sqrt(change.numel())  # four standard errors of the regression
     row = Verified(pair.name, SAME, scale, noise, None, size, note=f"through quantization, to +-{doubt:.2g}")
+    again, _ = stored(live, base + scale * change, W)
+    if not is_plain(again):  # else how it was quantized is not known
+        # Twice, if the base was quantized before it was merged: so at most double, with what that adds to the range.
+        once = norm(dense(nn.Module(), again).to(change) - base - scale * change)
+        if rest > 2 * once:
+            why = f"its weight is {rest / once:.2g} times as far from the merged one as quantization puts it"
+            return replace(row, verdict=OTHER, note=why)
     if doubt > 0.25:
         return Verified(pair.name, UNCHECKED, scale, None, None, size, "quantization hides so small an update")
     if abs(scale) <= doubt:
-        return Verified(pair.name, NOT_APPLIED, scale, noise, None, size, row.note)
+        return replace(row, verdict=NOT_APPLIED)
     if abs(scale - 1) > max(0.02, doubt):
-        return Verified(pair.name, SCALED, scale, noise, None, size, hint(scale, pair.spec))
+        return replace(row, verdict=SCALED, note=hint(scale, pair.spec))
     return row
 
 
@@ -250,8 +301,8 @@ def _token_rows(name: str, expected: Any, live: Any) -> list[Verified]:
         now = getattr(live.lora.owner or live, TOKENS)
         if live.lora.tokens != expected.lora.tokens:
             return [Verified(name, OTHER, note="other rows of it were trained")]
-    elif not is_of_peft(live) and "weight" in live._parameters:
-        now = live.weight[at.to(live.weight.device)]
+    elif "token_adapter" in live._modules or (not is_of_peft(live) and "weight" in live._parameters):
+        now = live.weight[at.to(live.weight.device)]  # of PEFT's: with its trained rows, if they are on
     else:
         return [Verified(name, UNCHECKED, note="PEFT holds its trained rows elsewhere: merge them, and give base=")]
     return [compare_whole(name, now, rows, expected.dense_weight()[at])]

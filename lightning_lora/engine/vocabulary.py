@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.checked import closest
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers.tokens import TokenLogits, TokenRows, TokenSpec
 from lightning_lora.engine.swap import check_swappable
 from lightning_lora.engine.targets import Selection, name_matches
 from lightning_lora.engine.tree import Tree, unwrapped
-from lightning_lora.errors import TargetError, closest, listed
+from lightning_lora.errors import TargetError, listed
 
 Vocabulary = list[tuple[str, nn.Module, type[TokenRows], TokenSpec]]
 """Name, module, geometry and spec, for each module with trained rows; an embedding comes before heads that share it."""
@@ -90,8 +91,8 @@ def _steps(
             raise TargetError(
                 f"{what} is neither an embedding nor a linear layer, so it has no rows for tokens. Name an embedding."
             )
-        check_swappable(other, user, kind)
         try:
+            check_swappable(other, kind)
             kind.check(other, spec)
         except TargetError as error:
             raise TargetError(f"{what}: {error}.") from None

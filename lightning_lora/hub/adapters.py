@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from lightning_lora.checked import closest
 from lightning_lora.engine import (
     Injection,
     InjectionReport,
@@ -32,7 +33,7 @@ from lightning_lora.engine.state import by_plain_name, check_fits, check_same_ba
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import is_first, is_sharded, whole
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, ConfigError, TargetError, closest, listed
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, ConfigError, TargetError, listed
 from lightning_lora.hub.card import model_card
 from lightning_lora.hub.format.config import HEADS_OF_TASK, TASK_TYPES, own_fields, to_peft
 from lightning_lora.hub.format.inspection import checked_config

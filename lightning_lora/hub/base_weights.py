@@ -14,8 +14,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lightning_lora.checked import closest
 from lightning_lora.engine.tree import Tree
-from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError, closest, listed
+from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError, listed
 from lightning_lora.hub.client import translated
 from lightning_lora.hub.format.layout import adapter_root
 from lightning_lora.hub.format.writing import local_path

@@ -32,7 +32,8 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, Repositor
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token
 
-from lightning_lora.errors import CheckpointError, HubError, HubIntegrityError, closest, listed
+from lightning_lora.checked import closest
+from lightning_lora.errors import CheckpointError, HubError, HubIntegrityError, listed
 from lightning_lora.files import own_name, remove_leftovers, written_beside
 from lightning_lora.hub.client import Api, asked, plain_token, within, without_progress_bars
 from lightning_lora.hub.format.writing import local_path

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checked import whole
+from lightning_lora.engine import remove
+from lightning_lora.engine.intruders import LIMIT, intruder_dimensions, is_one_matrix, matrix_of_pair
 from lightning_lora.engine.judged import SURVIVES
-from lightning_lora.engine.layers import pairs
+from lightning_lora.engine.layers import adapters, pairs
 from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.engine.low_rank import (
     Spectrum,
-    intruder_dimensions,
     product_cosine,
     spectrum_of_product,
     strength_within,
@@ -27,9 +28,9 @@ from lightning_lora.engine.merge import share_kept
 from lightning_lora.engine.present import check_some_of_ours
 from lightning_lora.engine.state import check_same_base
 from lightning_lora.engine.tree import Tree
-from lightning_lora.engine.weights import can_be_dense
 from lightning_lora.engine.weights import whole as gathered
-from lightning_lora.errors import AdapterFormatError, ConfigError, listed
+from lightning_lora.errors import AdapterFormatError, BaseMismatchError, ConfigError, listed
+from lightning_lora.hub.adapters import load_adapter
 from lightning_lora.hub.base_weights import Base, matrix_of, weights_of
 from lightning_lora.hub.combinable import check_bases
 from lightning_lora.hub.export.lowering import unclear
@@ -83,7 +84,7 @@ def inspect_adapter(
     subfolder: str | None = None,
     ignore_fields: Collection[str] = (),
     check_base: bool = True,
-    intruder_limit: int = 1024,
+    intruder_limit: int = LIMIT,
 ) -> InspectionReport:
     """Report what an adapter changes, layer by layer; nothing is loaded onto a model, and nothing is changed.
 
@@ -130,7 +131,14 @@ def inspect_adapter(
         names = (own.name, theirs.name if theirs.name != own.name else f"{theirs.name} (2)")
         check_bases(dict(zip(names, (own.parts, theirs.parts))))
     if isinstance(model, nn.Module) and check_base and own.parts is not None:
-        check_same_base(model, own.parts.note, adapter_root(model)[1], what=f"The adapter {own.name}")
+        try:
+            check_same_base(model, own.parts.note, adapter_root(model)[1], what=f"The adapter {own.name}")
+        except BaseMismatchError:
+            if own.folder is None or next(adapters(model), None) is not None:
+                raise
+            # Loaded for a moment: only then is it known which weights the adapter brings, which are not the base's.
+            load_adapter(model, own.folder, ignore_fields=ignore_fields)
+            remove(model)
     live = adapter if isinstance(adapter, nn.Module) and model is None else None
     base = _Weights(live if live is not None else model, own, is_adapted=live is not None)
     layers, notes = {}, [*own.notes]
@@ -229,6 +237,8 @@ class _Weights:
         self._transposed = own.parts is not None and bool(own.parts.data.get("fan_in_fan_out"))
         if base is None:
             return
+        if not is_adapted:
+            self._weight = weights_of(base)  # checks `base`, too
         if isinstance(base, nn.Module):
             root = adapter_root(base)[1]
             self.name = type(root).__name__
@@ -236,8 +246,6 @@ class _Weights:
                 self._layers = {pair.name: pair for pair in pairs(root)}
         else:
             self.name = _name(os.fspath(base))
-        if not is_adapted:
-            self._weight = weights_of(base)
         self._embeddings = {n for n, p in own.parts.pairs.items() if p.is_embedding} if own.parts is not None else set()
 
     def of(self, name: str, update: _Update) -> Tensor | None:
@@ -254,11 +262,7 @@ class _Weights:
     def _read(self, name: str, update: _Update) -> Tensor | None:
         if self._weight is None:
             pair = self._layers[name]
-            own = pair.module.own(pair.parameter)
-            if own is None or not can_be_dense(own):
-                return None
-            W: Tensor = pair.module.matrix(pair.module, gathered(pair.module.dense_weight(pair.parameter).detach()))
-            return W.cpu() if tuple(W.shape) == update.shape else None  # a transposed convolution's is another
+            return matrix_of_pair(pair).cpu() if is_one_matrix(pair) else None
         is_embedding = name in self._embeddings
         return matrix_of(self._weight, name, update.shape, is_embedding=is_embedding, is_transposed=self._transposed)
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_lora.errors import CheckpointError
-from lightning_lora.files import written_beside
 from lightning_lora.hub.format.writing import local_path
 from lightning_lora.hub.inspected import Column, InspectedLayer, Inspection, short_names, spread
 from lightning_lora.page import Cell, Page, Point, heat_map, line_chart, number
@@ -35,14 +33,7 @@ class InspectionReport(Inspection):
         Raises:
             CheckpointError: The file cannot be written; one that was there is as it was.
         """
-        path = local_path(path)
-        text = page_of(self, curves or {}).html()
-        try:
-            with written_beside(path) as beside:
-                beside.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"The page could not be written to {path}: {error.strerror or error}.") from error
-        return path
+        return page_of(self, curves or {}).write(local_path(path))
 
 
 def page_of(report: Inspection, curves: Mapping[str, Sequence[Point]]) -> Page:

@@ -27,12 +27,17 @@ from lightning_lora.errors import (
 from lightning_lora.files import written_beside
 from lightning_lora.hub.download import CachedRepository, Remote, RemoteFile, checksum, link_or_copy, writing
 from lightning_lora.hub.format.inspection import LARGEST_CONFIG, check_adapter, checked_config
-from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS, foreign_layout
+from lightning_lora.hub.format.reading import CARD, CERTIFICATE, CONFIG, TENSORS, foreign_layout
 from lightning_lora.hub.format.writing import HubAddress, hub_address, local_path
 
 MAX_BYTES = 4 << 30
 """An adapter of rank 64 for every linear layer of a model with 70 billion parameters has about 3 GB."""
-_FILES = [CONFIG, CARD, TENSORS]  # the small ones first: a config that is refused costs no download of tensors
+_FILES = [
+    CONFIG,
+    CARD,
+    CERTIFICATE,
+    TENSORS,
+]  # the small ones first: a config that is refused costs no download of tensors
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REQUIRED = [CONFIG, TENSORS]
 

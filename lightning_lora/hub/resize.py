@@ -1,24 +1,16 @@
-"""Gives an adapter folder another rank, without a model: only the pairs and the config's ranks and alphas change.
-
-All other tensors (modules and biases that were trained whole, rows of tokens, biases of B, DoRA's magnitudes), the
-other fields of the config, the metadata and the user's part of the card are carried over.
-"""
+"""Gives an adapter folder another rank, without a model: only the pairs and the config's ranks and alphas change."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
-from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.config import exact_pattern, scale_of, usual
+from lightning_lora.engine.config import exact_pattern, usual
 from lightning_lora.engine.cut import (
     Aim,
     Resized,
@@ -32,21 +24,13 @@ from lightning_lora.engine.cut import (
     together,
 )
 from lightning_lora.engine.layers.dora import dora_update
-from lightning_lora.engine.layers.pair import as_blocks, from_blocks
+from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.engine.low_rank import product_norm
-from lightning_lora.engine.tree import entry_matches
-from lightning_lora.errors import AdapterFormatError, ConfigError, listed
-from lightning_lora.hub.base_weights import Base, WeightOf, matrix_of, weights_of
-from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
-from lightning_lora.hub.export.lowering import unclear_alphas
+from lightning_lora.errors import ConfigError
+from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.hub.export.rewrite import dtype_called
-from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import plain_number
-from lightning_lora.hub.format.inspection import check_config, config_in
-from lightning_lora.hub.format.parts import ambiguous_in, by_number, magnitude_key, names_of, repaired_in, tensors_in
-from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS, check_folder
-from lightning_lora.hub.format.writing import local_path, write_adapter
-from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.hub.stored_pairs import StoredPair, opened
 
 
 def resize_adapter(
@@ -97,145 +81,31 @@ def resize_adapter(
     """
     aim = Aim.of(rank, energy, max_error)
     wanted = dtype_called(dtype)
-    target = local_path(folder)
-    source = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
-    if target.exists() and source.exists() and os.path.samefile(source, target):
-        raise ConfigError(f"The result would replace the adapter itself: choose another folder than {str(target)!r}.")
-    check_folder(source)
-    data = config_in(source)
-    config = check_config(data, str(source / CONFIG), ignore_fields)
-    tensors, header, _ = tensors_in(source, config)
-    pairs = _pairs(tensors, config, str(source / TENSORS))
+    source = opened(adapter, folder, revision, subfolder, ignore_fields)
+    pairs, config, tensors = source.pairs, source.config, dict(source.tensors)
     if aim.limit is not None and base is None and any(pair.magnitude is not None for pair in pairs.values()):
         raise ConfigError(
             "max_error of a DoRA is that of its adapted weight, so it needs the base's weights: pass base=. Or give "
             "rank or energy, which choose by s B A alone."
         )
     weight = None if base is None else weights_of(base)
-    found, modules = _resized(pairs, aim, wanted, weight, bool(data.get("fan_in_fan_out")))
+    found, modules = _resized(pairs, aim, wanted, weight, source.is_transposed)
     check_limit(aim, modules, "Allow more, or write them wider, with dtype='float32'.")
     for name, result in found.items():
         pair = pairs[name]
-        A, B = from_blocks(result.A, result.B, pair.A, pair.B, pair.rank)
-        tensors |= {pair.keys[0]: A.contiguous(), pair.keys[1]: B.contiguous()}
-    changed = _config(data, config, pairs, modules)
+        tensors |= pair.tensors(result.A, result.B)
+    changed = _config(source.data, config, pairs, modules)
     report = ResizeReport(modules, aim.said, tuple(_notes(changed, pairs, modules, weight)))
-    note = {**header.note, "resized": {"to": aim.said, "version": version("lightning-lora")}}
-    card = _card(source, changed, report, header.note.get("module") or "", tensors)
-    write_adapter(target, changed, dict(sorted(tensors.items())), note, card, header.others)
+    error = f"{shown_error(report.error)} of the update (Frobenius norm)" if report.largest_error else "none"
+    source.write(changed, tensors, {"resized": {"to": aim.said}}, {"resized to": aim.said, "error": error})
     return report
-
-
-# Finds the pairs.
-
-
-@dataclass(frozen=True)
-class _Pair:
-    A: Tensor
-    B: Tensor
-    keys: tuple[str, str]
-    rank: int
-    alpha: float
-    scale: float
-    magnitude: Tensor | None
-    module: str
-    parameters: tuple[str, ...] = ()
-    """The whole names of the module's parameters that are adapted one by one. Which of them the pair belongs to, a file
-    does not say."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names by which patterns give the pair its rank and alpha."""
-        return self.parameters or (self.module,)
-
-
-def _pairs(tensors: Mapping[str, Tensor], config: LoRAConfig, where: str) -> dict[str, _Pair]:
-    """The pairs among `tensors`, by the name of the module; with a number where a module has several."""
-    keys: dict[str, list[str]] = {}
-    for key in sorted(tensors, key=by_number):
-        if (owner := peft.owner_of_A(key)) is not None:
-            keys.setdefault(owner, []).append(key)
-    lacking = [b for found in keys.values() for key in found if (b := peft.key_of_B(key)) not in tensors]
-    if lacking:
-        raise AdapterFormatError(f"{where} is no whole adapter: missing: {listed(lacking)}.")
-    pairs: dict[str, _Pair] = {}
-    whole = {module for module in keys if not _parameters(module, config)}
-    for module, of_module in keys.items():
-        parameters = _parameters(module, config)
-        factors = [(tensors[key], tensors[peft.key_of_B(key)]) for key in of_module]
-        if len(of_module) != max(1, len(parameters)):
-            raise AdapterFormatError(
-                f"{where} holds {len(of_module)} pairs for {module!r}, of which its {CONFIG} adapts "
-                f"{listed(parameters) or 'the output'}."
-            )
-        ranks = _ranks(module, parameters, factors, config, where)
-        for i, (key, (A, B), rank) in enumerate(zip(of_module, factors, ranks), 1):
-            named = parameters or (module,)
-            alphas = {config.alpha_of(name, *names_of(module, whole)) for name in named}
-            if len(alphas) > 1:
-                raise AdapterFormatError(f"{where}: {_untold(module, parameters)}")
-            alpha = alphas.pop()
-            pairs[module if len(of_module) == 1 else f"{module} ({i})"] = _Pair(
-                A=A,
-                B=B,
-                keys=(key, peft.key_of_B(key)),
-                rank=rank,
-                alpha=alpha,
-                scale=scale_of(alpha, rank, rank_stabilised=config.use_rslora),
-                magnitude=tensors.get(magnitude_key(key)),
-                module=module,
-                parameters=parameters,
-            )
-    plain = {name: pair.rank for name, pair in pairs.items() if not pair.parameters}
-    repaired = repaired_in(plain, config, where)
-    if problems := unclear_alphas(repaired, ambiguous_in(plain, config)):
-        raise AdapterFormatError(f"{where}: {problems[0]}.")
-    return pairs
-
-
-def _parameters(module: str, config: LoRAConfig) -> tuple[str, ...]:
-    """The whole names of the parameters of `module` that target_parameters names."""
-    last = {entry.rpartition(".")[2]: entry for entry in config.target_parameters or ()}
-    full = {f"{module}.{name}" if module else name: entry for name, entry in last.items()}
-    return tuple(sorted(name for name, entry in full.items() if entry_matches(entry, name)))
-
-
-def _ranks(
-    module: str,
-    parameters: tuple[str, ...],
-    factors: list[tuple[Tensor, Tensor]],
-    config: LoRAConfig,
-    where: str,
-) -> tuple[int, ...]:
-    """The rank of each of `factors`. That of a stack of matrices is a part of its rows, which only the config tells;
-    where the parameters of a module have several ranks, the one way in which all stacks have one length."""
-    if not parameters:
-        return (factors[0][0].shape[0],)
-    wanted = [config.rank_of(name, module) for name in parameters]
-    ways = {
-        ranks
-        for ranks in permutations(wanted)
-        if all(A.shape[0] % r == 0 and B.ndim == 2 and B.shape[1] == A.shape[0] for r, (A, B) in zip(ranks, factors))
-    }
-    if len(ways) > 1:
-        ways = {way for way in ways if len({A.shape[0] // r for r, (A, _) in zip(way, factors)}) == 1}
-    if len(ways) != 1:
-        raise AdapterFormatError(f"{where}: {_untold(module, parameters)}")
-    return ways.pop()
-
-
-def _untold(module: str, parameters: tuple[str, ...]) -> str:
-    return (
-        f"which pair of {module!r} belongs to which of {listed(parameters)} cannot be told from the file, and "
-        "their ranks or alphas differ. Load it into its model (load_adapter), call resize there, and save it."
-    )
 
 
 # Resizes them.
 
 
 def _resized(
-    pairs: Mapping[str, _Pair], aim: Aim, dtype: torch.dtype | None, weight: WeightOf | None, transposed: bool
+    pairs: Mapping[str, StoredPair], aim: Aim, dtype: torch.dtype | None, weight: WeightOf | None, transposed: bool
 ) -> tuple[dict[str, Resized], dict[str, ResizedModule]]:
     groups = together({pair.module for pair in pairs.values()})
     blocks = {name: as_blocks(pair.A, pair.B, pair.rank) for name, pair in pairs.items()}
@@ -254,7 +124,7 @@ def _resized(
 
 
 def _one(
-    pair: _Pair,
+    pair: StoredPair,
     A: Tensor,
     B: Tensor,
     each: int,
@@ -264,7 +134,7 @@ def _one(
     transposed: bool,
 ) -> tuple[Resized, ResizedModule]:
     """`pair`, of the blocks A and B, with `each` ranks in each block; with more, if a DoRA needs them for its error."""
-    W = None if weight is None or pair.magnitude is None else _weight(pair, weight, transposed)
+    W = None if weight is None or pair.magnitude is None else pair.weight_in(weight, transposed)
     had = A.shape[1]
     while True:
         made = resized(A, B, each).to(dtype or A.dtype, dtype or B.dtype)
@@ -283,17 +153,11 @@ def _one(
     return made, ResizedModule(pair.rank, rank, error, size, *sizes)
 
 
-def _weight(pair: _Pair, weight: WeightOf, transposed: bool) -> Tensor:
-    """The weight (out, in) of the module of a DoRA pair; a kernel counts as inputs."""
-    shape, is_embedding = (pair.B.shape[0], pair.A[0].numel()), peft.is_of_embedding(pair.keys[0])
-    return matrix_of(weight, pair.module, shape, is_embedding=is_embedding, is_transposed=transposed)
-
-
 # Makes what is written beside the tensors.
 
 
 def _config(
-    data: Mapping[str, Any], config: LoRAConfig, pairs: Mapping[str, _Pair], modules: Mapping[str, ResizedModule]
+    data: Mapping[str, Any], config: LoRAConfig, pairs: Mapping[str, StoredPair], modules: Mapping[str, ResizedModule]
 ) -> dict[str, Any]:
     """The config's fields with the new ranks and alphas, each by the whole name of its module or parameter."""
     ranks: dict[str, int] = {}
@@ -309,14 +173,13 @@ def _config(
         "lora_alpha": plain_number(alpha),
         "rank_pattern": exact_pattern(ranks, rank),
         "alpha_pattern": exact_pattern(alphas, alpha),
-        "base_model_name_or_path": base_id(data.get("base_model_name_or_path")),
     }
-    return dict(sorted({**data, **changed}.items()))
+    return {**data, **changed}
 
 
 def _notes(
     config: Mapping[str, Any],
-    pairs: Mapping[str, _Pair],
+    pairs: Mapping[str, StoredPair],
     modules: Mapping[str, ResizedModule],
     weight: WeightOf | None,
 ) -> Iterator[str]:
@@ -336,17 +199,3 @@ def _notes(
         yield (
             "the ranks of the modules differ, which vLLM and LoRAX would get wrong: for them, run lightning-lora export"
         )
-
-
-def _card(
-    source: Path, config: Mapping[str, Any], report: ResizeReport, module: str, tensors: Mapping[str, Tensor]
-) -> str:
-    error = f"{shown_error(report.error)} of the update (Frobenius norm)" if report.largest_error else "none"
-    facts = RunFacts(notes={"resized to": report.aim, "error": error})
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    card = model_card(config, modules=len(report.modules), parameters=parameters, module=module, run=facts)
-    try:
-        theirs = (source / CARD).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        theirs = None
-    return merge_cards(card, theirs)

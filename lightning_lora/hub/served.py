@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -21,6 +22,8 @@ _MEANING = {
     "another": "its answers are neither the adapter's nor the base's: another adapter, another base, or other prompts",
 }
 _REFUSES = (400, 404, 405, 422, 501)
+_NOBODY = "a-name-that-no-model-has"
+_ROUTES = ("/v1/completions", "/v1/chat/completions")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class ServerReport:
     """The distances of the answers under the base's name, if that was given."""
     is_base: bool
     """True if the adapter's name and the base's name gave the same numbers."""
+    any_name: bool = False
+    """True if the server answers to any name, as llama.cpp's does: the base's name was not asked for then."""
 
     @property
     def verdict(self) -> str:
@@ -57,6 +62,8 @@ class ServerReport:
         ]
         if self.base is not None and self.base.base > SAME:
             lines.append(f"note: under the base's name it is {self.base.base:.3f} from the base: is it the same base?")
+        if self.any_name:
+            lines.append("note: it answers to any name, so the base's name shows nothing, and was not asked for")
         scale = f"; about x {d.scale:.2g}" if self.verdict == "scaled" else ""
         return "\n".join([*lines, f"{self.verdict}: {_MEANING[self.verdict]}{scale}"])
 
@@ -79,7 +86,8 @@ def verify_server(
         server: Its address, such as "http://localhost:8000".
         adapter: The adapter's folder, which has a certificate (`make_certificate`).
         name: The name under which the server knows the adapter. None names no model: for servers that have only one.
-        base_name: The base's name there. Its answers show an adapter that is ignored also on another base.
+        base_name: The base's name there. Its answers show an adapter that is ignored also on another base. A server
+            that answers to any name is not asked for it.
         api_key: For servers that ask for one.
         timeout: Seconds for each request.
 
@@ -97,7 +105,8 @@ def verify_server(
         raise ConfigError(f"server={server!r} is no address. Give one that starts with http:// or https://.")
     client = _Client(server.rstrip("/").removesuffix("/v1"), api_key, timeout)
     answers = client.answers(certificate, name)
-    of_base = None if base_name is None else client.answers(certificate, base_name)
+    any_name = base_name is not None and client.knows(_NOBODY, certificate.prompts[0])
+    of_base = None if base_name is None or any_name else client.answers(certificate, base_name)
     return ServerReport(
         server=server,
         name=name,
@@ -105,15 +114,21 @@ def verify_server(
         distances=certificate.compare(answers),
         base=None if of_base is None else certificate.compare(of_base),
         is_base=answers == of_base,
+        any_name=any_name,
     )
 
 
-@dataclass
 class _Client:
-    server: str
-    api_key: str | None
-    timeout: float
-    route: str = "/v1/completions"
+    def __init__(self, server: str, api_key: str | None, timeout: float) -> None:
+        self.server, self.api_key, self.timeout = server, api_key, timeout
+        # llama.cpp's server keeps what it computed for a prompt, also when another adapter is set: it is told to
+        # compute it anew. Servers that refuse fields that they do not know are asked without that one.
+        self.ways = [(route, fields) for route in _ROUTES for fields in ({"cache_prompt": False}, {})]
+        """(route, further fields of a request); the first is the one in use, those before it were refused."""
+
+    @property
+    def route(self) -> str:
+        return self.ways[0][0]
 
     def answers(self, certificate: Certificate, name: str | None) -> list[dict[int, float]]:
         """For each prompt, token -> log-probability of the likeliest next tokens."""
@@ -124,24 +139,34 @@ class _Client:
             )
         return found
 
-    def _best(self, prompt: Prompt, name: str | None) -> dict[int, float]:
-        common = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "seed": 0, **({"model": name} if name else {})}
-        if self.route == "/v1/completions":
-            try:
-                # As tokens, so that no server adds another beginning of the text.
-                answer = self._post({"prompt": list(prompt.ids), "logprobs": BEST, **common})
-                return _by_id(_likeliest(answer), prompt)
-            except _RefusedError as error:
-                self.route, first = "/v1/chat/completions", error
-        else:
-            first = None
-        chat = [{"role": "user", "content": prompt.text}]
+    def knows(self, name: str, prompt: Prompt) -> bool:
+        """True if the server answers under that name."""
         try:
-            answer = self._post({"messages": chat, "logprobs": True, "top_logprobs": BEST, **common})
-            return _by_id(_likeliest(answer), prompt)
-        except _RefusedError as error:
-            said = f"/v1/completions: {first}; " if first else ""
-            raise ConfigError(f"{self.server} gives no log-probabilities: {said}{self.route}: {error}") from None
+            self._ask(prompt, name)
+        except (_RefusedError, ConfigError):
+            return False
+        return True
+
+    def _best(self, prompt: Prompt, name: str | None) -> dict[int, float]:
+        refused: dict[str, _RefusedError] = {}
+        while True:
+            try:
+                return self._ask(prompt, name)
+            except _RefusedError as error:
+                refused[self.route] = error
+                if len(self.ways) == 1:
+                    said = "; ".join(f"{route}: {error}" for route, error in refused.items())
+                    raise ConfigError(f"{self.server} gives no log-probabilities: {said}") from None
+                del self.ways[0]
+
+    def _ask(self, prompt: Prompt, name: str | None) -> dict[int, float]:
+        route, fields = self.ways[0]
+        if route == _ROUTES[0]:  # as tokens, so that no server adds another beginning of the text
+            asked: dict[str, Any] = {"prompt": list(prompt.ids), "logprobs": BEST}
+        else:
+            asked = {"messages": [{"role": "user", "content": prompt.text}], "logprobs": True, "top_logprobs": BEST}
+        common = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "seed": 0, **({"model": name} if name else {})}
+        return _by_id(_likeliest(self._post({**asked, **common, **fields})), prompt)
 
     def _post(self, body: Mapping[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -157,7 +182,7 @@ class _Client:
             if error.code in _REFUSES:
                 raise _RefusedError(what) from None
             raise ConfigError(f"{self.server}{self.route} answers with {what}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ConfigError(
                 f"{self.server}{self.route} gives no answer that can be read: {error}. Is it an OpenAI-like server, "
                 "and is it running?"

@@ -90,7 +90,10 @@ class VerifyReport:
     def raise_for_verdict(self) -> None:
         """Raise AdapterStateError, whose message is the report, unless `ok`."""
         if not self.ok:
-            raise AdapterStateError(f"The model does not apply the adapter in {self.folder} as it should.\n{self}")
+            what = f"the adapter in {self.folder}"
+            is_known = self.verdict != UNCHECKED
+            said = f"The model does not apply {what} as it should." if is_known else f"Nothing shows that {what} acts."
+            raise AdapterStateError(f"{said}\n{self}")
 
     def __repr__(self) -> str:
         return f"VerifyReport({self.verdict!r}, {len(self.modules)} modules)"
@@ -268,10 +271,13 @@ def _verified(
     """The verdicts on all that the adapter adapts, and on what is adapted though the adapter does not name it."""
     names = {id(module): name for name, module in reversed(Tree.of(plan.root).modules)}
     seen = set()
-    for _, layer in adapters(reference):
+    for full, layer in adapters(reference):
         name = names[id(layer)]
         there = live.at(name, layer)
         seen.add(id(there))
+        bias = getattr(there, "bias", None) if has_base and member(full, "bias") in whole else None
+        if isinstance(bias, nn.Parameter):
+            layer._parameters["bias"] = bias  # trained whole, and judged by itself
         try:
             with _base_of(layer, name, weight_of):
                 yield from check_layer(name, layer.eval(), there, has_base=has_base)

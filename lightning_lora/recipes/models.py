@@ -20,9 +20,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 
+from lightning_lora.checked import closest
 from lightning_lora.embedded import BASE
 from lightning_lora.embedded import NAME as EMBEDDED
-from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError, closest, listed
+from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError, listed
+from lightning_lora.hub.bits_per_byte import context_of
 from lightning_lora.recipes.gguf import converted
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -221,15 +223,6 @@ def smollm2(
     return ModelSource(
         str(folder), gguf_file=file, dtype=dtype, attn_implementation=attn_implementation, quantization=quantization
     )
-
-
-def context_of(config: transformers.PreTrainedConfig) -> int | None:
-    """The number of positions that a model has, or to which its rotary embedding was scaled; None if the config has
-    none."""
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    scaled = int((rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 1))
-    return max(getattr(config, "max_position_embeddings", None) or 0, scaled) or None
 
 
 _LOADING = logging.getLogger("transformers.modeling_utils")

@@ -4,7 +4,7 @@ loaded, on the strategy's device, with the run's own training data."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -123,8 +123,9 @@ def _generators(loader: Any) -> Iterator[torch.Generator]:
 
 
 @contextmanager
-def silent(module: LightningModule) -> Iterator[None]:
-    """Inside, nothing is logged; afterwards metrics and buffers are as before."""
+def silent(module: LightningModule, log: Callable[..., None] | None = None) -> Iterator[None]:
+    """Inside, nothing is logged, or `log` is called in place of the module's own; afterwards metrics and buffers are as
+    before."""
     trainer = module.trainer
     loggers = trainer.loggers
     attributes: dict[str, Any] = module.__dict__
@@ -134,6 +135,9 @@ def silent(module: LightningModule) -> Iterator[None]:
     try:
         trainer.loggers = [DummyLogger() for _ in loggers]
         attributes.update(dict.fromkeys(_LOGS, _nothing))
+        if log is not None:
+            attributes["log"] = log
+            attributes["log_dict"] = lambda values, **how: [log(name, value, **how) for name, value in values.items()]
         yield
     finally:
         trainer.loggers = loggers
@@ -144,7 +148,8 @@ def silent(module: LightningModule) -> Iterator[None]:
             put_metric_state(metric, *state)
         with torch.no_grad():
             for tensor, value in buffers:
-                tensor.copy_(value)
+                if not tensor.equal(value):
+                    tensor.copy_(value)
 
 
 _LOGS = ("log", "log_dict")

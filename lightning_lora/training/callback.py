@@ -25,6 +25,7 @@ from lightning_lora.errors import AdapterStateError, TargetError
 from lightning_lora.training.checkpoint import accept_adapters
 from lightning_lora.training.lightning_private import trainer_being_made
 from lightning_lora.training.loggers import Settings, log_adapters, log_run, optimizer_settings, show_both_rates
+from lightning_lora.training.loops import watch_loops
 from lightning_lora.training.push import HubPush
 from lightning_lora.training.pushing import Pushing
 from lightning_lora.training.rank_schedule import RankSchedule
@@ -39,13 +40,7 @@ from lightning_lora.training.starting import (
     check_adapted_before_launch,
     given_fields,
 )
-from lightning_lora.training.strategy import (
-    AdapterPolicy,
-    adapter_folder,
-    attach,
-    has_adapters,
-    shards,
-)
+from lightning_lora.training.strategy import AdapterPolicy, adapter_folder, attach, has_adapters, shards
 from lightning_lora.training.watches import BaseWatch, TrainedWatch, adapt_averages, check_averages
 
 if TYPE_CHECKING:
@@ -350,6 +345,7 @@ class LoRACallback(Callback):
         self._goes_on = None
         self._is_as_loaded = False
         self._first_step = trainer.global_step
+        watch_loops(trainer, self._resume)
         self._resume.on_train_start(trainer, self)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_lora.engine.swap import swap
+from lightning_lora.training.resume import ExactResume
 from lightning_lora.training.rounds import only
 
 if TYPE_CHECKING:
     from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop as _ValidationHost
     from lightning.pytorch.loops.fit_loop import _FitLoop as _FitHost
     from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as _LoopHost
-
-    from lightning_lora.training.resume import ExactResume
 else:
     _FitHost = _LoopHost = _ValidationHost = object
 
@@ -87,3 +87,13 @@ class ResumedValidationLoop(_ValidationHost):
 
     def _is_of_training(self) -> bool:
         return self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+
+
+def watch_loops(trainer: Any, resume: ExactResume) -> None:
+    """Let the loops of `trainer` tell `resume` where the run is."""
+    fit_loop = trainer.fit_loop
+    mixins = (ResumedFitLoop, ResumedEpochLoop, ResumedValidationLoop)
+    for loop, mixin in zip((fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop), mixins):
+        if not hasattr(loop, "lora_resume"):
+            swap(loop, "Resumed", mixin)
+        loop.lora_resume = resume

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_lora.engine.swap import swap
 from lightning_lora.training import lightning_private as private
-from lightning_lora.training.going_on import enter, restore, tensors
+from lightning_lora.training.going_on import GoingOn, tensors
 from lightning_lora.training.loaders import (
     LoaderStart,
     is_watched,
@@ -35,12 +34,10 @@ from lightning_lora.training.loaders import (
     state_of,
     watch,
 )
-from lightning_lora.training.loops import ResumedEpochLoop, ResumedFitLoop, ResumedValidationLoop
 from lightning_lora.training.rounds import Holders, rest_of, running_round
 from lightning_lora.training.run_state import (
     BufferWatch,
     EpochMetrics,
-    RandomState,
     Trained,
     callback_metrics,
     has_stopped,
@@ -54,47 +51,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-class ExactResume:
+class ExactResume(GoingOn):
     """The part of the callback that makes a resumed run the run that was not interrupted."""
-
-    def __init__(self) -> None:
-        self.stage = ""
-        self.trainer: Any = None
-        """The Trainer that trains, or trained last."""
-        self.saved: list[dict[str, Any] | None] | None = None
-        """The state of each process from a checkpoint, until training starts."""
-        self.saved_at: dict[str, int] = {}
-        """The step at which each ModelCheckpoint had last saved, from that checkpoint."""
-        self.entry: dict[str, Any] | None = None
-        """The state of this process from that checkpoint, where it waits for the first batch."""
-        self.random: RandomState = {}
-        self.random_before: RandomState = {}
-        """The random state before Lightning makes the first iterator of the data."""
-        self.random_at = -1
-        """The number of batches, of all epochs, after which `random` was the random state."""
-        self.fetched_at: dict[int, RandomState] = {}
-        """The random states when the last three batches began, by the number of batches before them: then the batch,
-        or the one after it, is fetched."""
-        self.amid = ""
-        """What is running: "epoch start", "batch", "validation", "epoch end". A resumed run goes back to its start."""
-        self.before: dict[str, Any] = {}
-        """The state of the run when that began."""
-        self.rest: list[str] | None = None
-        """The names of those whose on_train_epoch_end is still to be called, where others had it before the save."""
-        self.gradients: dict[str, Tensor] | None = None
-        """The gradients before the running batch added its own."""
-        self.stepped = (0, 0)
-        """When the last batch began: the number of batches done, and of those after which the optimizer had stepped,
-        by which loggers count. Lightning counts a batch at its end, before some checkpoints and after others."""
-        self.ended = -1
-        """The number of batches after which the end of the last one, with its validation, was last done."""
-        self.validated = -1
-        """The number of batches after which a validation was last done."""
-        self.cut = False
-        """True if max_steps, max_time or early stopping ended the epoch before its last batch."""
-        self.extra = False
-        """True if the last validation came only because the run stops: what it changed does not count."""
-        self.validated_on: CombinedLoader | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no run yet, so a callback can be copied and pickled after it was used."""
@@ -272,16 +230,11 @@ class ExactResume:
         self.cut = self.extra = False
         self.buffers, self.trained = BufferWatch(trainer.lightning_module), Trained(trainer.lightning_module)
         self.metrics = EpochMetrics(trainer)
-        fit_loop = trainer.fit_loop
-        mixins = (ResumedFitLoop, ResumedEpochLoop, ResumedValidationLoop)
-        for loop, mixin in zip((fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop), mixins):
-            if not hasattr(loop, "lora_resume"):
-                swap(loop, "Resumed", mixin)
-            loop.lora_resume = self
         self._watch_loaders()
-        self.stepped = (fit_loop.epoch_loop.batch_progress.total.processed, private.batches_that_stepped(trainer))
+        done = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        self.stepped = (done, private.batches_that_stepped(trainer))
         if ranks is not None:
-            restore(self, trainer, ranks)
+            self.restore(trainer, ranks)
         else:
             self._note_random()
 
@@ -298,7 +251,7 @@ class ExactResume:
         entry, self.entry = self.entry, None
         batch = trainer.fit_loop.epoch_loop.batch_progress
         if entry is not None:
-            enter(self, trainer, entry, fetcher)
+            self.enter(trainer, entry, fetcher)
             if not entry["place"]["ended"]:
                 return False
             if entry["place"]["is_last"]:

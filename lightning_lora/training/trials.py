@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_lora.checked import closest
 from lightning_lora.engine import (
     InjectionReport,
     LoRAConfig,
@@ -25,7 +26,7 @@ from lightning_lora.engine import (
     remove,
 )
 from lightning_lora.engine.low_rank import spectrum_of_product
-from lightning_lora.errors import ConfigError, DataError, TrainingError, closest, listed
+from lightning_lora.errors import ConfigError, DataError, TrainingError, listed
 from lightning_lora.files import temporary_folder
 from lightning_lora.training.callback import LoRACallback
 from lightning_lora.training.guest import left_as_it_was, quiet, seed_all

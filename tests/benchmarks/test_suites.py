@@ -24,6 +24,7 @@ SUITES = [
     "monitor",
     "many",
     "advise",
+    "paper",
 ]
 
 

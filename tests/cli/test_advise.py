@@ -22,6 +22,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 def test_the_printed_command_trains_with_what_is_advised_from_another_folder(cli, tmp_path, monkeypatch):
     assert cli("advise", *SHORT, "learning_rates=[0.01,0.1]", "lora.alpha=4") == 0, cli.err
     folder = cli.folder
@@ -43,6 +44,7 @@ def test_the_printed_command_trains_with_what_is_advised_from_another_folder(cli
     assert used.trainer.gradient_clip_val == 0.5
 
 
+@pytest.mark.slow
 def test_it_is_a_difference_to_the_experiment_that_was_chosen(cli):
     own = Path("mine/experiment")
     own.mkdir(parents=True)

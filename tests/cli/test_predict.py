@@ -31,6 +31,7 @@ def test_the_adapter_is_what_makes_the_difference_to_the_bare_base(cli):
         assert abs(metrics["val_loss"] - loss) < 1e-6 * max(1, loss)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_later_peft_in_a_folder_of_a_folder_is_taken_by_every_command_alike(cli, tmp_path):
     assert cli.train("trainer.max_epochs=5", "optimizer.lr=0.05") == 0
     run, after = cli.folder, cli.results["after"]["val_loss"]
@@ -51,6 +52,7 @@ def test_an_adapter_of_a_later_peft_in_a_folder_of_a_folder_is_taken_by_every_co
     assert cli.results["before"]["val_loss"] == pytest.approx(after, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_each_row_is_predicted_with_the_adapter_that_a_column_names(cli, tmp_path):
     assert cli.train("trainer.max_epochs=5", "optimizer.lr=0.05") == 0
     run = cli.folder

@@ -33,6 +33,7 @@ def test_a_repository_that_is_not_there_is_one_screen(cli, repository):
     assert "Did you mean revision?" in cli.error("pull", "repo_id=user/adapter", "revison=v1")
 
 
+@pytest.mark.slow
 def test_fields_of_a_later_peft_are_ignored_by_name_in_every_command(cli, hub, tmp_path):  # noqa: F811
     model = Linears()
     inject(model, LoRAConfig(rank=2, target_modules=["fc"]))

@@ -46,6 +46,7 @@ def test_resize_says_what_it_costs_and_where_it_lies(cli, adapter, tmp_path):
     assert not (tmp_path / "runs").exists(), "nothing is run, so there is no folder of a run"
 
 
+@pytest.mark.slow
 def test_where_data_is_given_the_loss_is_measured_before_and_after(cli, tmp_path):
     assert cli.train("lora.rank=4", "optimizer.lr=0.05") == 0, cli.err
     run, after = cli.folder, cli.results["after"]

@@ -8,7 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightning_lora.cli.composition import composed
-from lightning_lora.cli.sweep import SweepTable, write_table
+from lightning_lora.cli.sweep import SweepTable, _number, write_table
+from lightning_lora.page import written
+from tests.page.strict import Strict
 
 
 def space(**params: object) -> list[str]:
@@ -29,11 +31,34 @@ def test_a_sweep_writes_one_table_with_the_best_job_first(cli):
     assert "results.csv" in cli.out.splitlines()[-1]
 
 
+def test_a_sweep_writes_a_page_whose_numbers_are_those_of_its_table(cli):
+    assert cli.train("-m", "lora.rank=1,2", "optimizer.lr=0.01,0.001", "evaluate_before=true") == 0
+    assert cli.out.splitlines()[-2] == f"Page: {cli.folder / 'results.html'}"
+    text = (cli.folder / "results.html").read_text()
+    page = Strict(text)
+    rows = list(csv.reader((cli.folder / "results.csv").read_text().splitlines()))
+    assert page.tables[0] == [rows[0], *([written(_number(cell)) for cell in row] for row in rows[1:])]
+    assert {"lora.rank", "optimizer.lr", "val_loss", "parameters", "seconds"} < {*rows[0]}
+    for name in ("lora.rank", "optimizer.lr", "trained parameters", "seconds"):
+        assert f"<h3>val_loss against {name}</h3>" in text
+    _, by_rank, *_ = page.tables
+    columns = dict(zip(rows[0], zip(*rows[1:], strict=True), strict=True))
+    found = {(row[0], row[1]): row[2] for row in by_rank[1:]}
+    assert found == {
+        (f"lr {written(float(lr))}", rank): written(float(loss))
+        for lr, rank, loss in zip(columns["optimizer.lr"], columns["lora.rank"], columns["val_loss"], strict=True)
+    }
+    assert "val_loss while they trained" in text
+
+
 def test_a_job_that_fails_is_a_row_of_the_table_and_the_others_run(cli):
     assert cli.train("-m", "task.width=4,-1,8", "lora=none") == 2
     rows = list(csv.DictReader((cli.folder / "results.csv").read_text().splitlines()))
     assert [bool(row["error"]) for row in rows] == [False, False, True]
     assert "negative dimension" in rows[-1]["error"]
+    page = (cli.folder / "results.html").read_text()
+    assert "1 of 3 have no result" in page
+    assert "job 1 (task.width=-1):" in page
 
 
 def test_the_largest_metric_is_the_best_where_that_is_the_mode(tmp_path):
@@ -57,6 +82,7 @@ def test_the_largest_metric_is_the_best_where_that_is_the_mode(tmp_path):
         ({"trainer.limit_train_batches": "range(1,3)"}, [{"trainer.limit_train_batches": "2"}]),
     ],
 )
+@pytest.mark.slow
 def test_a_search_space_in_a_file_may_name_settings_that_no_file_lists(cli, params, rows):
     assert cli.train(*space(**params)) == 0, cli.err
     table = list(csv.DictReader((cli.folder / "results.csv").read_text().splitlines()))
@@ -65,6 +91,7 @@ def test_a_search_space_in_a_file_may_name_settings_that_no_file_lists(cli, para
         assert value.lower() in [row[key].lower() for row in table]
 
 
+@pytest.mark.slow
 def test_the_command_line_is_stronger_than_the_search_space(cli):
     assert cli.train(*space(**{"lora.use_dora": "true,false"}), "lora.use_dora=false", "task.width=8,9") == 0
     table = list(csv.DictReader((cli.folder / "results.csv").read_text().splitlines()))
@@ -147,6 +174,7 @@ def test_a_sweeper_that_is_told_the_opposite_is_refused_before_the_first_job(cli
 
 
 @pytest.mark.parametrize("subdir", ["${hydra.job.num}", "by_width/width_${task.width}"])
+@pytest.mark.slow
 def test_a_sweep_in_a_used_folder_has_its_own_jobs_in_its_table(cli, subdir):
     where = ["hydra.sweep.dir=runs/it/sweep", f"hydra.sweep.subdir={subdir}", "lora=none", "trainer.max_epochs=1"]
     assert cli.train("-m", *where, "task.width=4,5,6") == 0

@@ -55,6 +55,7 @@ ANYTHING_ELSE += [
 ]
 
 
+@pytest.mark.slow
 def test_jobs_that_differ_in_anything_else_have_runs_of_their_own():
     groups = grouped(
         [job(n, *given) for n, given in enumerate([["lora.rank=4"], [], *([one] for one in ANYTHING_ELSE)])]
@@ -181,9 +182,19 @@ def assert_same_sweep(together: Path, alone: Path, jobs: int = 4) -> None:
     "given",
     [
         ["trainer.max_epochs=3"],
-        ["trainer.max_steps=6", "trainer.max_epochs=-1", "evaluate_before=false", "data._target_=standin.Shuffled"],
-        ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=0.01,0.9"],
-        ["callbacks.checkpoint=null", "scheduler=cosine", "lora.dropout=0.5"],
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in (
+                [
+                    "trainer.max_steps=6",
+                    "trainer.max_epochs=-1",
+                    "evaluate_before=false",
+                    "data._target_=standin.Shuffled",
+                ],
+                ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=0.01,0.9"],
+                ["callbacks.checkpoint=null", "scheduler=cosine", "lora.dropout=0.5"],
+            )
+        ),
     ],
 )
 def test_jobs_of_a_shared_run_leave_what_each_leaves_alone(cli, given):
@@ -194,6 +205,7 @@ def test_jobs_of_a_shared_run_leave_what_each_leaves_alone(cli, given):
     assert_same_sweep(Path("together"), Path("alone"))
 
 
+@pytest.mark.slow
 def test_jobs_whose_adapters_share_forwards_leave_what_each_leaves_alone(cli):
     given = [*SWEEP, "trainer.log_every_n_steps=3", "trainer.max_epochs=3", "trainer.accumulate_grad_batches=2"]
     assert cli.train(*given, "hydra.sweep.dir=alone") == 0
@@ -201,6 +213,7 @@ def test_jobs_whose_adapters_share_forwards_leave_what_each_leaves_alone(cli):
     assert_same_sweep(Path("together"), Path("alone"))
 
 
+@pytest.mark.slow
 def test_what_a_module_logs_for_an_epoch_alone_is_not_given_for_a_step(cli):
     """Our own tasks log the mean over the epoch by a name of its own."""
     texts = ["task=causal_lm", "data=stdlib_source", "trainer.max_steps=1", "trainer.limit_val_batches=1"]
@@ -222,6 +235,7 @@ def test_what_a_module_logs_for_an_epoch_alone_is_not_given_for_a_step(cli):
     assert all("train_loss_epoch" not in row for row in logged)
 
 
+@pytest.mark.slow
 def test_a_shared_run_that_was_stopped_goes_on_as_if_it_had_not_been(cli):
     assert cli.train(*SWEEP, "task._target_=standin.Terminated", "task.at=100", "hydra.sweep.dir=alone") == 0
     sweep = [*SWEEP, "task._target_=standin.Terminated", "hydra.sweep.dir=together", TOGETHER]
@@ -247,6 +261,7 @@ def test_jobs_that_cannot_share_a_run_after_all_are_trained_one_after_another_an
     assert [bool(row["error"]) for row in table] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_shared_run_that_fails_is_an_error_of_each_of_its_jobs_and_the_others_run(cli):
     assert cli.train("-m", "task._target_=standin.Failing", "task.at=3,99", "lora.rank=1,2", TOGETHER) == 2
     table = rows(cli.folder / "results.csv")

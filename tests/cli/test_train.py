@@ -68,6 +68,7 @@ def test_the_last_lines_say_where_everything_is_and_the_command_to_evaluate_it(c
         ["trainer.max_steps=2", "lora=none"],
     ],
 )
+@pytest.mark.slow
 def test_a_run_that_reached_its_end_has_what_it_ended_with_wherever_that_lies(cli, bound):
     assert cli.train(*bound) == 0
     assert (cli.folder / "adapter/adapter_model.safetensors").is_file() == ("lora=none" not in bound)
@@ -89,6 +90,7 @@ def test_a_run_without_an_adapter_names_no_command_that_would_be_refused(cli):
     assert "evaluate " not in cli.out
 
 
+@pytest.mark.slow
 def test_a_run_is_quiet_but_for_the_adapters_its_progress_and_its_results(tmp_path):
     text = "\n\n".join(f"Paragraph {number}." for number in range(60))
     (tmp_path / "notes.txt").write_text(text)
@@ -146,6 +148,7 @@ def test_a_run_on_which_the_user_hits_ctrl_c_says_how_to_go_on(cli):
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")  # before the first validation
 @pytest.mark.parametrize(("step", "lora"), [(0, "default"), (3, "default"), (7, "default"), (5, "none")])
+@pytest.mark.slow
 def test_a_run_that_gets_sigterm_leaves_a_last_checkpoint_says_how_to_go_on_and_ends_with_143(cli, step, lora):
     before = signal.getsignal(signal.SIGTERM)
     assert cli.train("task._target_=standin.Terminated", f"task.at={step}", f"lora={lora}") == 143
@@ -165,6 +168,7 @@ def test_a_run_that_gets_sigterm_leaves_a_last_checkpoint_says_how_to_go_on_and_
         (5, ["trainer.val_check_interval=2", "callbacks.checkpoint.every_n_train_steps=3", "evaluate_before=false"]),
     ],
 )
+@pytest.mark.slow
 def test_a_run_resumed_in_its_own_folder_has_the_metrics_of_one_that_was_not_stopped(cli, step, more):
     theirs = ["task._target_=standin.Terminated", "trainer.max_epochs=3", *more]
     assert cli.train(*theirs, "task.at=-1", "hydra.run.dir=whole") == 0
@@ -188,6 +192,7 @@ def test_a_new_run_in_a_used_folder_says_that_it_writes_its_metrics_anew(cli):
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+@pytest.mark.slow
 def test_a_job_that_slurm_starts_again_says_what_the_base_measured_and_goes_on_with_its_metrics(cli, monkeypatch):
     slurm = {"NTASKS": "1", "JOB_NAME": "tune", "JOB_ID": "17", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
     for name, value in slurm.items():
@@ -213,6 +218,7 @@ class Runs:
         return Path.touch, (Path("mark"),)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_whole_model_runs_no_code_from_an_address_either(cli):
     assert cli.train("lora=none") == 0
     torch.save({**torch.load(cli.folder / "checkpoints/last.ckpt"), "extra": Runs()}, "bad.ckpt")
@@ -250,6 +256,7 @@ def test_without_a_logger_there_is_no_plot_and_nothing_claims_one(cli):
     assert not (cli.folder / "loss.png").exists()
 
 
+@pytest.mark.slow
 def test_a_module_in_the_users_folder_is_found_by_the_installed_command(tmp_path):
     source = Path(__file__).with_name("standin.py").read_text()
     (tmp_path / "their_own.py").write_text(source)
@@ -261,6 +268,7 @@ def test_a_module_in_the_users_folder_is_found_by_the_installed_command(tmp_path
     assert "lightning-lora evaluate run=runs/train/" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter_with_the_config_that_it_has(cli):
     assert cli.train("lora.rank=2", "lora.alpha=6", "trainer.max_epochs=3") == 0
     first, before = cli.folder, cli.results
@@ -274,6 +282,7 @@ def test_a_run_starts_from_an_adapter_with_the_config_that_it_has(cli):
     assert "alpha" not in cli.err
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_not_there_or_is_meant_otherwise_says_so(cli):
     assert cli.train("adapter=./nothing") == 2
     assert "there is no such folder" in cli.err

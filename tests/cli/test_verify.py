@@ -65,6 +65,7 @@ def test_what_cannot_be_verified_is_an_error(cli, trained):
     assert "another base" in cli.error("verify", "adapter=adapter", "model=./other")
 
 
+@pytest.mark.slow
 def test_a_certificate_is_made_and_a_server_is_asked_by_it(cli, folder):
     where = f"adapter={folder}"
     (folder / "certificate.json").unlink()

@@ -238,6 +238,7 @@ def test_a_backward_inside_a_forward_computes_again_what_belongs_to_it():
 
 @pytest.mark.parametrize("how", ["around", "in place", "each layer"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_compiled_model_hears_its_tokens_in_one_graph(how: str):
     model = adapted()
     expected = [logits(model, ids) for ids in (ONE, TWO)]

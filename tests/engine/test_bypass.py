@@ -91,7 +91,7 @@ def test_accelerates_hooks_are_refused_before_anything_is_changed():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     add_hook_to_module(model[1], ModelHook())
     before = snapshot(model)
-    with pytest.raises(TargetError, match=r"'1' has a forward of its own.*accelerate"):
+    with pytest.raises(TargetError, match=r"'1' .*a forward of its own.*accelerate"):
         inject(model, LoRAConfig(rank=2, target_modules=["0", "1"]))
     assert_same(snapshot(model), before)
     remove_hook_from_module(model, recurse=True)

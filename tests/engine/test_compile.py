@@ -45,6 +45,7 @@ def test_inductor_computes_what_eager_does(case: Case):
         pytest.param("inductor", 0.3, True, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_compiled_dropout_drops_each_element_by_chance_and_the_same_in_the_backward_pass(
     backend: str, p: float, checkpointed: bool
 ):

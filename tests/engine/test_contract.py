@@ -190,6 +190,7 @@ def test_a_base_checkpoint_loads_strictly_before_and_after_injection(case: Case)
 
 
 @every_case
+@pytest.mark.slow
 def test_a_compiled_model_computes_the_same_without_a_graph_break(case: Case):
     model = case.adapted()
     expected = model(case.input())

@@ -437,6 +437,7 @@ def test_compiled_code_follows_the_switch():
     "name", ["conv2d-stride-padding", "embedding", "linear-dora", "linear-modules-to-save", "experts", "lstm"]
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_compiled_layers_of_each_kind_follow_the_switch(name: str):
     torch._dynamo.reset()
     case = next(case for case in CASES if case.name == name)

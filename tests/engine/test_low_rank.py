@@ -13,7 +13,6 @@ from lightning_lora.engine.low_rank import (
     effective_rank,
     effective_ranks,
     energy_shares,
-    intruder_dimensions,
     product_change,
     product_cosine,
     product_norm,
@@ -141,14 +140,3 @@ def test_a_weight_is_as_strong_within_its_own_directions_as_its_singular_values(
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     assert strength_within(W, U[:, :2], Vh[:2]) == pytest.approx(float(S[:2].norm()))
     assert strength_within(W, U[:, :2], Vh[2:4]) == pytest.approx(0, abs=1e-12)
-
-
-def test_an_intruder_is_a_direction_that_the_base_does_not_have():
-    W = torch.diag(torch.tensor([8.0, 7, 6, 5, 4, 3]))
-    mixed = torch.full((6,), 6**-0.5)  # its cosine with each singular vector of W is 0.41
-    strong = 50 * torch.outer(mixed, mixed)
-    assert intruder_dimensions(W, W, count=4) == 0
-    assert intruder_dimensions(W, W + strong, count=1) == 1
-    assert intruder_dimensions(W, W + strong, count=1, threshold=0.4) == 0
-    assert intruder_dimensions(W, W + 1e-3 * strong, count=4) == 0  # too weak to come to the top
-    assert intruder_dimensions(W, W + torch.diag(torch.tensor([9.0, 0, 0, 0, 0, 0])), count=4) == 0  # its own direction

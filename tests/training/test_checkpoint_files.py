@@ -207,6 +207,7 @@ def places(path: Path, count: int) -> list[int]:
     return inside + anywhere
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
     trained(path := tmp_path / "x.ckpt")
     content, whole = path.read_bytes(), dict(tensors(torch.load(path)))

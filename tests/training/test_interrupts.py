@@ -52,6 +52,7 @@ def resume(folder: Path, path: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["at-work", "saving"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_run_that_is_stopped_leaves_whole_checkpoints(how: signal.Signals, moment: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), moment]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -136,6 +137,7 @@ def test_a_path_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_both_end_and_leave_whole_checkpoints(tmp_path: Path) -> None:
     """They write the same names at the same time."""
     script = (

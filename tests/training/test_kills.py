@@ -57,6 +57,7 @@ IN_SECONDS = [
 
 
 @pytest.mark.parametrize("name", IN_SECONDS)
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(name: str, tmp_path: Path) -> None:
     assert check(SETTINGS[name], random.Random(name), 4, tmp_path) == []
 

@@ -153,7 +153,6 @@ def _(base: Tensor, x: Tensor, key: int) -> None:
 def check_bankable(target: Target) -> None:
     """Raise TargetError if a bank cannot serve the layer."""
     child = target.name.rpartition(".")[2]
-    check_swappable(target.module, target.name, Adapter)
     if isinstance(target.module, NonDynamicallyQuantizableLinear) or only_reads(target.parent, child):
         raise TargetError(
             f"{target.name!r} lies in a {type(target.parent).__name__}, which reads its weight and never calls it: "
@@ -168,6 +167,7 @@ def check_bankable(target: Target) -> None:
     geometry: Any = geometry_of(type(target.module))
     groups = getattr(target.module, "groups", 1)
     try:  # a layer for which no adapter can be trained cannot be served either
+        check_swappable(target.module, Adapter)
         check_called(target.parent, child, target.module)
         if way_of(target, geometry).lora_by_weight:
             raise TargetError(

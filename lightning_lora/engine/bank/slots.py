@@ -17,9 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_lora.checked import closest
 from lightning_lora.engine.bank.routing import One
 from lightning_lora.engine.bank.slab import Slab
-from lightning_lora.errors import BankError, closest, listed
+from lightning_lora.errors import BankError, listed
 
 USUAL_RANK = 16
 """The rank that fits into a slot where nobody says another."""

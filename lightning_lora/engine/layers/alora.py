@@ -219,6 +219,13 @@ class Invocation:
         )
 
 
+class Everywhere(Invocation):
+    """Lets the adapter act at every position, to measure it."""
+
+    def at(self, output: Tensor) -> Tensor:
+        return output.new_ones(output.shape[:-1], dtype=torch.bool)
+
+
 _MEMORY = "lora_invocation"
 """The attribute of a cache that holds which of its rows are invoked, and their last tokens."""
 

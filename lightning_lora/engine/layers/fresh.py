@@ -1,4 +1,4 @@
-"""Makes A and B for a layer that is about to be adapted: the initialiser draws them or computes them from W."""
+"""Plans the adapter of a layer, and makes its A and B: the initialiser draws them or computes them from W."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ Measured = Mapping[str, Mapping[str, Tensor]]
 class Recipe:
     """How to make the adapter of one parameter: shapes, dtype and initialiser.
 
-    One recipe serves all layers of one `Kind` (plan.py): layers that differ only in name and in tensor values."""
+    One recipe serves all layers of one `Kind`."""
 
     def __init__(
         self, module: nn.Module, geometry: type[Adapter], parameter: str, spec: AdapterSpec, config: LoRAConfig
     ) -> None:
         weight = _read(module, parameter)
+        self.device = weight.device
         self.computes_in = dtype_of(weight)
         # A quantized weight is stored as integers; its adapters are float32.
         dtype = weight.dtype if is_plain(weight) else torch.float32
@@ -55,6 +57,11 @@ class Recipe:
     @property
     def d_in(self) -> int:
         return math.prod(self.shape_A[1:])
+
+    def is_wasteful(self, groups: int) -> bool:
+        """True if the rank is above the smaller side of the matrix (of each group's)."""
+        B = self.shape_B
+        return self.spec.rank // groups > min(self.d_in, B[0] // groups * math.prod(B[2:]))
 
     def tensors(self, module: nn.Module, measured: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
         """Make the adapter tensors of `module`, by name; errors call the module `name`. If `measured` is None, nothing
@@ -116,37 +123,69 @@ class Recipe:
         return each_A, torch.stack([B for _, B in starts], dim=-1)
 
 
-def recipes(module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig) -> list[Recipe]:
-    """The recipes of `module`: one for its output, or one for each parameter that is adapted."""
-    return [Recipe(module, geometry, name, own, config) for name, own in (spec.parameters or {"weight": spec}).items()]
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """The plan for a group of targets that differ only in their names and in the values of their tensors."""
 
+    geometry: type[Adapter]
+    variants: tuple[type[Adapter], ...]
+    """The mixins that go in front of the geometry."""
+    spec: AdapterSpec
+    recipes: Sequence[Recipe]
+    """One for the module's output, or one for each parameter that is adapted."""
+    device: torch.device
+    """The device on which A and B are made: that of the weight."""
+    is_on_meta: bool
+    """True if a parameter of the targets is on the meta device."""
+    wasteful: tuple[str | None, ...]
+    """The parameters whose rank is above their smaller side; None stands for the module's output."""
 
-def fresh_tensors(
-    name: str,
-    module: nn.Module,
-    recipes: Sequence[Recipe],
-    measured: Mapping[str, Tensor] | None = None,
-    *,
-    start: bool = True,
-) -> dict[str, Tensor]:
-    """Make the parameters and buffers that `swap` gives to `module`. The update starts at zero, unless the initialiser
-    returns `Whole` (inits.py).
+    @staticmethod
+    def of(
+        module: nn.Module,
+        geometry: type[Adapter],
+        spec: AdapterSpec,
+        config: LoRAConfig,
+        variants: tuple[type[Adapter], ...] = (),
+    ) -> Kind:
+        """The plan for `module`. Raises TargetError if the initialiser or the scale cannot be used for it."""
+        _check_init(module, spec, config)
+        parts: dict[str | None, AdapterSpec] = dict(spec.parameters.items()) or {None: spec}
+        recipes = {name: Recipe(module, geometry, name or "weight", part, config) for name, part in parts.items()}
+        groups: Any = vars(module).get("groups", 1)  # the rank is split over the groups
+        return Kind(
+            geometry,
+            variants,
+            spec,
+            tuple(recipes.values()),
+            next(iter(recipes.values())).device,
+            any(p.is_meta for p in module._parameters.values() if p is not None),
+            tuple(name for name, recipe in recipes.items() if recipe.is_wasteful(groups)),
+        )
 
-    Call it inside `drawing_on`, for the layer's device. `measured` holds this layer's measurements by letter (see
-    inits.py). With `start=False` nothing is drawn or computed: A and B are zero, to be loaded or started later. Raises
-    DataError (from measurements) or TargetError (from the weight), which call the layer `name`, where the start is not
-    finite or overflows.
-    """
-    given = (measured or {}) if start else None
-    if len(recipes) == 1:
-        return recipes[0].tensors(module, given, name)
-    return {own: t for recipe in recipes for own, t in recipe.tensors(module, given, name).items()}
+    @property
+    def mixin(self) -> Any:
+        """What `adapt` puts in front of the module's class."""
+        return (*self.variants, self.geometry) if self.variants else self.geometry
+
+    def tensors(self, name: str, module: nn.Module, measured: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Make the parameters and buffers that `adapt` gives to `module`. The update starts at zero, unless the
+        initialiser returns `Whole` (inits.py).
+
+        Call it inside `drawing_on(self.device)`. `measured` holds this layer's measurements by letter (see inits.py);
+        with None nothing is drawn or computed: A and B are zero, to be loaded or started later. Raises DataError (from
+        measurements) or TargetError (from the weight), which call the layer `name`, where the start is not finite or
+        overflows.
+        """
+        if len(self.recipes) == 1:
+            return self.recipes[0].tensors(module, measured, name)
+        return {own: t for recipe in self.recipes for own, t in recipe.tensors(module, measured, name).items()}
 
 
 def tensor_shapes(
     module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that `fresh_tensors` makes, by name, without a frozen start; makes no tensor."""
+    """The shapes of the tensors that `Kind.tensors` makes, by name, without a frozen start; makes no tensor."""
     shapes: dict[str, tuple[int, ...]] = {}
     for parameter, part in (spec.parameters or {"weight": spec}).items():
         suffix = geometry.suffix_of(parameter)
@@ -183,7 +222,7 @@ def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured)
 _CALIBRATE = "calibrate(model, config, step, batches)"
 
 
-def check_init(module: nn.Module, spec: AdapterSpec, config: LoRAConfig) -> None:
+def _check_init(module: nn.Module, spec: AdapterSpec, config: LoRAConfig) -> None:
     """Raise TargetError if the initialiser or the scale cannot be used for `module`; called before any change."""
     init = INITS[config.init]
     if not abs(spec.scale) <= largest(torch.float32):
@@ -207,11 +246,6 @@ def _started(init: Init, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return found.A, found.B
     more = torch.zeros(d_out, rank - found.B.shape[1])
     return torch.cat([found.A, kaiming(missing, d_in)]), torch.cat([found.B, more], dim=1)
-
-
-def device_of(module: nn.Module, spec: AdapterSpec) -> torch.device:
-    """The device on which to make the adapter of `module`: that of its weight."""
-    return _read(module, next(iter(spec.parameters), "weight")).device
 
 
 def _read(module: nn.Module, parameter: str) -> Tensor:

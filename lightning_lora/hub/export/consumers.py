@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_lora.errors import ConfigError, closest, listed
+from lightning_lora.checked import closest
+from lightning_lora.errors import ConfigError, listed
 
 
 @dataclass(frozen=True, kw_only=True)

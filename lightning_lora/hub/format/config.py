@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from lightning_lora.checked import closest
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.config import exact_pattern, usual
-from lightning_lora.errors import AdapterFormatError, ConfigError, closest, listed
+from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 
 log = logging.getLogger(__name__)
 

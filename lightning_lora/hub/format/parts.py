@@ -193,8 +193,8 @@ def _plain(key: str) -> str:
 
 def _pairs(tensors: dict[str, Tensor], config: LoRAConfig, use_dora: bool, where: str) -> dict[str, Pair]:
     """Removes the pairs from `tensors` and returns them, by module."""
-    names = sorted(peft.adapted_names(tensors), key=by_number)
-    wrapped = set(names)
+    names = sorted(peft.adapted_names(key for key in tensors if not peft.is_of_tokens(key)), key=by_number)
+    wrapped = peft.adapted_names(tensors)
     pairs, problems = {}, []
     for name in names:
         is_embedding = not any(key in tensors for key in _factor_keys(name, wrapped, False))

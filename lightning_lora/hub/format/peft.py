@@ -135,6 +135,11 @@ def is_untrained_original(key: str) -> bool:
     return ".original_module." in key
 
 
+def is_of_tokens(key: str) -> bool:
+    """True if `key` is of single rows of an embedding that were trained (trainable_token_indices)."""
+    return key.endswith(f".{_TENSORS[TOKENS]}")
+
+
 def is_saved_by_peft(bias_name: str) -> bool:
     """True if PEFT writes the bias called `bias_name` when it trains all biases. It does not write `in_proj_bias`."""
     return bias_name.rpartition(".")[2] == "bias"

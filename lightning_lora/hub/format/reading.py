@@ -53,6 +53,8 @@ def with_tied(root: nn.Module, config: LoRAConfig, keys: Iterable[str]) -> LoRAC
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
+CERTIFICATE = "certificate.json"
+"""How a server that applies the adapter answers (hub/certificate.py)."""
 
 NOTE = "lightning_lora"
 """The key of our own data in the metadata of the tensors' header. PEFT ignores it there; in a config it would warn."""

@@ -18,10 +18,20 @@ import torch
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.files import reason, temporary_folder
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
+from lightning_lora.hub.certificate import read_certificate
 from lightning_lora.hub.format.config import HEADS_OF_TASK
 from lightning_lora.hub.format.inspection import check_adapter
 from lightning_lora.hub.format.peft import adapted_names, base_name, ends_with, plain_key
-from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS, TensorFile, check_folder, open_tensors, read_config
+from lightning_lora.hub.format.reading import (
+    CARD,
+    CERTIFICATE,
+    CONFIG,
+    TENSORS,
+    TensorFile,
+    check_folder,
+    open_tensors,
+    read_config,
+)
 from lightning_lora.hub.format.writing import local_path
 
 PICTURE = "training.png"
@@ -88,8 +98,10 @@ def stage(
 ) -> Staged:
     """Copy the adapter in the folder `source` (and a training `checkpoint`) to a temporary folder of this process.
 
+    A certificate in it (`make_certificate`) is copied as well.
+
     Raises AdapterFormatError for a folder that is no adapter, one that `pull_adapter` would refuse, and one with
-    weights of the base. CheckpointError where it cannot be read or written.
+    weights of the base, or with another adapter's certificate. CheckpointError where it cannot be read or written.
     """
     source = local_path(source)
     check_folder(source)
@@ -109,6 +121,9 @@ def stage(
             config["base_model_name_or_path"] = config["revision"] = None
             content = json.dumps(config, indent=2, sort_keys=True) + "\n"
             (folder / CONFIG).write_text(content, encoding="utf-8")
+        if (source / CERTIFICATE).is_file():
+            read_certificate(source)
+            shutil.copyfile(source / CERTIFICATE, folder / CERTIFICATE)
         if checkpoint is not None:
             shutil.copyfile(checkpoint, folder / CHECKPOINT)
         with open_tensors(folder) as file:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithFlattening
 
-from lightning_lora.errors import ConfigError, DataError, closest, listed
+from lightning_lora.checked import closest
+from lightning_lora.errors import ConfigError, DataError, listed
 from lightning_lora.recipes.data.base import PadPacked, PadRows, SourceData
 from lightning_lora.recipes.data.chat import ChatEncoder, template_of
 from lightning_lora.recipes.data.shapes import Shape, shape_of

@@ -20,7 +20,8 @@ import datasets
 import pyarrow
 from datasets import Dataset, DatasetDict
 
-from lightning_lora.errors import ConfigError, DataError, closest, listed
+from lightning_lora.checked import closest
+from lightning_lora.errors import ConfigError, DataError, listed
 
 FORMATS = {
     ".json": "json",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,33 @@ def rows_of(batch: Any) -> int | None:
 
 
 def repeated(batch: Any, times: int, rows: int) -> Any:
-    """`batch`, with all that has `rows` rows repeated; the rest as it is."""
+    """`batch`, with all that has `rows` rows repeated, and copies of the rest."""
+    if isinstance(batch, (Tensor, np.ndarray)):
+        if not (_has_dimensions(batch) and batch.shape[0] == rows):
+            return own_copy(batch)
+        size = (times, *[1] * (batch.ndim - 1))
+        return np.tile(batch, size) if isinstance(batch, np.ndarray) else batch.repeat(size)
+    is_list = isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields")
+    if is_list and len(batch) == rows and not any(_has_dimensions(v) and v.shape[0] == rows for v in batch):
+        return type(batch)([own_copy(v) for _ in range(times) for v in batch])  # one entry a row: texts, boxes
+    return _rebuilt(batch, lambda value: repeated(value, times, rows))
+
+
+def own_copy(batch: Any) -> Any:
+    """A copy of `batch`, so that a step that changes its batch (which takes the labels out, or normalises in place)
+    changes it for itself alone. What is no collection of tensors is copied where it has a method `clone`."""
     if isinstance(batch, Tensor):
-        return batch.repeat(times, *[1] * (batch.dim() - 1)) if batch.dim() and batch.shape[0] == rows else batch
+        return batch.detach().clone().requires_grad_(batch.requires_grad)
     if isinstance(batch, np.ndarray):
-        return np.tile(batch, (times, *[1] * (batch.ndim - 1))) if batch.ndim and batch.shape[0] == rows else batch
+        return batch.copy()
+    rebuilt = _rebuilt(batch, own_copy)
+    return batch.clone() if rebuilt is batch and callable(getattr(batch, "clone", None)) else rebuilt
+
+
+def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """A collection like `batch`, of what `change` makes of its entries; any other object as it is."""
     if isinstance(batch, Mapping):
-        values = {key: repeated(value, times, rows) for key, value in batch.items()}
+        values = {key: change(value) for key, value in batch.items()}
         if type(batch) is dict:
             return values
         new: Any = copy.copy(batch)
@@ -43,15 +63,11 @@ def repeated(batch: Any, times: int, rows: int) -> Any:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         new = copy.copy(batch)
         for field in dataclasses.fields(batch):  # also of a frozen one
-            object.__setattr__(new, field.name, repeated(getattr(batch, field.name), times, rows))
+            object.__setattr__(new, field.name, change(getattr(batch, field.name)))
         return new
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(repeated(value, times, rows) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        if len(batch) == rows and not any(_has_dimensions(v) and v.shape[0] == rows for v in batch):
-            return type(batch)(list(batch) * times)  # one entry a row: texts, dicts, the boxes of an image
-        return type(batch)(repeated(value, times, rows) for value in batch)
-    return batch
+        return type(batch)(*map(change, batch))
+    return type(batch)(map(change, batch)) if isinstance(batch, (list, tuple)) else batch
 
 
 def amount_of(batch: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_lora.checked import flag, whole
+from lightning_lora.checked import flag, one_of, whole
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.several import Several
 from lightning_lora.errors import AdapterStateError, ConfigError, LightningLoRAError, TrainingError
+from lightning_lora.hub.format.writing import local_path
 from lightning_lora.training.callback import LoRACallback
 from lightning_lora.training.loggers import adapter_settings, data_settings, log_settings
 from lightning_lora.training.many.pack import Pack, members
+from lightning_lora.training.many.page import page_of
 from lightning_lora.training.many.rounds import evaluate_each, stop_each
 from lightning_lora.training.many.steps import Steps
 from lightning_lora.training.many.strategy import attach_pack, check_strategy
@@ -37,11 +41,13 @@ class MultiLoRACallback(LoRACallback):
     mean over the adapters, by which a ModelCheckpoint chooses. One checkpoint holds all; a resumed run goes on exactly.
 
     The schedule is the user's, for all adapters: an adapter's rate is at each step the group's, times its `lr` divided
-    by the rate that the schedule begins with. on_before_optimizer_step is called for each adapter in turn, with an
-    optimizer that holds that one alone; elsewhere the module has the first one. All draw their dropout from the same
-    random numbers, those of the first: an adapter with another `dropout` than the first has other masks than alone.
-    Whether adapters may share a forward is found out on the first batch: with a loss in which rows meet only later
-    (from some step on), set `wave=1`.
+    by the rate that the schedule begins with. on_after_backward and on_before_optimizer_step are called for each
+    adapter in turn, the latter with an optimizer that holds that one alone. Elsewhere the module has the first one, and
+    a hook that changes weights there ends the run with an error. What the module keeps in attributes is kept for each
+    adapter, where it differs. All draw their dropout from the same random numbers, those of the first: an adapter with
+    another `dropout` than the first has other masks than alone. Whether adapters may share a forward is found out on
+    the first batch and looked at again from time to time: a loss in which rows meet later ends the run with an error.
+    With a step that decides by its loss (`if loss < 1: ...`), set `wave=1`: a shared forward has the mean of several.
 
     Example:
         >>> from lightning_lora import LoRAConfig, MultiLoRACallback
@@ -123,6 +129,33 @@ class MultiLoRACallback(LoRACallback):
         best = self.adapter_folder
         return dict(self._final) if best is None else {n: best / n for n in self._members if (best / n).is_dir()}
 
+    def write_page(self, path: str | os.PathLike[str], *, monitor: str | None = None, mode: str = "min") -> Path:
+        """Write what the validations found as one HTML file that needs no network: a table of the adapters, a metric
+        against each setting in which they differ and against their parameters, and its curves.
+
+        Args:
+            path: The file; one that is there is replaced.
+            monitor: The metric, as the module logs it; by default the first that is a loss.
+            mode: "min" or "max": which values of the metric are the best.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ConfigError: No validation has ended, it gave no such metric, or the mode is another one.
+            CheckpointError: The file cannot be written; one that was there is as it was.
+
+        Example:
+            >>> from lightning_lora import MultiLoRACallback
+            >>> several = MultiLoRACallback({"r4": {"rank": 4}, "r16": {"rank": 16}})
+            >>> several.write_page("adapters.html")
+            Traceback (most recent call last):
+                ...
+            lightning_lora.errors.ConfigError: There is nothing to show yet: no validation of this run has ended.
+        """
+        one_of("mode", mode, ("min", "max"))
+        return page_of(self._pack, monitor, mode).write(local_path(path))
+
     def stop(self, name: str) -> None:
         """Stop training the adapter `name`: it stays as it is. The run ends when all have stopped.
 
@@ -151,6 +184,11 @@ class MultiLoRACallback(LoRACallback):
             raise TrainingError(
                 "predict has one output for each batch, and MultiLoRACallback has several adapters: load one with "
                 "load_adapter(model, callback.adapter_folders[name]), and predict without this callback."
+            )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise TrainingError(
+                "training_step asks for the loader's iterator (dataloader_iter), of which each adapter would take "
+                "other batches: let it take a batch, or train each adapter in a run of its own with LoRACallback."
             )
         super().setup(trainer, pl_module, stage)
 
@@ -193,6 +231,7 @@ class MultiLoRACallback(LoRACallback):
             evaluate_each(loop, self._pack)
         if trainer.state.fn == TrainerFn.FITTING:
             self._pack.active[:] = list(self._members)
+            self._pack.history.clear()
             self._final = {}
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, EarlyStopping):
@@ -214,7 +253,10 @@ class MultiLoRACallback(LoRACallback):
             stopped = self._loaded["stopped"]
             self._pack.active[:] = [name for name in self._members if name not in stopped]
             self._pack.metrics = {name: dict(own) for name, own in self._loaded["metrics"].items()}
+            self._pack.history = list(self._loaded["history"])
             self._steps_of_run().known = self._loaded["wave"]
+            if self._loaded["kept"]:
+                self._pack.kept.load_state_dict(self._loaded["kept"], pl_module.device)
             self._loaded = {}
         with self._pack.several.all_shown():  # an exact resumption needs the gradients of all
             super().on_train_start(trainer, pl_module)
@@ -229,8 +271,12 @@ class MultiLoRACallback(LoRACallback):
             self._final = {name: folder / name for name in self._members}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "stopped": list(self.stopped), "metrics": self.metrics, "wave": self.wave}
+        own: dict[str, Any] = {"stopped": list(self.stopped), "metrics": self.metrics, "wave": self.wave}
+        own |= {"kept": {}, "history": []}
+        if self._pack is not None:
+            own |= {"kept": self._pack.kept.state_dict(), "history": list(self._pack.history)}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._loaded = {key: state_dict[key] for key in ("stopped", "metrics", "wave")}
+        self._loaded = {key: state_dict[key] for key in ("stopped", "metrics", "wave", "kept", "history")}

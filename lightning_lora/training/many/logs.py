@@ -46,6 +46,10 @@ class Logs:
                 for name, v, args, kwargs in self._calls[wave]
             ]
 
+    def forget(self, wave: tuple[str, ...]) -> None:
+        """Forget what was logged for that wave."""
+        del self._calls[wave]
+
     def give_means(self) -> None:
         """Log the mean of each value, as the module would."""
         last = next(reversed(self._calls.values()), [])

@@ -15,6 +15,7 @@ from lightning_lora.checked import number, whole
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.several import Several
 from lightning_lora.errors import ConfigError, listed
+from lightning_lora.training.many.kept import Kept
 
 Metrics = dict[str, dict[str, float]]
 """Adapter -> metric -> value."""
@@ -78,12 +79,19 @@ class Pack:
     """Adapter -> its learning rate as a multiple of the optimizer's."""
     metrics: Metrics = field(default_factory=dict)
     """The latest validation metrics of each adapter."""
+    history: list[tuple[int, Metrics]] = field(default_factory=list)
+    """Optimizer step -> the validation metrics of that step, in the order of the steps."""
     owners: dict[int, str] = field(default_factory=dict)
     """id(trained parameter) -> its adapter."""
     parameters: dict[str, list[Tensor]] = field(default_factory=dict)
     """Adapter -> its trained parameters."""
+    kept: Kept = field(init=False)
+    """What the module keeps for each adapter beside weights and buffers."""
     turn: str | None = None
     """The adapter that a manual step trains just now; None where a step trains all that are active."""
+
+    def __post_init__(self) -> None:
+        self.kept = Kept(self.several)
 
     @contextmanager
     def seeded(self, name: str) -> Iterator[None]:

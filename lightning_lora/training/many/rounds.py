@@ -53,6 +53,7 @@ class EachAdapter(EvaluationLoop):
         outputs: list[dict[str, Any]] = []
         found: dict[str, dict[str, Tensor]] = {}
         logged: dict[str, Any] = {}
+        pack.kept.begin(with_metrics=True)
         try:
             # Those that judge a run get the means of all adapters, once.
             trainer.callbacks = [c for c in callbacks if not isinstance(c, (EarlyStopping, Checkpoint))]
@@ -61,9 +62,11 @@ class EachAdapter(EvaluationLoop):
                 self.lora_goes_on = i > 0
                 if i:
                     set_random_state(random)
+                pack.kept.put(name)
                 before = dict(live)
                 with pack.several.using(name), metrics_held_back(trainer) as held:
                     output = super().run()
+                pack.kept.note(name)
                 logged |= {f"{key}/{name}": value for key, value in held.items()}
                 found[name] = {key: value for key, value in live.items() if value is not before.get(key)}
                 for number, of_loader in enumerate(output or ()):
@@ -71,7 +74,11 @@ class EachAdapter(EvaluationLoop):
                     outputs[number] = {**outputs[number], **{f"{key}/{name}": v for key, v in of_loader.items()}}
         finally:
             trainer.callbacks, self.verbose, self.lora_goes_on = callbacks, verbose, False
-        pack.metrics |= {name: {key: float(v) for key, v in own.items()} for name, own in found.items()}
+        pack.kept.end()
+        metrics = {name: {key: float(v) for key, v in own.items()} for name, own in found.items()}
+        pack.metrics |= metrics
+        if is_fit:
+            pack.history.append((trainer.global_step, metrics))
         means = {
             key: torch.stack([own[key].float() for own in found.values() if key in own]).mean()
             for key in dict.fromkeys(key for own in found.values() for key in own)

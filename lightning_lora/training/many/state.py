@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 
 class StateOfStep:
-    """What a step changes besides weights: random state, buffers, and numbers in which the module counts."""
+    """What a step changes besides weights: random state, buffers, and what the module keeps."""
 
-    def __init__(self, pack: Pack, module: Any) -> None:
-        self._module, self._is_first = module, True
-        self._random, self._numbers = random_state(), _numbers(module)
+    def __init__(self, pack: Pack) -> None:
+        self._is_first = True
+        self._random, self._kept = random_state(), pack.kept
+        self._kept.begin()
         self._buffers = [
             (name, holder._buffers, key, b, torch_private.version(b), b.detach().clone())
             for name, holder, key in pack.several.common_buffers()
@@ -31,13 +32,13 @@ class StateOfStep:
         self._after: dict[str, Tensor] = {}
         self._random_after: RandomState = {}
 
-    def put_back(self) -> None:
+    def put_back(self, adapter: str) -> None:
         """Before each adapter: let its step begin where the first one's began."""
+        self._kept.put(adapter)
         if self._is_first:
             self._is_first = False
             return
         set_random_state(self._random)
-        vars(self._module).update(self._numbers)
         for _, held, key, buffer, version, value in self._buffers:
             held[key] = buffer
             if torch_private.version(buffer) != version:
@@ -47,6 +48,7 @@ class StateOfStep:
     def note(self, adapter: str, *, is_alone: bool = False) -> None:
         """After each adapter. Raises TrainingError where the step left other buffers than with the first, unless it
         is the only one, or has data of its own."""
+        self._kept.note(adapter)
         self._random_after = self._random_after or random_state()
         if is_alone:
             return
@@ -62,17 +64,43 @@ class StateOfStep:
                     "run of its own with LoRACallback, or name its module in modules_to_save."
                 )
 
+    def why_not_packed(self) -> str | None:
+        """Why adapters whose steps were noted cannot share a forward, as far as it lies in what the module keeps."""
+        numpy, python = ((self._random.get(k), self._random_after.get(k)) for k in ("numpy", "python"))
+        if numpy[0] is not numpy[1] or python[0] != python[1]:
+            return "the training step draws random numbers from numpy or from Python's random, which may be for rows"
+        other = self._kept.differing()
+        return other and f"the module keeps {other}, which a step leaves otherwise with another adapter"
+
     def end(self) -> None:
         """After the last adapter: the run goes on with the random numbers of the first one. Others may have drawn more,
         or fewer, for a dropout of their own."""
         set_random_state(self._random_after)
+        self._kept.end()
 
 
-_NUMBERS = (int, float, bool, str, type(None))
+class Weights:
+    """Notices a change of weights by something else than the optimizer's step of each adapter, as by a hook of the
+    module, which has the first adapter alone."""
 
+    def __init__(self, pack: Pack) -> None:
+        self._pack = pack
+        self._noted: list[tuple[Tensor, int]] = []
 
-def _numbers(module: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if type(value) in _NUMBERS and key != "training"}
+    def note(self) -> None:
+        """After a step."""
+        weights = [*self._pack.several.model.parameters(), *(p for own in self._pack.parameters.values() for p in own)]
+        self._noted = [(p, torch_private.version(p)) for p in weights]
+
+    def check(self) -> None:
+        """Before the next one. Raises TrainingError where weights have been changed since."""
+        if any(torch_private.version(p) != version for p, version in self._noted):
+            raise TrainingError(
+                "After a step, something else has changed weights (a callback, or a hook like on_train_batch_end), "
+                "where the module has the first of several adapters alone. Change them in on_before_optimizer_step or "
+                "on_after_backward, which are called for each, or train each in a run of its own with LoRACallback."
+            )
+        self._noted = []
 
 
 class Counters:

@@ -22,12 +22,12 @@ from lightning_lora.engine.several import PACK
 from lightning_lora.errors import TrainingError
 from lightning_lora.training.calibrate import silent
 from lightning_lora.training.lightning_private import batches_that_stepped, is_accumulating, live_callback_metrics
-from lightning_lora.training.many.batches import amount_of, repeated, rows_of
+from lightning_lora.training.many.batches import amount_of, own_copy, repeated, rows_of
 from lightning_lora.training.many.draws import common_draws
-from lightning_lora.training.many.guard import judged
+from lightning_lora.training.many.guard import judged, still_apart
 from lightning_lora.training.many.logs import Logs
 from lightning_lora.training.many.optimizing import Owned, only
-from lightning_lora.training.many.state import Counters, StateOfStep
+from lightning_lora.training.many.state import Counters, StateOfStep, Weights
 from lightning_lora.training.many.waves import Waves, kept_bytes, that_fit
 from lightning_lora.training.torchmetrics_private import metric_state, put_metric_state
 
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from lightning_lora.training.many.pack import Pack
 
 Step = Callable[..., Any]
+
+
+class NoLossError(Exception):
+    """A step that is looked at has left out its batch."""
 
 
 class Steps:
@@ -48,8 +52,11 @@ class Steps:
         """The sizes of waves; None before the first step."""
         self.known: int | None = None
         """The size that the run which this one goes on from has chosen."""
+        self.weights = Weights(pack)
         self._is_mean = True
         self._rows = Rows()
+        self._since, self._checks, self._epoch = 0, 0, -1
+        """The number of packed steps since it was found out last that rows do not meet, and how often it was."""
         self._checked = 0
         """The number of rows of the batch on which it was found out that adapters may share a forward."""
         self._are_of_rows: list[bool] = []
@@ -64,6 +71,7 @@ class Steps:
         pack, batch = self.pack, args[0] if args else None
         if not pack.active:
             return None
+        self.weights.check()
         if not self.module.automatic_optimization:
             self._one_each("the module takes its steps by itself (manual optimization)")
             return self._manual(step, args, kwargs)
@@ -73,10 +81,19 @@ class Steps:
         rows = rows_of(batch)
         if self.waves is None:
             self._choose(step, args, kwargs, rows)
-        assert self.waves is not None
         # With another number of rows, what is a row and what is a shared table may look different: not checked.
-        if rows is None or rows != self._checked or self.waves.chosen == 1 or len(pack.active) == 1:
+        if (
+            self.waves is None
+            or rows is None
+            or rows != self._checked
+            or self.waves.chosen == 1
+            or len(pack.active) == 1
+        ):
             return self._train([(name,) for name in pack.active], step, args, kwargs)
+        if self._is_check_due() and (reason := self._still_apart(step, args, kwargs)) is not None:
+            self._one_each(reason)
+            return self._train([(name,) for name in pack.active], step, args, kwargs)
+        self._since += 1
         was_chosen = self.waves.chosen
         with self.waves.step(self.module.device, amount_of(batch)) as size:
             # Adapters of one rank side by side: their products are one.
@@ -117,7 +134,7 @@ class Steps:
             return
         self._checked = rows
         two, kept = (names[0], names[1]), 0
-        state = StateOfStep(pack, self.module)
+        state = StateOfStep(pack)
 
         def alone(name: str) -> list[Tensor]:
             nonlocal kept
@@ -127,21 +144,19 @@ class Steps:
             return found
 
         def gradients(wave: tuple[str, ...]) -> dict[str, list[Tensor]]:
-            state.put_back()
-            _, loss, found = self._wave(wave, step, args, kwargs, factor=1)
-            if loss is None:
-                raise ValueError("training_step returns no loss")
-            state.note(wave[0])
-            return {
-                n: [torch.zeros_like(p) if g is None else g for p, g in zip(pack.parameters[n], found[n])] for n in wave
-            }
+            return self._gradients(state, wave, step, args, kwargs)
 
-        narrow = "16" in str(self.trainer.precision) or any(p.dtype.itemsize < 4 for p in self.module.parameters())
         with silent(self.module):
-            self._is_mean, reason = judged(
-                pack.several, two, alone, lambda: list(gradients(two).values()), is_narrow=narrow
-            )
-        state.put_back()
+            try:
+                self._is_mean, reason = judged(
+                    pack.several, two, alone, lambda: list(gradients(two).values()), is_narrow=self._is_narrow()
+                )
+            except NoLossError:  # look at the next batch
+                self._checked = 0
+                return
+            finally:
+                state.put_back("")
+        reason = reason or state.why_not_packed()
         if reason is not None:
             self._one_each(reason)
             return
@@ -156,6 +171,50 @@ class Steps:
         if self.asked is not None or self.known is not None:
             self.waves.chosen = min(self.asked or self.known or 1, len(names))
 
+    def _gradients(
+        self, state: StateOfStep, wave: tuple[str, ...], step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, list[Tensor]]:
+        state.put_back(wave[0])
+        _, loss, found = self._wave(wave, step, args, kwargs, factor=1)
+        if loss is None:
+            raise NoLossError("training_step returns no loss")
+        state.note(wave[0])
+        own = self.pack.parameters
+        return {n: [torch.zeros_like(p) if g is None else g for p, g in zip(own[n], found[n])] for n in wave}
+
+    def _is_check_due(self) -> bool:
+        """True if it is to be found out again that rows do not meet: a loss may have a part that begins later. After 1,
+        2, 4 ... steps, at most `every`, and where an epoch begins."""
+        epoch, self._epoch = self._epoch, self.trainer.current_epoch
+        begins = epoch not in (-1, self._epoch) and self._since >= 10
+        return begins or self._since >= min(self.every, 2**self._checks)
+
+    def _still_apart(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        """Why adapters cannot share a forward from now on, if so. Raises TrainingError where they have done so in steps
+        since the last time."""
+        at = self._checks % len(self.pack.active)
+        first, second = (self.pack.active * 2)[at : at + 2]
+        state = StateOfStep(self.pack)
+        try:
+            with silent(self.module):
+                apart = [self._gradients(state, (name,), step, args, kwargs)[name] for name in (first, second)]
+                packed = lambda: list(self._gradients(state, (first, second), step, args, kwargs).values())  # noqa: E731
+                met = still_apart(self.pack.several, second, apart, packed, is_narrow=self._is_narrow())
+        except NoLossError:
+            return None
+        finally:
+            state.put_back("")
+        since, self._since, self._checks = self._since, 0, self._checks + 1
+        if met is not None and since > 1:
+            raise TrainingError(
+                f"In step {self.trainer.global_step}, {met}, and at the last look {since} steps ago they did not: the "
+                "loss has a part that began since. Set wave=1: one forward for each adapter."
+            )
+        return met
+
+    def _is_narrow(self) -> bool:
+        return "16" in str(self.trainer.precision) or any(p.dtype.itemsize < 4 for p in self.module.parameters())
+
     def _train(
         self,
         waves: list[tuple[str, ...]],
@@ -165,15 +224,21 @@ class Steps:
         own_data: bool = False,
     ) -> Any:
         """The step of all adapters, one wave after the other."""
-        logs, state, output = Logs(self.module), StateOfStep(self.pack, self.module), None
+        logs, state, output = Logs(self.module), StateOfStep(self.pack), None
         losses: list[Tensor] = []
         parameters: list[Tensor] = []
         gradients: list[Tensor | None] = []
-        for wave in waves:
-            state.put_back()
+        todo = list(waves)
+        while todo:
+            wave = todo.pop(0)
+            state.put_back(wave[0])
             given = (args[0][wave[0]], *args[1:]) if own_data else args
             with logs.caught(wave):
                 output, loss, found = self._wave(wave, step, given, kwargs, factor=len(wave) if self._is_mean else 1)
+            if loss is None and len(wave) > 1:  # it may have left out the batch because of what one adapter makes of it
+                logs.forget(wave)
+                todo[:0] = [(name,) for name in wave]
+                continue
             if loss is not None:
                 own_loss = loss if self._is_mean else loss / len(wave)
                 logs.loss(wave, own_loss, of=loss)
@@ -182,6 +247,8 @@ class Steps:
                 parameters += self.pack.parameters[name]
                 gradients += own
             state.note(wave[0], is_alone=len(waves) == 1 or own_data)
+        if any(len(wave) > 1 for wave in waves) and (reason := state.why_not_packed()) is not None:
+            raise TrainingError(f"Adapters cannot share a forward any more, since {reason}. Set wave=1.")
         state.end()
         if self._logs_now():
             if any(len(wave) > 1 for wave in waves):
@@ -192,7 +259,7 @@ class Steps:
         if not losses:
             return output
         mean = torch.stack([loss.float() for loss in losses]).mean().to(losses[0].dtype)
-        total = _HandsOut.apply(mean, gradients, *parameters)
+        total = _HandsOut.apply(mean, torch.ones((), requires_grad=True), gradients, parameters)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def _wave(
@@ -224,7 +291,7 @@ class Steps:
         the arguments of training_step."""
         if len(wave) == 1:
             with self.pack.several.using(wave[0]):
-                yield args
+                yield _copied(args)
             return
         rows = self._checked
         self._rows.names, self._rows.each = wave, rows
@@ -238,9 +305,9 @@ class Steps:
         metrics = [(m, metric_state(m)) for m in self.module.modules() if isinstance(m, Metric)]
         with torch.no_grad():
             for name in self.pack.active:
-                state.put_back()
+                state.put_back(name)
                 with logs.caught((name,)), self.pack.several.using(name):
-                    output = step(*args, **kwargs)
+                    output = step(*_copied(args), **kwargs)
                 loss = _loss_in(output)
                 if loss is not None:
                     logs.loss((name,), loss.detach(), of=loss)
@@ -252,15 +319,15 @@ class Steps:
     def _manual(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The module takes its steps by itself: once for each adapter, with optimizers that hold that one alone."""
         pack, strategy, logs = self.pack, self.trainer.strategy, Logs(self.module)
-        state, counters = StateOfStep(self.pack, self.module), Counters(self.trainer)
+        state, counters = StateOfStep(self.pack), Counters(self.trainer)
         owned, output = Owned(strategy.optimizers, pack.owners), None
         for name in pack.active:
-            state.put_back()
+            state.put_back(name)
             counters.put_back()
             with pack.several.using(name), only(name, owned), logs.caught((name,)):
                 pack.turn = name
                 try:
-                    output = step(*args, **kwargs)
+                    output = step(*_copied(args), **kwargs)
                 finally:
                     pack.turn = None
             state.note(name)
@@ -282,19 +349,28 @@ class Steps:
             logger.log_metrics(named, step=batches_that_stepped(self.trainer))
 
 
+def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of training_step, with a batch of its own."""
+    return (own_copy(args[0]), *args[1:]) if args else args
+
+
 def _loss_in(output: Any) -> Any:
     """The loss in what training_step returns."""
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
 class _HandsOut(torch.autograd.Function):
-    """A loss whose gradients are known already: its backward pass hands them out, times what comes in."""
+    """A loss whose gradients are known already: its backward pass hands them out, times what comes in. They are put
+    where they belong, and not through autograd, which would call the parameters' own hooks a second time."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, gradients: list[Tensor | None], parameters: Any) -> Tensor:
+        ctx.gradients, ctx.parameters = gradients, parameters
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *(None if own is None else own * g for own in ctx.gradients))
+    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
+        for p, own in zip(ctx.parameters, ctx.gradients):
+            if own is not None:
+                p.grad = own * g if p.grad is None else p.grad + own * g
+        return None, None, None, None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.engine import adapter_state_dict
@@ -70,6 +70,20 @@ class ManyStrategy(_Host):
             return super().training_step(*args, **kwargs)
         return self.steps.run(super().training_step, args, kwargs)
 
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        module: Any = self.lightning_module
+        if not has_pack(self) or not module.automatic_optimization:
+            loss: Tensor = super().backward(closure_loss, optimizer, *args, **kwargs)
+            return loss
+        self.pre_backward(closure_loss)
+        loss = self.precision_plugin.pre_backward(closure_loss, module)
+        loss.backward()  # not the module's own, which each adapter has gone through
+        for name in list(self.pack.active):
+            with self.pack.several.using(name):  # on_after_backward sees, and may change, the gradients of each
+                closure_loss = self.precision_plugin.post_backward(loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         if not has_pack(self):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
@@ -79,6 +93,7 @@ class ManyStrategy(_Host):
             known = KnownLoss(loss, optimizer)
             with pack.several.using(name), stepping(name, owned, pack.factors[name]):
                 super().optimizer_step(optimizer, known, model, **kwargs)
+        self.steps.weights.note()
         return loss
 
     def teardown(self) -> None:

@@ -27,7 +27,9 @@ from lightning_lora import (
     remove,
 )
 from lightning_lora.errors import AdapterStateError, CheckpointError, ConfigError, TargetError, TrainingError
+from lightning_lora.page import written
 from lightning_lora.training.many.strategy import check_strategy
+from tests.page.strict import Strict
 from tests.training.lit import trainer
 
 from .modules import KINDS, LR, Lit
@@ -88,6 +90,38 @@ def test_each_adapter_has_its_metrics_its_losses_and_a_row_in_the_log(wave: int,
     logged = [row for row in rows if row["train_loss/a"]]
     assert [int(row["step"]) for row in logged] == [1, 3, 5, 7, 9, 11], "where Lightning's own log_every_n_steps logs"
     assert run.validate(Plain(), verbose=False)[0].keys() == {"val_loss/a", "val_loss/b"}
+
+
+def test_a_page_has_each_adapters_settings_metrics_and_curve(tmp_path: Path) -> None:
+    callback, run = fitted(tmp_path, val_check_interval=3)
+    text = callback.write_page(tmp_path / "page.html").read_text()
+    table, *others = Strict(text).tables
+    best, worst = sorted(callback.names, key=lambda name: callback.metrics[name]["val_loss"])
+    assert table[0] == ["adapter", "rank", "alpha", "lr", "seed", "val_loss", "parameters", "validations"]
+    given = {"a": ["4", "16", "", "1"], "b": ["2", "8", written(50 * LR), "2"]}
+    for row, name in zip(table[1:], (best, worst), strict=True):
+        loss, count = callback.metrics[name]["val_loss"], len(others[-1]) - 1
+        parameters = sum(p.numel() for p in values(callback)[name].values())
+        assert row == [name, *given[name], written(loss), written(parameters), str(count)]
+    assert others[-1][0] == ["step", best, worst]
+    assert others[-1][-1] == [str(run.global_step), *(written(callback.metrics[n]["val_loss"]) for n in (best, worst))]
+    assert "val_loss against rank" in text
+
+    with pytest.raises(ConfigError, match="gave each adapter val_loss"):
+        callback.write_page(tmp_path / "page.html", monitor="val_accuracy")
+    with pytest.raises(ConfigError, match="mode is one of"):
+        callback.write_page(tmp_path / "page.html", mode="least")
+    with pytest.raises(ConfigError, match="nothing to show"):
+        MultiLoRACallback(ADAPTERS).write_page(tmp_path / "none.html")
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_the_curves_of_a_page_outlive_an_interruption(tmp_path: Path) -> None:
+    savers = [ModelCheckpoint(tmp_path / n, "{step}", save_top_k=-1, every_n_train_steps=1) for n in ("all", "more")]
+    whole, _ = fitted(tmp_path, savers[0], val_check_interval=3)
+    resumed, _ = fitted(tmp_path, savers[1], ckpt_path=tmp_path / "all" / "step=7.ckpt", val_check_interval=3)
+    tables = [Strict(c.write_page(tmp_path / "page.html").read_text()).tables for c in (whole, resumed)]
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize(("every", "wave"), [(1, 1), (2, 1), (4, 2), (5, 2)])

@@ -1,14 +1,6 @@
-"""Pages that tell what was found: one HTML file without network, with headings, tables, line charts and heat maps.
+"""Charts as SVG, drawn here, without a script: lines over an axis, and heat maps.
 
-    page = Page("A sweep", "Which rank and learning rate did best.")
-    page.section("Loss")
-    chart = line_chart({"rank 4": [(1, 2.0), (2, 1.5)]}, title="Validation loss", x="step", y="loss")
-    page.figure("Validation loss", chart, "Lower is better.")
-    page.table(["rank", "loss"], [["4", "1.5"]], "The end of each run.")
-    path.write_text(page.html(), encoding="utf-8")
-
-Charts are SVG inside of the page, drawn here, without a script. The colours follow the reader's light or dark setting,
-a keyboard reaches all that scrolls or opens, and each chart has a text that says what it shows.
+They are drawn in pixels of a screen, and the browser fits them to the width of the page.
 """
 
 from __future__ import annotations
@@ -18,10 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from lightning_lora.page.numbers import number
+
 Point = tuple[float, float]
 Cell = float | None
-
-# Charts. They are drawn in pixels of a screen, and the browser fits them to the width of the page.
+Bar = tuple[float, float, float]
+"""(x, the lower end, the upper end)."""
 
 _WIDTH, _HEIGHT = 720, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 44
@@ -38,6 +32,9 @@ def line_chart(
     log_y: bool = False,
     dashed: Sequence[str] = (),
     between: tuple[float, float] | None = None,
+    ticks_x: Mapping[float, str] | None = None,
+    bars: Mapping[str, Sequence[Bar]] | None = None,
+    joined: bool = True,
 ) -> str:
     """Lines over one another, each with its name below the chart, as SVG.
 
@@ -49,6 +46,9 @@ def line_chart(
         log_x, log_y: Draw this axis logarithmically.
         between: The ends of the axis y; by default those of the points.
         dashed: Names of lines to compare with (a bound, chance), which are drawn dashed and grey.
+        ticks_x: What is written below the axis x, by its place; by default round numbers.
+        bars: Upright bars beside the points of a line, by its name: a spread.
+        joined: Draw lines through the points; without it, the points alone.
 
     Returns:
         SVG for `Page.figure`. A chart without a point says so.
@@ -58,16 +58,17 @@ def line_chart(
     if not drawn:
         return _svg(title, "There is nothing to draw.", 40, '<text x="12" y="24" class="label">nothing to draw</text>')
     across = _Axis([p[0] for points in drawn.values() for p in points], _LEFT, _WIDTH - _RIGHT, log_x, True)
-    up = _Axis(between or [p[1] for points in drawn.values() for p in points], _HEIGHT - _BOTTOM, _TOP, log_y)
+    ends = [end for own in (bars or {}).values() for _, *pair in own for end in pair]
+    up = _Axis(between or [*(p[1] for points in drawn.values() for p in points), *ends], _HEIGHT - _BOTTOM, _TOP, log_y)
     parts = []
-    for value in up.ticks():
+    for value, text in _texts(up.ticks()).items():
         at = up.place(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{number(value)}</text>')
-    for value in across.ticks():
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
+    for value, text in (ticks_x or _texts(across.ticks())).items():
         at = across.place(value)
         parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{_HEIGHT - _BOTTOM}" y2="{_HEIGHT - 39}"/>')
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{_HEIGHT - 25}" text-anchor="middle">{number(value)}</text>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{_HEIGHT - 25}" text-anchor="middle">{escape(text)}</text>')
     floor = _HEIGHT - _BOTTOM
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>')
     parts.append(f'<text class="label" x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">')
@@ -81,20 +82,24 @@ def line_chart(
         place = solid.index(name) if name in solid else None
         style = "reference" if place is None else f"line c{place % 8}"
         placed = [(across.place(px), up.place(py)) for px, py in points]
-        marks = "" if len(placed) > 40 or place is None else "".join(_mark(place, *p) for p in placed)
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in placed)
-        parts.append(f'<g class="{style}"><polyline points="{path}"/>{marks}</g>')
+        marks = "" if (joined and len(placed) > 40) or place is None else "".join(_mark(place, *p) for p in placed)
+        is_line = joined or place is None
+        lines = [placed] if is_line else []
+        lines += [[(across.place(px), up.place(end)) for end in ends] for px, *ends in (bars or {}).get(name, ())]
+        paths = (" ".join(f"{px:.1f},{py:.1f}" for px, py in points) for points in lines)
+        drawing = "".join(f'<polyline points="{path}"/>' for path in paths)
+        parts.append(f'<g class="{style}">{drawing}{marks}</g>')
         wide = 34 + 6.6 * len(name)
         if at_x + wide > _WIDTH and at_x > _LEFT:
             row, at_x = row + 1, float(_LEFT)
         y_at = _HEIGHT + 16 + 20 * row
         mark = "" if place is None else _mark(place, at_x + 11, y_at)
-        line = f'<polyline points="{at_x:.0f},{y_at} {at_x + 22:.0f},{y_at}"/>'
+        line = f'<polyline points="{at_x:.0f},{y_at} {at_x + 22:.0f},{y_at}"/>' if is_line else ""
         legend.append(f'<g class="{style}">{line}{mark}</g>')
         legend.append(f'<text class="key" x="{at_x + 28:.0f}" y="{y_at + 4}">{escape(name)}</text>')
         at_x += wide + 12
     said = "; ".join(f"{n}: from {number(p[0][1])} to {number(p[-1][1])}" for n, p in drawn.items())
-    description = f"Line chart of {y} over {x}. {said}."
+    description = f"{'Line' if joined else 'Point'} chart of {y} over {x}. {said}."
     return _svg(title, description, _HEIGHT + 30 + 20 * row, "".join([*parts, *legend]))
 
 
@@ -187,6 +192,15 @@ def _svg(title: str, description: str, height: float, content: str) -> str:
     return f"{head}{names}{content}</svg>"
 
 
+def _texts(ticks: Sequence[float]) -> dict[float, str]:
+    """What is written at each tick: as many digits as tell them apart."""
+    for digits in range(3, 13):
+        texts = {value: number(value, digits) for value in ticks}
+        if len({*texts.values()}) == len(texts):
+            break
+    return texts
+
+
 def _mark(place: int, x: float, y: float) -> str:
     """A shape for each line, so that lines are told apart without their colours."""
     if place % 4 == 0:
@@ -235,159 +249,3 @@ class _Axis:
         step = max(step, self.least_step)
         first = math.ceil(low / step - 1e-9)
         return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def number(value: float, digits: int = 3) -> str:
-    """`value` for a reader: so many significant digits, without an exponent where it is short."""
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "infinite"
-    if value and not 1e-4 <= abs(value) < 1e6:
-        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        return f"{mantissa}e{int(exponent)}"
-    places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
-    text = f"{value:,.{places}f}" if abs(value) >= 10000 else f"{value:.{places}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-# The page.
-
-
-class Page:
-    """A page that is written from top to bottom: sections, paragraphs, tables and figures.
-
-    All texts are plain: they are escaped. Charts come from `line_chart` and `heat_map`.
-    """
-
-    def __init__(self, title: str, lead: str) -> None:
-        self.title = title
-        self._sections: list[str] = []
-        self._parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>', ""]
-        self._contents = len(self._parts) - 1
-
-    def section(self, heading: str) -> None:
-        self._sections.append(heading)
-        self._parts.append(f'<h2 id="s{len(self._sections)}">{escape(heading)}</h2>')
-
-    def paragraph(self, text: str) -> None:
-        self._parts.append(f"<p>{escape(text)}</p>")
-
-    def items(self, texts: Sequence[str]) -> None:
-        self._parts.append(f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>")
-
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
-        """A table that scrolls where it is large; columns of numbers are set to the right. Without `columns` it has no
-        head."""
-        self._parts.append(_table(columns, rows, caption))
-
-    def figure(
-        self, title: str, chart: str, caption: str, *, columns: Sequence[str] = (), rows: Sequence[Sequence[str]] = ()
-    ) -> None:
-        """A chart between its title and what it means, and, where `columns` are given, its numbers to unfold."""
-        unfold = ""
-        if columns:
-            table = _table(columns, rows, f"The numbers of: {title}")
-            unfold = f"<details><summary>The numbers</summary>{table}</details>"
-        label = escape(title, quote=True)
-        chart = (
-            f'<h3>{escape(title)}</h3><div class="chart" tabindex="0" role="group" aria-label="{label}">{chart}</div>'
-        )
-        self._parts.append(f"<figure>{chart}<figcaption>{escape(caption)}</figcaption>{unfold}</figure>")
-
-    def html(self) -> str:
-        """The whole page. It refers to nothing outside of itself, and forbids the browser to fetch anything."""
-        links = [f'<li><a href="#s{i}">{escape(name)}</a></li>' for i, name in enumerate(self._sections, 1)]
-        contents = f'<nav aria-label="Contents"><ul>{"".join(links)}</ul></nav>' if len(links) > 1 else ""
-        body = [*self._parts[: self._contents], contents, *self._parts[self._contents + 1 :]]
-        return _HTML.format(title=escape(self.title), style=_STYLE, body="\n".join(part for part in body if part))
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    wide = len(columns or next(iter(rows), ()))
-    right = [bool(columns and rows) and all(_is_number(row[i]) for row in rows) for i in range(wide)]
-    style = [' class="number"' if is_number else "" for is_number in right]
-    head = "".join(f'<th scope="col"{own}>{escape(name)}</th>' for name, own in zip(columns, style))
-    head = f"<thead><tr>{head}</tr></thead>" if columns else ""
-    body = "".join(
-        "<tr>" + "".join(f"<td{own}>{escape(text)}</td>" for text, own in zip(row, style)) + "</tr>" for row in rows
-    )
-    label = escape(caption, quote=True)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{escape(caption)}'
-        f"</caption>{head}<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _is_number(text: str) -> bool:
-    return text in ("", "-", "NaN", "infinite") or text.lstrip("-")[:1].isdigit()
-
-
-_HTML = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = (
-    """
-:root { --paper: #fdfdfb; --ink: #1d2126; --soft: #5a626c; --rule: #d9dce0; --heat: #1f5d8f; --on-heat: #ffffff;
-  --on-mid: #1d2126; --c0: #1f6fb0; --c1: #c2491d; --c2: #2b7d4f; --c3: #7a4fa3; --c4: #9a6a00; --c5: #b0306a;
-  --c6: #1c7f86; --c7: #5d5d5d }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15181c; --ink: #e7e9ec; --soft: #a3abb5; --rule: #353b43; --heat: #7cc0f2; --on-heat: #0d1013;
-    --on-mid: #0d1013; --c0: #6db3ee; --c1: #f08a5d; --c2: #6ecb93; --c3: #bd97e6; --c4: #e0b341; --c5: #f07fae;
-    --c6: #57c7ce; --c7: #b5b5b5 }
-}
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
-main { max-width: 54rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; overflow-wrap: anywhere }
-h2 { font-size: 1.3rem; margin: 2.8rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--rule) }
-p, li, figcaption { max-width: 44rem } .lead { font-size: 1.1rem; color: var(--soft); margin-top: 0 }
-li { overflow-wrap: anywhere }
-nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: 0; margin: 1rem 0; list-style: none }
-a { color: var(--c0) }
-:focus-visible { outline: 3px solid var(--c1); outline-offset: 2px }
-h3 { font-size: 1rem; margin: 0 0 .5rem } figure { margin: 1.2rem 0 2.2rem }
-figcaption { color: var(--soft); font-size: .95rem; margin-top: .5rem }
-.chart { overflow-x: auto }
-svg { display: block; width: 100%; min-width: 34rem; height: auto; font: 11px system-ui, sans-serif }
-svg text { fill: var(--ink) } svg .tick, svg .label { fill: var(--soft) } svg .key { font-size: 12px }
-.grid { stroke: var(--rule); stroke-width: 1 } .axis { stroke: var(--soft); stroke-width: 1 }
-.line polyline, .reference polyline { fill: none; stroke-width: 1.8 }
-.reference polyline { stroke: var(--soft); stroke-dasharray: 5 4 }
-.heat { fill: var(--heat) } .cold { fill: var(--c1) } .none { fill: none; stroke: var(--rule); stroke-width: .7 }
-svg .on-low, svg .on-mid, svg .on-high { font-size: 9.5px; text-anchor: middle }
-svg .on-mid { fill: var(--on-mid) } svg .on-high { fill: var(--on-heat) }
-.scroll { overflow: auto; max-height: 28rem; margin: 1rem 0; border: 1px solid var(--rule); border-radius: 4px }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100% }
-caption { text-align: left; padding: .5rem .7rem; color: var(--soft) }
-th, td { text-align: left; padding: .28rem .7rem; border-top: 1px solid var(--rule); white-space: nowrap }
-th { position: sticky; top: 0; background: var(--paper) } .number { text-align: right }
-summary { cursor: pointer; color: var(--soft); font-size: .9rem; margin-top: .5rem; width: fit-content }
-"""
-    + "".join(f".c{i} polyline {{ stroke: var(--c{i}) }} .c{i} {{ fill: var(--c{i}) }}\n" for i in range(8))
-    + """
-@media print {
-  :root { --paper: #ffffff; --ink: #000000; --soft: #333333; --rule: #bbbbbb; --heat: #1f5d8f; --on-heat: #ffffff;
-    --on-mid: #000000 }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
-  main { max-width: none; padding: 0 } svg { min-width: 0; max-width: 15cm }
-  nav, summary { display: none } body { font-size: 11px }
-  figure, tr { break-inside: avoid } h2 { break-after: avoid } .scroll { max-height: none; overflow: visible }
-  th { position: static } table { font-size: 7px } th, td { padding: .1rem .25rem; white-space: normal }
-}
-"""
-)
