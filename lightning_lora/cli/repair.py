@@ -12,7 +12,6 @@ text is a few passages of English works, and needs a causal language model.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +59,7 @@ def run(settings: dict[str, Any]) -> None:
         scored, said = None, f"note: no bits per byte of general text: {error}\n"
 
     def measure(folder: Path) -> Mapping[str, float]:
-        loaded.load = functools.partial(loaded.load.func, **{**loaded.load.keywords, "adapter": folder})
+        loaded.folder = folder
         found = dict(evaluate())
         if scored is not None:
             found["bits per byte"] = scored.bits_per_byte()

@@ -49,7 +49,7 @@ def run(settings: dict[str, Any]) -> None:
         print(f"{resize()}\nfolder: {shown(output)}")
         return
     # Measured first: what is wrong with the model or the data is said before anything is written.
-    from lightning_lora import load_adapter, remove
+    from lightning_lora import remove
     from lightning_lora.cli.runs import LoadedAdapter, trained
 
     reading = (settings[name] for name in ("adapter", "subfolder", "ignore_fields", "check_base"))
@@ -59,8 +59,7 @@ def run(settings: dict[str, Any]) -> None:
     before = metrics_of(trainer)
     report = resize()
     remove(task)
-    options = {name: settings[name] for name in ("ignore_fields", "check_base")}
-    adapter.load = functools.partial(load_adapter, adapter=output, **options)
+    adapter.folder = output
     trainer.validate(task, data, verbose=False)
     after = metrics_of(trainer)
     rows = [{"metric": name, "before": before.get(name), "after": after.get(name)} for name in sorted(after)]

@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, load_adapter
 from lightning_lora.cli.process import is_terminal, quieten, use_available_cores
@@ -274,7 +275,12 @@ class LoadedAdapter(pl.Callback):
         folder = adapter_folder(os.path.expanduser(adapter), subfolder=subfolder, ignore_fields=ignore_fields)
         if not folder.is_dir():
             raise ConfigError(f"adapter={adapter}: there is no such folder ({folder}).")
-        self.load = functools.partial(load_adapter, adapter=folder, check_base=check_base, ignore_fields=ignore_fields)
+        self.folder = folder
+        """Where the adapter lies; a command that measures several puts one after the other here."""
+        self._options: Any = {"check_base": check_base, "ignore_fields": ignore_fields}
+
+    def load(self, model: nn.Module) -> None:
+        load_adapter(model, self.folder, **self._options)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Layers may be built by the module's own hooks, which run after this one: load after the last of them.

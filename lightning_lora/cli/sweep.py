@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from lightning_lora.cli.composition import directions, search_space
 from lightning_lora.cli.results import RESULTS, curves_of, shown, table, write_json
-from lightning_lora.page.comparison import Run, comparison
+from lightning_lora.page.comparison import Run, comparison, differing
 
 TABLE, PAGE = "results.csv", "results.html"
 Version = tuple[int, int]
@@ -85,9 +85,7 @@ def write_table(sweep: Path, earlier: Mapping[Path, Version] | None = None) -> l
     ]
     jobs.sort(key=lambda job: (_rank(job), int(job["folder"]) if job["folder"].isdigit() else 0))
     settings = [_settings(job) for job in jobs]
-    varied = [
-        name for name in dict.fromkeys(n for s in settings for n in s) if len({s.get(name) for s in settings}) > 1
-    ]
+    varied = differing(settings)
     differs = len({job["trainable_parameters"] for job in jobs if "trainable_parameters" in job}) > 1
     rows = [
         {name: s.get(name) for name in varied}

@@ -18,7 +18,7 @@ from lightning_lora.engine.config import LoRAConfig, scale_of
 from lightning_lora.engine.layers import DoRA, ParameterLoRA, geometry_of
 from lightning_lora.engine.layers.alora import ALoRA
 from lightning_lora.engine.layers.base import Adapter
-from lightning_lora.engine.layers.fresh import Kind, tensor_shapes
+from lightning_lora.engine.layers.fresh import Kind
 from lightning_lora.engine.layers.pair import AdapterSpec
 from lightning_lora.engine.layers.reads import Reading
 from lightning_lora.engine.swap import check_swappable, remembered
@@ -123,7 +123,7 @@ def promised(
     shapes: dict[int, dict[str, tuple[int, ...]]] = {}
     for target, kind in planned(targets, config):
         if id(kind) not in shapes:
-            shapes[id(kind)] = tensor_shapes(target.module, kind.geometry, kind.spec, config)
+            shapes[id(kind)] = kind.shapes(target.module)
         yield target, kind.spec, shapes[id(kind)]
 
 

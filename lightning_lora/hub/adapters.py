@@ -241,6 +241,14 @@ def load_adapter(
     return report
 
 
+def check_is_base(model: nn.Module, folder: Path, ignore_fields: Collection[str] = ()) -> None:
+    """Raise what `load_adapter` raises where `model` is not the base of the adapter in `folder`, or it does not fit.
+
+    The adapter is loaded for a moment: only then is it known which weights it brings, which are not the base's."""
+    load_adapter(model, folder, ignore_fields=ignore_fields)
+    remove(model)
+
+
 @functools.cache
 def _version() -> str:
     """The version of this package. It is cached, because it is looked up among the installed files."""

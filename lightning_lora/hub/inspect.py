@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checked import whole
-from lightning_lora.engine import remove
 from lightning_lora.engine.intruders import LIMIT, intruder_dimensions, is_one_matrix, matrix_of_pair
 from lightning_lora.engine.judged import SURVIVES
 from lightning_lora.engine.layers import adapters, pairs
@@ -30,7 +29,7 @@ from lightning_lora.engine.state import check_same_base
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import whole as gathered
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, ConfigError, listed
-from lightning_lora.hub.adapters import load_adapter
+from lightning_lora.hub.adapters import check_is_base
 from lightning_lora.hub.base_weights import Base, matrix_of, weights_of
 from lightning_lora.hub.combinable import check_bases
 from lightning_lora.hub.export.lowering import unclear
@@ -136,9 +135,7 @@ def inspect_adapter(
         except BaseMismatchError:
             if own.folder is None or next(adapters(model), None) is not None:
                 raise
-            # Loaded for a moment: only then is it known which weights the adapter brings, which are not the base's.
-            load_adapter(model, own.folder, ignore_fields=ignore_fields)
-            remove(model)
+            check_is_base(model, own.folder, ignore_fields)  # it may bring some of the weights that were compared
     live = adapter if isinstance(adapter, nn.Module) and model is None else None
     base = _Weights(live if live is not None else model, own, is_adapted=live is not None)
     layers, notes = {}, [*own.notes]

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checked import number, whole
-from lightning_lora.engine import remove
 from lightning_lora.engine.intruders import COUNT, LIMIT, THRESHOLD, Intruders, directions, intruders
 from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.engine.low_rank import product_norm
 from lightning_lora.engine.report import aligned, by_ending
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.files import within_temporary_folder
-from lightning_lora.hub.adapters import load_adapter
+from lightning_lora.hub.adapters import check_is_base
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.hub.stored_pairs import Stored, StoredPair, opened
 from lightning_lora.page import number as written
@@ -190,9 +189,7 @@ def repair_adapter(
             "intruder. lightning-lora export --for llama.cpp writes a DoRA as plain LoRA, which can be repaired."
         )
     if isinstance(model, nn.Module) and check_base:
-        # Loaded for a moment, as only then it is known which weights are the base's and which the adapter brings.
-        load_adapter(model, stored.folder, ignore_fields=ignore_fields)
-        remove(model)
+        check_is_base(model, stored.folder, ignore_fields)
     weight = weights_of(model)
     modules: dict[str, RepairedModule] = {}
     changed: dict[float, dict[str, Tensor]] = {s: {} for s in asked}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,12 @@ def comparison(
         chart.against("seconds", [run.seconds for run in drawn], is_cause=False)
         _curves(page, drawn, metric)
     return page
+
+
+def differing(settings: Collection[Mapping[str, Any]]) -> list[str]:
+    """The names of those settings of several trainings that differ between them; one that is lacking counts as None."""
+    names = dict.fromkeys(name for own in settings for name in own)
+    return [name for name in names if len({own.get(name) for own in settings}) > 1]
 
 
 def _settings_of(run: Run) -> str:

@@ -93,6 +93,17 @@ class Recipe:
             tensors[magnitude] = nn.Parameter(output_norms(self.geometry, module, W).to(wide))
         return tensors
 
+    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `tensors` makes for `module`, by name, without a frozen start; makes no tensor."""
+        name_A, name_B, *_, bias, magnitude = self.names
+        shapes = {name_A: self.shape_A, name_B: self.shape_B}
+        if self.config.lora_bias:
+            shapes[bias] = self.shape_B[:1]
+        if self.config.use_dora:
+            W = torch.empty(shape_of(_read(module, self.parameter)), device="meta")
+            shapes[magnitude] = tuple(self.geometry.by_output(module, W).shape[:-1])
+        return shapes
+
     def _check_start(self, A: Tensor, B: Tensor, name: str) -> None:
         """Raise if A or B is not finite, or if scale * B A overflows in the dtype of the layer or of the factors."""
         narrow = min((self.computes_in, self.dtype), key=largest)
@@ -181,22 +192,9 @@ class Kind:
             return self.recipes[0].tensors(module, measured, name)
         return {own: t for recipe in self.recipes for own, t in recipe.tensors(module, measured, name).items()}
 
-
-def tensor_shapes(
-    module: nn.Module, geometry: type[Adapter], spec: AdapterSpec, config: LoRAConfig
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that `Kind.tensors` makes, by name, without a frozen start; makes no tensor."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for parameter, part in (spec.parameters or {"weight": spec}).items():
-        suffix = geometry.suffix_of(parameter)
-        A, B = geometry.shapes_of(module, parameter, part.rank)
-        shapes |= {f"lora_A{suffix}": A, f"lora_B{suffix}": B}
-        if config.lora_bias:
-            shapes[BIAS + suffix] = B[:1]
-        if config.use_dora:
-            W = torch.empty(shape_of(_read(module, parameter)), device="meta")
-            shapes[MAGNITUDE + suffix] = tuple(geometry.by_output(module, W).shape[:-1])
-    return shapes
+    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that `tensors` makes, by name, without a frozen start; makes no tensor."""
+        return {own: shape for recipe in self.recipes for own, shape in recipe.shapes(module).items()}
 
 
 def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.page import Page
-from lightning_lora.page.comparison import Run, comparison
+from lightning_lora.page.comparison import Run, comparison, differing
 from lightning_lora.training.many.pack import Member, Pack
 
 
@@ -21,11 +21,7 @@ def page_of(pack: Pack | None, metric: str | None, mode: str) -> Page:
     if metric not in known:
         raise ConfigError(f"monitor={metric}: validation gave each adapter {listed(known)}.")
     settings = {name: _settings(member) for name, member in pack.members.items()}
-    varied = [
-        key
-        for key in dict.fromkeys(key for own in settings.values() for key in own)
-        if len({own.get(key) for own in settings.values()}) > 1
-    ]
+    varied = differing(settings.values())
     runs = [
         Run(
             name,

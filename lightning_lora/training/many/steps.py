@@ -198,8 +198,13 @@ class Steps:
         try:
             with silent(self.module):
                 apart = [self._gradients(state, (name,), step, args, kwargs)[name] for name in (first, second)]
-                packed = lambda: list(self._gradients(state, (first, second), step, args, kwargs).values())  # noqa: E731
-                met = still_apart(self.pack.several, second, apart, packed, is_narrow=self._is_narrow())
+                met = still_apart(
+                    self.pack.several,
+                    second,
+                    apart,
+                    lambda: list(self._gradients(state, (first, second), step, args, kwargs).values()),
+                    is_narrow=self._is_narrow(),
+                )
         except NoLossError:
             return None
         finally:
