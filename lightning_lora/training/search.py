@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,6 +43,8 @@ class Search:
         self.all: list[Candidate] = []
         self.best: Candidate | None = None
         self.full_steps = math.nan
+        self.cut_of: Candidate | None = None
+        """What was cut, where anything was."""
         self.cuts: list[tuple[Cut, ...]] = []
         self.whole: tuple[float, ...] = ()
         self.left_out: list[str] = []
@@ -83,7 +86,7 @@ class Search:
     def ranks(self) -> None:
         """Cut the best adapter, and train the smallest rank that costs nothing."""
         assert self.best is not None
-        best = self.best
+        best = self.cut_of = self.best
         self.progress(f"The adapter of rank {best.config.rank}, cut by SVD")
         self.whole = tuple(best.measured[seed][self.trials.steps] for seed in self.seeds)
         for name, how in CUTS:
@@ -169,21 +172,37 @@ class Search:
         return within and (len(differences) < 2 or self.is_chance(differences, b.mean))
 
     def is_chance(self, differences: Sequence[float], value: float) -> bool:
-        """True if differences from `value`, one for each seed, show no change for the worse: their mean is at most
-        their spread, or LEAST_SPREAD."""
-        spread = max(max(differences) - min(differences), LEAST_SPREAD * abs(value))
-        return math.isfinite(spread) and self.sign * mean(differences) <= spread
+        """True if differences from `value`, one for each seed, show no change for the worse: their mean is at most two
+        of its standard errors (of two seeds: the larger difference less the smaller), or LEAST_SPREAD."""
+        if not all(map(math.isfinite, [*differences, value])):
+            return False
+        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+        return self.sign * mean(differences) <= max(2 * error, LEAST_SPREAD * abs(value))
 
     def chosen(self) -> Candidate:
-        """The cheapest of those that are as good as the best; of one name and rank, the best learning rate."""
+        """The cheapest of those that are as good as the best; of one name and rank, the best learning rate.
+
+        Two seeds often do not tell a loss of some percent from chance. So a lower rank, other layers and variants have
+        to be near the best in their mean as well; what was asked about, LoRA of the largest rank, need not.
+        """
         field = self.measured()
         best = min(field, key=self.badness)
         by_kind: dict[Any, Candidate] = {}
         for candidate in sorted(field, key=self.badness):
             by_kind.setdefault((candidate.name, candidate.config.rank), candidate)
         order = {id(c): i for i, c in enumerate(self.all)}  # what comes first is the plainer one
-        good = [c for c in by_kind.values() if c is best or self.as_good(c, best)]
-        return min(good, key=lambda c: (c.parameters, order[id(c)]))
+        first = self.all[0]
+        good = [
+            c
+            for c in by_kind.values()
+            if self.as_good(c, best)
+            and ((c.name, c.config.rank) == (first.name, first.config.rank) or self.behind(c, best) <= WORTH_TRYING)
+        ]
+        return min([best, *good], key=lambda c: (c.parameters, order[id(c)]))
+
+    def behind(self, a: Candidate, b: Candidate) -> float:
+        """By how much `a` is worse than `b` in the mean, as a share of b's metric."""
+        return (self.badness(a) - self.badness(b)) / (abs(b.mean) or 1)
 
     def advice(self, base: float, monitor: str, own_rate: float) -> Advice:
         best = self.chosen()
@@ -214,37 +233,41 @@ class Search:
         if spread is None:
             return [*lines, "No candidate has two seeds, so it is not known which differences are more than chance."]
         lines.append(
-            f"Spread over its seeds: {spread:.2g}. Two candidates are compared seed by seed; a difference that is "
-            "smaller than its own spread is not counted as one."
+            f"Spread over its seeds: {spread:.2g}. Two candidates are compared seed by seed; a difference of at most "
+            "two of its standard errors may be chance."
         )
         for other in self.measured():
             if other is best:
                 continue
             name = f"{other.name} of rank {other.config.rank} at {other.lr:.2g} ({other.mean:.4g})"
             if self.as_good(other, best) and self.as_good(best, other):
-                cheaper = f", and costs {_times(other.parameters, best.parameters)} the parameters"
-                after = f"{cheaper if other.parameters > best.parameters else ''}."
-                gain = self.badness(best) - self.badness(other)
-                if gain > WORTH_TRYING * abs(best.mean):
+                more = other.parameters > best.parameters
+                costs = f" It costs {_times(other.parameters, best.parameters)} the parameters." if more else ""
+                gain = self.behind(best, other)
+                if abs(gain) <= WORTH_TRYING:
+                    lines.append(f"{name} is as good.{costs}")
+                else:
                     seeds = len(other.values())
-                    after = f" by what {seeds} seeds can tell, though {gain:.2g} better in their mean{after}"
-                    after += f" More seeds can tell more: seeds={2 * seeds}."
-                lines.append(f"{name} is as good{after}")
+                    lines.append(
+                        f"{name} is {abs(gain):.1%} {'better' if gain > 0 else 'worse'} in the mean, which {seeds} seeds "
+                        f"do not tell from chance.{costs} More seeds can tell more: seeds={2 * seeds}."
+                    )
             else:
                 lines.append(f"{name} is {'worse' if self.as_good(best, other) else 'better'}.")
         as_good = [
             cuts
             for cuts in self.cuts
             if cuts[0].parameters < best.parameters
+            and self.cost(cuts) <= WORTH_TRYING * abs(best.mean)
             and self.is_chance([cut.value - own for cut, own in zip(cuts, self.whole, strict=True)], mean(self.whole))
         ]
-        if as_good:
+        if as_good and (cut_of := self.cut_of) is not None:
             cuts = min(as_good, key=lambda cuts: cuts[0].parameters)
             lines.append(
-                f"After a training at rank {self.all[0].config.rank}, cut to {cuts[0].name} (mean rank "
+                f"After a training of {cut_of.name} at rank {cut_of.config.rank}, cut to {cuts[0].name} (mean rank "
                 f"{mean([cut.rank for cut in cuts]):.3g}), the adapter is as good "
                 f"({mean([cut.value for cut in cuts]):.4g}), with "
-                f"{cuts[0].parameters / self.all[0].parameters:.0%} of its parameters."
+                f"{cuts[0].parameters / cut_of.parameters:.0%} of its parameters."
             )
         return lines
 
