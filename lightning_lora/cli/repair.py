@@ -43,10 +43,10 @@ _OPTIONS = ("strength", "strengths", "count", "threshold", "intruder_limit", "su
 def run(settings: dict[str, Any]) -> None:
     """Repair as `settings` say, and print the curve and the folder."""
     from lightning_lora import remove
+    from lightning_lora.analysis.bits_per_byte import ScoredTexts
     from lightning_lora.cli.runs import LoadedAdapter
     from lightning_lora.embedded import general_texts
-    from lightning_lora.hub.bits_per_byte import ScoredTexts
-    from lightning_lora.hub.repair import repair_adapter
+    from lightning_lora.rewriting.repair import repair_adapter
 
     output = Path(settings["output"]).expanduser()
     # The model is built, and the data are read, before anything is written.

@@ -20,7 +20,7 @@ from lightning_lora.cli.settings import Node, build
 from lightning_lora.errors import ConfigError, listed
 
 if TYPE_CHECKING:
-    from lightning_lora.hub.served import ServerReport
+    from lightning_lora.analysis.served import ServerReport
     from lightning_lora.hub.verify import VerifyReport
 
 
@@ -58,9 +58,9 @@ def run(settings: dict[str, Any]) -> None:
 
 
 def _of_model(settings: dict[str, Any], folder: Path) -> VerifyReport:
+    from lightning_lora.analysis.certificate import make_certificate
     from lightning_lora.cli.merged_model import loaded_base, named_base
     from lightning_lora.hub import load_adapter
-    from lightning_lora.hub.certificate import make_certificate
     from lightning_lora.hub.format.reading import read_config
     from lightning_lora.hub.verify import verify_adapter
 
@@ -83,7 +83,7 @@ def _of_model(settings: dict[str, Any], folder: Path) -> VerifyReport:
 
 
 def _of_server(settings: dict[str, Any], folder: Path) -> ServerReport:
-    from lightning_lora.hub.served import verify_server
+    from lightning_lora.analysis.served import verify_server
 
     given = [key for key in ("model", "base") if settings[key] is not None] + ["make"] * settings["make"]
     if given:

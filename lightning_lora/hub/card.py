@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import yaml
 
 from lightning_lora.errors import ConfigError, listed
-from lightning_lora.hub.export.consumers import CONSUMERS
+from lightning_lora.hub.consumers import CONSUMERS
 
 BEGIN = "<!-- lightning_lora writes between this mark and the next one anew. Your own text is kept outside. -->"
 END = "<!-- lightning_lora: end -->"

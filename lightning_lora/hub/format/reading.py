@@ -54,7 +54,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 CERTIFICATE = "certificate.json"
-"""How a server that applies the adapter answers (hub/certificate.py)."""
+"""How a server that applies the adapter answers (format/certificate.py)."""
 
 NOTE = "lightning_lora"
 """The key of our own data in the metadata of the tensors' header. PEFT ignores it there; in a config it would warn."""

@@ -18,7 +18,7 @@ import torch
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.files import reason, temporary_folder
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
-from lightning_lora.hub.certificate import read_certificate
+from lightning_lora.hub.format.certificate import read_certificate
 from lightning_lora.hub.format.config import HEADS_OF_TASK
 from lightning_lora.hub.format.inspection import check_adapter
 from lightning_lora.hub.format.peft import adapted_names, base_name, ends_with, plain_key

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lightning_lora import make_certificate, verify_server
-from tests.hub import llama_cpp
-from tests.hub.smollm2_llama import MARKS, Trial, trial
+from tests.rewriting import llama_cpp
+from tests.rewriting.smollm2_llama import MARKS, Trial, trial
 
 pytestmark = [*MARKS, pytest.mark.skipif(not llama_cpp.SERVER.exists(), reason=llama_cpp.ABSENT)]
 

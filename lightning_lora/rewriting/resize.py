@@ -28,9 +28,9 @@ from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.engine.low_rank import product_norm
 from lightning_lora.errors import ConfigError
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
-from lightning_lora.hub.export.rewrite import dtype_called
 from lightning_lora.hub.format.config import plain_number
-from lightning_lora.hub.stored_pairs import StoredPair, opened
+from lightning_lora.rewriting.export import dtype_called
+from lightning_lora.rewriting.stored_pairs import StoredPair, opened
 
 
 def resize_adapter(

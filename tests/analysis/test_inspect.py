@@ -18,16 +18,15 @@ from safetensors.torch import load_file, save_file
 from snapshot import assert_same, snapshot
 from torch import nn
 
+import lightning_lora.analysis.inspect
 import lightning_lora.engine.low_rank
-import lightning_lora.hub.inspect
 from lightning_lora import InspectionReport, LoRAConfig, inject, inspect_adapter, pairs, save_adapter
 from lightning_lora.engine import effective_rank, stable_rank
 from lightning_lora.engine.intruders import intruder_dimensions
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, CheckpointError, ConfigError
 from lightning_lora.page import heat_map, line_chart, number
+from tests.hub.models import Convolutions, Linears, Words, shake
 from tests.page.strict import Strict
-
-from .models import Convolutions, Linears, Words, shake
 
 CLOSE = {"rel": 1e-5}  # factors in float32, sums in float64
 
@@ -56,7 +55,7 @@ def saved(folder: Path, *given, **config) -> tuple[Path, nn.Module]:
     return save_adapter(model, folder), model
 
 
-@pytest.mark.parametrize("module", [lightning_lora.hub.inspect, lightning_lora.engine.low_rank])
+@pytest.mark.parametrize("module", [lightning_lora.analysis.inspect, lightning_lora.engine.low_rank])
 def test_the_examples_in_the_docstrings_print_what_they_say(module):
     done = doctest.testmod(module)
     assert done.attempted

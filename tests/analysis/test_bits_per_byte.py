@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from lightning_lora import LoRAConfig, disabled, inject
+from lightning_lora.analysis.bits_per_byte import ScoredTexts, context_of
 from lightning_lora.embedded import BASE, GENERAL, general_texts
 from lightning_lora.errors import ConfigError
-from lightning_lora.hub.bits_per_byte import ScoredTexts, context_of
-
-from .models import shake
+from tests.hub.models import shake
 
 TEXTS = ["Whales.", "é is two bytes, and — three."]
 

@@ -25,7 +25,12 @@ from lightning_lora.engine.memory import largest
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub.card import RunFacts, base_id, model_card
-from lightning_lora.hub.combinable import (
+from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.config import to_peft
+from lightning_lora.hub.format.inspection import LARGEST_SCALE
+from lightning_lora.hub.format.writing import local_path, write_adapter
+from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.rewriting.combinable import (
     CombinedModule,
     CombineReport,
     check_bases,
@@ -33,13 +38,8 @@ from lightning_lora.hub.combinable import (
     groups_of,
     of_combination,
 )
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.config import to_peft
-from lightning_lora.hub.format.inspection import LARGEST_SCALE
-from lightning_lora.hub.format.parts import Pair, Parts, parts_of
-from lightning_lora.hub.format.writing import local_path, write_adapter
-from lightning_lora.hub.pull import adapter_folder
-from lightning_lora.hub.written import check_written
+from lightning_lora.rewriting.parts import Pair, Parts, parts_of
+from lightning_lora.rewriting.written import check_written
 
 # Names of methods in PEFT and elsewhere -> what the error says about them.
 _ELSEWHERE = {

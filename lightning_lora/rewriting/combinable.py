@@ -20,9 +20,8 @@ from lightning_lora.engine.report import aligned, by_ending, overall_error
 from lightning_lora.engine.state import compare_bases
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, listed
 from lightning_lora.hub.card import base_id
-from lightning_lora.hub.export.lowering import unclear
 from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.parts import Pair, Parts
+from lightning_lora.rewriting.parts import Pair, Parts, unclear
 
 _BASE = "base_fingerprint", "base_dtypes"
 

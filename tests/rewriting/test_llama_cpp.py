@@ -20,8 +20,8 @@ from lightning_lora import LoRAConfig, export_adapter, inject, load_adapter, sav
 from lightning_lora.cli.merged_model import merge_adapter
 from lightning_lora.errors import AdapterFormatError
 from lightning_lora.recipes.models import ModelSource
-from tests.hub import llama_cpp
 from tests.hub.models import output, peft_folder, shake
+from tests.rewriting import llama_cpp
 
 pytestmark = [
     pytest.mark.llama,

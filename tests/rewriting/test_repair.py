@@ -13,8 +13,7 @@ from lightning_lora import LoRAConfig, inject, pairs, remove, repair_adapter, sa
 from lightning_lora.engine.intruders import intruder_dimensions
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, ConfigError
 from lightning_lora.hub.format.inspection import check_adapter
-
-from .models import build, by_peft, output, shake
+from tests.hub.models import build, by_peft, output, shake
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

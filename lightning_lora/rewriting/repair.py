@@ -21,8 +21,8 @@ from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.files import within_temporary_folder
 from lightning_lora.hub.adapters import check_is_base
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
-from lightning_lora.hub.stored_pairs import Stored, StoredPair, opened
 from lightning_lora.page import number as written
+from lightning_lora.rewriting.stored_pairs import Stored, StoredPair, opened
 
 STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
 Measure = Callable[[Path], Mapping[str, float]]

@@ -1,6 +1,6 @@
 """llama.cpp itself: its converters and its runtime, from the sdist of llama-cpp-python, built once into a cache folder.
 
-`python -m tests.hub.llama_cpp` (make test-llama) builds it in some minutes, or says why it cannot.
+`python -m tests.rewriting.llama_cpp` (make test-llama) builds it in some minutes, or says why it cannot.
 """
 
 from __future__ import annotations

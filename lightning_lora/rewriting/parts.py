@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,3 +237,20 @@ def ambiguous_in(names: Collection[str], config: LoRAConfig) -> tuple[str, ...]:
         return {alpha for entry, alpha in config.alpha_pattern.items() if pattern_matches(entry, name)}
 
     return tuple(name for name in names if len(alphas(name)) > 1)
+
+
+def unclear(parts: Parts) -> list[str]:
+    """The problem that alpha_pattern is ambiguous, if it is."""
+    return unclear_alphas(parts.repaired, parts.ambiguous)
+
+
+def unclear_alphas(repaired: Sequence[str], ambiguous: Sequence[str]) -> list[str]:
+    """As `unclear`, of modules as they are in `Parts`. PEFT sorts the patterns that it saves. If the ranks show that
+    this changed their order, and entries of alpha_pattern disagree, the alphas are not known."""
+    if not (repaired and ambiguous):
+        return []
+    return [
+        f"its patterns were saved in another order than they were trained in (the rank of {repaired[0]!r} shows it), "
+        f"so which entry of alpha_pattern was meant for {listed(map(repr, ambiguous))} is not known: correct "
+        f"alpha_pattern in {CONFIG} by hand"
+    ]
