@@ -20,8 +20,8 @@ from lightning_lora.engine import disabled
 from lightning_lora.engine.calibration import evaluating
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.hub.format.certificate import BEST, Candidate, Certificate, Prompt, adapter_hash
+from lightning_lora.hub.format.folder import open_tensors
 from lightning_lora.hub.format.layout import adapter_root
-from lightning_lora.hub.format.reading import open_tensors
 from lightning_lora.hub.verify import verify_adapter
 
 PROMPTS = 8

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_lora.analysis.inspected import Column, InspectedLayer, Inspection, short_names, spread
-from lightning_lora.hub.format.writing import local_path
+from lightning_lora.hub.address import local_path
 from lightning_lora.page import Cell, Page, Point, heat_map, line_chart, number
 
 _MOST_LINES = 8

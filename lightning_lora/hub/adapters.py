@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import re
 import warnings
 from collections.abc import Collection, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from lightning_lora import __version__
 from lightning_lora.checked import closest
 from lightning_lora.engine import (
     Injection,
@@ -21,7 +19,6 @@ from lightning_lora.engine import (
     LoRAConfig,
     adapter_tensors,
     adapters,
-    inject,
     injections,
     remove,
 )
@@ -33,9 +30,11 @@ from lightning_lora.engine.state import by_plain_name, check_fits, check_same_ba
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import is_first, is_sharded, whole
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, ConfigError, TargetError, listed
+from lightning_lora.errors import AdapterStateError, ConfigError, listed
+from lightning_lora.hub.address import base_id, local_path
 from lightning_lora.hub.card import model_card
 from lightning_lora.hub.format.config import HEADS_OF_TASK, TASK_TYPES, own_fields, to_peft
+from lightning_lora.hub.format.folder import NOTE, check_folder, open_tensors, write_adapter
 from lightning_lora.hub.format.inspection import checked_config
 from lightning_lora.hub.format.layout import (
     Adapted,
@@ -46,14 +45,10 @@ from lightning_lora.hub.format.layout import (
 )
 from lightning_lora.hub.format.matching import fit
 from lightning_lora.hub.format.peft import ends_with, exact_targets, targets_of
-from lightning_lora.hub.format.reading import NOTE, check_folder, open_tensors
-from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.hub_private import commit_of
 
 if TYPE_CHECKING:
     from lightning_lora.hub.pull import Pulling
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def save_adapter(
@@ -132,7 +127,9 @@ def save_tensors(
     named = {*targets.modules, *targets.companions, *saved}
     others = [n for n, _ in Tree.of(root).modules if n not in named and not n.startswith(inside)]
 
-    base_model = _base_id(root, base_model)
+    if base_model is None:
+        base_model = getattr(getattr(root, "config", None), "name_or_path", None)
+    base_model = base_id(base_model)
     if revision is None and base_model is not None:
         revision = commit_of(getattr(root, "config", None))
     config = to_peft(
@@ -158,7 +155,7 @@ def save_tensors(
 
     values = {key: layout.value_in_file(name, value) for key, name in layout.written_keys().items()}
     note = {
-        "version": _version(),
+        "version": __version__,
         "module": module,
         "config": own_fields(injection.config, dropout=targets.without_dropout),
         **(known_base or describe_base(model, root)),
@@ -213,17 +210,11 @@ def load_adapter(
     check_folder(folder)
     config = checked_config(folder, ignore_fields)
     with open_tensors(folder) as file:
-        try:
-            plan = fit(model, config, file.header, where=str(folder))
-        except TargetError as error:
-            raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
+        plan = fit(model, config, file.header, where=str(folder))
         values = plan.read(file, compare_base=not load_embedding_layers)
         tables = plan.tables(file) if load_embedding_layers else {}
         note = file.header.note
-    try:
-        report = inject(model, plan.config, start=False)
-    except TargetError as error:
-        raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
+    report = plan.inject(model)
     try:
         take_tables(model, plan.on(model, tables))
         own, given = adapter_tensors(model), plan.on(model, {**values, **tables})
@@ -247,12 +238,6 @@ def check_is_base(model: nn.Module, folder: Path, ignore_fields: Collection[str]
     The adapter is loaded for a moment: only then is it known which weights it brings, which are not the base's."""
     load_adapter(model, folder, ignore_fields=ignore_fields)
     remove(model)
-
-
-@functools.cache
-def _version() -> str:
-    """The version of this package. It is cached, because it is looked up among the installed files."""
-    return version("lightning-lora")
 
 
 def only_injection(model: nn.Module) -> tuple[str, Injection]:
@@ -334,14 +319,6 @@ def _task_of(root: nn.Module) -> str | None:
         "ForConditionalGeneration": "SEQ_2_SEQ_LM" if is_pair else "CAUSAL_LM",
     }
     return next((task for ending, task in endings.items() if type(root).__name__.endswith(ending)), None)
-
-
-def _base_id(root: nn.Module, given: str | None) -> str | None:
-    """The base's id on the Hub, or None where it is a local path or not known."""
-    name = given if given is not None else getattr(getattr(root, "config", None), "name_or_path", None)
-    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or os.path.exists(name):
-        return None
-    return name
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -21,13 +21,13 @@ from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE, START
 from lightning_lora.engine.state import adapter_tensors, compare_bases, describe_base
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import can_be_dense, dense
-from lightning_lora.errors import AdapterFormatError, ConfigError, TargetError, listed
+from lightning_lora.errors import AdapterFormatError, ConfigError, listed
+from lightning_lora.hub.address import local_path
 from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.folder import CONFIG, Header, check_folder, open_tensors
 from lightning_lora.hub.format.inspection import checked_config
 from lightning_lora.hub.format.layout import adapter_root, place_of
 from lightning_lora.hub.format.matching import Fit, fit
-from lightning_lora.hub.format.reading import CONFIG, Header, check_folder, open_tensors
-from lightning_lora.hub.format.writing import local_path
 from lightning_lora.hub.store import DiskStore
 
 if TYPE_CHECKING:
@@ -387,10 +387,7 @@ def _kind(config: LoRAConfig, header: Header) -> Any:
 
 def _fitting(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
     _check_acts_everywhere(config, where)
-    try:
-        return fit(model, config, header, where=where)
-    except TargetError as error:
-        raise AdapterFormatError(f"{where} does not fit {type(model).__name__}: {error}") from error
+    return fit(model, config, header, where=where)
 
 
 def _read(plan: Fit, parts: Mapping[str, _Part | _Whole], tensors: Any) -> dict[str, LayerFactors]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from lightning_lora.checked import closest
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError, listed
+from lightning_lora.hub.address import is_id, local_path
 from lightning_lora.hub.client import translated
 from lightning_lora.hub.format.layout import adapter_root
-from lightning_lora.hub.format.writing import local_path
 
 Base = nn.Module | str | os.PathLike[str]
 """A module, a safetensors file, a folder with some (as transformers saves a model), or a model's id on the Hub."""
@@ -27,7 +26,6 @@ Base = nn.Module | str | os.PathLike[str]
 WeightOf = Callable[[str], Tensor]
 """Name in the base (`model.layers.0.mlp.up_proj.weight`) -> tensor; raises AdapterFormatError where there is none."""
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _INDEX = ".index.json"
 
 
@@ -189,7 +187,7 @@ def _absent(name: str, names: list[str], what: str) -> AdapterFormatError:
 
 
 def _fetched(base: str | os.PathLike[str], revision: str | None) -> Path:
-    if not isinstance(base, str) or not _ID.fullmatch(base):
+    if not is_id(base):
         raise ConfigError(f"base={str(base)!r} is no folder and no file here, nor an id on the Hub.")
     patterns = ["*.safetensors", f"*.safetensors{_INDEX}"]
     try:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import yaml
 
 from lightning_lora.errors import ConfigError, listed
+from lightning_lora.hub.address import base_id
 from lightning_lora.hub.consumers import CONSUMERS
 
 BEGIN = "<!-- lightning_lora writes between this mark and the next one anew. Your own text is kept outside. -->"
@@ -24,7 +25,6 @@ END = "<!-- lightning_lora: end -->"
 
 _MARKED = re.compile(r"<!-- lightning_lora writes .*?-->.*?<!-- lightning_lora: end -->", re.DOTALL)
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _BASE_TAG = re.compile(r"base_model:(?:(?:adapter|finetune|merge|quantized):)?(.*)", re.DOTALL)
 
@@ -102,13 +102,6 @@ def model_card(
     ]
     body = "\n\n".join("\n".join(lines) for lines in sections if lines)
     return _joined(_front_matter(config, base, run), "", f"{BEGIN}\n\n{body}\n\n{END}", "")
-
-
-def base_id(name: Any) -> str | None:
-    """`name` where it is an id on the Hub; None where it is a local path, which the Hub refuses and nobody can use."""
-    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or os.path.exists(name):
-        return None
-    return name
 
 
 def merge_cards(ours: str, *others: str | None, explicit: Collection[str] = ()) -> str:

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,11 +31,12 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, Repositor
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token
 
+from lightning_lora import __version__
 from lightning_lora.checked import closest
 from lightning_lora.errors import CheckpointError, HubError, HubIntegrityError, listed
 from lightning_lora.files import own_name, remove_leftovers, written_beside
+from lightning_lora.hub.address import local_path
 from lightning_lora.hub.client import Api, asked, plain_token, within, without_progress_bars
-from lightning_lora.hub.format.writing import local_path
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class Remote:
             endpoint=endpoint,
             token=plain_token(str(given)) if given else False,
             library_name="lightning_lora",
-            library_version=version("lightning-lora"),
+            library_version=__version__,
         )
 
     def commit_of(self, revision: str) -> str:

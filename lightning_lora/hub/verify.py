@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_lora.engine import adapter_tensors, adapters, inject
+from lightning_lora.engine import adapter_tensors, adapters
 from lightning_lora.engine.judged import (
     NOT_APPLIED,
     OTHER,
@@ -37,12 +37,12 @@ from lightning_lora.engine.state import check_fits, check_same_base
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.twin import Bare, bare, has_active_adapter
 from lightning_lora.engine.verify import check_layer
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, TargetError, listed
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, listed
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
+from lightning_lora.hub.format.folder import check_folder, open_tensors
 from lightning_lora.hub.format.inspection import checked_config
 from lightning_lora.hub.format.layout import member, place_of
 from lightning_lora.hub.format.matching import Fit, fit
-from lightning_lora.hub.format.reading import check_folder, open_tensors
 
 if TYPE_CHECKING:
     from lightning_lora.hub.pull import Pulling
@@ -216,12 +216,9 @@ def _with_factors(
     config = checked_config(folder, ignore_fields)
     with open_tensors(folder) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # load_adapter says them
-        try:
-            plan = fit(reference, config, file.header, where=str(folder))
-            values = plan.read(file, compare_base=False)
-            inject(reference, plan.config, start=False)
-        except TargetError as error:
-            raise AdapterFormatError(f"{folder} does not fit {type(reference).__name__}: {error}") from error
+        plan = fit(reference, config, file.header, where=str(folder))
+        values = plan.read(file, compare_base=False)
+        plan.inject(reference)
         own, given = adapter_tensors(reference), plan.on(reference, values)
         check_fits(own, given, what="the adapter", are_finite=True)
         note = file.header.note

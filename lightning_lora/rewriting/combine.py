@@ -8,7 +8,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from lightning_lora import __version__
 from lightning_lora.checked import number, one_of, share, whole
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine
@@ -24,11 +24,12 @@ from lightning_lora.engine.low_rank import product_change
 from lightning_lora.engine.memory import largest
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
-from lightning_lora.hub.card import RunFacts, base_id, model_card
+from lightning_lora.hub.address import base_id, local_path
+from lightning_lora.hub.card import RunFacts, model_card
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import to_peft
+from lightning_lora.hub.format.folder import write_adapter
 from lightning_lora.hub.format.inspection import LARGEST_SCALE
-from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.rewriting.combinable import (
     CombinedModule,
@@ -364,7 +365,7 @@ def _common(values: list[Any]) -> Any:
 def _note(adapters: Mapping[str, Parts], module: str, report: CombineReport) -> dict[str, Any]:
     base = next((parts.note for parts in adapters.values() if parts.note.get("base_fingerprint")), {})
     return {
-        "version": version("lightning-lora"),
+        "version": __version__,
         "module": module,
         **{key: base[key] for key in ("base_fingerprint", "base_dtypes") if key in base},
         "combined": {"method": report.method, "adapters": [list(entry) for entry in report.adapters]},

@@ -18,13 +18,13 @@ from lightning_lora.engine.low_rank import Spectrum
 from lightning_lora.engine.report import aligned, by_ending, overall_error
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
+from lightning_lora.hub.address import base_id, local_path
 from lightning_lora.hub.base_weights import Base, BaseFacts, WeightOf, facts_of, size_of, weights_of
-from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
+from lightning_lora.hub.card import RunFacts, merge_cards, model_card
 from lightning_lora.hub.consumers import Consumer, consumer_called
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import to_peft
-from lightning_lora.hub.format.reading import CARD, CONFIG
-from lightning_lora.hub.format.writing import local_path, write_adapter
+from lightning_lora.hub.format.folder import CARD, CONFIG, write_adapter
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.rewriting.lowering import (
     Lowered,

@@ -15,8 +15,8 @@ from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.config import pattern_matches, scale_of
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.folder import CONFIG, TENSORS, Header, check_folder, open_tensors
 from lightning_lora.hub.format.inspection import check_config, check_header, config_in
-from lightning_lora.hub.format.reading import CONFIG, TENSORS, Header, check_folder, open_tensors
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lightning_lora import __version__
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.config import scale_of
 from lightning_lora.engine.layers.pair import from_blocks
 from lightning_lora.engine.tree import entry_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
+from lightning_lora.hub.address import base_id, local_path
 from lightning_lora.hub.base_weights import WeightOf, matrix_of
-from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
+from lightning_lora.hub.card import RunFacts, merge_cards, model_card
 from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.folder import CARD, CONFIG, TENSORS, Header, check_folder, write_adapter
 from lightning_lora.hub.format.inspection import check_config, config_in
-from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS, Header, check_folder
-from lightning_lora.hub.format.writing import local_path, write_adapter
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.rewriting.parts import (
     ambiguous_in,
@@ -72,7 +72,7 @@ class Stored:
         """Write the adapter anew, with other fields and tensors; `note` goes into its file, what is `said` into its
         card."""
         data = dict(sorted({**data, _BASE: base_id(data.get(_BASE))}.items()))
-        notes = {key: {**value, "version": version("lightning-lora")} for key, value in note.items()}
+        notes = {key: {**value, "version": __version__} for key, value in note.items()}
         card = model_card(
             data,
             modules=len(self.pairs),

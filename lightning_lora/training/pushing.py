@@ -19,8 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_lora.errors import ConfigError, HubError, LightningLoRAError
-from lightning_lora.hub.card import Card, RunFacts, base_id
-from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS
+from lightning_lora.hub.address import base_id
+from lightning_lora.hub.card import Card, RunFacts
+from lightning_lora.hub.format.folder import CARD, CONFIG, TENSORS
 from lightning_lora.hub.push.background import BackgroundPusher, Job
 from lightning_lora.hub.push.commit import in_words, stage_model
 from lightning_lora.hub.push.repository import HubRepository

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora import AdapterBank, Card, LoRAConfig, inject, load_adapter, pull_adapter, push_adapter, save_adapter
 from lightning_lora.errors import ConfigError
-from lightning_lora.hub.format.writing import local_path
+from lightning_lora.hub.address import local_path
 from lightning_lora.rewriting.combine import combine_adapters
 from lightning_lora.rewriting.export import export_adapter
 

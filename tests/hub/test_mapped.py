@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_lora.errors import AdapterFormatError
-from lightning_lora.hub.format import reading
+from lightning_lora.hub.format import folder
+from lightning_lora.hub.format.folder import TENSORS, TensorFile, open_tensors
 from lightning_lora.hub.format.mapped import DTYPES, MappedTensors
-from lightning_lora.hub.format.reading import TENSORS, open_tensors
 
 
 def test_tensors_of_every_kind_and_shape_are_those_that_safetensors_reads(tmp_path):
@@ -119,9 +119,9 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_named_and_not_believed(tm
 
     def replaced(path):
         path.write_bytes(_file({"x": []}))
-        return MappedTensors(path)
+        return TensorFile(path)
 
-    monkeypatch.setattr(reading, "MappedTensors", replaced)
+    monkeypatch.setattr(folder, "TensorFile", replaced)
     with pytest.raises(AdapterFormatError, match="replaced while it was opened"), open_tensors(tmp_path):
         pass
 

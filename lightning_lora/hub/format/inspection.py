@@ -20,7 +20,7 @@ from lightning_lora.engine.state import is_finite
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import from_peft
-from lightning_lora.hub.format.reading import CONFIG, TENSORS, Header, check_folder, open_tensors, read_config
+from lightning_lora.hub.format.folder import CONFIG, TENSORS, Header, check_folder, open_tensors, read_config
 
 # Estimates how long it may take to match a regular expression that somebody else wrote, before it is tried.
 #

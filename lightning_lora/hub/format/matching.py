@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine import LoRAConfig
+from lightning_lora.engine import InjectionReport, LoRAConfig, inject
 from lightning_lora.engine.config import exact_pattern
-from lightning_lora.engine.layers import AdapterSpec, geometry_of
+from lightning_lora.engine.layers import AdapterSpec
 from lightning_lora.engine.layers.tokens import TOKENS
 from lightning_lora.engine.merge import output_embeddings
 from lightning_lora.engine.plain_names import with_plain_names, without_wrappers
 from lightning_lora.engine.plan import promised
 from lightning_lora.engine.present import check_none_of_others, other_prefix
 from lightning_lora.engine.state import describe_base, is_finite
-from lightning_lora.engine.targets import Selection, name_matches, select, tensors_trained_whole
+from lightning_lora.engine.targets import Selection, select, tensors_trained_whole
 from lightning_lora.engine.tree import Tree, submodule, unwrapped
 from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import with_own_fields
+from lightning_lora.hub.format.folder import Header, TensorFile
 from lightning_lora.hub.format.layout import (
     Adapted,
     Layout,
@@ -38,7 +40,6 @@ from lightning_lora.hub.format.layout import (
 )
 from lightning_lora.hub.format.old_names import Recipe, renamed_config, renamed_key, restacked, todays_names
 from lightning_lora.hub.format.peft import exact_targets
-from lightning_lora.hub.format.reading import Header, TensorFile, with_tied
 
 _LOADABLE = (
     ". Where the vocabulary was resized before the training, load it with the adapter: "
@@ -73,6 +74,11 @@ class Fit:
             return dict(values)
         names, there = names_of_tensors(model), tensors_named(self.root)
         return {names[id(there[name])]: value for name, value in values.items()}
+
+    def inject(self, model: nn.Module) -> InjectionReport:
+        """Adapt `model` as the folder says. Raises AdapterFormatError where that does not fit."""
+        with _fitting(model, self.where):
+            return inject(model, self.config, start=False)
 
     def read(self, file: TensorFile | Mapping[str, Tensor], *, compare_base: bool = True) -> dict[str, Tensor]:
         """The tensors to load, by the engine's names relative to the root. Raises AdapterFormatError for one that is
@@ -158,14 +164,24 @@ class Fit:
 def fit(model: nn.Module, config: LoRAConfig, header: Header, *, where: str) -> Fit:
     """How the adapter with this config and header fits onto `model`, which is not adapted yet.
 
-    Raises AdapterFormatError naming every key that is missing, unexpected or of another shape, and TargetError and
-    AdapterStateError as `inject` does.
+    Raises AdapterFormatError naming every key that is missing, unexpected or of another shape, and AdapterStateError as
+    `inject` does.
     """
     try:
-        return _fit(model, config, header, where)
-    except (AdapterFormatError, TargetError):
+        with _fitting(model, where):
+            return _fit(model, config, header, where)
+    except AdapterFormatError:
         check_none_of_others(model, Tree.of(model))  # another library renames the layers that it adapts
         raise
+
+
+@contextmanager
+def _fitting(model: nn.Module, where: str) -> Iterator[None]:
+    """Inside, a TargetError becomes an AdapterFormatError: the patterns are those of the folder."""
+    try:
+        yield
+    except TargetError as error:
+        raise AdapterFormatError(f"{where} does not fit {type(model).__name__}: {error}") from error
 
 
 def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
@@ -178,7 +194,7 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
     keys = {key: renamed_key(name, names) for key, name in plain.items()} if names else plain
     config = renamed_config(config, root, adapts, names)
     config, header, keys, recipes = restacked(root, config, header, keys, where)
-    relative = with_tied(root, _for_engine(root, config), keys.values())
+    relative = peft.for_engine(root, config, list(keys.values()))
     selection = select(root, relative)
     if not _has_bias(root, selection, config.bias):
         relative = replace(relative, bias="none")
@@ -230,67 +246,6 @@ def _root(model: nn.Module, header: Header, wanted: set[str]) -> nn.Module:
         if place is not None:
             return place[1]
     return adapter_root(model)[1]
-
-
-def _for_engine(root: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """`config` without its entries that match nothing, and without its patterns.
-
-    PEFT accepts an entry that matches nothing, and writes such entries itself ("score" beside "classifier"); the engine
-    refuses them. The modules that the file adapts are still checked against its tensors.
-    """
-    modules = dict(Tree.of(root).every)
-    saved = [n for n in modules if n and config.modules_to_save and peft.ends_with(config.modules_to_save, n)]
-    inside = {id(m) for name in saved for m in modules[name].modules()}
-    candidates = [n for n, m in modules.items() if id(m) not in inside]
-    adaptable = [n for n in candidates if geometry_of(type(modules[n]))]  # an entry for others excludes nothing
-    entries = [e for e in config.modules_to_save or () if any(name_matches([e], n) for n in modules)]
-    excluded, targets = config.exclude_modules, config.target_modules
-    parameters = [e for e in config.target_parameters or () if _names_a_parameter(e, modules)]
-    if config.layers_to_transform is not None and isinstance(targets, list):
-        meant = [
-            n for n in candidates if peft.is_in_layers(targets, config.layers_to_transform, config.layers_pattern, n)
-        ]
-        if meant:  # else the engine raises an error that says what there is
-            others = [n for n in modules if n not in set(meant)]
-            targets = exact_targets(meant, others)
-            config = replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
-    if targets != "all-linear" and targets:
-        # If none matches, the engine raises an error with the closest names.
-        targets = _matching(targets, candidates) or targets
-    return replace(
-        config,
-        target_modules=targets,
-        target_parameters=parameters or config.target_parameters,
-        trainable_token_indices=_rows(config.trainable_token_indices, modules),
-        exclude_modules=None if excluded is None else _matching(excluded, adaptable),
-        # The file's entries stay if they mean the same to the engine, which requires a dot before an entry.
-        modules_to_save=entries if entries and all(name_matches(entries, n) for n in saved) else saved or None,
-        rank_pattern={},
-        alpha_pattern={},
-    )
-
-
-def _rows(indices: Any, modules: Mapping[str, nn.Module]) -> Any:
-    """trainable_token_indices by the full names of the modules that its entries match in PEFT."""
-    if not isinstance(indices, dict):
-        return indices
-    found = {n: rows for n in modules for entry, rows in indices.items() if n and peft.ends_with([entry], n)}
-    return found or indices
-
-
-def _names_a_parameter(entry: str, modules: Mapping[str, nn.Module]) -> bool:
-    module, _, parameter = entry.rpartition(".")
-    return any(
-        parameter in m._parameters and (not module or name_matches([module], name)) for name, m in modules.items()
-    )
-
-
-def _matching(pattern: str | list[str], names: Iterable[str]) -> str | list[str] | None:
-    """`pattern` without its entries that match none of `names`; None if nothing is left."""
-    names = list(names)
-    if isinstance(pattern, str):
-        return pattern if any(name_matches(pattern, name) for name in names) else None
-    return [entry for entry in pattern if any(name_matches([entry], name) for name in names)] or None
 
 
 def _for_model(

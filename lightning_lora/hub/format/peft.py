@@ -16,11 +16,12 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.engine import LoRAConfig
-from lightning_lora.engine.layers import Adapter, AdapterSpec, DoRA, Pair, ParameterLoRA, register_conv1d
+from lightning_lora.engine.layers import Adapter, AdapterSpec, DoRA, Pair, ParameterLoRA, geometry_of, register_conv1d
 from lightning_lora.engine.layers.linear import OutProjectionLoRA
 from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE, START
 from lightning_lora.engine.layers.tokens import TOKENS, TokenRows
 from lightning_lora.engine.targets import name_matches
+from lightning_lora.engine.tree import Tree, weight_users
 
 PREFIX = "base_model.model."
 
@@ -271,3 +272,93 @@ def exact_targets(wanted: Collection[str], others: Collection[str]) -> str | lis
     if wanted_set == {""}:
         return "^$"
     return "|".join(re.escape(name) for name in sorted(wanted_set))
+
+
+# Reads a config by PEFT's rules.
+
+
+def for_engine(root: nn.Module, config: LoRAConfig, keys: Collection[str]) -> LoRAConfig:
+    """`config`, of a file with these `keys`, for the engine and `root`: without its entries that match nothing, and
+    without its patterns.
+
+    PEFT accepts an entry that matches nothing, and writes such entries itself ("score" beside "classifier"); the engine
+    refuses them. The modules that the file adapts are still checked against its tensors.
+    """
+    modules = dict(Tree.of(root).every)
+    saved = [n for n in modules if n and config.modules_to_save and ends_with(config.modules_to_save, n)]
+    inside = {id(m) for name in saved for m in modules[name].modules()}
+    candidates = [n for n, m in modules.items() if id(m) not in inside]
+    adaptable = [n for n in candidates if geometry_of(type(modules[n]))]  # an entry for others excludes nothing
+    entries = [e for e in config.modules_to_save or () if any(name_matches([e], n) for n in modules)]
+    excluded, targets = config.exclude_modules, config.target_modules
+    parameters = [e for e in config.target_parameters or () if _names_a_parameter(e, modules)]
+    if config.layers_to_transform is not None and isinstance(targets, list):
+        meant = [n for n in candidates if is_in_layers(targets, config.layers_to_transform, config.layers_pattern, n)]
+        if meant:  # else the engine raises an error that says what there is
+            others = [n for n in modules if n not in set(meant)]
+            targets = exact_targets(meant, others)
+            config = replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+    if targets != "all-linear" and targets:
+        # If none matches, the engine raises an error with the closest names.
+        targets = _matching(targets, candidates) or targets
+    config = replace(
+        config,
+        target_modules=targets,
+        target_parameters=parameters or config.target_parameters,
+        trainable_token_indices=_rows(config.trainable_token_indices, modules),
+        exclude_modules=None if excluded is None else _matching(excluded, adaptable),
+        # The file's entries stay if they mean the same to the engine, which requires a dot before an entry.
+        modules_to_save=entries if entries and all(name_matches(entries, n) for n in saved) else saved or None,
+        rank_pattern={},
+        alpha_pattern={},
+    )
+    return _with_tied(root, config, keys)
+
+
+def _with_tied(root: nn.Module, config: LoRAConfig, keys: Collection[str]) -> LoRAConfig:
+    """`config` that also names the modules in the file that share their weight with a module that it names.
+
+    Where PEFT keeps tied layers tied (ensure_weight_tying), it adapts or trains both, but writes only one name."""
+    tree = Tree.of(root)
+    users = weight_users(tree.modules)
+    tied = {id(m): {n for n, _ in group} for group in users.values() if len(group) > 1 for _, m in group}
+    if not tied:
+        return config
+    adapted = adapted_names(keys)
+    whole = {base_name(key).rpartition(".")[0] for key in keys} - adapted
+    targets, saved = config.target_modules, config.modules_to_save or []
+
+    def beside(pattern: str | list[str], there: set[str]) -> list[str]:
+        named = [m for name, m in tree.modules if name and id(m) in tied and name_matches(pattern, name)]
+        found = {name for m in named for name in tied[id(m)]} & there
+        return sorted(name for name in found if not name_matches(pattern, name))
+
+    if targets and targets != "all-linear" and (more := beside(targets, adapted)):
+        if isinstance(targets, str):
+            targets = "|".join([f"(?:{targets})", *map(re.escape, more)])
+        else:
+            targets = [*targets, *more]
+    return replace(config, target_modules=targets, modules_to_save=[*saved, *beside(saved, whole)] or None)
+
+
+def _rows(indices: Any, modules: Mapping[str, nn.Module]) -> Any:
+    """trainable_token_indices by the full names of the modules that its entries match in PEFT."""
+    if not isinstance(indices, dict):
+        return indices
+    found = {n: rows for n in modules for entry, rows in indices.items() if n and ends_with([entry], n)}
+    return found or indices
+
+
+def _names_a_parameter(entry: str, modules: Mapping[str, nn.Module]) -> bool:
+    module, _, parameter = entry.rpartition(".")
+    return any(
+        parameter in m._parameters and (not module or name_matches([module], name)) for name, m in modules.items()
+    )
+
+
+def _matching(pattern: str | list[str], names: Iterable[str]) -> str | list[str] | None:
+    """`pattern` without its entries that match none of `names`; None if nothing is left."""
+    names = list(names)
+    if isinstance(pattern, str):
+        return pattern if any(name_matches(pattern, name) for name in names) else None
+    return [entry for entry in pattern if any(name_matches([entry], name) for name in names)] or None

@@ -6,20 +6,20 @@ import io
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd
 from torch import Tensor, nn
 
+from lightning_lora import __version__
 from lightning_lora.errors import CheckpointError, HubError, HubUnavailableError
 from lightning_lora.files import within_temporary_folder
 from lightning_lora.hub.adapters import save_tensors
+from lightning_lora.hub.address import local_path
 from lightning_lora.hub.card import Card, RunFacts, merge_cards
 from lightning_lora.hub.client import SLOWEST, TIMEOUT, plain_token, retried
-from lightning_lora.hub.format.reading import CARD
-from lightning_lora.hub.format.writing import local_path
+from lightning_lora.hub.format.folder import CARD
 from lightning_lora.hub.hub_private import is_left_out
 from lightning_lora.hub.push.repository import Destination, HubRepository
 from lightning_lora.hub.push.staging import PICTURE, Staged, digest, stage
@@ -139,7 +139,7 @@ class Push:
         self.staged = staged
         self.run = run
         self.title, _, more = title.strip().partition("\n")
-        parts = [more.strip(), description.strip(), f"Pushed by lightning_lora {version('lightning-lora')}."]
+        parts = [more.strip(), description.strip(), f"Pushed by lightning_lora {__version__}."]
         self.description = "\n\n".join(part for part in parts if part)
         self._first_head: str | None = None
         self._pull_requests: dict[str, str] = {}

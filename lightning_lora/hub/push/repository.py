@@ -16,8 +16,8 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from lightning_lora.checked import flag, number
 from lightning_lora.errors import ConfigError, HubError
+from lightning_lora.hub.address import hub_address
 from lightning_lora.hub.client import TIMEOUT, Api, asked, within
-from lightning_lora.hub.format.writing import hub_address
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

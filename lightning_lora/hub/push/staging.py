@@ -17,12 +17,11 @@ import torch
 
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.files import reason, temporary_folder
-from lightning_lora.hub.card import RunFacts, base_id, merge_cards, model_card
+from lightning_lora.hub.address import base_id, local_path
+from lightning_lora.hub.card import RunFacts, merge_cards, model_card
 from lightning_lora.hub.format.certificate import read_certificate
 from lightning_lora.hub.format.config import HEADS_OF_TASK
-from lightning_lora.hub.format.inspection import check_adapter
-from lightning_lora.hub.format.peft import adapted_names, base_name, ends_with, plain_key
-from lightning_lora.hub.format.reading import (
+from lightning_lora.hub.format.folder import (
     CARD,
     CERTIFICATE,
     CONFIG,
@@ -32,7 +31,8 @@ from lightning_lora.hub.format.reading import (
     open_tensors,
     read_config,
 )
-from lightning_lora.hub.format.writing import local_path
+from lightning_lora.hub.format.inspection import check_adapter
+from lightning_lora.hub.format.peft import adapted_names, base_name, ends_with, plain_key
 
 PICTURE = "training.png"
 CHECKPOINT = "training.ckpt"

@@ -1,54 +1,24 @@
-"""Opens an adapter folder that somebody else may have written, and checks what is in it before any of it is used."""
+"""Writes an adapter as a folder, and opens one that somebody else may have written, checked before it is used."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
 
-from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.present import foreign_layout_of
-from lightning_lora.engine.targets import name_matches
-from lightning_lora.engine.tree import Tree, weight_users
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
-from lightning_lora.hub.format import mlx, peft
-from lightning_lora.hub.format.mapped import BLANK, MappedTensors
-
-# With ensure_weight_tying, PEFT's config names one of two layers that share their weight, and its file has both.
-
-
-def with_tied(root: nn.Module, config: LoRAConfig, keys: Iterable[str]) -> LoRAConfig:
-    """`config` that also names the modules in the file that share their weight with a module that it names.
-
-    Where PEFT keeps tied layers tied (ensure_weight_tying), it adapts or trains both, but writes only one name."""
-    tree = Tree.of(root)
-    users = weight_users(tree.modules)
-    tied = {id(m): {n for n, _ in group} for group in users.values() if len(group) > 1 for _, m in group}
-    if not tied:
-        return config
-    adapted = peft.adapted_names(keys)
-    whole = {peft.base_name(key).rpartition(".")[0] for key in keys} - adapted
-    targets, saved = config.target_modules, config.modules_to_save or []
-
-    def beside(pattern: str | list[str], there: set[str]) -> list[str]:
-        named = [m for name, m in tree.modules if name and id(m) in tied and name_matches(pattern, name)]
-        found = {name for m in named for name in tied[id(m)]} & there
-        return sorted(name for name in found if not name_matches(pattern, name))
-
-    if targets and targets != "all-linear" and (more := beside(targets, adapted)):
-        if isinstance(targets, str):
-            targets = "|".join([f"(?:{targets})", *map(re.escape, more)])
-        else:
-            targets = [*targets, *more]
-    return replace(config, target_modules=targets, modules_to_save=[*saved, *beside(saved, whole)] or None)
-
+from lightning_lora.files import write_folder
+from lightning_lora.hub.format import mlx
+from lightning_lora.hub.format.mapped import BLANK, MappedTensors, checksum
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -93,33 +63,19 @@ class Header:
     """The entries of the file's metadata that others made."""
 
 
+class TensorFile(MappedTensors):
+    """An open `adapter_model.safetensors`; tensors are read one by one, when asked for."""
+
+    header: Header
+
+
 class _Converted(dict[str, Tensor]):
     """Tensors made from those of a file that has them under other names and in other shapes."""
 
+    header: Header
+
     def at_once(self) -> Mapping[str, Tensor]:
         return self
-
-    def are_finite(self) -> bool:
-        return False  # not known without a look at each of them
-
-
-class TensorFile:
-    """An open `adapter_model.safetensors`; tensors are read one by one, when asked for."""
-
-    def __init__(self, tensors: MappedTensors | _Converted, header: Header) -> None:
-        self._tensors = tensors
-        self.header = header
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._tensors[key]
-
-    def at_once(self) -> Mapping[str, Tensor] | MappedTensors:
-        """All tensors. They share memory where they can, so read them and do not keep them."""
-        return self._tensors.at_once()
-
-    def are_finite(self) -> bool:
-        """True if it is known, without a look at each tensor, that all numbers in the file are finite."""
-        return self._tensors.are_finite()
 
 
 def check_folder(folder: Path) -> None:
@@ -227,20 +183,20 @@ def _json(path: Path) -> Any:
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[TensorFile]:
-    """The tensors in `folder`. Raises AdapterFormatError where their file is cut short, was changed, or is of another
-    layout."""
-    if _is_mlx(folder):
-        path = folder / mlx.TENSORS
-        with _opened(path) as tensors:
-            converted = _Converted(mlx.tensors_as_peft({key: tensors[key] for key in tensors.entries}, str(path)))
-            shapes = {key: tuple(t.shape) for key, t in sorted(converted.items())}
-            yield TensorFile(converted, Header(shapes, {key: converted[key].is_floating_point() for key in shapes}, {}))
-        return
-    with _opened(folder / TENSORS) as tensors:
-        header = _header(tensors, folder / TENSORS)
-        _check_as_written(folder, tensors, header.note)
-        yield TensorFile(tensors, header)
+def open_tensors(folder: Path) -> Iterator[TensorFile | _Converted]:
+    """The tensors in `folder`, with their header. Raises AdapterFormatError where their file is cut short, was changed,
+    or is of another layout."""
+    path = folder / (mlx.TENSORS if _is_mlx(folder) else TENSORS)
+    with _opened(path) as tensors:
+        if path.name == TENSORS:
+            tensors.header = _header(tensors, path)
+            _check_as_written(folder, tensors, tensors.header.note)
+            yield tensors
+            return
+        converted = _Converted(mlx.tensors_as_peft({key: tensors[key] for key in tensors.entries}, str(path)))
+        shapes = {key: tuple(t.shape) for key, t in sorted(converted.items())}
+        converted.header = Header(shapes, {key: converted[key].is_floating_point() for key in shapes}, {})
+        yield converted
 
 
 def _check_as_written(folder: Path, tensors: MappedTensors, note: Mapping[str, Any]) -> None:
@@ -267,10 +223,10 @@ def _check_as_written(folder: Path, tensors: MappedTensors, note: Mapping[str, A
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[MappedTensors]:
+def _opened(path: Path) -> Iterator[TensorFile]:
     try:
         with safe_open(path, framework="np"):  # raises for a false header; framework="pt" would map the whole file
-            tensors = MappedTensors(path)
+            tensors = TensorFile(path)
         yield tensors
     except SafetensorError as error:
         what = _begins_as(path) or f"cut short, or is no safetensors file: {error}"
@@ -300,3 +256,43 @@ def _header(tensors: MappedTensors, path: Path) -> Header:
         raise AdapterFormatError(f"{path}: the entry {NOTE!r} of its metadata is not what this package writes there.")
     others = {key: value for key, value in tensors.metadata.items() if key not in ("format", NOTE)}
     return Header(shapes, floating, note, others)
+
+
+def write_adapter(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    note: Mapping[str, Any],
+    card: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter into `folder`. `tensors` are on the CPU. Our own `note`, and the `metadata` of others, go into
+    the header of their file, with a checksum and the config's fields UNSEEN, so that reading notices later changes.
+    Raises CheckpointError as `write_folder` does."""
+    said = {field: config[field] for field in UNSEEN if config.get(field)}
+    note = {**note, CHECKSUM: BLANK.decode(), SAID: said}
+    header = {**(metadata or {}), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
+    files: dict[str, bytes | tuple[bytes, memoryview]] = {
+        CARD: card.encode(),
+        TENSORS: _with_checksum(save(_apart(tensors), header)),
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+    }
+    write_folder(folder, files)
+
+
+def _with_checksum(content: bytes) -> tuple[bytes, memoryview]:
+    start = 8 + int.from_bytes(content[:8], "little")
+    header, body = content[:start], memoryview(content)[start:]
+    return header.replace(BLANK, checksum(header, body).encode()), body
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor in memory of its own, as the format requires: a tensor that shares memory with an earlier one (tied
+    weights) is copied."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, t in tensors.items():
+        place = t.untyped_storage().data_ptr()
+        apart[key] = (t.clone() if place in taken else t).contiguous()
+        taken.add(place)
+    return apart

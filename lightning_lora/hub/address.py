@@ -1,29 +1,21 @@
-"""Writes an adapter as a folder in PEFT's format: its card, its tensors and its config."""
+"""Where an adapter or a base is, as people write it: a folder on this machine, or a repository on the Hub."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from huggingface_hub import constants
-from safetensors.torch import save
-from torch import Tensor
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.files import write_folder
-from lightning_lora.hub.format.mapped import BLANK, checksum
-from lightning_lora.hub.format.reading import CARD, CHECKSUM, CONFIG, NOTE, SAID, TENSORS, UNSEEN
-
-# Reads where an adapter is, as people write it: a folder on this machine, or an address of the Hub.
 
 # A scheme has at least two letters: "C:/" is a drive. One slash is enough: a Path has lost the second one.
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
+_ID = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
 def local_path(path: Any) -> Path:
@@ -43,12 +35,29 @@ def local_path(path: Any) -> Path:
     )
 
 
+def is_id(name: Any, *, owned: bool = False) -> bool:
+    """True if `name` looks like the id of a model on the Hub; with `owned`, only "user/name" does, and not "name"."""
+    found = _ID.fullmatch(name) if isinstance(name, str) else None
+    return found is not None and not (owned and found["owner"] is None)
+
+
+def base_id(name: Any) -> str | None:
+    """`name` where it is an id on the Hub; None where it is a local path, which the Hub refuses and nobody can use."""
+    return name if is_id(name) and not os.path.exists(name) else None
+
+
 class HubAddress(NamedTuple):
     """A repository on the Hub, with a revision and a folder in it."""
 
     repo_id: str
     revision: str | None
-    subfolder: str | None
+    subfolder: str | None = None
+
+
+def id_and_revision(text: str) -> HubAddress:
+    """The repository of "user/name@revision", or of "user/name"."""
+    name, _, revision = text.partition("@")
+    return HubAddress(name, revision or None)
 
 
 def hub_address(text: Any) -> HubAddress | None:
@@ -78,43 +87,3 @@ def hub_address(text: Any) -> HubAddress | None:
     if inside and inside[-1].endswith((".json", ".safetensors", ".md", ".bin")):
         del inside[-1]
     return HubAddress(name, revision or None, "/".join(inside) or None)
-
-
-def write_adapter(
-    folder: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    note: Mapping[str, Any],
-    card: str,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write an adapter into `folder`. `tensors` are on the CPU. Our own `note`, and the `metadata` of others, go into
-    the header of their file, with a checksum and the config's fields UNSEEN, so that reading notices later changes.
-    Raises CheckpointError as `write_folder` does."""
-    said = {field: config[field] for field in UNSEEN if config.get(field)}
-    note = {**note, CHECKSUM: BLANK.decode(), SAID: said}
-    header = {**(metadata or {}), "format": "pt", NOTE: json.dumps(note, sort_keys=True)}
-    files: dict[str, bytes | tuple[bytes, memoryview]] = {
-        CARD: card.encode(),
-        TENSORS: _with_checksum(save(_apart(tensors), header)),
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-    }
-    write_folder(folder, files)
-
-
-def _with_checksum(content: bytes) -> tuple[bytes, memoryview]:
-    start = 8 + int.from_bytes(content[:8], "little")
-    header, body = content[:start], memoryview(content)[start:]
-    return header.replace(BLANK, checksum(header, body).encode()), body
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor in memory of its own, as the format requires: a tensor that shares memory with an earlier one (tied
-    weights) is copied."""
-    apart: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for key, t in tensors.items():
-        place = t.untyped_storage().data_ptr()
-        apart[key] = (t.clone() if place in taken else t).contiguous()
-        taken.add(place)
-    return apart
