@@ -34,8 +34,8 @@ from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.hub.address import base_id, local_path
 from lightning_lora.hub.card import model_card
 from lightning_lora.hub.format.config import HEADS_OF_TASK, TASK_TYPES, own_fields, to_peft
-from lightning_lora.hub.format.folder import NOTE, check_folder, open_tensors, write_adapter
-from lightning_lora.hub.format.inspection import checked_config
+from lightning_lora.hub.format.folder import NOTE, write_adapter
+from lightning_lora.hub.format.inspection import opened
 from lightning_lora.hub.format.layout import (
     Adapted,
     adapter_root,
@@ -143,7 +143,7 @@ def save_tensors(
         modules_to_save=_entries(root, injection.config, saved),
         fan_in_fan_out=_is_transposed(adapted),
         task_type=_task_type(root, task_type, saved),
-        base_model=base_model,
+        base_model_name_or_path=base_model,
         revision=revision,
     )
     given = by_plain_name(model, tensors or {})
@@ -207,9 +207,7 @@ def load_adapter(
     from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
 
     folder = adapter_folder(adapter, revision, ignore_fields=ignore_fields, **pulling)
-    check_folder(folder)
-    config = checked_config(folder, ignore_fields)
-    with open_tensors(folder) as file:
+    with opened(folder, ignore_fields) as (config, file):
         plan = fit(model, config, file.header, where=str(folder))
         values = plan.read(file, compare_base=not load_embedding_layers)
         tables = plan.tables(file) if load_embedding_layers else {}

@@ -24,8 +24,8 @@ from lightning_lora.engine.weights import can_be_dense, dense
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 from lightning_lora.hub.address import local_path
 from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.folder import CONFIG, Header, check_folder, open_tensors
-from lightning_lora.hub.format.inspection import checked_config
+from lightning_lora.hub.format.folder import CONFIG, Header
+from lightning_lora.hub.format.inspection import opened
 from lightning_lora.hub.format.layout import adapter_root, place_of
 from lightning_lora.hub.format.matching import Fit, fit
 from lightning_lora.hub.store import DiskStore
@@ -179,9 +179,7 @@ class AdapterBank(Bank):
             from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
 
             folder = adapter_folder(source, revision, ignore_fields=ignore_fields, **pulling)
-        check_folder(folder)
-        config = checked_config(folder, ignore_fields)
-        with open_tensors(folder) as file:
+        with opened(folder, ignore_fields) as (config, file):
             plan, parts = self._parts(config, file.header, str(folder))
             if check_base and "base_fingerprint" in file.header.note:
                 heads = [part.layer for part in parts.values() if isinstance(part, _Whole)]
@@ -353,9 +351,7 @@ def _adapted(
     plans: dict[Any, Fit] = {}
     rank = 1
     for folder in named.values():
-        check_folder(folder)
-        config = checked_config(folder, ignore_fields)
-        with open_tensors(folder) as file:
+        with opened(folder, ignore_fields) as (config, file):
             header = file.header
         if (kind := _kind(config, header)) in plans:
             continue

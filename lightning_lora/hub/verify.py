@@ -39,8 +39,7 @@ from lightning_lora.engine.twin import Bare, bare, has_active_adapter
 from lightning_lora.engine.verify import check_layer
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, listed
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
-from lightning_lora.hub.format.folder import check_folder, open_tensors
-from lightning_lora.hub.format.inspection import checked_config
+from lightning_lora.hub.format.inspection import opened
 from lightning_lora.hub.format.layout import member, place_of
 from lightning_lora.hub.format.matching import Fit, fit
 
@@ -185,7 +184,6 @@ def verify_adapter(
     from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
 
     folder = adapter_folder(adapter, revision, ignore_fields=ignore_fields, **pulling)
-    check_folder(folder)
     inside = bare(model)
     if base is None and not inside.can_switch:
         raise AdapterStateError(
@@ -213,8 +211,7 @@ def _with_factors(
 ) -> tuple[Fit, dict[str, Tensor], dict[str, Any]]:
     """Adapt `reference` as the adapter in `folder` says, and give it the folder's factors. Returns how they fit, the
     tensors that were trained whole, by their names in `reference`, and the note in the file."""
-    config = checked_config(folder, ignore_fields)
-    with open_tensors(folder) as file, warnings.catch_warnings():
+    with opened(folder, ignore_fields) as (config, file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # load_adapter says them
         plan = fit(reference, config, file.header, where=str(folder))
         values = plan.read(file, compare_base=False)

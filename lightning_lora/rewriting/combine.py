@@ -333,7 +333,7 @@ def _config(adapters: Mapping[str, Parts], written: _Written) -> dict[str, Any]:
         modules_to_save=first.data.get("modules_to_save"),
         fan_in_fan_out=any(p.data.get("fan_in_fan_out") for p in every),
         task_type=_common([p.data.get("task_type") for p in every]),
-        base_model=base,
+        base_model_name_or_path=base,
         revision=revision,
     )
     return {**config, **selection}

@@ -24,7 +24,7 @@ from lightning_lora.hub.card import RunFacts, merge_cards, model_card
 from lightning_lora.hub.consumers import Consumer, consumer_called
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import to_peft
-from lightning_lora.hub.format.folder import CARD, CONFIG, write_adapter
+from lightning_lora.hub.format.folder import CONFIG, read_card, write_adapter
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.rewriting.lowering import (
     Lowered,
@@ -39,7 +39,7 @@ from lightning_lora.rewriting.lowering import (
     with_every_layer,
     written_rank,
 )
-from lightning_lora.rewriting.parts import Parts, magnitude_key, parts_of, unclear
+from lightning_lora.rewriting.parts import Parts, parts_of, unclear
 from lightning_lora.rewriting.written import check_written
 
 
@@ -198,7 +198,7 @@ def _for_peft(
     for name, pair in parts.pairs.items():
         tensors |= {keys[name][0]: pair.A, keys[name][1]: pair.B}
         if pair.magnitude is not None:
-            tensors[magnitude_key(keys[name][0])] = pair.magnitude
+            tensors[peft.key_of_magnitude(keys[name][0])] = pair.magnitude
     tensors = {k: t.to(dtype) if dtype and t.is_floating_point() else t for k, t in sorted(tensors.items())}
     ranks = {name: pair.rank for name, pair in parts.pairs.items()}
     alphas = {name: pair.alpha for name, pair in parts.pairs.items()}
@@ -305,7 +305,7 @@ def _config(
         modules_to_save=modules_to_save or None,
         fan_in_fan_out=bool(parts.data.get("fan_in_fan_out")),
         task_type=parts.data.get("task_type"),
-        base_model=base_id(parts.data.get("base_model_name_or_path")),
+        base_model_name_or_path=base_id(parts.data.get("base_model_name_or_path")),
         revision=parts.data.get("revision"),
     )
 
@@ -392,8 +392,4 @@ def _card(source: Path, config: Mapping[str, Any], parts: Parts, tensors: Mappin
         module=parts.note.get("module") or "",
         run=facts,
     )
-    try:
-        theirs = (source / CARD).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        theirs = None
-    return merge_cards(card, theirs)
+    return merge_cards(card, read_card(source))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.config import pattern_matches, scale_of
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.folder import CONFIG, TENSORS, Header, check_folder, open_tensors
-from lightning_lora.hub.format.inspection import check_config, check_header, config_in
+from lightning_lora.hub.format.folder import CONFIG, TENSORS, Header, check_folder, open_tensors, read_config
+from lightning_lora.hub.format.inspection import check_config, check_header
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,6 @@ def _factor_keys(name: str, wrapped: Mapping[str, Any] | set[str], is_embedding:
     return A, B
 
 
-def magnitude_key(key_of_A: str) -> str:
-    """PEFT's key of the magnitude that belongs to the A under `key_of_A`."""
-    return f"{key_of_A[: key_of_A.rindex('lora_')]}lora_magnitude_vector"
-
-
 def parts_of(folder: Path, ignore_fields: Collection[str] = (), *, to_look_at: bool = False) -> Parts:
     """Read and check the adapter in `folder`.
 
@@ -104,9 +98,10 @@ def parts_of(folder: Path, ignore_fields: Collection[str] = (), *, to_look_at: b
     saved: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
     base: dict[str, Tensor] = {}
+    whole = config.modules_to_save or ()
     for key, tensor in tensors.items():
         name = peft.base_name(key)
-        kind = saved if _is_inside(name, config) else biases if _is_bias(name, config) else base
+        kind = saved if peft.is_inside(whole, name) else biases if _is_bias(name, config) else base
         kind[key] = tensor
     repaired = repaired_in({name: pair.rank for name, pair in pairs.items()}, config, where)
     return Parts(config, data, pairs, saved, biases, base, header.note, repaired, ambiguous_in(pairs, config), renamed)
@@ -122,7 +117,7 @@ def tensors_in(folder: Path, config: LoRAConfig) -> tuple[dict[str, Tensor], Hea
     with open_tensors(folder) as file:
         check_header(config, file.header, where)
         for key in file.header.shapes:
-            plain = _plain(key)
+            plain = peft.plain_key(key)
             renamed += plain != key
             if peft.is_untrained_original(key):
                 continue
@@ -160,7 +155,7 @@ def repaired_in(ranks: Mapping[str, int], config: LoRAConfig, where: str) -> tup
 def _config(folder: Path, ignore_fields: Collection[str], to_look_at: bool) -> tuple[LoRAConfig, Mapping[str, Any]]:
     """The config in `folder`, and the fields of its file. A config with DoRA is read as one without, since DoRA changes
     neither A nor B."""
-    data = config_in(folder)
+    data = read_config(folder)
     is_dora = isinstance(data, Mapping) and bool(data.get("use_dora"))
     if is_dora and data["use_dora"] is not True:
         raise AdapterFormatError(f"{folder / CONFIG}: use_dora is {data['use_dora']!r}, not true or false.")
@@ -187,10 +182,6 @@ def _config(folder: Path, ignore_fields: Collection[str], to_look_at: bool) -> t
     return config, data
 
 
-def _plain(key: str) -> str:
-    return re.sub(r"\.lora_magnitude_vector(\.default)?(\.weight)?$", ".lora_magnitude_vector", peft.plain_key(key))
-
-
 def _pairs(tensors: dict[str, Tensor], config: LoRAConfig, use_dora: bool, where: str) -> dict[str, Pair]:
     """Removes the pairs from `tensors` and returns them, by module."""
     names = sorted(peft.adapted_names(key for key in tensors if not peft.is_of_tokens(key)), key=by_number)
@@ -200,7 +191,7 @@ def _pairs(tensors: dict[str, Tensor], config: LoRAConfig, use_dora: bool, where
         is_embedding = not any(key in tensors for key in _factor_keys(name, wrapped, False))
         A_key, B_key = _factor_keys(name, wrapped, is_embedding)
         A, B = tensors.pop(A_key, None), tensors.pop(B_key, None)
-        magnitude = tensors.pop(magnitude_key(A_key), None)
+        magnitude = tensors.pop(peft.key_of_magnitude(A_key), None)
         if A is None or B is None:
             problems.append(f"missing: {A_key if A is None else B_key}")
         elif A.ndim == 2 and B.ndim == 2 and A.shape[0] != B.shape[1]:
@@ -219,11 +210,6 @@ def _pairs(tensors: dict[str, Tensor], config: LoRAConfig, use_dora: bool, where
 def by_number(name: str) -> list[tuple[int, str]]:
     """A sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _is_inside(name: str, config: LoRAConfig) -> bool:
-    parts = name.split(".")
-    return any(peft.ends_with(config.modules_to_save or (), ".".join(parts[:i])) for i in range(1, len(parts)))
 
 
 def _is_bias(name: str, config: LoRAConfig) -> bool:

@@ -25,13 +25,20 @@ from lightning_lora.hub.address import base_id, local_path
 from lightning_lora.hub.base_weights import WeightOf, matrix_of
 from lightning_lora.hub.card import RunFacts, merge_cards, model_card
 from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.folder import CARD, CONFIG, TENSORS, Header, check_folder, write_adapter
-from lightning_lora.hub.format.inspection import check_config, config_in
+from lightning_lora.hub.format.folder import (
+    CONFIG,
+    TENSORS,
+    Header,
+    check_folder,
+    read_card,
+    read_config,
+    write_adapter,
+)
+from lightning_lora.hub.format.inspection import check_config
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.rewriting.parts import (
     ambiguous_in,
     by_number,
-    magnitude_key,
     names_of,
     repaired_in,
     tensors_in,
@@ -71,7 +78,7 @@ class Stored:
     ) -> None:
         """Write the adapter anew, with other fields and tensors; `note` goes into its file, what is `said` into its
         card."""
-        data = dict(sorted({**data, _BASE: base_id(data.get(_BASE))}.items()))
+        data = {**data, _BASE: base_id(data.get(_BASE))}
         notes = {key: {**value, "version": __version__} for key, value in note.items()}
         card = model_card(
             data,
@@ -80,13 +87,9 @@ class Stored:
             module=self.header.note.get("module") or "",
             run=RunFacts(notes=dict(said)),
         )
-        try:
-            theirs = (self.folder / CARD).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            theirs = None
-        whole = dict(sorted(tensors.items()))
+        card = merge_cards(card, read_card(self.folder))
         place = self.target if target is None else target
-        write_adapter(place, data, whole, {**self.header.note, **notes}, merge_cards(card, theirs), self.header.others)
+        write_adapter(place, data, tensors, {**self.header.note, **notes}, card, self.header.others)
 
 
 def opened(
@@ -103,7 +106,7 @@ def opened(
     if target.exists() and source.exists() and os.path.samefile(source, target):
         raise ConfigError(f"The result would replace the adapter itself: choose another folder than {str(target)!r}.")
     check_folder(source)
-    data = config_in(source)
+    data = read_config(source)
     config = check_config(data, str(source / CONFIG), ignore_fields)
     tensors, header, _ = tensors_in(source, config)
     return Stored(source, target, data, config, tensors, header, _pairs(tensors, config, str(source / TENSORS)))
@@ -174,7 +177,7 @@ def _pairs(tensors: Mapping[str, Tensor], config: LoRAConfig, where: str) -> dic
                 rank=rank,
                 alpha=alpha,
                 scale=scale_of(alpha, rank, rank_stabilised=config.use_rslora),
-                magnitude=tensors.get(magnitude_key(key)),
+                magnitude=tensors.get(peft.key_of_magnitude(key)),
                 module=module,
                 parameters=parameters,
             )

@@ -18,100 +18,76 @@ from lightning_lora.errors import AdapterFormatError, ConfigError, listed
 
 log = logging.getLogger(__name__)
 
-# Every field that PEFT writes, with its default.
-_DEFAULTS: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
+# The fields that LoRAConfig has too: PEFT's name -> ours, and PEFT's default.
+_OURS: dict[str, tuple[str, Any]] = {
+    "alora_invocation_tokens": ("alora_invocation_tokens", None),
+    "alpha_pattern": ("alpha_pattern", {}),
+    "bias": ("bias", "none"),
+    "exclude_modules": ("exclude_modules", None),
+    "layers_pattern": ("layers_pattern", None),
+    "layers_to_transform": ("layers_to_transform", None),
+    "lora_alpha": ("alpha", 8),
+    "lora_bias": ("lora_bias", False),
+    "lora_dropout": ("dropout", 0.0),
+    "modules_to_save": ("modules_to_save", None),
+    "r": ("rank", 8),
+    "rank_pattern": ("rank_pattern", {}),
+    "target_modules": ("target_modules", None),
+    "target_parameters": ("target_parameters", None),
+    "trainable_token_indices": ("trainable_token_indices", None),
+    "use_dora": ("use_dora", False),
+    "use_rslora": ("use_rslora", False),
+}
+
+# Fields that say where an adapter comes from or how it started, and change no output -> PEFT's default, and the types
+# that they may have.
+_WITHOUT_EFFECT: dict[str, tuple[Any, tuple[type, ...]]] = {
+    "auto_mapping": (None, (dict,)),
+    "base_model_name_or_path": (None, (str,)),
+    "corda_config": (None, (dict,)),
+    "ensure_weight_tying": (False, (bool,)),  # the file has the tensors of both layers
+    "eva_config": (None, (dict,)),
+    "fan_in_fan_out": (False, (bool,)),
+    "inference_mode": (True, (bool,)),
+    "init_lora_weights": (True, (bool, str)),
+    "loftq_config": ({}, (dict,)),
+    "lora_ga_config": (None, (dict,)),
+    "megatron_core": ("megatron.core", (str,)),
+    "peft_type": ("LORA", (str,)),
+    "peft_version": ("0.21.2", (str,)),
+    "qalora_group_size": (16, (int,)),
+    "revision": (None, (str,)),
+    "task_type": (None, (str,)),
+}
+
+# Such fields that PEFT does not write any more, or only while it runs -> the types that they may have.
+_WITHOUT_EFFECT_NOW: dict[str, tuple[type, ...]] = {
+    "enable_lora": (),
+    "merge_weights": (bool,),
+    "runtime_config": (dict,),
+}
+
+# Fields that change the output in a way that is not supported -> PEFT's default.
+_UNSUPPORTED: dict[str, Any] = {
     "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
     "kasa_config": None,
     "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
-    "lora_alpha": 8,
-    "lora_bias": False,
-    "lora_dropout": 0.0,
-    "lora_ga_config": None,
     "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "modules_to_save": None,
     "monteclora_config": None,
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "qalora_group_size": 16,
-    "r": 8,
-    "rank_pattern": {},
-    "revision": None,
-    "target_modules": None,
-    "target_parameters": None,
-    "task_type": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
-    "use_rslora": False,
     "velora_config": None,
 }
 
-# Their fields -> ours.
-_OURS = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "target_modules",
-    "target_parameters": "target_parameters",
-    "exclude_modules": "exclude_modules",
-    "layers_to_transform": "layers_to_transform",
-    "layers_pattern": "layers_pattern",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "modules_to_save": "modules_to_save",
-    "bias": "bias",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-    "lora_bias": "lora_bias",
-    "trainable_token_indices": "trainable_token_indices",
-    "alora_invocation_tokens": "alora_invocation_tokens",
-}
+_DEFAULTS = _UNSUPPORTED | {key: default for key, (_, default) in _OURS.items()}
+_DEFAULTS |= {key: default for key, (default, _) in _WITHOUT_EFFECT.items()}
+"""Every field that PEFT writes, with its default."""
+_TYPES = _WITHOUT_EFFECT_NOW | {key: types for key, (_, types) in _WITHOUT_EFFECT.items()}
 
 # Our fields that PEFT's config does not have: they change how an adapter is trained further, and no output.
 _OURS_ALONE = ("freeze_a", "rank_dropout", "module_dropout")
 _OURS_SOMETIMES = ("dropout",)
 """Our fields that PEFT's config has, but not for some kinds of layer."""
-
-# Fields that say where an adapter comes from or how it started, and change no output -> the types that they may have.
-_WITHOUT_EFFECT: dict[str, tuple[type, ...]] = {
-    "auto_mapping": (dict,),
-    "base_model_name_or_path": (str,),
-    "corda_config": (dict,),
-    "ensure_weight_tying": (bool,),  # the file has the tensors of both layers
-    "eva_config": (dict,),
-    "fan_in_fan_out": (bool,),
-    "inference_mode": (bool,),
-    "init_lora_weights": (bool, str),
-    "loftq_config": (dict,),
-    "lora_ga_config": (dict,),
-    "megatron_core": (str,),
-    "peft_type": (str,),
-    "peft_version": (str,),
-    "qalora_group_size": (int,),
-    "revision": (str,),
-    "runtime_config": (dict,),
-    "task_type": (str,),
-    # Written by PEFT before 0.4.
-    "enable_lora": (),
-    "merge_weights": (bool,),
-}
 
 # Fields whose feature is used, with its default settings, where they are {}.
 _USED_IF_EMPTY = ("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config")
@@ -148,21 +124,17 @@ def from_peft(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoR
         raise AdapterFormatError(
             f"{where}: peft_type is {data['peft_type']!r}; only 'LORA' can be loaded here. PEFT loads it."
         )
-    ours: dict[str, Any] = {}
     passed_over = []
     for key, value in data.items():
-        if key in _OURS:
-            ours[key] = value
-        elif key in _WITHOUT_EFFECT:
-            types = _WITHOUT_EFFECT[key]
-            if value is not None and (type(value) not in types):
-                names = " or ".join(t.__name__ for t in types) or "null"
+        if key in _TYPES:
+            if value is not None and type(value) not in _TYPES[key]:
+                names = " or ".join(t.__name__ for t in _TYPES[key]) or "null"
                 raise AdapterFormatError(f"{where}: {key} is {value!r}, not a {names}.")
         elif key not in _DEFAULTS:
             if not (_is_empty(value) or key in ignore_fields):
                 raise AdapterFormatError(_unknown(key, value, where))
             passed_over.append(f"{key} ({_shown(value)})")
-        elif value or (value == {} and key in _USED_IF_EMPTY):
+        elif key in _UNSUPPORTED and (value or (value == {} and key in _USED_IF_EMPTY)):
             raise AdapterFormatError(
                 f"{where}: {key} is {value!r}. That changes what the adapter computes, and is not supported here. PEFT "
                 "loads it; its merge_and_unload() makes a plain model of the two."
@@ -170,13 +142,13 @@ def from_peft(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoR
     if passed_over:
         log.debug("%s: fields that are not known here are passed over: %s", where, ", ".join(passed_over))
     _check_init(data.get("init_lora_weights", True), where)
-    return _config({**ours, "peft_version": data.get("peft_version")}, where)
+    return _config(data, where)
 
 
 def _check_ignored(names: Any) -> None:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"ignore_fields is a list of names, such as ['new_config'], not {names!r}.")
-    if known := [name for name in names if name in _DEFAULTS and name not in _WITHOUT_EFFECT]:
+    if known := [name for name in names if name in _OURS or name in _UNSUPPORTED]:
         raise ConfigError(
             f"ignore_fields names {listed(map(repr, known))}, which is known and changes what an adapter computes: "
             "without it the adapter would be another. Only fields that are not known here can be passed over."
@@ -242,19 +214,19 @@ def _check_stacks(version: Any, where: str) -> None:
 
 def _config(data: Mapping[str, Any], where: str) -> LoRAConfig:
     values = {"rank": _DEFAULTS["r"], "alpha": _DEFAULTS["lora_alpha"]}
-    for key, value in ((key, data[key]) for key in _OURS if key in data):
+    for key, (name, default) in _OURS.items():
+        if key not in data:
+            continue
+        value = data[key]
         # PEFT reads an absent value and an empty one alike, and null as false.
         # But of layers_to_transform, "" and {} would mean no layer.
         is_empty = value is None or value == [] or (value in ("", {}) and key != "layers_to_transform")
-        if is_empty and (_DEFAULTS[key] is None or isinstance(_DEFAULTS[key], dict)):
-            continue
-        if value is None and _DEFAULTS[key] is False:
-            continue
-        values[_OURS[key]] = value
+        stands_for_default = is_empty if default is None or default == {} else value is None and default is False
+        if not stands_for_default:
+            values[name] = value
     if "target_parameters" in values:
-        values.setdefault("target_modules", [])
         _check_stacks(data.get("peft_version"), where)
-    if "trainable_token_indices" in values:
+    if "target_parameters" in values or "trainable_token_indices" in values:
         values.setdefault("target_modules", [])
     if "target_modules" not in values:
         raise AdapterFormatError(f"{where}: target_modules is {data.get('target_modules')!r}, so it adapts nothing.")
@@ -270,45 +242,23 @@ def to_peft(
     *,
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
-    target_modules: str | list[str],
-    target_parameters: list[str] | None = None,
-    trainable_token_indices: dict[str, list[int]] | None = None,
     without_dropout: bool = False,
-    modules_to_save: list[str] | None,
-    fan_in_fan_out: bool = False,
-    task_type: str | None = None,
-    base_model: str | None = None,
-    revision: str | None = None,
+    **fields: Any,
 ) -> dict[str, Any]:
-    """The fields of an `adapter_config.json`, sorted. `ranks` and `alphas` have an entry for each module and parameter
-    that PEFT wraps."""
-    rank = usual(config.rank, ranks)
-    alpha = usual(config.alpha, alphas)
-    return dict(
-        sorted(
-            {
-                **_DEFAULTS,
-                "r": rank,
-                "lora_alpha": plain_number(alpha),
-                "lora_dropout": 0.0 if without_dropout else config.dropout,
-                "rank_pattern": exact_pattern(ranks, rank),
-                "alpha_pattern": {k: plain_number(v) for k, v in exact_pattern(alphas, alpha).items()},
-                "target_modules": target_modules,
-                "target_parameters": target_parameters,
-                "trainable_token_indices": trainable_token_indices,
-                "modules_to_save": modules_to_save,
-                "bias": config.bias,
-                "use_rslora": config.use_rslora,
-                "use_dora": config.use_dora,
-                "lora_bias": config.lora_bias,
-                "alora_invocation_tokens": config.alora_invocation_tokens,
-                "fan_in_fan_out": fan_in_fan_out,
-                "task_type": task_type,
-                "base_model_name_or_path": base_model,
-                "revision": revision,
-            }.items()
-        )
-    )
+    """The fields of an `adapter_config.json`. `ranks` and `alphas` have an entry for each module and parameter that
+    PEFT wraps; `fields` are those that depend on the model, by PEFT's names."""
+    rank, alpha = usual(config.rank, ranks), usual(config.alpha, alphas)
+    same = ("bias", "use_rslora", "use_dora", "lora_bias", "alora_invocation_tokens")
+    return {
+        **_DEFAULTS,
+        **{field: getattr(config, field) for field in same},
+        "r": rank,
+        "lora_alpha": plain_number(alpha),
+        "lora_dropout": 0.0 if without_dropout else config.dropout,
+        "rank_pattern": exact_pattern(ranks, rank),
+        "alpha_pattern": {k: plain_number(v) for k, v in exact_pattern(alphas, alpha).items()},
+        **fields,
+    }
 
 
 def plain_number(value: float) -> int | float:

@@ -23,6 +23,8 @@ from lightning_lora.hub.format.mapped import BLANK, MappedTensors, checksum
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
+LARGEST_CONFIG = 8 << 20
+"""In bytes: 8 MiB. A config that names a rank for each of ten thousand modules has 1 MiB."""
 CERTIFICATE = "certificate.json"
 """How a server that applies the adapter answers (format/certificate.py)."""
 
@@ -162,12 +164,25 @@ def foreign_layout(names: Collection[str]) -> str | None:
 
 def read_config(folder: Path) -> Any:
     """The content of `adapter_config.json`; a config of mlx-lm is translated to PEFT's fields. Raises
-    AdapterFormatError where it is not JSON."""
+    AdapterFormatError where it is not JSON, or too large."""
+    size = (folder / CONFIG).stat().st_size
+    if size > LARGEST_CONFIG:
+        raise AdapterFormatError(f"{folder / CONFIG} has {size:,} bytes; a config has at most {LARGEST_CONFIG:,}.")
     data = _json(folder / CONFIG)
     if not mlx.is_config(data) or not (folder / mlx.TENSORS).is_file():
         return data
     with _opened(folder / mlx.TENSORS) as tensors:
         return mlx.config_as_peft(data, list(tensors.entries), str(folder / CONFIG))
+
+
+def read_card(folder: Path) -> str | None:
+    """The card of the adapter in `folder`; None where it has none."""
+    try:
+        return (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{folder / CARD} could not be read: {error.strerror}.") from error
 
 
 def _json(path: Path) -> Any:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from lightning_lora.engine.state import is_finite
 from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import from_peft
-from lightning_lora.hub.format.folder import CONFIG, TENSORS, Header, check_folder, open_tensors, read_config
+from lightning_lora.hub.format.folder import (
+    CONFIG,
+    TENSORS,
+    Header,
+    TensorFile,
+    check_folder,
+    open_tensors,
+    read_config,
+)
 
 # Estimates how long it may take to match a regular expression that somebody else wrote, before it is tried.
 #
@@ -129,44 +138,47 @@ LARGEST_SCALE = 1e4
 """The largest scale that is accepted. Adapters in use have less than 100; far above that, every output is noise or not
 finite."""
 LARGEST_RANK = 1 << 24
-LARGEST_CONFIG = 8 << 20
-"""In bytes: 8 MiB. A config that names a rank for each of ten thousand modules has 1 MiB."""
 _LONGEST_NAME = 1000
 _MOST_ENTRIES = 10_000
 _MOST_TENSORS = 100_000
 
 # The tensors that PEFT writes for an adapted module; some of them only for variants of LoRA.
-_FACTOR = re.compile(r"(^|\.)(lora_(embedding_)?[AB]|lora_magnitude_vector|token_adapter\.\w+)(\.(weight|bias))?$")
+_FACTOR = re.compile(
+    r"(^|\.)(lora_(embedding_)?[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(\.(weight|bias))?$"
+)
 _FIRST_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?A(\.weight)?$")
 # PEFT also saves these, unchanged, where it believes that the vocabulary grew; loading compares them with the model's.
-_VOCABULARY = re.compile(r"(^|\.)(\w*emb\w*|wte|lm_head|shared|output)\.(base_layer\.)?(weight|bias)$")
+_VOCABULARY = re.compile(
+    r"((^|\.)(\w*emb\w*|wte|lm_head|shared|output)\.(base_layer\.)?|\.token_adapter\.base_layer\.)(weight|bias)$"
+)
 
 
-def check_adapter(folder: Path, ignore_fields: Collection[str] = ()) -> None:
-    """Raise AdapterFormatError unless `folder` holds an adapter that is safe to load onto the model that it fits."""
-    check_folder(folder)
-    config = checked_config(folder, ignore_fields)
+def check_adapter(folder: Path, ignore_fields: Collection[str] = ()) -> LoRAConfig:
+    """The config of the adapter in `folder`. Raises AdapterFormatError unless it is safe to load onto the model that it
+    fits."""
     where = str(folder / TENSORS)
-    with open_tensors(folder) as file:
+    with opened(folder, ignore_fields) as (config, file):
         check_header(config, file.header, where)
         # Tensors are read one by one: none is larger than the file, whose header was checked.
         broken = [key for key in file.header.shapes if not is_finite(file[key])]
     if broken:
         raise AdapterFormatError(f"{where} holds values that are not finite, in {listed(broken)}.")
+    return config
+
+
+@contextmanager
+def opened(folder: Path, ignore_fields: Collection[str] = ()) -> Iterator[tuple[LoRAConfig, TensorFile]]:
+    """The config and the open tensors of the adapter in `folder`. Raises AdapterFormatError where it holds none, and as
+    `check_config` and `open_tensors` do."""
+    check_folder(folder)
+    config = checked_config(folder, ignore_fields)
+    with open_tensors(folder) as file:
+        yield config, file
 
 
 def checked_config(folder: Path, ignore_fields: Collection[str] = ()) -> LoRAConfig:
-    """The config in `folder`. Raises AdapterFormatError where its file is too large, and as `check_config` does."""
-    return check_config(config_in(folder), str(folder / CONFIG), ignore_fields)
-
-
-def config_in(folder: Path) -> Any:
-    """The content of the config in `folder`. Of it, only the size of the file is checked."""
-    path = folder / CONFIG
-    size = path.stat().st_size
-    if size > LARGEST_CONFIG:
-        raise AdapterFormatError(f"{path} has {size:,} bytes; a config has at most {LARGEST_CONFIG:,}.")
-    return read_config(folder)
+    """The config in `folder`. Raises AdapterFormatError as `check_config` does."""
+    return check_config(read_config(folder), str(folder / CONFIG), ignore_fields)
 
 
 def check_config(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoRAConfig:
@@ -243,17 +255,14 @@ def check_header(config: LoRAConfig, header: Header, where: str) -> None:
 
 
 def _is_expected(key: str, config: LoRAConfig) -> bool:
-    if _FACTOR.search(key) or _VOCABULARY.search(key) or peft.is_untrained_original(key):
-        return True
+    return is_trained(key, config) or bool(_VOCABULARY.search(key)) or peft.is_untrained_original(key)
+
+
+def is_trained(key: str, config: LoRAConfig) -> bool:
+    """True if a tensor with this plain key was trained under `config`: it is one of an adapted module, or whole."""
     name = peft.base_name(key)
-    if config.bias != "none" and name.endswith("bias"):
-        return True
-    return _is_inside(name, config.modules_to_save or ())
-
-
-def _is_inside(name: str, entries: Collection[str]) -> bool:
-    parts = name.split(".")
-    return any(peft.ends_with(entries, ".".join(parts[:i])) for i in range(1, len(parts)))
+    is_bias = config.bias != "none" and name.endswith("bias")
+    return bool(_FACTOR.search(key)) or is_bias or peft.is_inside(config.modules_to_save or (), name)
 
 
 def _expressions(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

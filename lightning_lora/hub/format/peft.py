@@ -114,6 +114,11 @@ def key_of_B(key_of_A: str) -> str:
     return _A.sub(r"\1lora_\2B", key_of_A)
 
 
+def key_of_magnitude(key_of_A: str) -> str:
+    """The key of DoRA's magnitude that belongs to the A under `key_of_A`."""
+    return f"{key_of_A[: key_of_A.rindex('lora_')]}{_TENSORS[MAGNITUDE]}"
+
+
 def is_of_embedding(key: str) -> bool:
     """True if `key` is of a factor of an embedding."""
     return "lora_embedding_" in key
@@ -167,6 +172,12 @@ def is_in_layers(targets: Collection[str], layers: Any, pattern: str | Sequence[
 def ends_with(entries: Collection[str], name: str) -> bool:
     """PEFT's rule for modules_to_save: true if `name` ends in an entry. It does not require a dot before the entry."""
     return any(name.endswith(entry) for entry in entries)
+
+
+def is_inside(entries: Collection[str], name: str) -> bool:
+    """True if the parameter called `name` belongs to a module that `entries`, modules_to_save, name."""
+    parts = name.split(".")
+    return any(ends_with(entries, ".".join(parts[:i])) for i in range(1, len(parts)))
 
 
 # Names the adapted modules as PEFT's config does, and finds those that PEFT cannot read.

@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,23 @@ from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.files import reason, temporary_folder
 from lightning_lora.hub.address import base_id, local_path
 from lightning_lora.hub.card import RunFacts, merge_cards, model_card
+from lightning_lora.hub.download import checksum
 from lightning_lora.hub.format.certificate import read_certificate
-from lightning_lora.hub.format.config import HEADS_OF_TASK
 from lightning_lora.hub.format.folder import (
-    CARD,
     CERTIFICATE,
     CONFIG,
     TENSORS,
-    TensorFile,
     check_folder,
     open_tensors,
+    read_card,
     read_config,
 )
-from lightning_lora.hub.format.inspection import check_adapter
-from lightning_lora.hub.format.peft import adapted_names, base_name, ends_with, plain_key
+from lightning_lora.hub.format.inspection import check_adapter, is_trained
+from lightning_lora.hub.format.peft import adapted_names, plain_key
 
 PICTURE = "training.png"
 CHECKPOINT = "training.ckpt"
 """A training checkpoint beside its adapter, where the user pushes those too."""
-
-_TRAINED = re.compile(
-    r"(^|\.)(lora_(embedding_)?[AB](\.(weight|bias))?|lora_magnitude_vector(\.weight)?|trainable_tokens_delta)$"
-)
 
 
 @dataclass(frozen=True)
@@ -76,8 +70,9 @@ class Staged:
 
     def with_file(self, name: str, content: bytes) -> Staged:
         """This copy with a further file, such as a picture."""
-        (self.folder / name).write_bytes(content)
-        return replace(self, digests={**self.digests, name: digest(content)})
+        path = self.folder / name
+        path.write_bytes(content)
+        return replace(self, digests={**self.digests, name: digest_of(path)})
 
     def card(self, run: RunFacts) -> str:
         """The card, with the user's text from the folder's own card around it."""
@@ -128,9 +123,6 @@ def stage(
             shutil.copyfile(checkpoint, folder / CHECKPOINT)
         with open_tensors(folder) as file:
             shapes, note = file.header.shapes, file.header.note
-            copies = _tied_copies(file, config)
-        check_is_adapter((key for key in shapes if key not in copies), config, where=str(source))
-        text = (source / CARD).read_text(encoding="utf-8", errors="replace") if (source / CARD).is_file() else None
         return Staged(
             folder,
             config,
@@ -138,7 +130,7 @@ def stage(
             modules=len(adapted_names(map(plain_key, shapes))),
             parameters=sum(math.prod(shape) for shape in shapes.values()),
             values=_hash_of_values(folder / TENSORS),
-            text=text,
+            text=read_card(source),
             digests={path.name: digest_of(path) for path in sorted(folder.iterdir())},
         )
     except OSError as error:
@@ -149,44 +141,25 @@ def stage(
         raise
 
 
-def _tied_copies(file: TensorFile, config: Mapping[str, Any]) -> set[str]:
-    """The tensors that PEFT wrote twice because it keeps tied layers tied: copies of one that was trained whole, under
-    the name of the tied layer that the config does not name."""
-    if not config.get("ensure_weight_tying"):
-        return set()
-    entries = config.get("modules_to_save") or ()
-    is_whole = {key: _is_inside(base_name(plain_key(key)), entries) for key in file.header.shapes}
-    trained = [file[key] for key, whole in is_whole.items() if whole]
-    others = [key for key, whole in is_whole.items() if not whole and not _TRAINED.search(plain_key(key))]
-    return {key for key in others if any(torch.equal(file[key], t) for t in trained)}
-
-
 def _check(folder: Path, source: Path, ignore_fields: Collection[str]) -> None:
+    """Raise AdapterFormatError if `pull_adapter` would refuse the copy of `source`, or it holds weights of the base."""
     try:
-        check_adapter(folder, ignore_fields)
+        config = check_adapter(folder, ignore_fields)
     except AdapterFormatError as error:  # the user knows the folder that it was copied from
         raise AdapterFormatError(str(error).replace(str(folder), str(source))) from None
-
-
-def check_is_adapter(keys: Iterable[str], config: Mapping[str, Any], where: str) -> None:
-    """Raise AdapterFormatError, naming them, where some of `keys` are neither factors nor trained whole by `config`."""
-    whole = [*(config.get("modules_to_save") or ()), *HEADS_OF_TASK.get(config.get("task_type") or "", ())]
-    biases = config.get("bias", "none") != "none"
-    foreign = [
-        key
-        for key in map(plain_key, keys)
-        if not _TRAINED.search(key) and not (biases and key.endswith(".bias")) and not _is_inside(base_name(key), whole)
-    ]
+    with open_tensors(folder) as file:
+        trained = {key: is_trained(plain_key(key), config) for key in file.header.shapes}
+        foreign = [key for key, was_trained in trained.items() if not was_trained]
+        if read_config(folder).get("ensure_weight_tying"):
+            # PEFT wrote a tensor that was trained whole once more, for the tied layer that the config does not name.
+            whole = [file[key] for key, was_trained in trained.items() if was_trained]
+            foreign = [key for key in foreign if not any(torch.equal(file[key], t) for t in whole)]
     if foreign:
         raise AdapterFormatError(
-            f"{where} holds tensors that are no adapter's: {listed(foreign, 4)}. They may be weights of the base, so "
-            "it is not pushed. Save it with save_adapter, or name them in modules_to_save if they were trained."
+            f"{source} holds tensors that are no adapter's: {listed(map(plain_key, foreign), 4)}. They may be weights "
+            "of the base, so it is not pushed. Save it with save_adapter, or name them in modules_to_save if they were "
+            "trained."
         )
-
-
-def _is_inside(name: str, whole: Iterable[str]) -> bool:
-    parts = name.split(".")
-    return any(ends_with(list(whole), ".".join(parts[:i])) for i in range(1, len(parts)))
 
 
 def digest(content: bytes) -> Digest:
@@ -195,13 +168,7 @@ def digest(content: bytes) -> Digest:
 
 
 def digest_of(path: Path) -> Digest:
-    size = path.stat().st_size
-    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-            git.update(block)
-    return Digest(size, sha256.hexdigest(), git.hexdigest())
+    return Digest(path.stat().st_size, checksum(path, "-" * 64), checksum(path, "-" * 40))
 
 
 def _hash_of_values(path: Path) -> str:
