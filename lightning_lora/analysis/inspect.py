@@ -33,10 +33,11 @@ from lightning_lora.engine.weights import whole as gathered
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, ConfigError, listed
 from lightning_lora.hub.adapters import check_is_base
 from lightning_lora.hub.base_weights import Base, matrix_of, weights_of
+from lightning_lora.hub.format.folder import CONFIG
 from lightning_lora.hub.format.layout import adapter_root
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.rewriting.combinable import check_bases
-from lightning_lora.rewriting.parts import Pair, Parts, parts_of, unclear
+from lightning_lora.rewriting.parts import Pair, Parts, any_parts_of
 
 ROUNDING = 1e-7
 """A singular value below this share of the largest one is taken for zero: factors in float32 do not tell it from zero.
@@ -169,16 +170,20 @@ def _source(adapter: Any, revision: str | None, subfolder: str | None, ignore_fi
         return _Source(type(root).__name__, dict(_of_model(root)), None)
     if not isinstance(adapter, (str, os.PathLike)):
         raise ConfigError(f"An adapter is a folder, an id on the Hub or a model, not {adapter!r:.80}.")
-    given = os.path.expanduser(adapter)
-    folder = adapter_folder(given, revision, subfolder=subfolder, ignore_fields=ignore_fields)
-    parts = parts_of(folder, ignore_fields, to_look_at=True)
+    folder = adapter_folder(adapter, revision, subfolder=subfolder, ignore_fields=ignore_fields)
+    parts = any_parts_of(folder, ignore_fields)
+    if parts.config.target_parameters:
+        raise AdapterFormatError(
+            f"{folder / CONFIG}: target_parameters is {parts.data['target_parameters']!r}. Which parameters the pairs "
+            "in the file belong to shows only beside the model: load the adapter onto it, and inspect the model."
+        )
     if not parts.pairs:
         raise AdapterFormatError(f"{folder} holds no pair of A and B, only {listed([*parts.saved, *parts.base])}.")
     return _Source(
         _name(os.fspath(adapter)),
         {name: _of_pair(pair) for name, pair in parts.pairs.items()},
         parts,
-        odd=tuple(unclear(parts)),
+        odd=tuple(parts.unclear()),
         notes=tuple(_unseen(parts)),
         folder=folder,
     )
@@ -230,7 +235,7 @@ class _Weights:
         self._unfit: list[str] = []
         self._layers: dict[str, Any] = {}
         self._weight = None
-        self._transposed = own.parts is not None and bool(own.parts.data.get("fan_in_fan_out"))
+        self._transposed = own.parts is not None and own.parts.is_transposed
         if base is None:
             return
         if not is_adapted:

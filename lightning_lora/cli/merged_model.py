@@ -86,7 +86,7 @@ def merge_adapter(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output={output} is there already. Choose a folder that is not, or that is empty.")
-    folder = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
+    folder = adapter_folder(adapter, revision, subfolder=subfolder, ignore_fields=ignore_fields)
     check_folder(folder)
     config = read_config(folder)
     source = source or named_base(config, folder)

@@ -272,7 +272,7 @@ class LoadedAdapter(pl.Callback):
     """Puts the adapter onto the model, right after the model is built and before it moves to its device."""
 
     def __init__(self, adapter: str, subfolder: str | None, ignore_fields: list[str], check_base: bool) -> None:
-        folder = adapter_folder(os.path.expanduser(adapter), subfolder=subfolder, ignore_fields=ignore_fields)
+        folder = adapter_folder(adapter, subfolder=subfolder, ignore_fields=ignore_fields)
         if not folder.is_dir():
             raise ConfigError(f"adapter={adapter}: there is no such folder ({folder}).")
         self.folder = folder

@@ -21,7 +21,7 @@ from lightning_lora.engine.state import compare_bases
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, listed
 from lightning_lora.hub.address import base_id
 from lightning_lora.hub.format import peft
-from lightning_lora.rewriting.parts import Pair, Parts, unclear
+from lightning_lora.rewriting.parts import Pair, Parts
 
 _BASE = "base_fingerprint", "base_dtypes"
 
@@ -30,7 +30,7 @@ def check_combinable(adapters: Mapping[str, Parts], weights: Mapping[str, float]
     """Raise AdapterFormatError, which names all problems, unless `adapters` (by their names) can be combined with
     `weights`."""
     problems = [*_dora(adapters), *_geometries(adapters), *_whole(adapters, weights)]
-    problems += [f"{name}: {why}" for name, parts in adapters.items() for why in unclear(parts)]
+    problems += [f"{name}: {why}" for name, parts in adapters.items() for why in parts.unclear()]
     if problems:
         raise AdapterFormatError(f"These adapters cannot be combined: {'; '.join(problems)}. Nothing was written.")
 

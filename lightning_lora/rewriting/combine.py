@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 from collections import Counter
@@ -39,7 +38,8 @@ from lightning_lora.rewriting.combinable import (
     groups_of,
     of_combination,
 )
-from lightning_lora.rewriting.parts import Pair, Parts, parts_of
+from lightning_lora.rewriting.lowering import least_change
+from lightning_lora.rewriting.parts import Pair, Parts, check_target, parts_of
 from lightning_lora.rewriting.written import check_written
 
 # Names of methods in PEFT and elsewhere -> what the error says about them.
@@ -89,8 +89,10 @@ def combine_adapters(
     _check_method(method, rank, density, seed)
     target = local_path(folder)
     used = [(source, weight) for source, weight in zip(adapters, weights) if weight]
-    folders = [adapter_folder(os.path.expanduser(source), ignore_fields=ignore_fields) for source, _ in used]
-    _check_target(target, [*folders, *map(local_path, adapters)])
+    folders = [adapter_folder(source, ignore_fields=ignore_fields) for source, _ in used]
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{str(target)!r} is a file: an adapter is written as a folder. Choose another name.")
+    check_target(target, [*folders, *map(local_path, adapters)])
     names = _names([source for source, _ in used])
     parts = {name: parts_of(place, ignore_fields) for name, place in zip(names, folders)}
     weight_of = {name: weight for name, (_, weight) in zip(names, used)}
@@ -158,13 +160,6 @@ def _check_method(method: Any, rank: Any, density: Any, seed: Any) -> None:
         share("density", density)
     if whole("seed", seed, least=0) >= 2**63:
         raise ConfigError(f"seed is a whole number below 2^63, not {seed!r}.")
-
-
-def _check_target(target: Path, folders: list[Path]) -> None:
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"{str(target)!r} is a file: an adapter is written as a folder. Choose another name.")
-    if target.exists() and any(folder.exists() and os.path.samefile(folder, target) for folder in folders):
-        raise ConfigError(f"The combination would replace one of its adapters: choose another than {str(target)!r}.")
 
 
 def _check_rank(rank: int | None, modules: list[str], adapters: Mapping[str, Parts]) -> None:
@@ -275,8 +270,8 @@ def _alpha(
     method: str,
     ranks: Mapping[str, int],
 ) -> float:
-    """The alpha with which most B stay as they were read, or change by a power of two: a file in bfloat16 then loses
-    nothing. A single adapter with weight 1 keeps its alpha; with weight -1 only the sign of its B changes."""
+    """The alpha with the `least_change`. A single adapter with weight 1 keeps its alpha; with weight -1 only the sign of
+    its B changes."""
     if method == "sum":
         scales = [
             (module, abs(pair.scale * weights[name]))
@@ -288,12 +283,7 @@ def _alpha(
     # Thirteen digits, so that 0.7 * 2 * 16 reads 22.4.
     wanted = Counter(float(f"{scale * ranks[module]:.13g}") for module, scale in scales)
     allowed = [alpha for alpha in wanted if 0 < alpha / min(ranks.values()) <= LARGEST_SCALE]
-
-    def left_alone(alpha: float) -> tuple[int, int, bool, float]:
-        powers = sum(count for other, count in wanted.items() if math.frexp(other / alpha)[0] == 0.5)
-        return powers, wanted[alpha], alpha.is_integer(), -alpha
-
-    return max(allowed, key=left_alone) if allowed else float(max(ranks.values()))
+    return least_change(wanted, allowed) if allowed else float(max(ranks.values()))
 
 
 # Makes what is written beside the pairs: tensors trained whole, the config, the note and the card.

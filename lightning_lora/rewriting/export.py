@@ -18,14 +18,12 @@ from lightning_lora.engine.low_rank import Spectrum
 from lightning_lora.engine.report import aligned, by_ending, overall_error
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
-from lightning_lora.hub.address import base_id, local_path
+from lightning_lora.hub.address import base_id
 from lightning_lora.hub.base_weights import Base, BaseFacts, WeightOf, facts_of, size_of, weights_of
-from lightning_lora.hub.card import RunFacts, merge_cards, model_card
 from lightning_lora.hub.consumers import Consumer, consumer_called
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import to_peft
-from lightning_lora.hub.format.folder import CONFIG, read_card, write_adapter
-from lightning_lora.hub.pull import adapter_folder
+from lightning_lora.hub.format.folder import CONFIG
 from lightning_lora.rewriting.lowering import (
     Lowered,
     dora_spectra,
@@ -39,7 +37,7 @@ from lightning_lora.rewriting.lowering import (
     with_every_layer,
     written_rank,
 )
-from lightning_lora.rewriting.parts import Parts, parts_of, unclear
+from lightning_lora.rewriting.parts import Parts, parts_of, source_and_target
 from lightning_lora.rewriting.written import check_written
 
 
@@ -152,12 +150,9 @@ def export_adapter(
     where something cannot be fetched; CheckpointError where files cannot be read or written.
     """
     row = consumer_called(consumer)
-    target = local_path(folder)
     dtype = dtype_called(dtype)
     _check_numbers(rank, max_rank, tolerance)
-    source = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
-    if target.exists() and source.exists() and os.path.samefile(source, target):
-        raise ConfigError(f"The export would replace the adapter itself: choose another folder than {str(target)!r}.")
+    source, target = source_and_target(adapter, folder, revision, subfolder, ignore_fields)
     parts = parts_of(source, ignore_fields)
     try:
         if row.layout_of_peft:
@@ -168,7 +163,7 @@ def export_adapter(
     except AdapterFormatError as error:
         what = f"{adapter} cannot be exported for {row.title}"
         raise AdapterFormatError(f"{what}: {str(error).rstrip('.')}. Nothing was written.") from error
-    write_adapter(target, config, tensors, parts.note, _card(source, config, parts, tensors, row))
+    parts.write(target, config, tensors, {}, {"exported for": row.title})
     check_written(target, {"": parts}, {"": 1.0}, {name: m.error * m.size for name, m in report.modules.items()})
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (source, target)]
     return replace(report, size_before=sizes[0], size=sizes[1], size_merged=size_of(base))
@@ -192,7 +187,7 @@ def _check_numbers(rank: int | None, max_rank: int | None, tolerance: float) -> 
 def _for_peft(
     parts: Parts, row: Consumer, target: Path, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], ExportReport]:
-    refuse(unclear(parts))
+    refuse(parts.unclear())
     keys = parts.tensor_keys(parts.pairs)
     tensors = {**parts.saved, **parts.biases, **parts.base}
     for name, pair in parts.pairs.items():
@@ -229,10 +224,9 @@ def _for_server(
 ) -> tuple[dict[str, Tensor], dict[str, Any], ExportReport]:
     named, revision = parts.data.get("base_model_name_or_path"), parts.data.get("revision")
     facts = facts_of(base, named, revision) if row.tried else BaseFacts()
-    problems = [*unclear(parts), *unsupported(parts, row, weight), *left_out(parts, row, facts)]
+    problems = [*parts.unclear(), *unsupported(parts, row, weight), *left_out(parts, row, facts)]
     refuse([*problems, *other_base(parts, weight)])
-    transposed = bool(parts.data.get("fan_in_fan_out"))
-    spectra = dora_spectra(parts.pairs, weight, transposed) if weight is not None else {}
+    spectra = dora_spectra(parts.pairs, weight, parts.is_transposed) if weight is not None else {}
     most = min(m for m in (row.most_rank, max_rank, math.inf) if m is not None)
     cuts = {name: _cut(name, s, row, rank, most, tolerance) for name, s in spectra.items()}
     refuse_loss(spectra, cuts, row, most, tolerance)
@@ -303,7 +297,7 @@ def _config(
         alphas=alphas,
         target_modules=targets,
         modules_to_save=modules_to_save or None,
-        fan_in_fan_out=bool(parts.data.get("fan_in_fan_out")),
+        fan_in_fan_out=parts.is_transposed,
         task_type=parts.data.get("task_type"),
         base_model_name_or_path=base_id(parts.data.get("base_model_name_or_path")),
         revision=parts.data.get("revision"),
@@ -380,16 +374,3 @@ def _notes(
         first = f"entries of alpha_pattern disagree for {listed(parts.ambiguous)}"
         notes.append(f"{first}: the first in the file was taken, as PEFT takes it")
     return notes
-
-
-def _card(source: Path, config: Mapping[str, Any], parts: Parts, tensors: Mapping[str, Tensor], row: Consumer) -> str:
-    facts = RunFacts(notes={"exported for": row.title})
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    card = model_card(
-        config,
-        modules=len(peft.adapted_names(tensors)),
-        parameters=parameters,
-        module=parts.note.get("module") or "",
-        run=facts,
-    )
-    return merge_cards(card, read_card(source))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_lora.engine.layers.dora import dora_update
 from lightning_lora.engine.low_rank import Spectrum, product_change, product_norm, spectrum
 from lightning_lora.errors import AdapterFormatError, listed
-from lightning_lora.hub.base_weights import BaseFacts, WeightOf, matrix_of
+from lightning_lora.hub.base_weights import BaseFacts, WeightOf
 from lightning_lora.hub.consumers import Consumer
 from lightning_lora.hub.format import peft
 from lightning_lora.rewriting.parts import Pair, Parts
@@ -96,8 +96,7 @@ def dora_spectra(pairs: Mapping[str, Pair], weight: WeightOf, transposed: bool) 
     for name, pair in pairs.items():
         if pair.magnitude is None:
             continue
-        shape = (pair.B.shape[0], pair.A.shape[1])
-        W = matrix_of(weight, name, shape, is_embedding=pair.is_embedding, is_transposed=transposed)
+        W = pair.weight_in(weight, transposed)
         update = dora_update(W, pair.A, pair.B, pair.scale, pair.magnitude)
         if not bool(torch.isfinite(update).all()):
             raise AdapterFormatError(f"DoRA divides by zero in {name!r}: a row of its adapted weight is zero")
@@ -173,12 +172,18 @@ def _change(B: Tensor, A: Tensor, new_B: Tensor, new_A: Tensor) -> float:
 
 def _alpha(scales: Mapping[str, float], ranks: Mapping[str, int]) -> float:
     wanted = Counter(_clean(scale * ranks[name]) for name, scale in scales.items())
+    return least_change(wanted, wanted)
+
+
+def least_change(wanted: Counter[float], allowed: Iterable[float]) -> float:
+    """The one of the `allowed` alphas with which most B stay as they are or change by a power of two: a file in bfloat16
+    then loses nothing. `wanted` counts the modules that have each alpha."""
 
     def left_alone(alpha: float) -> tuple[int, int, bool, float]:
         powers = sum(n for other, n in wanted.items() if math.frexp(_clean(other / alpha))[0] == 0.5)
         return powers, wanted[alpha], alpha.is_integer(), -alpha
 
-    return max(wanted, key=left_alone)
+    return max(allowed, key=left_alone)
 
 
 def _clean(value: float) -> float:
@@ -228,7 +233,7 @@ def unsupported(parts: Parts, row: Consumer, weight: WeightOf | None) -> list[st
         problems.append(f"{row.title} takes no {what}: {merge}")
     if parts.biases:
         problems.append(f"{row.title} takes no trained biases ({listed(map(peft.base_name, parts.biases))}): {merge}")
-    if parts.data.get("fan_in_fan_out") and not row.transposed:
+    if parts.is_transposed and not row.transposed:
         problems.append(
             f"{row.title}'s converter turns the factors of Conv1D layers around as if they were weights: {merge}"
         )

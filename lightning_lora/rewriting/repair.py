@@ -22,7 +22,7 @@ from lightning_lora.files import within_temporary_folder
 from lightning_lora.hub.adapters import check_is_base
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.page import number as written
-from lightning_lora.rewriting.stored_pairs import Stored, StoredPair, opened
+from lightning_lora.rewriting.parts import Pair, Parts, parts_to_change
 
 STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
 Measure = Callable[[Path], Mapping[str, float]]
@@ -182,33 +182,33 @@ def repair_adapter(
     whole("count", count)
     number("threshold", threshold, above=0)
     whole("intruder_limit", intruder_limit)
-    stored = opened(adapter, folder, revision, subfolder, ignore_fields)
-    if any(pair.magnitude is not None for pair in stored.pairs.values()):
+    parts, target = parts_to_change(adapter, folder, revision, subfolder, ignore_fields)
+    if parts.is_dora:
         raise AdapterFormatError(
-            f"{stored.folder} is a DoRA: its magnitudes rescale the rows of W + s B A, so scaling B would not scale an "
+            f"{parts.folder} is a DoRA: its magnitudes rescale the rows of W + s B A, so scaling B would not scale an "
             "intruder. lightning-lora export --for llama.cpp writes a DoRA as plain LoRA, which can be repaired."
         )
     if isinstance(model, nn.Module) and check_base:
-        check_is_base(model, stored.folder, ignore_fields)
+        check_is_base(model, parts.folder, ignore_fields)
     weight = weights_of(model)
     modules: dict[str, RepairedModule] = {}
     changed: dict[float, dict[str, Tensor]] = {s: {} for s in asked}
     unfit: list[str] = []
     with torch.no_grad():
-        for name, pair in stored.pairs.items():
-            W = _matrix(pair, weight, stored.is_transposed, intruder_limit)
+        for name, pair in parts.pairs.items():
+            W = _matrix(pair, weight, parts.is_transposed, intruder_limit)
             if W is None:
                 unfit.append(name)
                 continue
             modules[name], factors = _repaired(pair, W, asked, count, threshold)
             for s, tensors in factors.items():
                 changed[s] |= tensors
-    notes = tuple(_notes(stored, unfit, intruder_limit))
+    notes = tuple(_notes(parts, unfit, intruder_limit))
     if not any(m.intruders for m in modules.values()):
         return RepairReport(modules, chosen, {}, None, notes)
-    metrics = {s: dict(_measured(stored, s, changed[s], measure)) for s in asked} if measure is not None else {}
-    _write(stored, stored.target, chosen, changed[chosen])
-    return RepairReport(modules, chosen, metrics, stored.target, notes)
+    metrics = {s: dict(_measured(parts, s, changed[s], measure)) for s in asked} if measure is not None else {}
+    _write(parts, target, chosen, changed[chosen])
+    return RepairReport(modules, chosen, metrics, target, notes)
 
 
 def _strength(name: str, value: Any) -> float:
@@ -218,7 +218,7 @@ def _strength(name: str, value: Any) -> float:
     return found
 
 
-def _matrix(pair: StoredPair, weight: WeightOf, is_transposed: bool, limit: int) -> Tensor | None:
+def _matrix(pair: Pair, weight: WeightOf, is_transposed: bool, limit: int) -> Tensor | None:
     """The base's weight (out, in); None for groups, experts, transposed convolutions, and weights above the limit."""
     is_one = pair.A.shape[0] == pair.rank == pair.B.shape[1] and pair.B[0, 0].numel() == 1 and not pair.parameters
     if not is_one or min(pair.B.shape[0], pair.A[0].numel()) > limit:
@@ -228,7 +228,7 @@ def _matrix(pair: StoredPair, weight: WeightOf, is_transposed: bool, limit: int)
 
 
 def _repaired(
-    pair: StoredPair, W: Tensor, strengths: Sequence[float], count: int, threshold: float
+    pair: Pair, W: Tensor, strengths: Sequence[float], count: int, threshold: float
 ) -> tuple[RepairedModule, dict[float, dict[str, Tensor]]]:
     """What was found of one module, and the pair's tensors at each strength."""
     (A,), (B,) = as_blocks(pair.A, pair.B, pair.rank)
@@ -248,25 +248,25 @@ def _repaired(
     return module, tensors
 
 
-def _measured(stored: Stored, strength: float, changed: Mapping[str, Tensor], measure: Measure) -> Mapping[str, float]:
+def _measured(parts: Parts, strength: float, changed: Mapping[str, Tensor], measure: Measure) -> Mapping[str, float]:
     if strength == 1:
-        return measure(stored.folder)
+        return measure(parts.folder)
     with within_temporary_folder("repair") as place:
-        _write(stored, place / "adapter", strength, changed)
+        _write(parts, place / "adapter", strength, changed)
         return measure(place / "adapter")
 
 
-def _write(stored: Stored, target: Path, strength: float, changed: Mapping[str, Tensor]) -> None:
+def _write(parts: Parts, target: Path, strength: float, changed: Mapping[str, Tensor]) -> None:
     said = {"intruder dimensions": f"scaled by {strength:g} (arXiv:2410.21228)"}
     note = {"repaired": {"strength": strength}}
-    stored.write(stored.data, {**stored.tensors, **changed}, note, said, target=target)
+    parts.write(target, parts.data, {**parts.tensors, **changed}, note, said)
 
 
-def _notes(stored: Stored, unfit: Sequence[str], limit: int) -> Iterator[str]:
+def _notes(parts: Parts, unfit: Sequence[str], limit: int) -> Iterator[str]:
     if unfit:
         yield (
             f"not looked at, and left as they are: {listed(unfit)} (more than {limit} rows and columns, groups, "
             "experts, or a transposed convolution)"
         )
-    if stored.config.modules_to_save:
-        yield f"modules that were trained whole stay as they are: {listed(stored.config.modules_to_save)}"
+    if parts.config.modules_to_save:
+        yield f"modules that were trained whole stay as they are: {listed(parts.config.modules_to_save)}"

@@ -30,7 +30,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.hub.format.config import plain_number
 from lightning_lora.rewriting.export import dtype_called
-from lightning_lora.rewriting.stored_pairs import StoredPair, opened
+from lightning_lora.rewriting.parts import Pair, parts_to_change
 
 
 def resize_adapter(
@@ -81,23 +81,22 @@ def resize_adapter(
     """
     aim = Aim.of(rank, energy, max_error)
     wanted = dtype_called(dtype)
-    source = opened(adapter, folder, revision, subfolder, ignore_fields)
-    pairs, config, tensors = source.pairs, source.config, dict(source.tensors)
-    if aim.limit is not None and base is None and any(pair.magnitude is not None for pair in pairs.values()):
+    parts, target = parts_to_change(adapter, folder, revision, subfolder, ignore_fields)
+    pairs, tensors = parts.pairs, dict(parts.tensors)
+    if aim.limit is not None and base is None and parts.is_dora:
         raise ConfigError(
             "max_error of a DoRA is that of its adapted weight, so it needs the base's weights: pass base=. Or give "
             "rank or energy, which choose by s B A alone."
         )
     weight = None if base is None else weights_of(base)
-    found, modules = _resized(pairs, aim, wanted, weight, source.is_transposed)
+    found, modules = _resized(pairs, aim, wanted, weight, parts.is_transposed)
     check_limit(aim, modules, "Allow more, or write them wider, with dtype='float32'.")
     for name, result in found.items():
-        pair = pairs[name]
-        tensors |= pair.tensors(result.A, result.B)
-    changed = _config(source.data, config, pairs, modules)
+        tensors |= pairs[name].tensors(result.A, result.B)
+    changed = _config(parts.data, parts.config, pairs, modules)
     report = ResizeReport(modules, aim.said, tuple(_notes(changed, pairs, modules, weight)))
     error = f"{shown_error(report.error)} of the update (Frobenius norm)" if report.largest_error else "none"
-    source.write(changed, tensors, {"resized": {"to": aim.said}}, {"resized to": aim.said, "error": error})
+    parts.write(target, changed, tensors, {"resized": {"to": aim.said}}, {"resized to": aim.said, "error": error})
     return report
 
 
@@ -105,7 +104,7 @@ def resize_adapter(
 
 
 def _resized(
-    pairs: Mapping[str, StoredPair], aim: Aim, dtype: torch.dtype | None, weight: WeightOf | None, transposed: bool
+    pairs: Mapping[str, Pair], aim: Aim, dtype: torch.dtype | None, weight: WeightOf | None, transposed: bool
 ) -> tuple[dict[str, Resized], dict[str, ResizedModule]]:
     groups = together({pair.module for pair in pairs.values()})
     blocks = {name: as_blocks(pair.A, pair.B, pair.rank) for name, pair in pairs.items()}
@@ -124,7 +123,7 @@ def _resized(
 
 
 def _one(
-    pair: StoredPair,
+    pair: Pair,
     A: Tensor,
     B: Tensor,
     each: int,
@@ -157,7 +156,7 @@ def _one(
 
 
 def _config(
-    data: Mapping[str, Any], config: LoRAConfig, pairs: Mapping[str, StoredPair], modules: Mapping[str, ResizedModule]
+    data: Mapping[str, Any], config: LoRAConfig, pairs: Mapping[str, Pair], modules: Mapping[str, ResizedModule]
 ) -> dict[str, Any]:
     """The config's fields with the new ranks and alphas, each by the whole name of its module or parameter."""
     ranks: dict[str, int] = {}
@@ -179,7 +178,7 @@ def _config(
 
 def _notes(
     config: Mapping[str, Any],
-    pairs: Mapping[str, StoredPair],
+    pairs: Mapping[str, Pair],
     modules: Mapping[str, ResizedModule],
     weight: WeightOf | None,
 ) -> Iterator[str]:

@@ -16,7 +16,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.errors import CheckpointError
-from lightning_lora.rewriting import combine, export
+from lightning_lora.rewriting import combine, parts
 from tests.hub.models import Linears
 
 
@@ -33,7 +33,7 @@ def saved(folder, seed: int):
 @pytest.mark.parametrize("key", ["base_model.model.fc.lora_A.weight", "base_model.model.head.lora_B.weight"])
 def test_a_folder_that_does_not_compute_what_it_was_made_from_is_an_error(tmp_path, monkeypatch, key, fault):
     a, b = saved(tmp_path / "a", 1), saved(tmp_path / "b", 2)
-    for module in (combine, export):
+    for module in (combine, parts):
         right = module.write_adapter
 
         def wrong(folder, config, tensors, *rest, right=right):

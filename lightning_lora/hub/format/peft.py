@@ -100,18 +100,24 @@ def plain_key(key: str) -> str:
     return key
 
 
-_A = re.compile(r"(^|\.)lora_(embedding_)?A(?=\.weight$|$)")
+_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?([AB])(?=\.weight$|$)")
 
 
-def owner_of_A(key: str) -> str | None:
-    """The name in the base model of the module whose A is called `key`; None for a key of another tensor."""
-    found = _A.search(key)
+def owner_of_factor(key: str) -> str | None:
+    """The name in the base model of the module whose A or B is called `key`; None for a key of another tensor."""
+    found = _FACTOR.search(key)
     return None if found is None else base_name(key[: found.start()] or PREFIX)
 
 
-def key_of_B(key_of_A: str) -> str:
-    """The key of the B that belongs to the A under `key_of_A`."""
-    return _A.sub(r"\1lora_\2B", key_of_A)
+def other_factor(key: str) -> str:
+    """The key of the B that belongs to the A called `key`, or of the A that belongs to the B."""
+    return _FACTOR.sub(lambda found: found[0][:-1] + ("B" if found[3] == "A" else "A"), key)
+
+
+def is_A(key: str) -> bool:
+    """True if the factor called `key` is an A, and no B."""
+    found = _FACTOR.search(key)
+    return found is not None and found[3] == "A"
 
 
 def key_of_magnitude(key_of_A: str) -> str:
