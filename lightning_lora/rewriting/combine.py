@@ -270,8 +270,7 @@ def _alpha(
     method: str,
     ranks: Mapping[str, int],
 ) -> float:
-    """The alpha with the `least_change`. A single adapter with weight 1 keeps its alpha; with weight -1 only the sign of
-    its B changes."""
+    """The alpha with the `least_change`. A single adapter with weight 1 keeps its alpha; with -1, its B change sign."""
     if method == "sum":
         scales = [
             (module, abs(pair.scale * weights[name]))

@@ -22,6 +22,7 @@ from lightning_lora.errors import AdapterFormatError, listed
 from lightning_lora.hub.base_weights import BaseFacts, WeightOf
 from lightning_lora.hub.consumers import Consumer
 from lightning_lora.hub.format import peft
+from lightning_lora.hub.format.matching import same_numbers
 from lightning_lora.rewriting.parts import Pair, Parts
 
 
@@ -176,7 +177,7 @@ def _alpha(scales: Mapping[str, float], ranks: Mapping[str, int]) -> float:
 
 
 def least_change(wanted: Counter[float], allowed: Iterable[float]) -> float:
-    """The one of the `allowed` alphas with which most B stay as they are or change by a power of two: a file in bfloat16
+    """That of the `allowed` alphas with which most B stay as they are or change by a power of two: a file in bfloat16
     then loses nothing. `wanted` counts the modules that have each alpha."""
 
     def left_alone(alpha: float) -> tuple[int, int, bool, float]:
@@ -302,8 +303,7 @@ def other_base(parts: Parts, weight: WeightOf | None) -> list[str]:
             )
             continue
         theirs = weight(name)
-        narrower = min((tensor.dtype, theirs.dtype), key=lambda d: d.itemsize)
-        if tensor.shape != theirs.shape or not torch.equal(tensor.to(narrower), theirs.to(narrower)):
+        if not same_numbers(tensor, theirs):
             problems.append(f"the file has a {name} of its own, other than the base's, which servers leave out")
     return problems
 

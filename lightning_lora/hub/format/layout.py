@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,7 +63,7 @@ class Layout:
 
     def keys(self) -> dict[str, str]:
         """PEFT's keys -> the engine's names. Of the keys of one name, errors mention the first."""
-        parameters = {n: self.parameters[module] for module in self.adapted for n in self._every(module)}
+        parameters = {n: own for module, own in self.parameters.items() for n in self._every(module)}
         embeddings = {n for module in self.embeddings for n in self._every(module)}
         keys: dict[str, str] = {}
         for module, adapted in self.adapted.items():
@@ -146,22 +146,19 @@ def layout_of(
     root: nn.Module, adapted: Mapping[str, Adapted], whole: Iterable[Tensor], doubled: Iterable[str]
 ) -> Layout:
     """The layout of the modules `adapted` (by name) and the tensors `whole`, all of them in `root`."""
-    aliases: dict[str, tuple[str, ...]] = {}
-    modules: dict[str, nn.Module] = dict(Tree.of(root).every)
-    names = {id(modules[name]): name for name in adapted}
-    for alias, module in modules.items():
-        name = names.get(id(module), alias)
-        if alias != name:
-            aliases[name] = (*aliases.get(name, ()), alias)
+    tree = Tree.of(root)
+    modules: dict[str, nn.Module] = dict(tree.every)
+    names: dict[int, list[str]] = {id(modules[name]): [name] for name in adapted}
+    for name, module in tree.every:
+        if id(module) in names and name != names[id(module)][0]:
+            names[id(module)].append(name)
     whole = list(whole)
-    tensors: dict[int, list[str]] = {}
-    for name, tensor in Tree.of(root).tensors if whole else ():
-        tensors.setdefault(id(tensor), []).append(name)
-    trained = {}
-    for tensor in whole:
-        first, *rest = tensors[id(tensor)]
-        trained[first] = tuple(tensor.shape)
-        aliases[first] = tuple(rest)
+    names |= {id(tensor): [] for tensor in whole}
+    for name, tensor in tree.tensors if whole else ():
+        if id(tensor) in names:
+            names[id(tensor)].append(name)
+    aliases = {first: tuple(rest) for first, *rest in names.values() if rest}
+    trained = {names[id(tensor)][0]: tuple(tensor.shape) for tensor in whole}
     embeddings = frozenset(name for name in adapted if isinstance(modules[name], nn.Embedding))
     parameters = {
         name: tuple(p for p in modules[name]._parameters if f"_{p}" in module.ranks) for name, module in adapted.items()
@@ -185,17 +182,9 @@ def tensor_named(root: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def tensors_named(root: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of `root`, under every name."""
-    return dict(Tree.of(root).tensors)
-
-
 def names_of_tensors(root: nn.Module) -> dict[int, str]:
     """The first name of every parameter and buffer of `root`, by identity."""
-    names: dict[int, str] = {}
-    for name, tensor in Tree.of(root).tensors:
-        names.setdefault(id(tensor), name)
-    return names
+    return {id(tensor): name for name, tensor in reversed(Tree.of(root).tensors)}
 
 
 # Finds the base inside a model: the module to which an adapter's names are relative.
@@ -289,29 +278,18 @@ def _children(tree: Tree) -> list[Place]:
 def _holds(place: Place, whole: Set[int]) -> bool:
     """True if the module at `place` has all tensors in `whole` (by id) and is no adapted layer itself: as the root, the
     layer would have no name."""
-    return whole <= {id(t) for t in _tensors(place[1])} and "lora_A" not in place[1]._parameters
+    _, root = place
+    return whole <= {id(t) for t in (*root.parameters(), *root.buffers())} and "lora_A" not in root._parameters
 
 
 def _outermost(places: list[Place]) -> list[Place]:
     """The places that lie in none of the others."""
-    places = _distinct(places)
+    places = list({id(place[1]): place for place in reversed(places)}.values())[::-1]
     parts = {id(p): {id(m) for m in p.modules()} for _, p in places}
     return [(n, p) for n, p in places if not any(id(p) in parts[id(o)] for _, o in places if o is not p)]
-
-
-def _distinct(places: Iterable[Place]) -> list[Place]:
-    first: dict[int, Place] = {}
-    for place in places:
-        first.setdefault(id(place[1]), place)
-    return list(first.values())
 
 
 def _named(root: nn.Module, wanted: Set[str]) -> list[int]:
     """The ids of the modules called `wanted` in `root`; empty where some of them are missing."""
     there = dict(Tree.of(root).every)
     return [id(there[name]) for name in sorted(wanted)] if wanted <= there.keys() else []
-
-
-def _tensors(root: nn.Module) -> Iterator[Tensor]:
-    yield from root.parameters()
-    yield from root.buffers()

@@ -36,7 +36,6 @@ from lightning_lora.hub.format.layout import (
     names_of_tensors,
     place_of,
     tensor_named,
-    tensors_named,
 )
 from lightning_lora.hub.format.old_names import Recipe, renamed_config, renamed_key, restacked, todays_names
 from lightning_lora.hub.format.peft import exact_targets
@@ -72,8 +71,8 @@ class Fit:
         """`values`, named relative to the root, by the names that the engine uses on `model`."""
         if self.root is unwrapped(model):
             return dict(values)
-        names, there = names_of_tensors(model), tensors_named(self.root)
-        return {names[id(there[name])]: value for name, value in values.items()}
+        names = names_of_tensors(model)
+        return {names[id(tensor_named(self.root, name))]: value for name, value in values.items()}
 
     def inject(self, model: nn.Module) -> InjectionReport:
         """Adapt `model` as the folder says. Raises AdapterFormatError where that does not fit."""
@@ -91,16 +90,17 @@ class Fit:
             value = self.recipes[key](file) if key in self.recipes else file[key]
             if not (are_finite or is_finite(value)):
                 problems.append(f"{key} holds values that are not finite")
-            unequal = [other for other in same if not _equal(file[other], value)]
+            unequal = [other for other in same if not same_numbers(file[other], value)]
             problems += [self._tied(key, other) for other in unequal]
             values[name] = self.layout.value(name, value)
         tables = self._tables()
-        problems += self._of_another_shape()
         for key, own in self.base.items():
-            if key in tables and not compare_base:
-                continue
             there = tensor_named(self.root, own)
-            if there.shape == self.shapes[key] and not _equal(file[key], there):
+            theirs, ours = self.shapes[key], tuple(there.shape)
+            if theirs != ours:
+                how = f": call model.resize_token_embeddings({theirs[0]}) first" if theirs[1:] == ours[1:] else ""
+                problems.append(f"{key} is of shape {theirs}, and the model's of {ours}{how}")
+            elif (compare_base or key not in tables) and not same_numbers(file[key], there):
                 problems.append(
                     f"{key} is a weight of the base, which PEFT saved as well (save_embedding_layers), and it differs "
                     "from this model's" + (_LOADABLE if key in tables else "")
@@ -124,7 +124,7 @@ class Fit:
                 problems.append(f"{key} cannot be loaded into a weight of {parameter.dtype}")
             elif not is_finite(value):
                 problems.append(f"{key} holds values that are not finite")
-            elif name in values and not _equal(values[name], value):
+            elif name in values and not same_numbers(values[name], value):
                 problems.append(self._tied(keys[name], key))
             values[name], keys[name] = value, key
         self._refuse(problems)
@@ -135,16 +135,6 @@ class Fit:
         heads = {id(m) for _, m in Tree.of(self.root).modules if isinstance(m, nn.Embedding)}
         heads |= {id(head) for head in output_embeddings(self.root)}
         return {k: n for k, n in self.base.items() if id(submodule(self.root, n.rpartition(".")[0])) in heads}
-
-    def _of_another_shape(self) -> list[str]:
-        """A message for each weight of the base that has another shape in the file than in the model."""
-        problems = []
-        for key, name in self.base.items():
-            theirs, ours = self.shapes[key], tuple(tensor_named(self.root, name).shape)
-            if theirs != ours:
-                how = f": call model.resize_token_embeddings({theirs[0]}) first" if theirs[1:] == ours[1:] else ""
-                problems.append(f"{key} is of shape {theirs}, and the model's of {ours}{how}")
-        return problems
 
     def _tied(self, key: str, other: str) -> str:
         modules = [peft.base_name(k).rpartition(".")[0] for k in (key, other)]
@@ -341,7 +331,7 @@ def _sources(
     return sources, base
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def same_numbers(a: Tensor, b: Tensor) -> bool:
     """True if the tensors hold the same numbers when both are cast to the narrower of their dtypes."""
     if a.shape != b.shape:
         return False
