@@ -38,7 +38,7 @@ _HOME = {
     "MemoryPlan": "lightning_lora.engine.bank",
     "Card": "lightning_lora.hub.card",
     "CombineReport": "lightning_lora.rewriting.combinable",
-    "DryRun": "lightning_lora.hub.push.commit",
+    "DryRun": "lightning_lora.hub.push",
     "ExportReport": "lightning_lora.rewriting.export",
     "combine_adapters": "lightning_lora.rewriting.combine",
     "export_adapter": "lightning_lora.rewriting.export",
@@ -49,7 +49,7 @@ _HOME = {
     "verify_server": "lightning_lora.analysis.served",
     "verify_adapter": "lightning_lora.hub.verify",
     "pull_adapter": "lightning_lora.hub.pull",
-    "push_adapter": "lightning_lora.hub.push.commit",
+    "push_adapter": "lightning_lora.hub.push",
     "RepairReport": "lightning_lora.rewriting.repair",
     "repair_adapter": "lightning_lora.rewriting.repair",
     "resize_adapter": "lightning_lora.rewriting.resize",
@@ -144,7 +144,7 @@ if TYPE_CHECKING:
     from lightning_lora.hub.bank import AdapterBank
     from lightning_lora.hub.card import Card
     from lightning_lora.hub.pull import pull_adapter
-    from lightning_lora.hub.push.commit import DryRun, push_adapter
+    from lightning_lora.hub.push import DryRun, push_adapter
     from lightning_lora.hub.verify import VerifyReport, verify_adapter
     from lightning_lora.rewriting.combinable import CombineReport
     from lightning_lora.rewriting.combine import combine_adapters

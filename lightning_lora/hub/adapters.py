@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -46,9 +46,8 @@ from lightning_lora.hub.format.layout import (
 from lightning_lora.hub.format.matching import fit
 from lightning_lora.hub.format.peft import ends_with, exact_targets, targets_of
 from lightning_lora.hub.hub_private import commit_of
-
-if TYPE_CHECKING:
-    from lightning_lora.hub.pull import Pulling
+from lightning_lora.hub.pull import Pulling, adapter_folder
+from lightning_lora.hub.verify import verify_adapter
 
 
 def save_adapter(
@@ -204,8 +203,6 @@ def load_adapter(
     `model` has adapters already. `model` is then as it was.
     """
     check_none_of_ours(model, Tree.of(model))
-    from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
-
     folder = adapter_folder(adapter, revision, ignore_fields=ignore_fields, **pulling)
     with opened(folder, ignore_fields) as (config, file):
         plan = fit(model, config, file.header, where=str(folder))
@@ -221,8 +218,6 @@ def load_adapter(
         if check_base:
             check_same_base(model, note, plan.root, what=f"The adapter in {folder}")
         if verify:
-            from lightning_lora.hub.verify import verify_adapter  # the client of the Hub is slow to import
-
             verify_adapter(model, folder, check_base=False, ignore_fields=ignore_fields).raise_for_verdict()
     except BaseException:
         remove(model)

@@ -56,8 +56,8 @@ class HubAddress(NamedTuple):
 
 def id_and_revision(text: str) -> HubAddress:
     """The repository of "user/name@revision", or of "user/name"."""
-    name, _, revision = text.partition("@")
-    return HubAddress(name, revision or None)
+    name, at, revision = text.partition("@")
+    return HubAddress(name, revision if at else None)
 
 
 def hub_address(text: Any) -> HubAddress | None:

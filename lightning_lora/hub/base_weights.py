@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.checked import closest
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError, listed
-from lightning_lora.hub.address import is_id, local_path
+from lightning_lora.hub.address import id_and_revision, is_id, local_path
 from lightning_lora.hub.client import translated
 from lightning_lora.hub.format.layout import adapter_root
 
@@ -56,8 +56,7 @@ def facts_of(base: Base | None, named: str | None, revision: str | None) -> Base
         elif local_path(base).exists():
             where, revision = str(local_path(base)), None
         else:
-            own, revision = _named(base)
-            where = str(own)
+            where, revision, _ = id_and_revision(str(base))
         if not where:
             return BaseFacts()
         try:
@@ -92,8 +91,7 @@ def weights_of(base: Base, revision: str | None = None) -> WeightOf:
         return _of_module(base)
     path = local_path(base)
     if not path.exists():
-        name, at = _named(base)
-        path = _fetched(name, revision or at)
+        path = _fetched(base, revision)
     return _of_files(path)
 
 
@@ -114,14 +112,6 @@ def matrix_of(
             "the adapter was trained on: pass its own base, one that is not quantized."
         )
     return found
-
-
-def _named(base: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], str | None]:
-    """An id on the Hub, and the revision in it, if there is one."""
-    if not isinstance(base, str) or "@" not in base:
-        return base, None
-    name, _, revision = base.partition("@")
-    return name, revision or None
 
 
 def _of_module(model: nn.Module) -> WeightOf:
@@ -187,10 +177,11 @@ def _absent(name: str, names: list[str], what: str) -> AdapterFormatError:
 
 
 def _fetched(base: str | os.PathLike[str], revision: str | None) -> Path:
-    if not is_id(base):
+    name, named, _ = id_and_revision(str(base))
+    if not isinstance(base, str) or not is_id(name):
         raise ConfigError(f"base={str(base)!r} is no folder and no file here, nor an id on the Hub.")
     patterns = ["*.safetensors", f"*.safetensors{_INDEX}"]
     try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or named or None, allow_patterns=patterns))
     except Exception as error:
         raise translated(error, f"fetching the base {base!r}, of which there is no folder here") from error

@@ -205,14 +205,8 @@ class CachedRepository:
         return self.folder / "blobs" / checksum
 
     def is_whole(self, path: Path) -> bool:
-        """True if the content of a file in a snapshot is still what was fetched."""
-        target = path.resolve()
-        if not target.is_file():
-            return False
-        if target.parent == self.blob("").resolve() and len(target.name) in (40, 64):
-            return checksum(target, target.name) == target.name
-        # A copy: its checksum, of one of the two kinds, is the name of its blob.
-        return any(self.blob(checksum(target, like)).is_file() for like in ("-" * 64, "-" * 40))
+        """True if the content of a file in a snapshot is still what was fetched: its checksum names a blob."""
+        return path.is_file() and any(self.blob(checksum(path, like)).is_file() for like in ("-" * 64, "-" * 40))
 
     @contextmanager
     def staging(self) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,7 @@ from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
 from lightning_lora.hub.format.inspection import opened
 from lightning_lora.hub.format.layout import member, place_of
 from lightning_lora.hub.format.matching import Fit, fit
-
-if TYPE_CHECKING:
-    from lightning_lora.hub.pull import Pulling
+from lightning_lora.hub.pull import Pulling, adapter_folder
 
 
 @dataclass(frozen=True)
@@ -181,8 +179,6 @@ def verify_adapter(
         >>> wrong.ok, wrong.modules[0].note
         (False, 'x 2: as if it were added twice, or alpha doubled')
     """
-    from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
-
     folder = adapter_folder(adapter, revision, ignore_fields=ignore_fields, **pulling)
     inside = bare(model)
     if base is None and not inside.can_switch:

@@ -52,7 +52,7 @@ ENTRANCES: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
-READS_THE_HUB = ("load_adapter", "export_adapter from", "combine_adapters from")
+READS_THE_HUB = ("load_adapter", "bank.add", "export_adapter from", "combine_adapters from")
 
 
 @pytest.mark.parametrize(

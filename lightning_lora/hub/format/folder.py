@@ -64,6 +64,12 @@ class Header:
     others: dict[str, str] = field(default_factory=dict)
     """The entries of the file's metadata that others made."""
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Header:
+        """The header that a file with these tensors would have, without data of ours."""
+        shapes = {key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}
+        return cls(shapes, {key: tensors[key].is_floating_point() for key in shapes}, {})
+
 
 class TensorFile(MappedTensors):
     """An open `adapter_model.safetensors`; tensors are read one by one, when asked for."""
@@ -209,8 +215,7 @@ def open_tensors(folder: Path) -> Iterator[TensorFile | _Converted]:
             yield tensors
             return
         converted = _Converted(mlx.tensors_as_peft({key: tensors[key] for key in tensors.entries}, str(path)))
-        shapes = {key: tuple(t.shape) for key, t in sorted(converted.items())}
-        converted.header = Header(shapes, {key: converted[key].is_floating_point() for key in shapes}, {})
+        converted.header = Header.of(converted)
         yield converted
 
 

@@ -21,8 +21,8 @@ from lightning_lora.hub.card import Card, RunFacts, merge_cards
 from lightning_lora.hub.client import SLOWEST, TIMEOUT, plain_token, retried
 from lightning_lora.hub.format.folder import CARD
 from lightning_lora.hub.hub_private import is_left_out
-from lightning_lora.hub.push.repository import Destination, HubRepository
-from lightning_lora.hub.push.staging import PICTURE, Staged, digest, stage
+from lightning_lora.hub.repository import Destination, HubRepository
+from lightning_lora.hub.staging import PICTURE, Staged, digest, stage
 
 
 @dataclass(frozen=True)

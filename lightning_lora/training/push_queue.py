@@ -19,9 +19,9 @@ from huggingface_hub import CommitInfo
 from lightning_lora.errors import HubAccessError, HubError, HubNotFoundError, HubUnavailableError, LightningLoRAError
 from lightning_lora.hub.card import RunFacts
 from lightning_lora.hub.client import pause, without_progress_bars
-from lightning_lora.hub.push.commit import Push
-from lightning_lora.hub.push.repository import HubRepository
-from lightning_lora.hub.push.staging import Staged
+from lightning_lora.hub.push import Push
+from lightning_lora.hub.repository import HubRepository
+from lightning_lora.hub.staging import Staged
 
 log = logging.getLogger(__name__)
 
