@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_lora import __version__
-from lightning_lora.checked import closest
+from lightning_lora.checked import one_of
 from lightning_lora.engine import (
     Injection,
     InjectionReport,
@@ -278,12 +278,8 @@ def _is_transposed(adapted: Mapping[str, nn.Module]) -> bool:
 
 
 def _task_type(root: nn.Module, given: str | None, saved: list[str]) -> str | None:
-    if given is not None and given not in TASK_TYPES:
-        near = closest(given, TASK_TYPES)
-        raise ConfigError(
-            f"task_type is one of {', '.join(TASK_TYPES)}, not {given!r}."
-            f"{f' Did you mean {listed(map(repr, near))}?' if near else ''}"
-        )
+    if given is not None:
+        one_of("task_type", given, TASK_TYPES)
     task = given or _task_of(root)
     heads = HEADS_OF_TASK.get(task or "", ())
     untrained = [n for n, _ in Tree.of(root).modules if ends_with(heads, n) and n not in saved] if heads else []

@@ -13,9 +13,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightning_lora.checked import closest
+from lightning_lora.checked import did_you_mean
 from lightning_lora.engine.tree import Tree
-from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError, listed
+from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError
 from lightning_lora.hub.address import id_and_revision, is_id, local_path
 from lightning_lora.hub.client import translated
 from lightning_lora.hub.format.layout import adapter_root
@@ -169,11 +169,8 @@ def _opened(file: Path) -> Any:
 
 
 def _absent(name: str, names: list[str], what: str) -> AdapterFormatError:
-    near = closest(name, names)
-    hint = f" Did you mean {listed(map(repr, near))}?" if near else ""
-    return AdapterFormatError(
-        f"{what} has no weight {name!r}.{hint} Pass the model itself as base= if its file has other names than it."
-    )
+    hint = did_you_mean(name, names, otherwise="If its file has other names than the model:")
+    return AdapterFormatError(f"{what} has no weight {name!r}. {hint} Pass the model itself as base=.")
 
 
 def _fetched(base: str | os.PathLike[str], revision: str | None) -> Path:

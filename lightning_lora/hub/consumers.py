@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_lora.checked import closest
-from lightning_lora.errors import ConfigError, listed
+from lightning_lora.checked import one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +108,4 @@ CONSUMERS: dict[str, Consumer] = {
 
 def consumer_called(name: str) -> Consumer:
     """The row for `name`. Raises ConfigError, with the closest name, where there is no such row."""
-    key = name.lower() if isinstance(name, str) else name
-    if key not in CONSUMERS:
-        near = closest(str(key), CONSUMERS, count=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"There is no export for {name!r}, only for {listed(map(repr, CONSUMERS))}.{hint}")
-    return CONSUMERS[key]
+    return CONSUMERS[one_of("consumer", name.lower() if isinstance(name, str) else name, CONSUMERS)]

@@ -32,8 +32,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token
 
 from lightning_lora import __version__
-from lightning_lora.checked import closest
-from lightning_lora.errors import CheckpointError, HubError, HubIntegrityError, listed
+from lightning_lora.checked import did_you_mean
+from lightning_lora.errors import CheckpointError, HubError, HubIntegrityError
 from lightning_lora.files import own_name, remove_leftovers, written_beside
 from lightning_lora.hub.address import local_path
 from lightning_lora.hub.client import Api, asked, plain_token, within, without_progress_bars
@@ -132,7 +132,7 @@ class Remote:
             if isinstance(error.__cause__, GatedRepoError):
                 error.args = (f"{error} Ask for access at {self.api.endpoint}/{self.repo_id}.",)
             elif isinstance(error.__cause__, RepositoryNotFoundError):
-                error.args = (f"{error}{self._whose()}{self._meant()}",)
+                error.args = (f"{error} {self._whose()}{self._meant()}".rstrip(),)
             raise
 
     @property
@@ -146,7 +146,7 @@ class Remote:
         with contextlib.suppress(HubError, LookupError, TypeError):
             if self.api.token:
                 user = within(self._patience, "asking whose the token is", self.api.whoami)["name"]
-                return f" The token is that of {user!r}."
+                return f"The token is that of {user!r}. "
         return ""
 
     def _meant(self) -> str:
@@ -155,8 +155,7 @@ class Remote:
             return [model.id for model in self.api.list_models(author=owner, limit=_MOST_MODELS)]
 
         with contextlib.suppress(HubError):
-            near = closest(self.repo_id, within(self._patience, "looking for names like it", names))
-            return f" Did you mean {listed(map(repr, near))}?" if near else ""
+            return did_you_mean(self.repo_id, within(self._patience, "looking for names like it", names))
         return ""
 
 

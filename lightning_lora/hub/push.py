@@ -95,7 +95,7 @@ def push_adapter(
             files = {name: part.size for name, part in staged.digests.items()} | {CARD: len(content.encode())}
             return DryRun(repo_id, title, files, content)
         repository = HubRepository(to, token)
-        repository.check(staged.card(run))
+        repository.check()
         push = Push(repository, staged, replace(run, repo_id=repository.repo_id), title)
         commit = retried(push.attempt)
         if tag is not None:

@@ -83,9 +83,9 @@ class HubRepository:
         """Returns `function(...)`, within the timeout and `seconds` more."""
         return within(self.to.timeout + seconds, doing, function, *args, **kwargs)
 
-    def check(self, card: str | None = None) -> None:
+    def check(self) -> None:
         """Raise HubError unless later pushes will be allowed. Checks token, repository and branch (both are created if
-        they do not exist), write permission, and `card`, all within one timeout."""
+        they do not exist), and write permission, all within one timeout."""
         step = partial(asked, time.monotonic() + self.to.timeout)
         name = step("asking whose the token is", lambda: self.api.whoami()["name"])
         if "/" not in self.repo_id:
@@ -103,8 +103,6 @@ class HubRepository:
             if self.revision != constants.DEFAULT_REVISION:
                 branch = self.revision
                 step(f"creating the branch {branch!r}", self.api.create_branch, here, branch=branch, exist_ok=True)
-        if card is not None:
-            step("checking the card", self._validate, card)
 
     def head(self) -> str | None:
         """The newest commit; None where there is no commit."""

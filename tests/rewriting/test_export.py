@@ -398,7 +398,7 @@ def folder(tmp_path):
 def test_arguments_that_cannot_be_are_named(folder, tmp_path):
     for match, consumer, arguments in [
         ("Did you mean 'vllm'", "vlm", {}),
-        ("only for 'vllm', 'lorax'", 3, {}),
+        ("consumer is one of 'vllm', 'lorax'", 3, {}),
         ("rank is a whole number", "vllm", {"rank": 0}),
         ("rank=2 is less than the rank 4", "vllm", {"rank": 2}),
         ("rank=8 is more than max_rank=4", "vllm", {"rank": 8, "max_rank": 4}),

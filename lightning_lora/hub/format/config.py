@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lightning_lora.checked import closest
+from lightning_lora.checked import did_you_mean
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.config import exact_pattern, usual
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
@@ -161,10 +161,9 @@ def _is_empty(value: Any) -> bool:
 
 
 def _unknown(key: str, value: Any, where: str) -> str:
-    near = closest(key, _DEFAULTS)
-    hint = f" Did you mean {listed(map(repr, near))}?" if near else ""
+    hint = did_you_mean(key, _DEFAULTS)
     return (
-        f"{where} has the unknown field {key!r} ({_shown(value)}).{hint} A later PEFT may write it, and it may change "
+        f"{where} has the unknown field {key!r} ({_shown(value)}). {hint} A later PEFT may write it, and it may change "
         f"what the adapter computes. If you know that it does not, pass ignore_fields=[{key!r}]."
     )
 
@@ -247,6 +246,7 @@ def to_peft(
 ) -> dict[str, Any]:
     """The fields of an `adapter_config.json`. `ranks` and `alphas` have an entry for each module and parameter that
     PEFT wraps; `fields` are those that depend on the model, by PEFT's names."""
+    assert fields.keys() <= _DEFAULTS.keys()
     rank, alpha = usual(config.rank, ranks), usual(config.alpha, alphas)
     same = ("bias", "use_rslora", "use_dora", "lora_bias", "alora_invocation_tokens")
     return {
