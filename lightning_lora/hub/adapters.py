@@ -32,8 +32,8 @@ from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import is_first, is_sharded, whole
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.hub.address import base_id, local_path
-from lightning_lora.hub.card import model_card
-from lightning_lora.hub.format.config import HEADS_OF_TASK, TASK_TYPES, own_fields, to_peft
+from lightning_lora.hub.card import TASKS, model_card
+from lightning_lora.hub.format.config import own_fields, to_peft
 from lightning_lora.hub.format.folder import NOTE, write_adapter
 from lightning_lora.hub.format.inspection import opened
 from lightning_lora.hub.format.layout import (
@@ -277,11 +277,19 @@ def _is_transposed(adapted: Mapping[str, nn.Module]) -> bool:
     return conv1d is not None and bool(linear) and all(isinstance(m, conv1d) for m in linear)
 
 
+# With these task types PEFT trains the named modules whole, and fails to load an adapter that lacks them.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
 def _task_type(root: nn.Module, given: str | None, saved: list[str]) -> str | None:
     if given is not None:
-        one_of("task_type", given, TASK_TYPES)
+        one_of("task_type", given, TASKS)
     task = given or _task_of(root)
-    heads = HEADS_OF_TASK.get(task or "", ())
+    heads = _HEADS.get(task or "", ())
     untrained = [n for n, _ in Tree.of(root).modules if ends_with(heads, n) and n not in saved] if heads else []
     if not untrained:
         return task

@@ -29,7 +29,7 @@ _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL
 _BASE_TAG = re.compile(r"base_model:(?:(?:adapter|finetune|merge|quantized):)?(.*)", re.DOTALL)
 
 # PEFT's name of a task -> the Hub's, and the class of transformers that has its head.
-_TASKS = {
+TASKS = {
     "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
     "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
     "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
@@ -248,7 +248,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _front_matter(config: Mapping[str, Any], base: str | None, run: RunFacts) -> dict[str, Any]:
-    task = _TASKS.get(config.get("task_type") or "", ("other", ""))[0]
+    task = TASKS.get(config.get("task_type") or "", ("other", ""))[0]
     front: dict[str, Any] = {"library_name": "peft"}
     tags = ["lora", "lightning-lora"]
     if base:
@@ -329,8 +329,8 @@ def _loading(config: Mapping[str, Any], base: str | None, module: str, run: RunF
     lines += ["", "With PEFT, onto the base model itself:"]
     lines += _code("from peft import PeftModel", "", f"model = PeftModel.from_pretrained(model, {where})")
     task = config.get("task_type")
-    if base and task in _TASKS:
-        auto = _TASKS[task][1]
+    if base and task in TASKS:
+        auto = TASKS[task][1]
         lines += ["", "With transformers:"]
         lines += _code(
             f"from transformers import {auto}",

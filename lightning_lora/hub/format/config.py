@@ -95,15 +95,6 @@ _USED_IF_EMPTY = ("arrow_config", "kasa_config", "monteclora_config", "use_bdlor
 # Initialisers that change the weights of the base: PEFT changes them again when it loads such an adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-# With these task types PEFT trains the named modules whole, and fails to load an adapter that lacks them.
-HEADS_OF_TASK = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
 
 def from_peft(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoRAConfig:
     """The config in `data`, the content of an `adapter_config.json`. How the adapter was initialised is left out, since

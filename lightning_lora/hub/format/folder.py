@@ -86,6 +86,9 @@ class _Converted(dict[str, Tensor]):
         return self
 
 
+OpenTensors = TensorFile | _Converted
+
+
 def check_folder(folder: Path) -> None:
     """Raise AdapterFormatError, which says what `folder` looks like, unless it holds an adapter of PEFT or mlx-lm."""
     if not folder.exists():
@@ -204,7 +207,7 @@ def _json(path: Path) -> Any:
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[TensorFile | _Converted]:
+def open_tensors(folder: Path) -> Iterator[OpenTensors]:
     """The tensors in `folder`, with their header. Raises AdapterFormatError where their file is cut short, was changed,
     or is of another layout."""
     path = folder / (mlx.TENSORS if _is_mlx(folder) else TENSORS)

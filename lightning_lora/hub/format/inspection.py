@@ -25,7 +25,7 @@ from lightning_lora.hub.format.folder import (
     CONFIG,
     TENSORS,
     Header,
-    TensorFile,
+    OpenTensors,
     check_folder,
     open_tensors,
     read_config,
@@ -167,7 +167,7 @@ def check_adapter(folder: Path, ignore_fields: Collection[str] = ()) -> LoRAConf
 
 
 @contextmanager
-def opened(folder: Path, ignore_fields: Collection[str] = ()) -> Iterator[tuple[LoRAConfig, TensorFile]]:
+def opened(folder: Path, ignore_fields: Collection[str] = ()) -> Iterator[tuple[LoRAConfig, OpenTensors]]:
     """The config and the open tensors of the adapter in `folder`. Raises AdapterFormatError where it holds none, and as
     `check_config` and `open_tensors` do."""
     check_folder(folder)

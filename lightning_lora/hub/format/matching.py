@@ -26,7 +26,7 @@ from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import with_own_fields
-from lightning_lora.hub.format.folder import Header, TensorFile
+from lightning_lora.hub.format.folder import Header, OpenTensors, TensorFile
 from lightning_lora.hub.format.layout import (
     Adapted,
     Layout,
@@ -79,7 +79,7 @@ class Fit:
         with _fitting(model, self.where):
             return inject(model, self.config, start=False)
 
-    def read(self, file: TensorFile | Mapping[str, Tensor], *, compare_base: bool = True) -> dict[str, Tensor]:
+    def read(self, file: OpenTensors | Mapping[str, Tensor], *, compare_base: bool = True) -> dict[str, Tensor]:
         """The tensors to load, by the engine's names relative to the root. Raises AdapterFormatError for one that is
         not finite, for two that should be equal and differ, and for base weights that differ from the model's. With
         `compare_base=False` the values of embeddings and heads are not compared."""
@@ -109,7 +109,7 @@ class Fit:
         self._refuse(problems)
         return values
 
-    def tables(self, file: TensorFile) -> dict[str, Tensor]:
+    def tables(self, file: OpenTensors) -> dict[str, Tensor]:
         """The base's embeddings and heads in the file, by the engine's names relative to the root. Raises
         AdapterFormatError for one that cannot be loaded into the model's weight, is not finite, or differs from
         another for the same weight."""
@@ -181,8 +181,10 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
     config = with_own_fields(config, header.note.get("config"), where)
     config = with_plain_names(config, Tree.of(root), of_file=True)
     names = todays_names(root, plain.values(), adapts)
-    keys = {key: renamed_key(name, names) for key, name in plain.items()} if names else plain
-    config = renamed_config(config, root, adapts, names)
+    keys = plain
+    if names:
+        keys = {key: renamed_key(name, names) for key, name in plain.items()}
+        config = renamed_config(config, root, adapts, names)
     config, header, keys, recipes = restacked(root, config, header, keys, where)
     relative = peft.for_engine(root, config, list(keys.values()))
     selection = select(root, relative)

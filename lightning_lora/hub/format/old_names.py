@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -51,18 +51,20 @@ def todays_names(root: nn.Module, keys: Iterable[str], adapted: Set[str]) -> dic
 
 def renamed_key(key: str, names: dict[str, str]) -> str:
     """`key` with today's name of its module, or of its tensor, by `names` (old name -> today's)."""
-    parts = peft.base_name(key).split(".") if names else []
-    for i in range(len(parts), 0, -1):
-        old = ".".join(parts[:i])
-        if old in names:
-            return key.replace(f"{peft.PREFIX}{old}", f"{peft.PREFIX}{names[old]}", 1)
-    return key
+    old = next((stem for stem in _stems(key) if stem in names), None)
+    return key if old is None else key.replace(f"{peft.PREFIX}{old}", f"{peft.PREFIX}{names[old]}", 1)
+
+
+def _stems(key: str) -> Iterator[str]:
+    """What may be the name of the module that owns the tensor called `key`, or of the tensor itself; longest first."""
+    stem = peft.base_name(key)
+    while stem:
+        yield stem
+        stem = stem.rpartition(".")[0]
 
 
 def renamed_config(config: LoRAConfig, root: nn.Module, adapted: Iterable[str], names: dict[str, str]) -> LoRAConfig:
     """`config`, which has the old names of the modules `adapted`, with today's names instead."""
-    if not names:
-        return config
     today = {old: names.get(old, old) for old in adapted}
     targets = config.target_modules
     changes: dict[str, Any] = {
@@ -218,9 +220,7 @@ def _by_module(keys: Iterable[str], modules: Set[str]) -> dict[str, list[str]]:
     """The keys of the tensors of each of `modules`."""
     found: dict[str, list[str]] = defaultdict(list)
     for key in keys:
-        parts = peft.base_name(key).split(".")
-        stems = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
-        if (module := next((stem for stem in stems if stem in modules), None)) is not None:
+        if (module := next((stem for stem in _stems(key) if stem in modules), None)) is not None:
             found[module].append(key)
     return found
 
