@@ -181,7 +181,7 @@ class AdapterBank(Bank):
             if check_base and "base_fingerprint" in file.header.note:
                 heads = [part.layer for part in parts.values() if isinstance(part, _Whole)]
                 self._check_base(file.header.note, plan.root, heads, str(folder))
-            return _read(plan, parts, file.at_once() if not plan.base else file)
+            return _read(plan, parts, file)
 
     def _of_state_dict(self, tensors: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, LayerFactors]:
         if config is None:

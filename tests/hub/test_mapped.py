@@ -82,36 +82,6 @@ def test_reading_keeps_no_memory(tmp_path):
     assert min(growth() for _ in range(4)) < 8
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_one_sum_says_that_all_numbers_are_finite_and_never_so_where_one_is_not(tmp_path, dtype):
-    file = tmp_path / "some.safetensors"
-    tensors = {"a": torch.randn(3, 5).to(dtype), "empty": torch.zeros(0, dtype=dtype), "z": torch.randn(2).to(dtype)}
-    save_file(tensors, file, metadata={"made": "here"})
-    assert MappedTensors(file).are_finite()
-    for key, at, value in (("a", (0, 0), "nan"), ("a", (2, 4), "inf"), ("z", (1,), "-inf")):
-        spoilt = {name: t.clone() for name, t in tensors.items()}
-        spoilt[key][at] = float(value)
-        save_file(spoilt, file)
-        assert not MappedTensors(file).are_finite()
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.float16)},
-        {"a": torch.zeros(2, dtype=torch.int32)},
-        {"a": torch.zeros(2, dtype=torch.float8_e4m3fn)},
-        {"a": torch.full((4,), 6e4, dtype=torch.float16)},
-        {"a": torch.zeros(0)},
-    ],
-    ids=["several types", "integers", "eight bits", "a sum too large", "nothing"],
-)
-def test_where_one_sum_cannot_say_so_each_tensor_is_looked_at(tmp_path, tensors):
-    file = tmp_path / "some.safetensors"
-    save_file(tensors, file)
-    assert not MappedTensors(file).are_finite()
-
-
 def test_a_file_that_is_replaced_while_it_is_opened_is_named_and_not_believed(tmp_path, monkeypatch):
     """What safetensors has checked by then is another file."""
     file = tmp_path / TENSORS
@@ -124,44 +94,3 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_named_and_not_believed(tm
     monkeypatch.setattr(folder, "TensorFile", replaced)
     with pytest.raises(AdapterFormatError, match="replaced while it was opened"), open_tensors(tmp_path):
         pass
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_all_at_once_are_what_each_is_by_itself(tmp_path, dtype):
-    file = tmp_path / "some.safetensors"
-    shapes = {"b": (3, 5), "number": (), "empty": (0, 4), "a": (2, 1, 2)}
-    save_file({key: torch.randn(shape).mul(9).to(dtype) for key, shape in shapes.items()}, file)
-    tensors = MappedTensors(file)
-    at_once = tensors.at_once()
-    assert isinstance(at_once, dict)
-    assert at_once.keys() == shapes.keys()
-    assert all(t.equal(tensors[key]) and t.shape == tensors[key].shape for key, t in at_once.items())
-
-
-def test_where_they_are_of_several_types_each_is_read_by_itself(tmp_path):
-    file = tmp_path / "some.safetensors"
-    save_file({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.float64)}, file)
-    tensors = MappedTensors(file)
-    assert tensors.at_once() is tensors
-
-
-@pytest.mark.parametrize(
-    "entries",
-    [
-        {"x": []},
-        {"x": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}},
-        {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
-        {"x": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}},
-        {"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
-        {"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}},
-        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
-        {n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "xy"},
-        {n: {"dtype": "F32", "shape": [2], "data_offsets": [at, at + 4]} for n, at in (("x", 0), ("y", 4))},
-    ],
-    ids=["no entry", "type", "size", "word", "beyond", "negative", "gap", "overlap", "sum alone"],
-)
-def test_nothing_is_read_at_once_from_a_file_that_lies(tmp_path, entries):
-    file = tmp_path / "some.safetensors"
-    file.write_bytes(_file(entries))
-    tensors = MappedTensors(file)
-    assert tensors.at_once() is tensors

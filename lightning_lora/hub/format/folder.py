@@ -82,9 +82,6 @@ class _Converted(dict[str, Tensor]):
 
     header: Header
 
-    def at_once(self) -> Mapping[str, Tensor]:
-        return self
-
 
 OpenTensors = TensorFile | _Converted
 

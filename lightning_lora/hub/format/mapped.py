@@ -6,11 +6,9 @@ safetensors' own `get_tensor` leaks 32 bytes in each call (0.8.0). That is nothi
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import mmap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,36 +67,6 @@ class MappedTensors:
         """The checksum of the file, computed with BLANK where its header holds the checksum `said`."""
         with memoryview(self._bytes) as content:
             return checksum(self._bytes[: self._start].replace(said.encode(), BLANK), content[self._start :])
-
-    def are_finite(self) -> bool:
-        """True if one sum shows that all numbers are finite: they have one dtype, and their sum is finite. False if it
-        does not show that; each tensor must then be checked."""
-        try:
-            types = {entry["dtype"] for entry in self.entries.values()}
-            dtype = DTYPES[types.pop()] if len(types) == 1 else torch.bool
-            if not dtype.is_floating_point or dtype.itemsize == 1:
-                return False
-            return bool(torch.frombuffer(self._bytes, dtype=dtype, offset=self._start).sum().isfinite())
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
-            return False  # a tensor that is damaged raises an error when it is read itself
-
-    def at_once(self) -> Mapping[str, Tensor] | MappedTensors:
-        """All tensors as views of one, in a third of the time, if they have one dtype and leave no gap; else `self`."""
-        try:
-            ordered = sorted(self.entries.items(), key=lambda item: item[1]["data_offsets"])
-            (dtype,) = {DTYPES[entry["dtype"]] for _, entry in ordered}
-            ends = [0, *(entry["data_offsets"][1] for _, entry in ordered)]
-            shapes = [entry["shape"] for _, entry in ordered]
-            counts = [math.prod(shape) for shape in shapes]
-            if [e["data_offsets"] for _, e in ordered] != [list(span) for span in itertools.pairwise(ends)]:
-                return self
-            flat = torch.frombuffer(self._bytes, dtype=dtype, offset=self._start)
-            if [count * dtype.itemsize for count in counts] != [b - a for a, b in itertools.pairwise(ends)]:
-                return self
-            parts = flat.split_with_sizes(counts)
-            return {key: part.view(shape) for (key, _), part, shape in zip(ordered, parts, shapes)}
-        except (LookupError, TypeError, ValueError, RuntimeError):
-            return self  # a tensor that is damaged raises an error when it is read itself
 
     def __getitem__(self, key: str) -> Tensor:
         try:

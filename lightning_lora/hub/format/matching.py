@@ -26,7 +26,7 @@ from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.hub.format import peft
 from lightning_lora.hub.format.config import with_own_fields
-from lightning_lora.hub.format.folder import Header, OpenTensors, TensorFile
+from lightning_lora.hub.format.folder import Header, OpenTensors
 from lightning_lora.hub.format.layout import (
     Adapted,
     Layout,
@@ -85,10 +85,9 @@ class Fit:
         `compare_base=False` the values of embeddings and heads are not compared."""
         values: dict[str, Tensor] = {}
         problems = []
-        are_finite = isinstance(file, TensorFile) and file.are_finite()
         for name, (key, *same) in self.sources.items():
             value = self.recipes[key](file) if key in self.recipes else file[key]
-            if not (are_finite or is_finite(value)):
+            if not is_finite(value):
                 problems.append(f"{key} holds values that are not finite")
             unequal = [other for other in same if not same_numbers(file[other], value)]
             problems += [self._tied(key, other) for other in unequal]
