@@ -21,6 +21,7 @@ FLOORS = [
     "files",
     "page",
     "engine",
+    "format",
     "hub",
     "rewriting",
     "analysis",
@@ -72,9 +73,10 @@ def test_an_import_that_goes_up_is_seen():
     assert going_up("def f():\n    from ..training import callback", "lightning_lora.hub.adapters")
     assert going_up("import lightning_lora.cli.main", "lightning_lora.training.callback")
     assert not going_up("from ..engine import inject", "lightning_lora.hub.adapters")
+    assert going_up("from lightning_lora.hub import client", "lightning_lora.format.folder")
 
 
-@pytest.mark.parametrize("room", ["engine", "hub", "rewriting", "analysis"])
+@pytest.mark.parametrize("room", ["engine", "format", "hub", "rewriting", "analysis"])
 def test_no_files_of_a_room_import_each_other_in_a_circle(room: str):
     files = {
         ".".join(["lightning_lora", *f.relative_to(PACKAGE).with_suffix("").parts]): f for f in PACKAGE.rglob("*.py")
@@ -106,6 +108,7 @@ def test_the_top_imports_the_floors_only_when_asked():
         ("import lightning_lora", ("torch", *HEAVY)),
         ("import lightning_lora.engine", HEAVY),
         ("from lightning_lora import inject, LoRAConfig, merged", HEAVY),
+        ("import lightning_lora.format.inspection, lightning_lora.format.matching", HEAVY),
     ],
 )
 def test_an_import_does_not_load_what_it_does_not_need(statement: str, forbidden: tuple[str, ...]):

@@ -1,4 +1,4 @@
-"""Asks a model for the certificate of its adapter (hub/format/certificate.py).
+"""Asks a model for the certificate of its adapter (format/certificate.py).
 
 The prompts are common English words, chosen by SHA-256, so there is nothing of anybody's data in it.
 """
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lightning_lora.engine import disabled
 from lightning_lora.engine.calibration import evaluating
 from lightning_lora.errors import AdapterStateError, ConfigError
-from lightning_lora.hub.format.certificate import BEST, Candidate, Certificate, Prompt, adapter_hash
-from lightning_lora.hub.format.folder import open_tensors
-from lightning_lora.hub.format.layout import adapter_root
+from lightning_lora.format.certificate import BEST, Candidate, Certificate, Prompt, adapter_hash
+from lightning_lora.format.folder import open_tensors
+from lightning_lora.format.layout import adapter_root
 from lightning_lora.hub.verify import verify_adapter
 
 PROMPTS = 8

@@ -31,10 +31,10 @@ from lightning_lora.engine.state import check_same_base
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import whole as gathered
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, ConfigError, listed
+from lightning_lora.format.folder import CONFIG
+from lightning_lora.format.layout import adapter_root
 from lightning_lora.hub.adapters import check_is_base
 from lightning_lora.hub.base_weights import Base, matrix_of, weights_of
-from lightning_lora.hub.format.folder import CONFIG
-from lightning_lora.hub.format.layout import adapter_root
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.rewriting.combinable import check_bases
 from lightning_lora.rewriting.parts import Pair, Parts, any_parts_of

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_lora.checked import number
 from lightning_lora.errors import BaseMismatchError, ConfigError
-from lightning_lora.hub.format.certificate import BEST, SAME, Certificate, Distances, Prompt, read_certificate
+from lightning_lora.format.certificate import BEST, SAME, Certificate, Distances, Prompt, read_certificate
 
 _MEANING = {
     "same": "it applies the adapter",

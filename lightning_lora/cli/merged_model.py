@@ -17,9 +17,9 @@ from lightning_lora.engine import merge
 from lightning_lora.engine.merge import shares_kept
 from lightning_lora.errors import CheckpointError, ConfigError, listed
 from lightning_lora.files import written_beside
+from lightning_lora.format.folder import check_folder, open_tensors, read_config
 from lightning_lora.hub import load_adapter
 from lightning_lora.hub.consumers import CONSUMERS
-from lightning_lora.hub.format.folder import check_folder, open_tensors, read_config
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.recipes.models import ModelSource
 

@@ -94,7 +94,7 @@ def _of_data(settings: dict[str, Any], loaded: Any) -> Evaluated:
 
 def _of_model(settings: dict[str, Any], loaded: Any) -> Evaluated:
     from lightning_lora.cli.merged_model import loaded_base
-    from lightning_lora.hub.format.folder import check_folder, read_config
+    from lightning_lora.format.folder import check_folder, read_config
     from lightning_lora.hub.pull import adapter_folder
 
     folder = adapter_folder(

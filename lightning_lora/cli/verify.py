@@ -45,7 +45,7 @@ class Settings:
 
 def run(settings: dict[str, Any]) -> None:
     """Verify as `settings` say, and print the report. Raises SystemExit(1) if the adapter is not applied."""
-    from lightning_lora.hub.format.folder import check_folder
+    from lightning_lora.format.folder import check_folder
     from lightning_lora.hub.pull import adapter_folder
 
     options = {name: settings[name] for name in ("subfolder", "ignore_fields")}
@@ -60,8 +60,8 @@ def run(settings: dict[str, Any]) -> None:
 def _of_model(settings: dict[str, Any], folder: Path) -> VerifyReport:
     from lightning_lora.analysis.certificate import make_certificate
     from lightning_lora.cli.merged_model import loaded_base, named_base
+    from lightning_lora.format.folder import read_config
     from lightning_lora.hub import load_adapter
-    from lightning_lora.hub.format.folder import read_config
     from lightning_lora.hub.verify import verify_adapter
 
     for key in ("name", "base_name", "api_key"):

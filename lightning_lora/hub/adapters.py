@@ -31,21 +31,21 @@ from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import is_first, is_sharded, whole
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
-from lightning_lora.hub.address import base_id, local_path
-from lightning_lora.hub.card import TASKS, model_card
-from lightning_lora.hub.format.config import own_fields, to_peft
-from lightning_lora.hub.format.folder import NOTE, write_adapter
-from lightning_lora.hub.format.inspection import opened
-from lightning_lora.hub.format.layout import (
+from lightning_lora.format.config import own_fields, to_peft
+from lightning_lora.format.folder import NOTE, write_adapter
+from lightning_lora.format.inspection import opened
+from lightning_lora.format.layout import (
     Adapted,
     adapter_root,
     layout_of,
     member,
     tensor_named,
 )
-from lightning_lora.hub.format.matching import fit
-from lightning_lora.hub.format.peft import ends_with, exact_targets, targets_of
-from lightning_lora.hub.hub_private import commit_of
+from lightning_lora.format.matching import fit
+from lightning_lora.format.peft import ends_with, exact_targets, targets_of
+from lightning_lora.format.transformers_private import commit_of
+from lightning_lora.hub.address import base_id, local_path
+from lightning_lora.hub.card import TASKS, model_card
 from lightning_lora.hub.pull import Pulling, adapter_folder
 from lightning_lora.hub.verify import verify_adapter
 

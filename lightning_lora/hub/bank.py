@@ -22,13 +22,13 @@ from lightning_lora.engine.state import adapter_tensors, compare_bases, describe
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import can_be_dense, dense
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
+from lightning_lora.format import peft
+from lightning_lora.format.folder import CONFIG, Header
+from lightning_lora.format.inspection import opened
+from lightning_lora.format.layout import adapter_root, member, place_of
+from lightning_lora.format.matching import Fit, fit
 from lightning_lora.hub.adapters import only_injection
 from lightning_lora.hub.address import local_path
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.folder import CONFIG, Header
-from lightning_lora.hub.format.inspection import opened
-from lightning_lora.hub.format.layout import adapter_root, member, place_of
-from lightning_lora.hub.format.matching import Fit, fit
 from lightning_lora.hub.pull import Pulling, adapter_folder
 from lightning_lora.hub.store import DiskStore
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from lightning_lora.checked import did_you_mean
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError
+from lightning_lora.format.layout import adapter_root
 from lightning_lora.hub.address import id_and_revision, is_id, local_path
 from lightning_lora.hub.client import translated
-from lightning_lora.hub.format.layout import adapter_root
 
 Base = nn.Module | str | os.PathLike[str]
 """A module, a safetensors file, a folder with some (as transformers saves a model), or a model's id on the Hub."""

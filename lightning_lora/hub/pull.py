@@ -25,10 +25,10 @@ from lightning_lora.errors import (
     listed,
 )
 from lightning_lora.files import written_beside
+from lightning_lora.format.folder import CARD, CERTIFICATE, CONFIG, LARGEST_CONFIG, TENSORS, foreign_layout
+from lightning_lora.format.inspection import check_adapter, checked_config
 from lightning_lora.hub.address import hub_address, id_and_revision, is_id, local_path
 from lightning_lora.hub.download import CachedRepository, Remote, RemoteFile, checksum, link_or_copy, writing
-from lightning_lora.hub.format.folder import CARD, CERTIFICATE, CONFIG, LARGEST_CONFIG, TENSORS, foreign_layout
-from lightning_lora.hub.format.inspection import check_adapter, checked_config
 
 MAX_BYTES = 4 << 30
 """An adapter of rank 64 for every linear layer of a model with 70 billion parameters has about 3 GB."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from lightning_lora import __version__
 from lightning_lora.errors import CheckpointError, HubError, HubUnavailableError
 from lightning_lora.files import within_temporary_folder
+from lightning_lora.format.folder import CARD
 from lightning_lora.hub.adapters import save_tensors
 from lightning_lora.hub.address import local_path
 from lightning_lora.hub.card import Card, RunFacts, merge_cards
 from lightning_lora.hub.client import SLOWEST, TIMEOUT, plain_token, retried
-from lightning_lora.hub.format.folder import CARD
 from lightning_lora.hub.hub_private import is_left_out
 from lightning_lora.hub.repository import Destination, HubRepository
 from lightning_lora.hub.staging import PICTURE, Staged, digest, stage

@@ -16,11 +16,8 @@ import torch
 
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.files import reason, temporary_folder
-from lightning_lora.hub.address import base_id, local_path
-from lightning_lora.hub.card import RunFacts, merge_cards, model_card
-from lightning_lora.hub.download import checksum
-from lightning_lora.hub.format.certificate import read_certificate
-from lightning_lora.hub.format.folder import (
+from lightning_lora.format.certificate import read_certificate
+from lightning_lora.format.folder import (
     CERTIFICATE,
     CONFIG,
     TENSORS,
@@ -29,8 +26,11 @@ from lightning_lora.hub.format.folder import (
     read_card,
     read_config,
 )
-from lightning_lora.hub.format.inspection import check_adapter, is_trained
-from lightning_lora.hub.format.peft import adapted_names, plain_key
+from lightning_lora.format.inspection import check_adapter, is_trained
+from lightning_lora.format.peft import adapted_names, plain_key
+from lightning_lora.hub.address import base_id, local_path
+from lightning_lora.hub.card import RunFacts, merge_cards, model_card
+from lightning_lora.hub.download import checksum
 
 PICTURE = "training.png"
 CHECKPOINT = "training.ckpt"

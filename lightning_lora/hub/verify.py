@@ -38,10 +38,10 @@ from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.twin import Bare, bare, has_active_adapter
 from lightning_lora.engine.verify import check_layer
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, listed
+from lightning_lora.format.inspection import opened
+from lightning_lora.format.layout import member, place_of
+from lightning_lora.format.matching import Fit, fit
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
-from lightning_lora.hub.format.inspection import opened
-from lightning_lora.hub.format.layout import member, place_of
-from lightning_lora.hub.format.matching import Fit, fit
 from lightning_lora.hub.pull import Pulling, adapter_folder
 
 

@@ -19,8 +19,8 @@ from lightning_lora.engine.cut import shown_error
 from lightning_lora.engine.report import aligned, by_ending, overall_error
 from lightning_lora.engine.state import compare_bases
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, listed
+from lightning_lora.format import peft
 from lightning_lora.hub.address import base_id
-from lightning_lora.hub.format import peft
 from lightning_lora.rewriting.parts import Pair, Parts
 
 _BASE = "base_fingerprint", "base_dtypes"

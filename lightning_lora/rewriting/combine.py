@@ -23,12 +23,12 @@ from lightning_lora.engine.low_rank import product_change
 from lightning_lora.engine.memory import largest
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
+from lightning_lora.format import peft
+from lightning_lora.format.config import to_peft
+from lightning_lora.format.folder import write_adapter
+from lightning_lora.format.inspection import LARGEST_SCALE
 from lightning_lora.hub.address import base_id, local_path
 from lightning_lora.hub.card import RunFacts, model_card
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.config import to_peft
-from lightning_lora.hub.format.folder import write_adapter
-from lightning_lora.hub.format.inspection import LARGEST_SCALE
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.rewriting.combinable import (
     CombinedModule,

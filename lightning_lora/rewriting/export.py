@@ -18,12 +18,12 @@ from lightning_lora.engine.low_rank import Spectrum
 from lightning_lora.engine.report import aligned, by_ending, overall_error
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
+from lightning_lora.format import peft
+from lightning_lora.format.config import to_peft
+from lightning_lora.format.folder import CONFIG
 from lightning_lora.hub.address import base_id
 from lightning_lora.hub.base_weights import Base, BaseFacts, WeightOf, facts_of, size_of, weights_of
 from lightning_lora.hub.consumers import Consumer, consumer_called
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.config import to_peft
-from lightning_lora.hub.format.folder import CONFIG
 from lightning_lora.rewriting.lowering import (
     Lowered,
     dora_spectra,

@@ -19,10 +19,10 @@ from torch import Tensor
 from lightning_lora.engine.layers.dora import dora_update
 from lightning_lora.engine.low_rank import Spectrum, product_change, product_norm, spectrum
 from lightning_lora.errors import AdapterFormatError, listed
+from lightning_lora.format import peft
+from lightning_lora.format.matching import same_numbers
 from lightning_lora.hub.base_weights import BaseFacts, WeightOf
 from lightning_lora.hub.consumers import Consumer
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.matching import same_numbers
 from lightning_lora.rewriting.parts import Pair, Parts
 
 

@@ -22,11 +22,8 @@ from lightning_lora.engine.layers.pair import from_blocks
 from lightning_lora.engine.state import is_finite
 from lightning_lora.engine.tree import entry_matches
 from lightning_lora.errors import AdapterFormatError, ConfigError, listed
-from lightning_lora.hub.address import base_id, local_path
-from lightning_lora.hub.base_weights import WeightOf, matrix_of
-from lightning_lora.hub.card import RunFacts, merge_cards, model_card
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.folder import (
+from lightning_lora.format import peft
+from lightning_lora.format.folder import (
     CONFIG,
     TENSORS,
     Header,
@@ -36,7 +33,10 @@ from lightning_lora.hub.format.folder import (
     read_config,
     write_adapter,
 )
-from lightning_lora.hub.format.inspection import check_config, check_header
+from lightning_lora.format.inspection import check_config, check_header
+from lightning_lora.hub.address import base_id, local_path
+from lightning_lora.hub.base_weights import WeightOf, matrix_of
+from lightning_lora.hub.card import RunFacts, merge_cards, model_card
 from lightning_lora.hub.pull import adapter_folder
 
 _BASE = "base_model_name_or_path"

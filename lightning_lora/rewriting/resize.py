@@ -27,8 +27,8 @@ from lightning_lora.engine.layers.dora import dora_update
 from lightning_lora.engine.layers.pair import as_blocks
 from lightning_lora.engine.low_rank import product_norm
 from lightning_lora.errors import ConfigError
+from lightning_lora.format.config import plain_number
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
-from lightning_lora.hub.format.config import plain_number
 from lightning_lora.rewriting.export import dtype_called
 from lightning_lora.rewriting.parts import Pair, parts_to_change
 

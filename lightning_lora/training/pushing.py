@@ -19,9 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_lora.errors import ConfigError, HubError, LightningLoRAError
+from lightning_lora.format.folder import CARD, CONFIG, TENSORS
 from lightning_lora.hub.address import base_id
 from lightning_lora.hub.card import Card, RunFacts
-from lightning_lora.hub.format.folder import CARD, CONFIG, TENSORS
 from lightning_lora.hub.push import in_words, stage_model
 from lightning_lora.hub.repository import HubRepository
 from lightning_lora.hub.staging import PICTURE, Staged, stage

@@ -30,7 +30,7 @@ from lightning_lora.analysis.certificate import WORDS, prompt_texts
 from lightning_lora.embedded import BASE
 from lightning_lora.engine import adapters
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, ConfigError
-from lightning_lora.hub.format.certificate import CERTIFICATE, read_certificate
+from lightning_lora.format.certificate import CERTIFICATE, read_certificate
 from tests.hub.models import edit_config
 from tests.hub_server import HubServer
 

@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_update
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.format.config import to_peft
 from lightning_lora.hub.card import RunFacts, merge_cards, model_card
-from lightning_lora.hub.format.config import to_peft
 
 
 def config(**changes: Any) -> dict[str, Any]:

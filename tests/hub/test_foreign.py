@@ -22,8 +22,8 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.errors import AdapterFormatError
-from lightning_lora.hub.format.folder import foreign_layout
-from lightning_lora.hub.format.inspection import check_adapter
+from lightning_lora.format.folder import foreign_layout
+from lightning_lora.format.inspection import check_adapter
 from lightning_lora.rewriting.combine import combine_adapters
 from lightning_lora.rewriting.export import export_adapter
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRAConfig, combine_adapters, export_adapter, inject, load_adapter, save_adapter
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, ConfigError
-from lightning_lora.hub.format.inspection import check_adapter
+from lightning_lora.format.inspection import check_adapter
 from tests.engine.test_combine import ties_by_entry
 from tests.hub.models import build, by_peft, edit_config, edit_tensors, output, peft_folder, shake
 

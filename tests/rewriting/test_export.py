@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from lightning_lora import LoRAConfig, export_adapter, inject, load_adapter, save_adapter
 from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError
+from lightning_lora.format import peft
 from lightning_lora.hub.consumers import CONSUMERS
-from lightning_lora.hub.format import peft
 from tests.hub.models import build, by_peft, edit_config, edit_tensors, output, peft_folder, shake
 from tests.rewriting.consumers import SERVERS, lorax, vllm, with_updates
 

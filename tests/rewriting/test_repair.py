@@ -12,7 +12,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, inject, pairs, remove, repair_adapter, save_adapter
 from lightning_lora.engine.intruders import intruder_dimensions
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, ConfigError
-from lightning_lora.hub.format.inspection import check_adapter
+from lightning_lora.format.inspection import check_adapter
 from tests.hub.models import build, by_peft, output, shake
 
 pytestmark = [

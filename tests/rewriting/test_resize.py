@@ -13,8 +13,8 @@ from torch import nn
 from lightning_lora import LoRAConfig, inject, load_adapter, resize_adapter, save_adapter
 from lightning_lora.engine import injection_of
 from lightning_lora.errors import AdapterFormatError, ConfigError
-from lightning_lora.hub.format.folder import open_tensors
-from lightning_lora.hub.format.inspection import check_adapter
+from lightning_lora.format.folder import open_tensors
+from lightning_lora.format.inspection import check_adapter
 from tests.hub.models import build, by_peft, edit_config, output, peft_folder, shake
 
 pytestmark = [

@@ -19,9 +19,9 @@ from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.config import pattern_matches
 from lightning_lora.engine.state import is_finite
 from lightning_lora.errors import AdapterFormatError, listed
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.config import from_peft
-from lightning_lora.hub.format.folder import (
+from lightning_lora.format import peft
+from lightning_lora.format.config import from_peft
+from lightning_lora.format.folder import (
     CONFIG,
     TENSORS,
     Header,

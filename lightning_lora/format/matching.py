@@ -24,10 +24,10 @@ from lightning_lora.engine.tree import Tree, submodule, unwrapped
 from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.config import with_own_fields
-from lightning_lora.hub.format.folder import Header, OpenTensors
-from lightning_lora.hub.format.layout import (
+from lightning_lora.format import peft
+from lightning_lora.format.config import with_own_fields
+from lightning_lora.format.folder import Header, OpenTensors
+from lightning_lora.format.layout import (
     Adapted,
     Layout,
     adapter_root,
@@ -37,8 +37,8 @@ from lightning_lora.hub.format.layout import (
     place_of,
     tensor_named,
 )
-from lightning_lora.hub.format.old_names import Recipe, renamed_config, renamed_key, restacked, todays_names
-from lightning_lora.hub.format.peft import exact_targets
+from lightning_lora.format.old_names import Recipe, renamed_config, renamed_key, restacked, todays_names
+from lightning_lora.format.peft import exact_targets
 
 _LOADABLE = (
     ". Where the vocabulary was resized before the training, load it with the adapter: "

@@ -7,8 +7,8 @@ import re
 import pytest
 from hanging import no_hang
 
-from lightning_lora.hub.format import inspection as regexes
-from lightning_lora.hub.format.inspection import MOST_WAYS, ways
+from lightning_lora.format import inspection as regexes
+from lightning_lora.format.inspection import MOST_WAYS, ways
 
 WRITTEN = [
     "q_proj",

@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_lora.errors import AdapterFormatError
-from lightning_lora.hub.format import folder
-from lightning_lora.hub.format.folder import TENSORS, TensorFile, open_tensors
-from lightning_lora.hub.format.mapped import DTYPES, MappedTensors
+from lightning_lora.format import folder
+from lightning_lora.format.folder import TENSORS, TensorFile, open_tensors
+from lightning_lora.format.mapped import DTYPES, MappedTensors
 
 
 def test_tensors_of_every_kind_and_shape_are_those_that_safetensors_reads(tmp_path):

@@ -21,7 +21,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_adapter, pairs, remove, save_adapter
 from lightning_lora.engine import injection_of
 from lightning_lora.errors import AdapterFormatError, ConfigError, TargetError
-from lightning_lora.hub.format.peft import adapted_names, plain_key
+from lightning_lora.format.peft import adapted_names, plain_key
 from tests.hub.models import shake
 
 # PEFT warns of a pattern that matches nothing, and we of a rank above a layer's smaller side.

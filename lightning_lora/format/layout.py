@@ -13,7 +13,7 @@ from lightning_lora.engine import adapter_tensors, adapters
 from lightning_lora.engine.layers.pair import START
 from lightning_lora.engine.tree import Tree, submodule, unwrapped
 from lightning_lora.errors import AdapterFormatError, listed
-from lightning_lora.hub.format.peft import shape_in_file, tensor_key
+from lightning_lora.format.peft import shape_in_file, tensor_key
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFormatError, listed
-from lightning_lora.hub.format import peft
+from lightning_lora.format import peft
 
 TENSORS = "adapters.safetensors"
 

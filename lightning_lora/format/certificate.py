@@ -17,7 +17,7 @@ from typing import Any
 
 from lightning_lora.errors import AdapterFormatError, BaseMismatchError, CheckpointError
 from lightning_lora.files import written_beside
-from lightning_lora.hub.format.folder import CERTIFICATE, TENSORS, check_folder, open_tensors, read_config
+from lightning_lora.format.folder import CERTIFICATE, TENSORS, check_folder, open_tensors, read_config
 
 BEST = 5
 SAME = 0.2

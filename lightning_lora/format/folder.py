@@ -17,8 +17,8 @@ from torch import Tensor
 from lightning_lora.engine.present import foreign_layout_of
 from lightning_lora.errors import AdapterFormatError, CheckpointError, listed
 from lightning_lora.files import write_folder
-from lightning_lora.hub.format import mlx
-from lightning_lora.hub.format.mapped import BLANK, MappedTensors, checksum
+from lightning_lora.format import mlx
+from lightning_lora.format.mapped import BLANK, MappedTensors, checksum
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

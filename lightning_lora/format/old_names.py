@@ -22,10 +22,10 @@ from lightning_lora.engine.layers import geometry_of
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import AdapterFormatError, listed
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.folder import Header
-from lightning_lora.hub.format.peft import exact_targets
-from lightning_lora.hub.hub_private import conversions, old_prefixes, renamed
+from lightning_lora.format import peft
+from lightning_lora.format.folder import Header
+from lightning_lora.format.peft import exact_targets
+from lightning_lora.format.transformers_private import conversions, old_prefixes, renamed
 
 Renaming = Callable[[str], str]
 
