@@ -105,7 +105,7 @@ def make_certificate(model: nn.Module, tokenizer: Any, adapter: str | os.PathLik
     return Certificate(tuple(prompts), adapter_hash(folder), fingerprint)
 
 
-def prompt_texts(count: int = PROMPTS) -> list[str]:
+def prompt_texts() -> list[str]:
     """The prompts: eight words each, and a question mark.
 
     >>> from lightning_lora.analysis.certificate import prompt_texts
@@ -117,7 +117,7 @@ def prompt_texts(count: int = PROMPTS) -> list[str]:
         number = int.from_bytes(hashlib.sha256(f"{prompt}:{place}".encode()).digest()[:4], "big")
         return WORDS[number % len(WORDS)]
 
-    return [" ".join(word(prompt, place) for place in range(8)) + "?" for prompt in range(count)]
+    return [" ".join(word(prompt, place) for place in range(8)) + "?" for prompt in range(PROMPTS)]
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

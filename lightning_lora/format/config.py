@@ -96,7 +96,7 @@ _USED_IF_EMPTY = ("arrow_config", "kasa_config", "monteclora_config", "use_bdlor
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def from_peft(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoRAConfig:
+def from_peft(data: Any, where: str, ignore_fields: Collection[str]) -> LoRAConfig:
     """The config in `data`, the content of an `adapter_config.json`. How the adapter was initialised is left out, since
     its tensors replace the initial ones.
 
@@ -164,7 +164,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def own_fields(config: LoRAConfig, *, dropout: bool = False) -> dict[str, Any]:
+def own_fields(config: LoRAConfig, *, dropout: bool) -> dict[str, Any]:
     """The fields of `config` that PEFT's config does not hold, for the metadata of the tensors. `dropout` says that the
     dropout is one of them."""
     fields = (*_OURS_ALONE, *(_OURS_SOMETIMES if dropout else ()))

@@ -171,9 +171,6 @@ def foreign_layout(names: Collection[str]) -> str | None:
 def read_config(folder: Path) -> Any:
     """The content of `adapter_config.json`; a config of mlx-lm is translated to PEFT's fields. Raises
     AdapterFormatError where it is not JSON, or too large."""
-    size = (folder / CONFIG).stat().st_size
-    if size > LARGEST_CONFIG:
-        raise AdapterFormatError(f"{folder / CONFIG} has {size:,} bytes; a config has at most {LARGEST_CONFIG:,}.")
     data = _json(folder / CONFIG)
     if not mlx.is_config(data) or not (folder / mlx.TENSORS).is_file():
         return data
@@ -193,14 +190,19 @@ def read_card(folder: Path) -> str | None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= LARGEST_CONFIG else b""
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read: {error.strerror}.") from error
+    if size > LARGEST_CONFIG:
+        raise AdapterFormatError(f"{path} has {size:,} bytes; a config has at most {LARGEST_CONFIG:,}.")
+    try:
+        return json.loads(content)
     except ValueError as error:
         what = _begins_as(path) or f"not JSON, or only the beginning of it: {error}"
         raise AdapterFormatError(f"{path} is {what}.") from error
     except RecursionError as error:
         raise AdapterFormatError(f"{path} is nested too deeply to be a config.") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be read: {error.strerror}.") from error
 
 
 @contextmanager

@@ -167,7 +167,7 @@ def check_adapter(folder: Path, ignore_fields: Collection[str] = ()) -> LoRAConf
 
 
 @contextmanager
-def opened(folder: Path, ignore_fields: Collection[str] = ()) -> Iterator[tuple[LoRAConfig, OpenTensors]]:
+def opened(folder: Path, ignore_fields: Collection[str]) -> Iterator[tuple[LoRAConfig, OpenTensors]]:
     """The config and the open tensors of the adapter in `folder`. Raises AdapterFormatError where it holds none, and as
     `check_config` and `open_tensors` do."""
     check_folder(folder)
@@ -176,12 +176,12 @@ def opened(folder: Path, ignore_fields: Collection[str] = ()) -> Iterator[tuple[
         yield config, file
 
 
-def checked_config(folder: Path, ignore_fields: Collection[str] = ()) -> LoRAConfig:
+def checked_config(folder: Path, ignore_fields: Collection[str]) -> LoRAConfig:
     """The config in `folder`. Raises AdapterFormatError as `check_config` does."""
     return check_config(read_config(folder), str(folder / CONFIG), ignore_fields)
 
 
-def check_config(data: Any, where: str, ignore_fields: Collection[str] = ()) -> LoRAConfig:
+def check_config(data: Any, where: str, ignore_fields: Collection[str]) -> LoRAConfig:
     """The config in `data`, the content of an `adapter_config.json`. Raises AdapterFormatError, with a message that
     begins with `where`, for a config that `from_peft` refuses, one of an absurd size or scale, and one with a regular
     expression that could keep the matcher busy for ever."""

@@ -225,7 +225,7 @@ def load_adapter(
     return report
 
 
-def check_is_base(model: nn.Module, folder: Path, ignore_fields: Collection[str] = ()) -> None:
+def check_is_base(model: nn.Module, folder: Path, ignore_fields: Collection[str]) -> None:
     """Raise what `load_adapter` raises where `model` is not the base of the adapter in `folder`, or it does not fit.
 
     The adapter is loaded for a moment: only then is it known which weights it brings, which are not the base's."""

@@ -80,9 +80,9 @@ def size_of(base: Base | None) -> int | None:
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors"))) or None
 
 
-def weights_of(base: Base, revision: str | None = None) -> WeightOf:
-    """A function that reads weights of `base`. `revision` is that of a model on the Hub, which "user/name@revision"
-    names too; only its safetensors are fetched.
+def weights_of(base: Base) -> WeightOf:
+    """A function that reads weights of `base`. Of a model on the Hub ("user/name@revision") only its safetensors are
+    fetched.
 
     Raises ConfigError for a `base` that is none, CheckpointError for files that cannot be read, and HubError and its
     children for a model that cannot be fetched.
@@ -91,7 +91,7 @@ def weights_of(base: Base, revision: str | None = None) -> WeightOf:
         return _of_module(base)
     path = local_path(base)
     if not path.exists():
-        path = _fetched(base, revision)
+        path = _fetched(base)
     return _of_files(path)
 
 
@@ -173,12 +173,12 @@ def _absent(name: str, names: list[str], what: str) -> AdapterFormatError:
     return AdapterFormatError(f"{what} has no weight {name!r}. {hint} Pass the model itself as base=.")
 
 
-def _fetched(base: str | os.PathLike[str], revision: str | None) -> Path:
-    name, named, _ = id_and_revision(str(base))
+def _fetched(base: str | os.PathLike[str]) -> Path:
+    name, revision, _ = id_and_revision(str(base))
     if not isinstance(base, str) or not is_id(name):
         raise ConfigError(f"base={str(base)!r} is no folder and no file here, nor an id on the Hub.")
     patterns = ["*.safetensors", f"*.safetensors{_INDEX}"]
     try:
-        return Path(snapshot_download(name, revision=revision or named or None, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:
         raise translated(error, f"fetching the base {base!r}, of which there is no folder here") from error

@@ -118,10 +118,10 @@ def stage_model(
         return stage(save_tensors(model, folder / "adapter", tensors, known_base))
 
 
-def in_words(metrics: Mapping[str, float], step: int | None = None, most: int = 3) -> str:
+def in_words(metrics: Mapping[str, float], step: int | None = None) -> str:
     """ ": step 120, val_loss 0.42", for the title of a commit."""
     parts = [] if step is None else [f"step {step}"]
-    parts += [f"{name} {value:.4g}" for name, value in list(metrics.items())[:most]]
+    parts += [f"{name} {value:.4g}" for name, value in list(metrics.items())[:3]]
     return f": {', '.join(parts)}" if parts else ""
 
 

@@ -146,7 +146,7 @@ class HubRepository:
         if answer.status_code != 404:  # a Hub of one's own may have no such check
             hf_raise_for_status(answer)
 
-    def tag(self, name: str, commit: str, message: str | None = None) -> str | None:
+    def tag(self, name: str, commit: str, message: str) -> str | None:
         """Tag `commit`. Returns None, or the other commit that has this tag already."""
         doing = f"tagging {commit[:8]} as {name!r}"
 

@@ -244,7 +244,7 @@ def parts_of(folder: Path, ignore_fields: Collection[str] = ()) -> Parts:
     return parts
 
 
-def any_parts_of(folder: Path, ignore_fields: Collection[str] = ()) -> Parts:
+def any_parts_of(folder: Path, ignore_fields: Collection[str]) -> Parts:
     """`parts_of`, also of an adapter that has more than pairs: biases of B, stacks, rows of tokens, aLoRA."""
     check_folder(folder)
     data, where = read_config(folder), str(folder / CONFIG)
