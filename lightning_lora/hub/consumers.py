@@ -1,7 +1,7 @@
 """One row for each program that serves adapters: what it can do, and what it silently gets wrong.
 
 The rows were read in the sources of vLLM 0.33.0, LoRAX a7394ba and peft 0.21.2. llama.cpp was run, as of
-llama-cpp-python 0.3.36 (tests/hub/test_llama_cpp.py).
+llama-cpp-python 0.3.36 (tests/rewriting/test_llama_cpp.py).
 """
 
 from __future__ import annotations
