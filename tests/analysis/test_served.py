@@ -280,6 +280,8 @@ def test_a_certificate_goes_to_the_hub_with_its_adapter_and_comes_back(hub: HubS
     assert read_certificate(copy).prompts
     push_adapter(copy, "user/adapter")
     assert read_certificate(pull_adapter("user/adapter")) == read_certificate(copy)
+    here = pull_adapter("user/adapter", local_dir=tmp_path_factory.mktemp("here"))
+    assert read_certificate(here) == read_certificate(copy)
     other = saved(tmp_path_factory.mktemp("other") / "adapter", seed=5)
     (other / CERTIFICATE).write_bytes((copy / CERTIFICATE).read_bytes())
     with pytest.raises(AdapterFormatError, match="certificate of another adapter"):
