@@ -33,8 +33,8 @@ test-slow: $(VENV)/.installed-dev  ## Run those that take long: real language mo
 
 test-llama: $(VENV)/.installed-dev  ## Run what is exported for llama.cpp there: built once, in minutes, if there is a C++ compiler.
 	$(PIP) -e '.[llama]'
-	$(BIN)/python -m tests.hub.llama_cpp
-	$(BIN)/python -m pytest -m llama tests/hub
+	$(BIN)/python -m tests.rewriting.llama_cpp
+	$(BIN)/python -m pytest -m llama tests/rewriting tests/analysis
 
 test-oldest: $(OLDEST)/.installed  ## Check the private names of other libraries in the oldest versions that pyproject.toml allows.
 	$(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/private_names

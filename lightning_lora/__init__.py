@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LoRAConfig": "lightning_lora.engine",
     "InjectionReport": "lightning_lora.engine",
-    "InspectionReport": "lightning_lora.hub.inspection_page",
+    "InspectionReport": "lightning_lora.analysis.inspection_page",
     "inject": "lightning_lora.engine",
     "remove": "lightning_lora.engine",
     "merge": "lightning_lora.engine",
@@ -37,22 +37,22 @@ _HOME = {
     "AdapterBank": "lightning_lora.hub.bank",
     "MemoryPlan": "lightning_lora.engine.bank",
     "Card": "lightning_lora.hub.card",
-    "CombineReport": "lightning_lora.hub.combinable",
-    "DryRun": "lightning_lora.hub.push.commit",
-    "ExportReport": "lightning_lora.hub.export.rewrite",
-    "combine_adapters": "lightning_lora.hub.combine",
-    "export_adapter": "lightning_lora.hub.export.rewrite",
-    "inspect_adapter": "lightning_lora.hub.inspect",
+    "CombineReport": "lightning_lora.rewriting.combinable",
+    "DryRun": "lightning_lora.hub.push",
+    "ExportReport": "lightning_lora.rewriting.export",
+    "combine_adapters": "lightning_lora.rewriting.combine",
+    "export_adapter": "lightning_lora.rewriting.export",
+    "inspect_adapter": "lightning_lora.analysis.inspect",
     "VerifyReport": "lightning_lora.hub.verify",
-    "make_certificate": "lightning_lora.hub.certificate",
-    "ServerReport": "lightning_lora.hub.served",
-    "verify_server": "lightning_lora.hub.served",
+    "make_certificate": "lightning_lora.analysis.certificate",
+    "ServerReport": "lightning_lora.analysis.served",
+    "verify_server": "lightning_lora.analysis.served",
     "verify_adapter": "lightning_lora.hub.verify",
     "pull_adapter": "lightning_lora.hub.pull",
-    "push_adapter": "lightning_lora.hub.push.commit",
-    "RepairReport": "lightning_lora.hub.repair",
-    "repair_adapter": "lightning_lora.hub.repair",
-    "resize_adapter": "lightning_lora.hub.resize",
+    "push_adapter": "lightning_lora.hub.push",
+    "RepairReport": "lightning_lora.rewriting.repair",
+    "repair_adapter": "lightning_lora.rewriting.repair",
+    "resize_adapter": "lightning_lora.rewriting.resize",
     "AdapterColumn": "lightning_lora.training.adapter_column",
     "AdapterMonitor": "lightning_lora.training.monitor",
     "ForgettingMonitor": "lightning_lora.training.forgetting",
@@ -117,6 +117,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from lightning_lora.analysis.certificate import make_certificate
+    from lightning_lora.analysis.inspect import inspect_adapter
+    from lightning_lora.analysis.inspection_page import InspectionReport
+    from lightning_lora.analysis.served import ServerReport, verify_server
     from lightning_lora.engine import (
         Adapter,
         InjectionReport,
@@ -139,18 +143,14 @@ if TYPE_CHECKING:
     from lightning_lora.hub import load_adapter, save_adapter
     from lightning_lora.hub.bank import AdapterBank
     from lightning_lora.hub.card import Card
-    from lightning_lora.hub.certificate import make_certificate
-    from lightning_lora.hub.combinable import CombineReport
-    from lightning_lora.hub.combine import combine_adapters
-    from lightning_lora.hub.export.rewrite import ExportReport, export_adapter
-    from lightning_lora.hub.inspect import inspect_adapter
-    from lightning_lora.hub.inspection_page import InspectionReport
     from lightning_lora.hub.pull import pull_adapter
-    from lightning_lora.hub.push.commit import DryRun, push_adapter
-    from lightning_lora.hub.repair import RepairReport, repair_adapter
-    from lightning_lora.hub.resize import resize_adapter
-    from lightning_lora.hub.served import ServerReport, verify_server
+    from lightning_lora.hub.push import DryRun, push_adapter
     from lightning_lora.hub.verify import VerifyReport, verify_adapter
+    from lightning_lora.rewriting.combinable import CombineReport
+    from lightning_lora.rewriting.combine import combine_adapters
+    from lightning_lora.rewriting.export import ExportReport, export_adapter
+    from lightning_lora.rewriting.repair import RepairReport, repair_adapter
+    from lightning_lora.rewriting.resize import resize_adapter
     from lightning_lora.training import LoRACallback, load_from_checkpoint
     from lightning_lora.training.adapter_column import AdapterColumn
     from lightning_lora.training.advice import Advice

@@ -2,8 +2,9 @@
 
 A release of a library may move a private name without notice. So each name is written once, with its purpose, in
 the module for its library (engine/torch_private.py; training/lightning_private.py, torchmetrics_private.py and
-many/rounds_private.py; hub/hub_private.py; cli/hydra_private.py). If the name is gone, that module uses another way
-that needs no private name, or the functions here raise MovedError; a missing name is never ignored.
+many/rounds_private.py; format/transformers_private.py; hub/hub_private.py; cli/hydra_private.py). If the name is gone,
+that module uses another way that needs no private name, or the functions here raise MovedError; a missing name is never
+ignored.
 tests/private_names checks each name in the installed version.
 """
 

@@ -34,7 +34,7 @@ class Settings:
 
 def run(settings: dict[str, Any]) -> None:
     """Combine as `settings` say, and print the report and the folder."""
-    from lightning_lora.hub.combine import combine_adapters
+    from lightning_lora.rewriting.combine import combine_adapters
 
     settings = dict(settings)
     output = Path(settings.pop("output")).expanduser()

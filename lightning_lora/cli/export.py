@@ -55,7 +55,7 @@ def _overrides(arguments: Iterator[str]) -> Iterator[str]:
 
 def run(settings: dict[str, Any]) -> None:
     """Export as `settings` say, and print what was rewritten, its error and the folder."""
-    from lightning_lora.hub.export.rewrite import export_adapter
+    from lightning_lora.rewriting.export import export_adapter
 
     settings = dict(settings)
     output = Path(settings.pop("output")).expanduser()

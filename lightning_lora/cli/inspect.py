@@ -36,7 +36,7 @@ class Settings:
 
 def run(settings: dict[str, Any]) -> None:
     """Inspect as `settings` say, print the table, and write the page."""
-    from lightning_lora.hub.inspect import inspect_adapter
+    from lightning_lora.analysis.inspect import inspect_adapter
 
     settings = dict(settings)
     output = Path(settings.pop("output")).expanduser()

@@ -17,9 +17,9 @@ from lightning_lora.engine import merge
 from lightning_lora.engine.merge import shares_kept
 from lightning_lora.errors import CheckpointError, ConfigError, listed
 from lightning_lora.files import written_beside
+from lightning_lora.format.folder import check_folder, open_tensors, read_config
 from lightning_lora.hub import load_adapter
-from lightning_lora.hub.export.consumers import CONSUMERS
-from lightning_lora.hub.format.reading import check_folder, open_tensors, read_config
+from lightning_lora.hub.consumers import CONSUMERS
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.recipes.models import ModelSource
 
@@ -86,7 +86,7 @@ def merge_adapter(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output={output} is there already. Choose a folder that is not, or that is empty.")
-    folder = adapter_folder(os.path.expanduser(adapter), revision, subfolder=subfolder, ignore_fields=ignore_fields)
+    folder = adapter_folder(adapter, revision, subfolder=subfolder, ignore_fields=ignore_fields)
     check_folder(folder)
     config = read_config(folder)
     source = source or named_base(config, folder)

@@ -38,7 +38,7 @@ class Settings:
 
 def run(settings: dict[str, Any]) -> None:
     """Push as `settings` say, and print the commit; or, for a dry run, what would be pushed."""
-    from lightning_lora.hub.push.commit import DryRun, push_adapter
+    from lightning_lora.hub.push import DryRun, push_adapter
 
     settings = dict(settings)
     folder = Path(settings.pop("adapter")).expanduser()

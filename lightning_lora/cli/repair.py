@@ -43,10 +43,10 @@ _OPTIONS = ("strength", "strengths", "count", "threshold", "intruder_limit", "su
 def run(settings: dict[str, Any]) -> None:
     """Repair as `settings` say, and print the curve and the folder."""
     from lightning_lora import remove
+    from lightning_lora.analysis.bits_per_byte import ScoredTexts
     from lightning_lora.cli.runs import LoadedAdapter
     from lightning_lora.embedded import general_texts
-    from lightning_lora.hub.bits_per_byte import ScoredTexts
-    from lightning_lora.hub.repair import repair_adapter
+    from lightning_lora.rewriting.repair import repair_adapter
 
     output = Path(settings["output"]).expanduser()
     # The model is built, and the data are read, before anything is written.
@@ -94,7 +94,7 @@ def _of_data(settings: dict[str, Any], loaded: Any) -> Evaluated:
 
 def _of_model(settings: dict[str, Any], loaded: Any) -> Evaluated:
     from lightning_lora.cli.merged_model import loaded_base
-    from lightning_lora.hub.format.reading import check_folder, read_config
+    from lightning_lora.format.folder import check_folder, read_config
     from lightning_lora.hub.pull import adapter_folder
 
     folder = adapter_folder(

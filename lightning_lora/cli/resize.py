@@ -39,7 +39,7 @@ _OPTIONS = ("rank", "energy", "max_error", "base", "dtype", "subfolder", "ignore
 
 def run(settings: dict[str, Any]) -> None:
     """Resize as `settings` say, and print the report, the metrics before and after, and the folder."""
-    from lightning_lora.hub.resize import resize_adapter
+    from lightning_lora.rewriting.resize import resize_adapter
 
     output = Path(settings["output"]).expanduser()
     resize = functools.partial(

@@ -25,7 +25,7 @@ from lightning_lora.cli.process import is_terminal, quieten, use_available_cores
 from lightning_lora.cli.results import METRICS
 from lightning_lora.cli.settings import HYDRA_KEYS, build, target, task_and_data
 from lightning_lora.errors import ConfigError
-from lightning_lora.hub.format.writing import hub_address
+from lightning_lora.hub.address import hub_address
 from lightning_lora.hub.pull import adapter_folder
 from lightning_lora.page import written
 from lightning_lora.training.lightning_private import rows_still_to_log
@@ -272,7 +272,7 @@ class LoadedAdapter(pl.Callback):
     """Puts the adapter onto the model, right after the model is built and before it moves to its device."""
 
     def __init__(self, adapter: str, subfolder: str | None, ignore_fields: list[str], check_base: bool) -> None:
-        folder = adapter_folder(os.path.expanduser(adapter), subfolder=subfolder, ignore_fields=ignore_fields)
+        folder = adapter_folder(adapter, subfolder=subfolder, ignore_fields=ignore_fields)
         if not folder.is_dir():
             raise ConfigError(f"adapter={adapter}: there is no such folder ({folder}).")
         self.folder = folder

@@ -20,7 +20,7 @@ from lightning_lora.cli.settings import Node, build
 from lightning_lora.errors import ConfigError, listed
 
 if TYPE_CHECKING:
-    from lightning_lora.hub.served import ServerReport
+    from lightning_lora.analysis.served import ServerReport
     from lightning_lora.hub.verify import VerifyReport
 
 
@@ -45,7 +45,7 @@ class Settings:
 
 def run(settings: dict[str, Any]) -> None:
     """Verify as `settings` say, and print the report. Raises SystemExit(1) if the adapter is not applied."""
-    from lightning_lora.hub.format.reading import check_folder
+    from lightning_lora.format.folder import check_folder
     from lightning_lora.hub.pull import adapter_folder
 
     options = {name: settings[name] for name in ("subfolder", "ignore_fields")}
@@ -58,10 +58,10 @@ def run(settings: dict[str, Any]) -> None:
 
 
 def _of_model(settings: dict[str, Any], folder: Path) -> VerifyReport:
+    from lightning_lora.analysis.certificate import make_certificate
     from lightning_lora.cli.merged_model import loaded_base, named_base
+    from lightning_lora.format.folder import read_config
     from lightning_lora.hub import load_adapter
-    from lightning_lora.hub.certificate import make_certificate
-    from lightning_lora.hub.format.reading import read_config
     from lightning_lora.hub.verify import verify_adapter
 
     for key in ("name", "base_name", "api_key"):
@@ -83,7 +83,7 @@ def _of_model(settings: dict[str, Any], folder: Path) -> VerifyReport:
 
 
 def _of_server(settings: dict[str, Any], folder: Path) -> ServerReport:
-    from lightning_lora.hub.served import verify_server
+    from lightning_lora.analysis.served import verify_server
 
     given = [key for key in ("model", "base") if settings[key] is not None] + ["make"] * settings["make"]
     if given:

@@ -1,6 +1,6 @@
-"""Adapters as files, in the format that PEFT, transformers, vLLM and llama.cpp read."""
+"""Adapters between models, folders and the Hub: saved, loaded, verified, pushed, pulled, and served by a bank."""
 
+from lightning_lora.format.layout import adapter_root
 from lightning_lora.hub.adapters import load_adapter, save_adapter
-from lightning_lora.hub.format.layout import adapter_root
 
 __all__ = ["adapter_root", "load_adapter", "save_adapter"]

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import re
 import warnings
 from collections.abc import Collection, Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_lora.checked import closest
+from lightning_lora import __version__
+from lightning_lora.checked import one_of
 from lightning_lora.engine import (
     Injection,
     InjectionReport,
     LoRAConfig,
     adapter_tensors,
     adapters,
-    inject,
     injections,
     remove,
 )
@@ -33,27 +30,24 @@ from lightning_lora.engine.state import by_plain_name, check_fits, check_same_ba
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import is_first, is_sharded, whole
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, ConfigError, TargetError, listed
-from lightning_lora.hub.card import model_card
-from lightning_lora.hub.format.config import HEADS_OF_TASK, TASK_TYPES, own_fields, to_peft
-from lightning_lora.hub.format.inspection import checked_config
-from lightning_lora.hub.format.layout import (
+from lightning_lora.errors import AdapterStateError, ConfigError, listed
+from lightning_lora.format.config import own_fields, to_peft
+from lightning_lora.format.folder import NOTE, write_adapter
+from lightning_lora.format.inspection import opened
+from lightning_lora.format.layout import (
     Adapted,
     adapter_root,
     layout_of,
     member,
     tensor_named,
 )
-from lightning_lora.hub.format.matching import fit
-from lightning_lora.hub.format.peft import ends_with, exact_targets, targets_of
-from lightning_lora.hub.format.reading import NOTE, check_folder, open_tensors
-from lightning_lora.hub.format.writing import local_path, write_adapter
-from lightning_lora.hub.hub_private import commit_of
-
-if TYPE_CHECKING:
-    from lightning_lora.hub.pull import Pulling
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+from lightning_lora.format.matching import fit
+from lightning_lora.format.peft import ends_with, exact_targets, targets_of
+from lightning_lora.format.transformers_private import commit_of
+from lightning_lora.hub.address import base_id, local_path
+from lightning_lora.hub.card import TASKS, model_card
+from lightning_lora.hub.pull import Pulling, adapter_folder
+from lightning_lora.hub.verify import verify_adapter
 
 
 def save_adapter(
@@ -132,7 +126,9 @@ def save_tensors(
     named = {*targets.modules, *targets.companions, *saved}
     others = [n for n, _ in Tree.of(root).modules if n not in named and not n.startswith(inside)]
 
-    base_model = _base_id(root, base_model)
+    if base_model is None:
+        base_model = getattr(getattr(root, "config", None), "name_or_path", None)
+    base_model = base_id(base_model)
     if revision is None and base_model is not None:
         revision = commit_of(getattr(root, "config", None))
     config = to_peft(
@@ -146,7 +142,7 @@ def save_tensors(
         modules_to_save=_entries(root, injection.config, saved),
         fan_in_fan_out=_is_transposed(adapted),
         task_type=_task_type(root, task_type, saved),
-        base_model=base_model,
+        base_model_name_or_path=base_model,
         revision=revision,
     )
     given = by_plain_name(model, tensors or {})
@@ -158,7 +154,7 @@ def save_tensors(
 
     values = {key: layout.value_in_file(name, value) for key, name in layout.written_keys().items()}
     note = {
-        "version": _version(),
+        "version": __version__,
         "module": module,
         "config": own_fields(injection.config, dropout=targets.without_dropout),
         **(known_base or describe_base(model, root)),
@@ -207,23 +203,13 @@ def load_adapter(
     `model` has adapters already. `model` is then as it was.
     """
     check_none_of_ours(model, Tree.of(model))
-    from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
-
     folder = adapter_folder(adapter, revision, ignore_fields=ignore_fields, **pulling)
-    check_folder(folder)
-    config = checked_config(folder, ignore_fields)
-    with open_tensors(folder) as file:
-        try:
-            plan = fit(model, config, file.header, where=str(folder))
-        except TargetError as error:
-            raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
+    with opened(folder, ignore_fields) as (config, file):
+        plan = fit(model, config, file.header, where=str(folder))
         values = plan.read(file, compare_base=not load_embedding_layers)
         tables = plan.tables(file) if load_embedding_layers else {}
         note = file.header.note
-    try:
-        report = inject(model, plan.config, start=False)
-    except TargetError as error:
-        raise AdapterFormatError(f"{folder} does not fit {type(model).__name__}: {error}") from error
+    report = plan.inject(model)
     try:
         take_tables(model, plan.on(model, tables))
         own, given = adapter_tensors(model), plan.on(model, {**values, **tables})
@@ -232,8 +218,6 @@ def load_adapter(
         if check_base:
             check_same_base(model, note, plan.root, what=f"The adapter in {folder}")
         if verify:
-            from lightning_lora.hub.verify import verify_adapter  # the client of the Hub is slow to import
-
             verify_adapter(model, folder, check_base=False, ignore_fields=ignore_fields).raise_for_verdict()
     except BaseException:
         remove(model)
@@ -241,18 +225,12 @@ def load_adapter(
     return report
 
 
-def check_is_base(model: nn.Module, folder: Path, ignore_fields: Collection[str] = ()) -> None:
+def check_is_base(model: nn.Module, folder: Path, ignore_fields: Collection[str]) -> None:
     """Raise what `load_adapter` raises where `model` is not the base of the adapter in `folder`, or it does not fit.
 
     The adapter is loaded for a moment: only then is it known which weights it brings, which are not the base's."""
     load_adapter(model, folder, ignore_fields=ignore_fields)
     remove(model)
-
-
-@functools.cache
-def _version() -> str:
-    """The version of this package. It is cached, because it is looked up among the installed files."""
-    return version("lightning-lora")
 
 
 def only_injection(model: nn.Module) -> tuple[str, Injection]:
@@ -299,15 +277,19 @@ def _is_transposed(adapted: Mapping[str, nn.Module]) -> bool:
     return conv1d is not None and bool(linear) and all(isinstance(m, conv1d) for m in linear)
 
 
+# With these task types PEFT trains the named modules whole, and fails to load an adapter that lacks them.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
 def _task_type(root: nn.Module, given: str | None, saved: list[str]) -> str | None:
-    if given is not None and given not in TASK_TYPES:
-        near = closest(given, TASK_TYPES)
-        raise ConfigError(
-            f"task_type is one of {', '.join(TASK_TYPES)}, not {given!r}."
-            f"{f' Did you mean {listed(map(repr, near))}?' if near else ''}"
-        )
+    if given is not None:
+        one_of("task_type", given, TASKS)
     task = given or _task_of(root)
-    heads = HEADS_OF_TASK.get(task or "", ())
+    heads = _HEADS.get(task or "", ())
     untrained = [n for n, _ in Tree.of(root).modules if ends_with(heads, n) and n not in saved] if heads else []
     if not untrained:
         return task
@@ -334,14 +316,6 @@ def _task_of(root: nn.Module) -> str | None:
         "ForConditionalGeneration": "SEQ_2_SEQ_LM" if is_pair else "CAUSAL_LM",
     }
     return next((task for ending, task in endings.items() if type(root).__name__.endswith(ending)), None)
-
-
-def _base_id(root: nn.Module, given: str | None) -> str | None:
-    """The base's id on the Hub, or None where it is a local path or not known."""
-    name = given if given is not None else getattr(getattr(root, "config", None), "name_or_path", None)
-    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or os.path.exists(name):
-        return None
-    return name
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,18 @@ from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE, START
 from lightning_lora.engine.state import adapter_tensors, compare_bases, describe_base
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import can_be_dense, dense
-from lightning_lora.errors import AdapterFormatError, ConfigError, TargetError, listed
-from lightning_lora.hub.format import peft
-from lightning_lora.hub.format.inspection import checked_config
-from lightning_lora.hub.format.layout import adapter_root, place_of
-from lightning_lora.hub.format.matching import Fit, fit
-from lightning_lora.hub.format.reading import CONFIG, Header, check_folder, open_tensors
-from lightning_lora.hub.format.writing import local_path
+from lightning_lora.errors import AdapterFormatError, ConfigError, listed
+from lightning_lora.format import peft
+from lightning_lora.format.folder import CONFIG, Header
+from lightning_lora.format.inspection import opened
+from lightning_lora.format.layout import adapter_root, member, place_of
+from lightning_lora.format.matching import Fit, fit
+from lightning_lora.hub.adapters import only_injection
+from lightning_lora.hub.address import local_path
+from lightning_lora.hub.pull import Pulling, adapter_folder
 from lightning_lora.hub.store import DiskStore
 
-if TYPE_CHECKING:
-    from lightning_lora.hub.pull import Pulling
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -174,19 +175,13 @@ class AdapterBank(Bank):
         ignore_fields: Collection[str],
         pulling: Pulling,
     ) -> dict[str, LayerFactors]:
-        folder = local_path(source)
-        if pulling or revision is not None or not folder.exists():
-            from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
-
-            folder = adapter_folder(source, revision, ignore_fields=ignore_fields, **pulling)
-        check_folder(folder)
-        config = checked_config(folder, ignore_fields)
-        with open_tensors(folder) as file:
+        folder = adapter_folder(source, revision, ignore_fields=ignore_fields, **pulling)
+        with opened(folder, ignore_fields) as (config, file):
             plan, parts = self._parts(config, file.header, str(folder))
             if check_base and "base_fingerprint" in file.header.note:
                 heads = [part.layer for part in parts.values() if isinstance(part, _Whole)]
                 self._check_base(file.header.note, plan.root, heads, str(folder))
-            return _read(plan, parts, file.at_once() if not plan.base else file)
+            return _read(plan, parts, file)
 
     def _of_state_dict(self, tensors: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, LayerFactors]:
         if config is None:
@@ -196,38 +191,28 @@ class AdapterBank(Bank):
             raise AdapterFormatError(f"The state dict holds {listed(foreign) or 'nothing'}, which is no tensor.")
         if not all(key.startswith(peft.PREFIX) for key in tensors):
             tensors = self._as_peft(tensors)
-        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-        floating = {key: value.is_floating_point() for key, value in tensors.items()}
-        plan, parts = self._parts(config, Header(shapes, floating, {}), "The state dict")
+        plan, parts = self._parts(config, Header.of(tensors), "The state dict")
         return _read(plan, parts, tensors)
 
     def _as_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict with the engine's names, renamed to PEFT's, which are relative to the root."""
         prefix, root = adapter_root(self.model)
         embeddings = {name for name, module in Tree.of(root).modules if isinstance(module, nn.Embedding)}
-        renamed = {}
-        for key, value in tensors.items():
-            plain = key.removeprefix(f"{prefix}.") if prefix else key
-            module = plain.rpartition(".")[0]
-            renamed[peft.tensor_key(plain, {module}, embeddings)] = value
-        return renamed
+        inside = _inside(prefix, tensors)
+        return {peft.tensor_key(n, {n.rpartition(".")[0]}, embeddings): value for n, value in inside.items()}
 
     def _of_model(self, model: nn.Module) -> dict[str, LayerFactors]:
-        from lightning_lora.hub.adapters import only_injection
-
         _, injection = only_injection(model)
         _check_acts_everywhere(injection.config, "The model")
         prefix, _ = adapter_root(model)
-        own = adapter_tensors(model)
-        tensors = {name.removeprefix(f"{prefix}.") if prefix else name: tensor for name, tensor in own.items()}
-        adapted = {name.removeprefix(f"{prefix}.") if prefix else name: module for name, module in adapters(model)}
+        tensors, adapted = _inside(prefix, adapter_tensors(model)), _inside(prefix, dict(adapters(model)))
         place = place_of(self.model, adapted.keys(), prefix)
         ours, root = place or adapter_root(self.model)
         keys = {name: name for name in tensors if name.rpartition(".")[2] not in START}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         factors = {}
         for relative, parts in _by_module(keys, shapes, root, self.max_rank, "The model").items():
-            name = f"{ours}.{relative}" if ours else relative
+            name = member(ours, relative)
             if relative not in adapted:
                 factors[name] = _whole(submodule(root, relative), parts).factors(tensors)
                 continue
@@ -268,6 +253,11 @@ class AdapterBank(Bank):
         if key not in self._bases:  # read once: the weights do not change while the bank serves
             self._bases[key] = describe_base(self.model, root, without=heads)
         compare_bases(note, self._bases[key], what=f"The adapter in {where}", model=type(root).__name__)
+
+
+def _inside(prefix: str, named: Mapping[str, T]) -> dict[str, T]:
+    """`named` by its names relative to the module called `prefix`."""
+    return {name.removeprefix(f"{prefix}.") if prefix else name: value for name, value in named.items()}
 
 
 _PARTS = (*FACTORS, MAGNITUDE, BIAS)
@@ -353,9 +343,7 @@ def _adapted(
     plans: dict[Any, Fit] = {}
     rank = 1
     for folder in named.values():
-        check_folder(folder)
-        config = checked_config(folder, ignore_fields)
-        with open_tensors(folder) as file:
+        with opened(folder, ignore_fields) as (config, file):
             header = file.header
         if (kind := _kind(config, header)) in plans:
             continue
@@ -387,10 +375,7 @@ def _kind(config: LoRAConfig, header: Header) -> Any:
 
 def _fitting(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fit:
     _check_acts_everywhere(config, where)
-    try:
-        return fit(model, config, header, where=where)
-    except TargetError as error:
-        raise AdapterFormatError(f"{where} does not fit {type(model).__name__}: {error}") from error
+    return fit(model, config, header, where=where)
 
 
 def _read(plan: Fit, parts: Mapping[str, _Part | _Whole], tensors: Any) -> dict[str, LayerFactors]:

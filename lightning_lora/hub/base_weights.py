@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,12 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightning_lora.checked import closest
+from lightning_lora.checked import did_you_mean
 from lightning_lora.engine.tree import Tree
-from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError, listed
+from lightning_lora.errors import AdapterFormatError, CheckpointError, ConfigError
+from lightning_lora.format.layout import adapter_root
+from lightning_lora.hub.address import id_and_revision, is_id, local_path
 from lightning_lora.hub.client import translated
-from lightning_lora.hub.format.layout import adapter_root
-from lightning_lora.hub.format.writing import local_path
 
 Base = nn.Module | str | os.PathLike[str]
 """A module, a safetensors file, a folder with some (as transformers saves a model), or a model's id on the Hub."""
@@ -27,7 +26,6 @@ Base = nn.Module | str | os.PathLike[str]
 WeightOf = Callable[[str], Tensor]
 """Name in the base (`model.layers.0.mlp.up_proj.weight`) -> tensor; raises AdapterFormatError where there is none."""
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _INDEX = ".index.json"
 
 
@@ -58,8 +56,7 @@ def facts_of(base: Base | None, named: str | None, revision: str | None) -> Base
         elif local_path(base).exists():
             where, revision = str(local_path(base)), None
         else:
-            own, revision = _named(base)
-            where = str(own)
+            where, revision, _ = id_and_revision(str(base))
         if not where:
             return BaseFacts()
         try:
@@ -83,9 +80,9 @@ def size_of(base: Base | None) -> int | None:
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors"))) or None
 
 
-def weights_of(base: Base, revision: str | None = None) -> WeightOf:
-    """A function that reads weights of `base`. `revision` is that of a model on the Hub, which "user/name@revision"
-    names too; only its safetensors are fetched.
+def weights_of(base: Base) -> WeightOf:
+    """A function that reads weights of `base`. Of a model on the Hub ("user/name@revision") only its safetensors are
+    fetched.
 
     Raises ConfigError for a `base` that is none, CheckpointError for files that cannot be read, and HubError and its
     children for a model that cannot be fetched.
@@ -94,8 +91,7 @@ def weights_of(base: Base, revision: str | None = None) -> WeightOf:
         return _of_module(base)
     path = local_path(base)
     if not path.exists():
-        name, at = _named(base)
-        path = _fetched(name, revision or at)
+        path = _fetched(base)
     return _of_files(path)
 
 
@@ -116,14 +112,6 @@ def matrix_of(
             "the adapter was trained on: pass its own base, one that is not quantized."
         )
     return found
-
-
-def _named(base: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], str | None]:
-    """An id on the Hub, and the revision in it, if there is one."""
-    if not isinstance(base, str) or "@" not in base:
-        return base, None
-    name, _, revision = base.partition("@")
-    return name, revision or None
 
 
 def _of_module(model: nn.Module) -> WeightOf:
@@ -181,18 +169,16 @@ def _opened(file: Path) -> Any:
 
 
 def _absent(name: str, names: list[str], what: str) -> AdapterFormatError:
-    near = closest(name, names)
-    hint = f" Did you mean {listed(map(repr, near))}?" if near else ""
-    return AdapterFormatError(
-        f"{what} has no weight {name!r}.{hint} Pass the model itself as base= if its file has other names than it."
-    )
+    hint = did_you_mean(name, names, otherwise="If its file has other names than the model:")
+    return AdapterFormatError(f"{what} has no weight {name!r}. {hint} Pass the model itself as base=.")
 
 
-def _fetched(base: str | os.PathLike[str], revision: str | None) -> Path:
-    if not isinstance(base, str) or not _ID.fullmatch(base):
+def _fetched(base: str | os.PathLike[str]) -> Path:
+    name, revision, _ = id_and_revision(str(base))
+    if not isinstance(base, str) or not is_id(name):
         raise ConfigError(f"base={str(base)!r} is no folder and no file here, nor an id on the Hub.")
     patterns = ["*.safetensors", f"*.safetensors{_INDEX}"]
     try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:
         raise translated(error, f"fetching the base {base!r}, of which there is no folder here") from error

@@ -17,19 +17,19 @@ from typing import Any, ClassVar, NamedTuple
 import yaml
 
 from lightning_lora.errors import ConfigError, listed
-from lightning_lora.hub.export.consumers import CONSUMERS
+from lightning_lora.hub.address import base_id
+from lightning_lora.hub.consumers import CONSUMERS
 
 BEGIN = "<!-- lightning_lora writes between this mark and the next one anew. Your own text is kept outside. -->"
 END = "<!-- lightning_lora: end -->"
 
 _MARKED = re.compile(r"<!-- lightning_lora writes .*?-->.*?<!-- lightning_lora: end -->", re.DOTALL)
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _BASE_TAG = re.compile(r"base_model:(?:(?:adapter|finetune|merge|quantized):)?(.*)", re.DOTALL)
 
 # PEFT's name of a task -> the Hub's, and the class of transformers that has its head.
-_TASKS = {
+TASKS = {
     "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
     "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
     "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
@@ -102,13 +102,6 @@ def model_card(
     ]
     body = "\n\n".join("\n".join(lines) for lines in sections if lines)
     return _joined(_front_matter(config, base, run), "", f"{BEGIN}\n\n{body}\n\n{END}", "")
-
-
-def base_id(name: Any) -> str | None:
-    """`name` where it is an id on the Hub; None where it is a local path, which the Hub refuses and nobody can use."""
-    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or os.path.exists(name):
-        return None
-    return name
 
 
 def merge_cards(ours: str, *others: str | None, explicit: Collection[str] = ()) -> str:
@@ -255,7 +248,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _front_matter(config: Mapping[str, Any], base: str | None, run: RunFacts) -> dict[str, Any]:
-    task = _TASKS.get(config.get("task_type") or "", ("other", ""))[0]
+    task = TASKS.get(config.get("task_type") or "", ("other", ""))[0]
     front: dict[str, Any] = {"library_name": "peft"}
     tags = ["lora", "lightning-lora"]
     if base:
@@ -336,8 +329,8 @@ def _loading(config: Mapping[str, Any], base: str | None, module: str, run: RunF
     lines += ["", "With PEFT, onto the base model itself:"]
     lines += _code("from peft import PeftModel", "", f"model = PeftModel.from_pretrained(model, {where})")
     task = config.get("task_type")
-    if base and task in _TASKS:
-        auto = _TASKS[task][1]
+    if base and task in TASKS:
+        auto = TASKS[task][1]
         lines += ["", "With transformers:"]
         lines += _code(
             f"from transformers import {auto}",

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,11 +31,12 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, Repositor
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token
 
-from lightning_lora.checked import closest
-from lightning_lora.errors import CheckpointError, HubError, HubIntegrityError, listed
+from lightning_lora import __version__
+from lightning_lora.checked import did_you_mean
+from lightning_lora.errors import CheckpointError, HubError, HubIntegrityError
 from lightning_lora.files import own_name, remove_leftovers, written_beside
+from lightning_lora.hub.address import local_path
 from lightning_lora.hub.client import Api, asked, plain_token, within, without_progress_bars
-from lightning_lora.hub.format.writing import local_path
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class Remote:
             endpoint=endpoint,
             token=plain_token(str(given)) if given else False,
             library_name="lightning_lora",
-            library_version=version("lightning-lora"),
+            library_version=__version__,
         )
 
     def commit_of(self, revision: str) -> str:
@@ -132,7 +132,7 @@ class Remote:
             if isinstance(error.__cause__, GatedRepoError):
                 error.args = (f"{error} Ask for access at {self.api.endpoint}/{self.repo_id}.",)
             elif isinstance(error.__cause__, RepositoryNotFoundError):
-                error.args = (f"{error}{self._whose()}{self._meant()}",)
+                error.args = (f"{error} {self._whose()}{self._meant()}".rstrip(),)
             raise
 
     @property
@@ -146,7 +146,7 @@ class Remote:
         with contextlib.suppress(HubError, LookupError, TypeError):
             if self.api.token:
                 user = within(self._patience, "asking whose the token is", self.api.whoami)["name"]
-                return f" The token is that of {user!r}."
+                return f"The token is that of {user!r}. "
         return ""
 
     def _meant(self) -> str:
@@ -155,8 +155,7 @@ class Remote:
             return [model.id for model in self.api.list_models(author=owner, limit=_MOST_MODELS)]
 
         with contextlib.suppress(HubError):
-            near = closest(self.repo_id, within(self._patience, "looking for names like it", names))
-            return f" Did you mean {listed(map(repr, near))}?" if near else ""
+            return did_you_mean(self.repo_id, within(self._patience, "looking for names like it", names))
         return ""
 
 
@@ -205,14 +204,8 @@ class CachedRepository:
         return self.folder / "blobs" / checksum
 
     def is_whole(self, path: Path) -> bool:
-        """True if the content of a file in a snapshot is still what was fetched."""
-        target = path.resolve()
-        if not target.is_file():
-            return False
-        if target.parent == self.blob("").resolve() and len(target.name) in (40, 64):
-            return checksum(target, target.name) == target.name
-        # A copy: its checksum, of one of the two kinds, is the name of its blob.
-        return any(self.blob(checksum(target, like)).is_file() for like in ("-" * 64, "-" * 40))
+        """True if the content of a file in a snapshot is still what was fetched: its checksum names a blob."""
+        return path.is_file() and any(self.blob(checksum(path, like)).is_file() for like in ("-" * 64, "-" * 40))
 
     @contextmanager
     def staging(self) -> Iterator[Path]:

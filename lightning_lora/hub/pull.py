@@ -7,7 +7,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -25,20 +25,15 @@ from lightning_lora.errors import (
     listed,
 )
 from lightning_lora.files import written_beside
+from lightning_lora.format.folder import CARD, CERTIFICATE, CONFIG, LARGEST_CONFIG, TENSORS, foreign_layout
+from lightning_lora.format.inspection import check_adapter, checked_config
+from lightning_lora.hub.address import hub_address, id_and_revision, is_id, local_path
 from lightning_lora.hub.download import CachedRepository, Remote, RemoteFile, checksum, link_or_copy, writing
-from lightning_lora.hub.format.inspection import LARGEST_CONFIG, check_adapter, checked_config
-from lightning_lora.hub.format.reading import CARD, CERTIFICATE, CONFIG, TENSORS, foreign_layout
-from lightning_lora.hub.format.writing import HubAddress, hub_address, local_path
 
 MAX_BYTES = 4 << 30
 """An adapter of rank 64 for every linear layer of a model with 70 billion parameters has about 3 GB."""
-_FILES = [
-    CONFIG,
-    CARD,
-    CERTIFICATE,
-    TENSORS,
-]  # the small ones first: a config that is refused costs no download of tensors
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = (CONFIG, CARD, CERTIFICATE, TENSORS)
+"""The small ones first: a config that is refused costs no download of tensors."""
 _REQUIRED = [CONFIG, TENSORS]
 
 
@@ -132,15 +127,13 @@ def pull(
 ) -> Pulled:
     """`pull_adapter`, which also returns what it did."""
     repo_id, revision, subfolder = _addressed(repo_id, revision, subfolder)
-    revision = "main" if revision is None else revision
-    subfolder = subfolder or ""
     _check_arguments(repo_id, revision, subfolder, timeout)
     folder = None if local_dir is None else local_path(local_dir)
     cache = CachedRepository(repo_id, cache_dir, subfolder)
     offline = local_files_only or constants.HF_HUB_OFFLINE
     # A commit never changes: what was pulled of it needs no answer from the Hub.
     known = cache.commit_of(revision)
-    found = _from_cache(cache, repo_id, known, ignore_fields) if known and (offline or known == revision) else None
+    found = _from_cache(cache, repo_id, known, ignore_fields) if offline or known == revision else None
     if found is None and offline:
         raise HubUnavailableError(_offline(repo_id, revision, cache, known))
     if found is None:
@@ -148,7 +141,7 @@ def pull(
         try:
             commit = remote.commit_of(revision)
         except HubUnavailableError as error:
-            found = _from_cache(cache, repo_id, known, ignore_fields) if known else None
+            found = _from_cache(cache, repo_id, known, ignore_fields)
             if found is None:
                 raise
             said = str(error).rstrip(".")
@@ -161,10 +154,10 @@ def pull(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # The config last: a folder without one is no adapter yet.
-        for name in [name for name in (TENSORS, CARD, CONFIG) if name in found.files]:
+        for name in [name for name in reversed(_FILES) if name in found.files]:
             with written_beside(folder / name) as beside:
                 shutil.copyfile(found.folder / name, beside)
-    return Pulled(folder, repo_id, found.commit, found.files, found.fetched)
+    return replace(found, folder=folder)
 
 
 def adapter_folder(adapter: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
@@ -180,7 +173,7 @@ def adapter_folder(adapter: str | os.PathLike[str], revision: str | None = None,
         if revision is not None:
             raise ConfigError(f"{str(folder)!r} is a folder here, which has no revision {revision!r}. Leave it out.")
         return folder / inside
-    if not isinstance(adapter, str) or not _ID.fullmatch(adapter.partition("@")[0]):
+    if not isinstance(adapter, str) or not is_id(id_and_revision(adapter).repo_id, owned=True):
         return folder
     try:
         return pull_adapter(adapter, revision, **options)
@@ -188,18 +181,16 @@ def adapter_folder(adapter: str | os.PathLike[str], revision: str | None = None,
         raise type(error)(f"There is no folder {adapter!r} here, nor can it be pulled: {error}") from error
 
 
-def _addressed(repo_id: str, revision: str | None, subfolder: str | None) -> tuple[str, str | None, str | None]:
+def _addressed(repo_id: str, revision: str | None, subfolder: str | None) -> tuple[str, str, str]:
     """Id, revision and subfolder, where `repo_id` may be an address that names the other two as well."""
-    address = hub_address(repo_id)
-    if address is None and isinstance(repo_id, str) and "@" in repo_id:
-        name, _, at = repo_id.partition("@")
-        address = HubAddress(name, at, None)
-    if address is None:
-        return repo_id, revision, subfolder
+    if not isinstance(repo_id, str):
+        return repo_id, "main", ""  # refused later
+    address = hub_address(repo_id) or id_and_revision(repo_id)
     for name, given, inside in (("revision", revision, address[1]), ("subfolder", subfolder, address[2])):
         if given and inside and given != inside:
             raise ConfigError(f"{name}={given!r}, and {repo_id!r} names {inside!r}: leave out one of the two.")
-    return address.repo_id, revision or address.revision, subfolder or address.subfolder
+    revision = address.revision if revision is None else revision
+    return address.repo_id, "main" if revision is None else revision, subfolder or address.subfolder or ""
 
 
 def _check_arguments(repo_id: str, revision: str, subfolder: str, timeout: float) -> None:
@@ -225,12 +216,14 @@ def _is_path(value: Any) -> bool:
 def _from_cache(
     cache: CachedRepository,
     repo_id: str,
-    commit: str,
+    commit: str | None,
     ignore_fields: Collection[str],
     files: Mapping[str, RemoteFile] | None = None,
 ) -> Pulled | None:
     """The adapter that was pulled earlier, checked again; None where the cache lacks a file or one has changed. Its
     files are compared with the Hub's list `files`, or without that with the checksums that name the cache's blobs."""
+    if commit is None:
+        return None
     folder = cache.snapshot(commit)
 
     def is_whole(name: str) -> bool:

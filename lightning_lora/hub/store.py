@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_lora.errors import BankError, ConfigError
 from lightning_lora.files import own_name, remove_leftovers
-from lightning_lora.hub.format.mapped import MappedTensors
+from lightning_lora.format.mapped import MappedTensors
 
 
 class DiskStore:

@@ -13,13 +13,13 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_lora.engine import adapter_tensors, adapters, inject
+from lightning_lora.engine import adapter_tensors, adapters
 from lightning_lora.engine.judged import (
     NOT_APPLIED,
     OTHER,
@@ -37,15 +37,12 @@ from lightning_lora.engine.state import check_fits, check_same_base
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.twin import Bare, bare, has_active_adapter
 from lightning_lora.engine.verify import check_layer
-from lightning_lora.errors import AdapterFormatError, AdapterStateError, TargetError, listed
+from lightning_lora.errors import AdapterFormatError, AdapterStateError, listed
+from lightning_lora.format.inspection import opened
+from lightning_lora.format.layout import member, place_of
+from lightning_lora.format.matching import Fit, fit
 from lightning_lora.hub.base_weights import Base, WeightOf, weights_of
-from lightning_lora.hub.format.inspection import checked_config
-from lightning_lora.hub.format.layout import member, place_of
-from lightning_lora.hub.format.matching import Fit, fit
-from lightning_lora.hub.format.reading import check_folder, open_tensors
-
-if TYPE_CHECKING:
-    from lightning_lora.hub.pull import Pulling
+from lightning_lora.hub.pull import Pulling, adapter_folder
 
 
 @dataclass(frozen=True)
@@ -182,10 +179,7 @@ def verify_adapter(
         >>> wrong.ok, wrong.modules[0].note
         (False, 'x 2: as if it were added twice, or alpha doubled')
     """
-    from lightning_lora.hub.pull import adapter_folder  # the client of the Hub is slow to import
-
     folder = adapter_folder(adapter, revision, ignore_fields=ignore_fields, **pulling)
-    check_folder(folder)
     inside = bare(model)
     if base is None and not inside.can_switch:
         raise AdapterStateError(
@@ -213,15 +207,11 @@ def _with_factors(
 ) -> tuple[Fit, dict[str, Tensor], dict[str, Any]]:
     """Adapt `reference` as the adapter in `folder` says, and give it the folder's factors. Returns how they fit, the
     tensors that were trained whole, by their names in `reference`, and the note in the file."""
-    config = checked_config(folder, ignore_fields)
-    with open_tensors(folder) as file, warnings.catch_warnings():
+    with opened(folder, ignore_fields) as (config, file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # load_adapter says them
-        try:
-            plan = fit(reference, config, file.header, where=str(folder))
-            values = plan.read(file, compare_base=False)
-            inject(reference, plan.config, start=False)
-        except TargetError as error:
-            raise AdapterFormatError(f"{folder} does not fit {type(reference).__name__}: {error}") from error
+        plan = fit(reference, config, file.header, where=str(folder))
+        values = plan.read(file, compare_base=False)
+        plan.inject(reference)
         own, given = adapter_tensors(reference), plan.on(reference, values)
         check_fits(own, given, what="the adapter", are_finite=True)
         note = file.header.note

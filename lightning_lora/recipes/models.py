@@ -20,11 +20,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 
+from lightning_lora.analysis.bits_per_byte import context_of
 from lightning_lora.checked import closest
 from lightning_lora.embedded import BASE
 from lightning_lora.embedded import NAME as EMBEDDED
 from lightning_lora.errors import ConfigError, LightningLoRAError, MissingExtraError, listed
-from lightning_lora.hub.bits_per_byte import context_of
 from lightning_lora.recipes.gguf import converted
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")

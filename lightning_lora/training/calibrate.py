@@ -25,8 +25,8 @@ from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.tree import submodule
 from lightning_lora.engine.weights import is_sharded
 from lightning_lora.errors import ConfigError, TrainingError
+from lightning_lora.format.layout import adapter_root
 from lightning_lora.hub.base_weights import weights_of
-from lightning_lora.hub.format.layout import adapter_root
 from lightning_lora.training.lightning_private import moved_batch, training_loader
 from lightning_lora.training.run_state import random_state, set_random_state
 from lightning_lora.training.torchmetrics_private import metric_state, put_metric_state

@@ -44,7 +44,7 @@ from lightning_lora.training.strategy import AdapterPolicy, adapter_folder, atta
 from lightning_lora.training.watches import BaseWatch, TrainedWatch, adapt_averages, check_averages
 
 if TYPE_CHECKING:
-    from lightning_lora.hub.push.background import Job
+    from lightning_lora.training.push_queue import Job
 
 # Precision plugins that replace layers of a model by their own.
 _REPLACES_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)

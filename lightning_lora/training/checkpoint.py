@@ -25,7 +25,7 @@ from lightning_lora.engine.state import (
 )
 from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
-from lightning_lora.hub.format.reading import CONFIG
+from lightning_lora.format.folder import CONFIG
 from lightning_lora.training.checkpoint_file import read_checkpoint
 from lightning_lora.training.lightning_private import step_of_last_save
 from lightning_lora.training.run_state import restore_buffers

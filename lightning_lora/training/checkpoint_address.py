@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 from lightning_lora.errors import CheckpointError, HubNotFoundError, listed
 from lightning_lora.files import FULL, within_temporary_folder
 from lightning_lora.hub.download import SLOWEST, Remote
-from lightning_lora.hub.push.staging import CHECKPOINT
+from lightning_lora.hub.staging import CHECKPOINT
 
 # Other kinds of repositories are left to fsspec.
 _REFERENCE = re.compile(

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_lora.analysis.bits_per_byte import ScoredTexts
 from lightning_lora.checked import whole
 from lightning_lora.embedded import general_texts
 from lightning_lora.engine import disabled
@@ -20,7 +21,6 @@ from lightning_lora.engine.layers import Pair, pairs
 from lightning_lora.engine.present import check_some_of_ours
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import ConfigError
-from lightning_lora.hub.bits_per_byte import ScoredTexts
 from lightning_lora.training.validated import OwnValidation, apart
 
 
@@ -32,7 +32,7 @@ class ForgettingMonitor(Callback):
 
     - `general/bits_per_byte`: how well the model with its adapters predicts general text, in bits per byte of the text:
       the sum of -log2 p over the predicted tokens, divided by the UTF-8 bytes that they stand for. Lower is better.
-      `lightning_lora.hub.bits_per_byte` says which tokens are predicted and which bytes count.
+      `lightning_lora.analysis.bits_per_byte` says which tokens are predicted and which bytes count.
     - `general/bits_per_byte_base`: the same of the bare base. It is measured and logged once; a resumed run has it from
       the checkpoint.
     - `lora/intruders`: how many intruder dimensions the adapted weights have, over all layers: among the first ten

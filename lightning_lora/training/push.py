@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning_lora.checked import flag, number, one_of
 from lightning_lora.errors import ConfigError
 from lightning_lora.hub.card import Card
-from lightning_lora.hub.push.repository import Destination
+from lightning_lora.hub.repository import Destination
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_lora.errors import ConfigError, HubError, LightningLoRAError
-from lightning_lora.hub.card import Card, RunFacts, base_id
-from lightning_lora.hub.format.reading import CARD, CONFIG, TENSORS
-from lightning_lora.hub.push.background import BackgroundPusher, Job
-from lightning_lora.hub.push.commit import in_words, stage_model
-from lightning_lora.hub.push.repository import HubRepository
-from lightning_lora.hub.push.staging import PICTURE, Staged, stage
+from lightning_lora.format.folder import CARD, CONFIG, TENSORS
+from lightning_lora.hub.address import base_id
+from lightning_lora.hub.card import Card, RunFacts
+from lightning_lora.hub.push import in_words, stage_model
+from lightning_lora.hub.repository import HubRepository
+from lightning_lora.hub.staging import PICTURE, Staged, stage
 from lightning_lora.training.curve import curve_picture
 from lightning_lora.training.push import HubPush
+from lightning_lora.training.push_queue import BackgroundPusher, Job
 from lightning_lora.training.signals import interruptible
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from lightning_lora.errors import (
     listed,
 )
 from lightning_lora.hub import load_adapter
-from lightning_lora.hub.format.writing import hub_address
+from lightning_lora.hub.address import hub_address
 from lightning_lora.hub.pull import adapter_folder, pull
 from lightning_lora.training.checkpoint import checkpoint_adapter
 from lightning_lora.training.lightning_private import launches_processes

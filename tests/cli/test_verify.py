@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject, load_adapter, merge, save_adapter
 from lightning_lora.engine import adapter_tensors
-from tests.hub.test_served import base, folder, loaded, serving
+from tests.analysis.test_served import base, folder, loaded, serving
 from tests.tiny_transformers import llama
 
 __all__ = ["folder"]

@@ -25,7 +25,7 @@ from lightning_lora.engine.inits import INITS, Factors, init
 from lightning_lora.engine.memory import largest, too_large
 from lightning_lora.errors import AdapterFormatError, DataError, TargetError
 from lightning_lora.hub.adapters import load_adapter, save_adapter
-from lightning_lora.hub.combine import combine_adapters
+from lightning_lora.rewriting.combine import combine_adapters
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOO_LARGE: dict[str, Callable[[dict[str, Tensor], torch.dtype], Any]] = {

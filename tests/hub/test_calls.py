@@ -19,10 +19,10 @@ from lightning_lora import LoRAConfig, inject, save_adapter
 from lightning_lora.errors import HubError, HubUnavailableError
 from lightning_lora.hub import client as calls
 from lightning_lora.hub.card import RunFacts
-from lightning_lora.hub.push import background
-from lightning_lora.hub.push.background import BackgroundPusher, Job
-from lightning_lora.hub.push.repository import Destination, HubRepository
-from lightning_lora.hub.push.staging import stage
+from lightning_lora.hub.repository import Destination, HubRepository
+from lightning_lora.hub.staging import stage
+from lightning_lora.training import push_queue as background
+from lightning_lora.training.push_queue import BackgroundPusher, Job
 from tests.hub_server import HubServer
 from tests.processes import forked
 

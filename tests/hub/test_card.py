@@ -12,12 +12,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_update
 
 from lightning_lora.engine import LoRAConfig
+from lightning_lora.format.config import to_peft
 from lightning_lora.hub.card import RunFacts, merge_cards, model_card
-from lightning_lora.hub.format.config import to_peft
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    fields: dict[str, Any] = {"base_model": "user/base", "task_type": "CAUSAL_LM", "modules_to_save": None}
+    fields: dict[str, Any] = {"base_model_name_or_path": "user/base", "task_type": "CAUSAL_LM", "modules_to_save": None}
     names = ["layers.0.q_proj", "layers.0.v_proj"]
     made = to_peft(
         LoRAConfig(rank=12, alpha=24),
@@ -90,7 +90,7 @@ def test_vllm_is_not_promised_what_it_cannot(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("base", ["/home/ann/base", "./base", r"C:\base", "tests", None])
 def test_a_local_path_is_never_the_base(base: str | None) -> None:
-    text = card(FACTS, base_model=base)
+    text = card(FACTS, base_model_name_or_path=base)
     assert ModelCard(text).data.base_model is None
     assert "AutoModelForCausalLM" not in text
     assert base is None or f"`{base}`" not in text
@@ -130,9 +130,9 @@ def test_any_text_can_be_merged(text: str) -> None:
 
 def test_a_local_base_in_somebody_elses_card_is_taken_out() -> None:
     theirs = "---\nbase_model: /home/ann/base\n---\n"
-    assert "/home/ann" not in merge_cards(card(FACTS, base_model=None), theirs)
+    assert "/home/ann" not in merge_cards(card(FACTS, base_model_name_or_path=None), theirs)
     assert "base_model: user/other" in merge_cards(
-        card(FACTS, base_model=None), theirs.replace("/home/ann/base", "user/other")
+        card(FACTS, base_model_name_or_path=None), theirs.replace("/home/ann/base", "user/other")
     )
 
 
@@ -140,7 +140,7 @@ def test_a_local_base_in_somebody_elses_card_is_taken_out() -> None:
 @pytest.mark.parametrize("kind", ["adapter:", "finetune:", ""])
 def test_no_path_of_the_machine_that_trained_is_told_by_what_peft_wrote(path: str, kind: str) -> None:
     theirs = f"---\nbase_model: {path}\ntags:\n- base_model:{kind}{path}\n- lora\n- mine\n---\n\nMy text.\n"
-    merged = merge_cards(card(base_model=None), theirs)
+    merged = merge_cards(card(base_model_name_or_path=None), theirs)
     assert path not in merged
     assert ModelCard(merged).data.tags == ["lora", "lightning-lora", "mine"]
     assert "My text." in merged
@@ -148,7 +148,7 @@ def test_no_path_of_the_machine_that_trained_is_told_by_what_peft_wrote(path: st
 
 def test_the_tag_of_a_base_on_the_hub_stays() -> None:
     theirs = "---\nbase_model: [user/base, /home/me/base]\ntags: ['base_model:adapter:user/base']\n---\n"
-    data = ModelCard(merge_cards(card(base_model=None), theirs)).data
+    data = ModelCard(merge_cards(card(base_model_name_or_path=None), theirs)).data
     assert data.base_model == ["user/base"]
     assert data.tags == ["lora", "lightning-lora", "base_model:adapter:user/base"]
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lightning_lora import load_adapter
 from lightning_lora.errors import AdapterFormatError
+from tests.format.test_properties import some
 from tests.hub.models import assert_same, edit_config, peft_folder, state
-from tests.hub.test_properties import some
 
 FIELDS = sorted(field.name for field in dataclasses.fields(LoraConfig))
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # two float32 forwards of the same few matmuls, summed in another order

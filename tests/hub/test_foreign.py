@@ -22,10 +22,10 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.errors import AdapterFormatError
-from lightning_lora.hub.combine import combine_adapters
-from lightning_lora.hub.export.rewrite import export_adapter
-from lightning_lora.hub.format.inspection import check_adapter
-from lightning_lora.hub.format.reading import foreign_layout
+from lightning_lora.format.folder import foreign_layout
+from lightning_lora.format.inspection import check_adapter
+from lightning_lora.rewriting.combine import combine_adapters
+from lightning_lora.rewriting.export import export_adapter
 
 A, B = torch.ones(2, 8), torch.ones(8, 2)
 ALPHA = torch.tensor(4.0)

@@ -22,7 +22,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.errors import AdapterFormatError
-from lightning_lora.hub.format.inspection import check_adapter
+from lightning_lora.format.inspection import check_adapter
 from tests.hub.models import build, by_peft, edit_config, output, peft_folder
 
 pytestmark = [

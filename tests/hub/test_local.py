@@ -12,9 +12,9 @@ from torch import nn
 
 from lightning_lora import AdapterBank, Card, LoRAConfig, inject, load_adapter, pull_adapter, push_adapter, save_adapter
 from lightning_lora.errors import ConfigError
-from lightning_lora.hub.combine import combine_adapters
-from lightning_lora.hub.export.rewrite import export_adapter
-from lightning_lora.hub.format.writing import local_path
+from lightning_lora.hub.address import local_path
+from lightning_lora.rewriting.combine import combine_adapters
+from lightning_lora.rewriting.export import export_adapter
 
 URLS = ["s3://bucket/adapter", "gs://bucket/adapter", "memory://adapter", "hf://user/adapter", "https://host/adapter"]
 
@@ -52,7 +52,7 @@ ENTRANCES: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
-READS_THE_HUB = ("load_adapter", "export_adapter from", "combine_adapters from")
+READS_THE_HUB = ("load_adapter", "bank.add", "export_adapter from", "combine_adapters from")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from lightning_lora.errors import (
     HubUnavailableError,
     LightningLoRAError,
 )
-from lightning_lora.hub.format.writing import hub_address
+from lightning_lora.hub.address import hub_address
 from lightning_lora.hub.pull import pull
 from tests.hub.models import Linears, by_peft, output
 

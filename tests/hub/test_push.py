@@ -28,7 +28,7 @@ from lightning_lora.errors import (
     HubUnavailableError,
 )
 from lightning_lora.hub import client as calls
-from lightning_lora.hub.push.commit import DryRun
+from lightning_lora.hub.push import DryRun
 from tests.hub.models import edit_config, edit_tensors
 from tests.hub_server import HubServer
 

@@ -26,8 +26,8 @@ from lightning_lora.files import (
     write_folder,
     written_beside,
 )
-from lightning_lora.hub.push.commit import stage_model
-from lightning_lora.hub.push.staging import stage
+from lightning_lora.hub.push import stage_model
+from lightning_lora.hub.staging import stage
 
 DIES = """
 import sys
@@ -147,7 +147,7 @@ def test_a_full_folder_for_temporary_files_is_named(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.hub.push.staging.shutil.copyfile", full)
+        patch.setattr("lightning_lora.hub.staging.shutil.copyfile", full)
         with pytest.raises(CheckpointError, match=r"temporary files, .*/tmp, is full .*set TMPDIR"):
             stage(adapter)
     with monkeypatch.context() as patch:

@@ -29,7 +29,7 @@ PACKAGE = Path(lightning_lora.__file__).parent
 ROOMS = (
     *("engine/torch_private.py", "training/lightning_private.py", "training/torchmetrics_private.py"),
     "training/many/rounds_private.py",
-    *("hub/hub_private.py", "cli/hydra_private.py"),
+    *("format/transformers_private.py", "hub/hub_private.py", "cli/hydra_private.py"),
 )
 
 ASKED_LATE = (

@@ -13,6 +13,7 @@ from huggingface_hub.utils import get_session
 from lightning_lora.cli import hydra_private
 from lightning_lora.cli.commands import suggestions
 from lightning_lora.errors import MovedError
+from lightning_lora.format import transformers_private
 from lightning_lora.hub import hub_private
 from tests.private_names.moved import take_away
 
@@ -56,14 +57,14 @@ def test_a_model_tells_how_its_old_weights_are_read(monkeypatch: pytest.MonkeyPa
     from transformers.core_model_loading import WeightRenaming
 
     model = _mixtral()
-    assert hub_private.conversions(model, "WeightConverter")
-    assert hub_private.renamed("a.old.b", [WeightRenaming("old", "new")]) == "a.new.b"
-    assert (hub_private.commit_of(model.config), hub_private.old_prefixes(model)) == (None, {})
-    assert hub_private.attention_of(model.config) is not None
+    assert transformers_private.conversions(model, "WeightConverter")
+    assert transformers_private.renamed("a.old.b", [WeightRenaming("old", "new")]) == "a.new.b"
+    assert (transformers_private.commit_of(model.config), transformers_private.old_prefixes(model)) == (None, {})
+    assert transformers_private.attention_of(model.config) is not None
     for name in ("core_model_loading:rename_source_key", "conversion_mapping:get_model_conversion_mapping"):
         take_away(monkeypatch, f"transformers.{name}")
-    assert hub_private.conversions(model, "WeightConverter") == []
-    assert hub_private.renamed("a.old.b", [WeightRenaming("old", "new")]) == "a.old.b"
+    assert transformers_private.conversions(model, "WeightConverter") == []
+    assert transformers_private.renamed("a.old.b", [WeightRenaming("old", "new")]) == "a.old.b"
 
 
 def test_hydra_reads_a_command_line_and_completes_it(monkeypatch: pytest.MonkeyPatch):

@@ -26,8 +26,8 @@ from lightning_lora import (
     disabled,
     pairs,
 )
+from lightning_lora.analysis.bits_per_byte import ScoredTexts
 from lightning_lora.errors import AdapterStateError, ConfigError, DataError
-from lightning_lora.hub.bits_per_byte import ScoredTexts
 
 from .ddp_run import Shared
 from .lit import Lit, data, loader, trainer

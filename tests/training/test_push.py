@@ -30,7 +30,7 @@ from lightning_lora import Card, HubPush, LoRACallback, LoRAConfig, load_from_ch
 from lightning_lora.engine import adapter_state_dict
 from lightning_lora.errors import ConfigError, HubAccessError, HubNotFoundError, HubUnavailableError
 from lightning_lora.hub import client as calls
-from lightning_lora.hub.push import background
+from lightning_lora.training import push_queue as background
 from lightning_lora.training.curve import curve_picture
 from tests.hub_server import HubServer
 from tests.hub_server.plugin import hub

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_lora.analysis.bits_per_byte import context_of
 from lightning_lora.engine import injections
 from lightning_lora.errors import ConfigError
-from lightning_lora.hub.bits_per_byte import context_of
-from lightning_lora.hub.hub_private import attention_of
+from lightning_lora.format.transformers_private import attention_of
 from lightning_lora.recipes.models import ModelSource
 from lightning_lora.recipes.tasks.base import (
     IGNORED,

@@ -20,7 +20,7 @@ from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.engine.several import Several
 from lightning_lora.errors import AdapterStateError, ConfigError, LightningLoRAError, TrainingError
-from lightning_lora.hub.format.writing import local_path
+from lightning_lora.hub.address import local_path
 from lightning_lora.training.callback import LoRACallback
 from lightning_lora.training.loggers import adapter_settings, data_settings, log_settings
 from lightning_lora.training.many.pack import Pack, members

@@ -1,1 +1,0 @@
-"""Rewrites an adapter for the program that will serve it."""

@@ -1,0 +1,1 @@
+"""Reads adapter folders without a model and writes others: exported, combined, resized or repaired."""
