@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS, MEASURES
-from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import Adapter, adapters, geometry_of
+from lightning_lora.engine.layers.embedding import TokenRows
 from lightning_lora.engine.layers.fresh import Kind, Measured, check_measured, drawing_on
-from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.present import injections
 from lightning_lora.engine.targets import select
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.vocabulary import token_tensors

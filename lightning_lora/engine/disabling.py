@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import switch
-from lightning_lora.engine.inject import injections, originals_of
+from lightning_lora.engine.inject import originals_of
 from lightning_lora.engine.layers.base import is_adapter
 from lightning_lora.engine.layers.frozen import read_by_switch
-from lightning_lora.engine.present import RECORD
+from lightning_lora.engine.present import RECORD, injections
 from lightning_lora.engine.swap import is_swapped
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import is_sharded

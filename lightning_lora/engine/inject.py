@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +19,7 @@ from lightning_lora.engine.config import LoRAConfig, check_is_config
 from lightning_lora.engine.forwards import listen_for_forwards, swapping, unlisten_for_forwards
 from lightning_lora.engine.layers.alora import check_readers, listen, stop_listening
 from lightning_lora.engine.layers.base import adapt, is_adapter, unadapt
+from lightning_lora.engine.layers.embedding import TokenRows
 from lightning_lora.engine.layers.fresh import Measured, check_measured, drawing_on
 from lightning_lora.engine.layers.frozen import (
     FrozenNorm,
@@ -30,10 +30,16 @@ from lightning_lora.engine.layers.frozen import (
     release_statistics,
 )
 from lightning_lora.engine.layers.quantized import is_kept, keep_in_place, let_go, may_be_kept
-from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import planned
-from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours, check_removable
+from lightning_lora.engine.present import (
+    RECORD,
+    Injection,
+    are_merged,
+    check_none_of_ours,
+    check_removable,
+    injection_of,
+)
 from lightning_lora.engine.report import InjectionReport, rows
 from lightning_lora.engine.targets import check_shared, select, tensors_trained_whole
 from lightning_lora.engine.torch_private import check_overridden
@@ -41,36 +47,6 @@ from lightning_lora.engine.tree import Tree, weight_users
 from lightning_lora.engine.vocabulary import token_tensors, vocabulary
 from lightning_lora.engine.weights import check_unsharded, shape_of
 from lightning_lora.errors import AdapterStateError, TargetError, listed
-
-
-@dataclass
-class Injection:
-    """The record that `inject` leaves on the module it was given. Names are relative to it, and without wrappers."""
-
-    config: LoRAConfig
-    was_trainable: frozenset[str]
-    """Names of the parameters that required grad before."""
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    """Name -> value before training, of the parameters and buffers that are trained whole: `remove` puts it back."""
-    head: str | None = None
-    """The layer that "all-linear" took for the output head and left out."""
-    frozen_norms: tuple[str, ...] = ()
-    """Names of the norms whose running statistics were frozen."""
-    kept_in_place: tuple[str, ...] = ()
-    """Names of quantized layers without an adapter that may not rearrange their weight (`keep_in_place`)."""
-    awaits_start: bool = False
-    """True while A and B are neither started nor loaded."""
-    adapted: dict[str, nn.Module] = field(default_factory=dict, repr=False)
-    """Name -> adapted module, for `check_as_injected`; without the module that holds this record."""
-    tables: set[str] = field(default_factory=set)
-    """Names in `originals` that are not trained but came with the adapter (tables.py)."""
-    report: InjectionReport | None = field(default=None, repr=False)
-    """The report that `inject` returned."""
-
-    @property
-    def trained_whole(self) -> list[str]:
-        """Names of the parameters and buffers that are saved beside A and B: trained whole, or loaded with them."""
-        return list(self.originals)
 
 
 def inject(
@@ -294,25 +270,6 @@ def release(model: nn.Module, injection: Injection) -> None:
         if not p.requires_grad and p.grad is not None:
             p.grad = None
     del model.__dict__[RECORD]
-
-
-def injection_of(model: nn.Module) -> Injection:
-    """The record that `inject` left on this module (inside its wrappers). Raises AdapterStateError if there is none."""
-    tree = Tree.of(model)
-    injection = tree.root.__dict__.get(RECORD)
-    if injection is None:
-        inside = [name for name, m in tree.modules if RECORD in m.__dict__]
-        hint = f" It was called on its submodule {inside[0]!r}: pass that one." if inside else ""
-        raise AdapterStateError(f"{type(model).__name__} was not adapted: inject was not called on it.{hint}")
-    return injection
-
-
-def injections(model: nn.Module, tree: Tree | None = None) -> Iterator[tuple[str, Injection]]:
-    """The records that `inject` left on `model` and on modules inside it, each with the name of its module. `tree` is
-    Tree.of(model), if known."""
-    for name, module in (tree or Tree.of(model)).modules:
-        if RECORD in module.__dict__:
-            yield name, module.__dict__[RECORD]
 
 
 def _check_unadapted(model: nn.Module, tree: Tree) -> None:

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.forwards import swapping
-from lightning_lora.engine.inject import injections, release
+from lightning_lora.engine.inject import release
 from lightning_lora.engine.judged import SURVIVES, project
 from lightning_lora.engine.layers.base import Adapter, adapters, unadapt
+from lightning_lora.engine.layers.embedding import TokenRows
 from lightning_lora.engine.layers.pair import BIAS, FACTORS
-from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory, largest_in, repeats
-from lightning_lora.engine.present import check_removable, check_some_of_ours
+from lightning_lora.engine.present import check_as_injected, check_removable, check_some_of_ours, injections
 from lightning_lora.engine.tree import Tree, name_in, submodule, unwrapped, weight_users
 from lightning_lora.engine.weights import dense, is_plain, stored
 from lightning_lora.errors import AdapterStateError, listed

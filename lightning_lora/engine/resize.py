@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.change import Change, changes_of
 from lightning_lora.engine.config import LoRAConfig, exact_pattern, usual
 from lightning_lora.engine.cut import (
@@ -30,10 +29,9 @@ from lightning_lora.engine.cut import (
     check_limit,
 )
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.inject import Injection, injections
 from lightning_lora.engine.layers import DoRA, Pair, pairs
 from lightning_lora.engine.optim import with_inner
-from lightning_lora.engine.present import check_some_of_ours
+from lightning_lora.engine.present import Injection, check_as_injected, check_some_of_ours, injections
 from lightning_lora.engine.report import InjectionReport
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import check_unsharded

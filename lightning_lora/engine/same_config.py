@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.inject import Injection
 from lightning_lora.engine.plain_names import with_plain_names
+from lightning_lora.engine.present import Injection
 from lightning_lora.engine.targets import Selection, meant_by
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import TargetError

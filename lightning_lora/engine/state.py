@@ -11,14 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.as_injected import check_as_injected
-from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.layers.base import is_adapter
+from lightning_lora.engine.layers.embedding import TokenRows
 from lightning_lora.engine.layers.pair import FACTORS
-from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import largest, largest_in, too_large
-from lightning_lora.engine.present import check_some_of_ours, foreign_layout_of
+from lightning_lora.engine.present import check_as_injected, check_some_of_ours, foreign_layout_of, injections
 from lightning_lora.engine.tree import Tree, unwrapped
 from lightning_lora.engine.weights import check_complete, dtype_of, fill, is_quantized, is_sharded, whole
 from lightning_lora.engine.witness import witness_of

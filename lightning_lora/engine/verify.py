@@ -38,9 +38,8 @@ from lightning_lora.engine.layers.alora import ALoRA, Everywhere
 from lightning_lora.engine.layers.base import Adapter, is_adapter, without_autocast
 from lightning_lora.engine.layers.conv import Convolution
 from lightning_lora.engine.layers.dora import DoRA
-from lightning_lora.engine.layers.embedding import EmbeddingBagLoRA, EmbeddingLoRA
+from lightning_lora.engine.layers.embedding import TOKENS, EmbeddingBagLoRA, EmbeddingLoRA, TokenRows
 from lightning_lora.engine.layers.pair import BIAS
-from lightning_lora.engine.layers.tokens import TOKENS, TokenRows
 from lightning_lora.engine.twin import holds_merged, is_adapted, is_of_peft, twin, widened
 from lightning_lora.engine.weights import can_be_dense, dense, dtype_of, is_plain, stored
 from lightning_lora.errors import LightningLoRAError

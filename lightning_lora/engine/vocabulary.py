@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checked import closest
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.layers.tokens import TokenLogits, TokenRows, TokenSpec
+from lightning_lora.engine.layers.embedding import TokenLogits, TokenRows, TokenSpec
 from lightning_lora.engine.swap import check_swappable
 from lightning_lora.engine.targets import Selection, name_matches
 from lightning_lora.engine.tree import Tree, unwrapped

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject
-from lightning_lora.engine.inject import injection_of
+from lightning_lora.engine.present import injection_of
 from lightning_lora.engine.same_config import differences
 from tests.tiny_transformers import gpt2, llama
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.pair import BIAS, AdapterSpec, Pair, kept_ranks
-from lightning_lora.engine.layers.reads import Reading, Reads
-from lightning_lora.engine.reads import forget
+from lightning_lora.engine.layers.reads import Reading, Reads, forget
 from lightning_lora.engine.swap import name_of_input, swap, swap_back
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import can_be_dense, without_autocast

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.config import exact_pattern
 from lightning_lora.engine.layers import AdapterSpec, geometry_of
-from lightning_lora.engine.layers.tokens import TOKENS
+from lightning_lora.engine.layers.embedding import TOKENS
 from lightning_lora.engine.merge import output_embeddings
 from lightning_lora.engine.plain_names import with_plain_names, without_wrappers
 from lightning_lora.engine.plan import promised
