@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lightning_lora.errors import TargetError
+
+if TYPE_CHECKING:
+    Host = nn.Module
+else:
+    Host = object
+"""The base class of mixins: a mixin goes in front of a module's own class, which brings nn.Module."""
 
 TAKE_OFF_HOOKS = "take them off with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import check_called, only_reads, reads_weight, way_of
 from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.shown import METADATA
-from lightning_lora.engine.swap import check_swappable, is_swapped, swap, swap_back
+from lightning_lora.engine.swap import Host, check_swappable, is_swapped, swap, swap_back
 from lightning_lora.engine.targets import select
 from lightning_lora.engine.torch_private import CALL, stand_in, without_torch_function
 from lightning_lora.engine.tree import Target, Tree
@@ -79,13 +79,7 @@ def guarded(own: nn.Parameter, name: str) -> GuardedWeight:
     return weight
 
 
-if TYPE_CHECKING:
-    _Host = nn.Module
-else:
-    _Host = object
-
-
-class Banked(_Host):
+class Banked(Host):
     """Mixin in front of a layer's own class: adds the updates that are in use here to the layer's output."""
 
     bank_cell: Cell

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import switch
-from lightning_lora.engine.swap import is_swapped, read_also, swap, swap_back
+from lightning_lora.engine.swap import Host, is_swapped, read_also, swap, swap_back
 from lightning_lora.engine.torch_private import NORMS, flat_weights
 
-if TYPE_CHECKING:
-    _Host = nn.Module
-else:
-    _Host = object
 
-
-class FrozenNorm(_Host):
+class FrozenNorm(Host):
     """Mixin in front of a norm's own class: `train()` leaves it in eval mode, so its buffers never change."""
 
     base_class: type[nn.Module]
@@ -59,11 +54,6 @@ def release_statistics(module: Any) -> None:
 # When a model is first switched off, each module that holds such a tensor gets a class that asks the switch on every
 # read. Writes to its buffers inside the block, such as a norm's statistics, are not kept.
 
-if TYPE_CHECKING:
-    _ReadHost = nn.Module
-else:
-    _ReadHost = object
-
 _ORIGINALS = "lora_originals"
 """The attribute of a module with the values before training of its tensors, by name."""
 
@@ -93,7 +83,7 @@ def original(module: nn.Module, name: str, own: Tensor | None) -> Tensor | None:
     return own if held is None or own is None else held.like(own)
 
 
-class TrainedWhole(_ReadHost):
+class TrainedWhole(Host):
     """Mixin in front of the class of a module that holds tensors which are trained whole."""
 
     base_class: type[nn.Module]
@@ -106,7 +96,7 @@ class TrainedWhole(_ReadHost):
         return original(self, name, own) if switch.used and switch.is_off(self) else own
 
 
-class FlatWeights(_ReadHost):
+class FlatWeights(Host):
     """Mixin for recurrent layers, whose kernels take the list `_flat_weights`: here it is made by reading each weight
     by its name, so it holds adapted values."""
 

@@ -12,23 +12,18 @@ import copy
 import functools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.linear import LinearLoRA, straight_through
-from lightning_lora.engine.swap import is_swapped, swap, swap_back
+from lightning_lora.engine.swap import Host, is_swapped, swap, swap_back
 from lightning_lora.engine.weights import is_rearranged, is_wrapper, unpacked
 
-if TYPE_CHECKING:
-    _Host = nn.Module
-else:
-    _Host = object
 
-
-class Steady4bit(_Host):
+class Steady4bit(Host):
     """Mixin in front of Linear4bit: its weight is not rearranged, and a gradient passes through it."""
 
     base_class: type[nn.Module]
@@ -68,7 +63,7 @@ class Steady4bit(_Host):
         return super()._apply(fn, recurse)
 
 
-class PassesGradient(_Host):
+class PassesGradient(Host):
     """Mixin in front of a Linear with a weight of torchao's, which may pass no gradient to the input by itself."""
 
     base_class: type[nn.Module]

@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,10 @@ from lightning_lora.engine.forwards import SCOPE
 from lightning_lora.engine.layers.frozen import original
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec
 from lightning_lora.engine.shown import ShownWeight, counted_twice, hidden, made
+from lightning_lora.engine.swap import Host
 from lightning_lora.engine.torch_private import version, without_torch_function
 from lightning_lora.engine.weights import dense, is_plain, is_wrapper
 from lightning_lora.errors import AdapterStateError
-
-if TYPE_CHECKING:
-    _Host = nn.Module
-else:
-    _Host = object  # the mixin goes in front of a module's own class, which brings nn.Module
 
 _INSIDE: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("lora_inside", default=None)
 """id(layer) -> what the base class's forward of that layer has read so far, while it runs in this thread or task."""
@@ -69,7 +65,7 @@ def keeps_attributes(cls: Any) -> bool:
     return all(getattr(cls, name, None) is getattr(swapped, name, None) for name in ("weight", "bias", *FACTORS))
 
 
-class Reads(_Host):
+class Reads(Host):
     """The part of every adapted layer that answers reads of its weight and bias."""
 
     mixin: ClassVar[Any]
