@@ -24,7 +24,7 @@ from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import Adapter, AdapterSpec, geometry_of
 from lightning_lora.engine.layers.cell import NOT_HIDDEN, Cell, Hidden, cell_kind
 from lightning_lora.engine.plain_names import with_plain_names
-from lightning_lora.engine.plan import check_called, only_reads, reads_weight, way_of
+from lightning_lora.engine.plan import reading, way_of
 from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.shown import METADATA
 from lightning_lora.engine.swap import Host, check_swappable, is_swapped, swap, swap_back
@@ -147,13 +147,13 @@ def _(base: Tensor, x: Tensor, key: int) -> None:
 
 def check_bankable(target: Target) -> None:
     """Raise TargetError if a bank cannot serve the layer."""
-    child = target.name.rpartition(".")[2]
-    if isinstance(target.module, NonDynamicallyQuantizableLinear) or only_reads(target.parent, child):
+    how = reading(target)
+    if isinstance(target.module, NonDynamicallyQuantizableLinear) or how.at_times:
         raise TargetError(
             f"{target.name!r} lies in a {type(target.parent).__name__}, which reads its weight and never calls it: "
             "a bank cannot serve it. Leave it out with exclude_modules."
         )
-    if reads_weight(target.parent, child) and torch.backends.mha.get_fastpath_enabled():
+    if how.weight_alone and torch.backends.mha.get_fastpath_enabled():
         raise TargetError(
             f"{target.name!r}: the fast path of {type(target.parent).__name__} reads its weight and does not call it. "
             "Turn the fast path off first: torch.backends.mha.set_fastpath_enabled(False)."
@@ -163,7 +163,6 @@ def check_bankable(target: Target) -> None:
     groups = getattr(target.module, "groups", 1)
     try:  # a layer for which no adapter can be trained cannot be served either
         check_swappable(target.module, Adapter)
-        check_called(target.parent, child, target.module)
         if way_of(target, geometry).lora_by_weight:
             raise TargetError(
                 "its class does more with its weight than multiply by it, so an update cannot be added row by row to "

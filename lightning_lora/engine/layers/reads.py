@@ -53,7 +53,7 @@ class Reading(NamedTuple):
     at_times: bool
     """True if the parent may never call the child, an ordinary Linear, and reads its weight instead."""
     besides: bool
-    """True if the parent, where the child is a convolution, sometimes calls it and sometimes reads its weight."""
+    """True if the parent sometimes calls the child, a depthwise convolution, and sometimes reads its weight."""
 
 
 def keeps_attributes(cls: Any) -> bool:
