@@ -21,8 +21,8 @@ from lightning_lora.engine.layers.embedding import TokenRows
 from lightning_lora.engine.layers.fresh import Kind, Measured, check_measured, drawing_on
 from lightning_lora.engine.present import injections
 from lightning_lora.engine.targets import select
+from lightning_lora.engine.trained import token_tensors
 from lightning_lora.engine.tree import Tree, submodule
-from lightning_lora.engine.vocabulary import token_tensors
 from lightning_lora.engine.weights import dense, fill, is_plain
 from lightning_lora.errors import AdapterStateError, DataError, TargetError, listed
 
@@ -95,7 +95,7 @@ def residuals(model: nn.Module, config: LoRAConfig, weight_of: Callable[[str], T
 
 def _layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     adapted: dict[str, nn.Module] = {name: m for name, m in adapters(model) if m.lora_pairs(name)}
-    return adapted or {target.name: target.module for target in select(model, config).targets}
+    return adapted or {target.name: target.module for target in select(config, Tree.of(model)).targets}
 
 
 @torch.no_grad()

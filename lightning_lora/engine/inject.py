@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,18 +18,14 @@ from lightning_lora.engine.config import LoRAConfig, check_is_config
 from lightning_lora.engine.forwards import listen_for_forwards, swapping, unlisten_for_forwards
 from lightning_lora.engine.layers.alora import check_readers, listen, stop_listening
 from lightning_lora.engine.layers.base import adapt, is_adapter, unadapt
-from lightning_lora.engine.layers.embedding import TokenRows
-from lightning_lora.engine.layers.fresh import Measured, check_measured, drawing_on
+from lightning_lora.engine.layers.fresh import Measured, check_measured, fresh_tensors
 from lightning_lora.engine.layers.frozen import (
     FrozenNorm,
-    freeze_statistics,
-    has_running_statistics,
-    may_have_running_statistics,
+    freeze_norms,
     read_as_held,
     release_statistics,
 )
-from lightning_lora.engine.layers.quantized import is_kept, keep_in_place, let_go, may_be_kept
-from lightning_lora.engine.plain_names import with_plain_names
+from lightning_lora.engine.layers.quantized import keep_in_place, let_go
 from lightning_lora.engine.plan import planned
 from lightning_lora.engine.present import (
     RECORD,
@@ -40,11 +35,12 @@ from lightning_lora.engine.present import (
     check_removable,
     injection_of,
 )
-from lightning_lora.engine.report import InjectionReport, rows
-from lightning_lora.engine.targets import check_shared, select, tensors_trained_whole
+from lightning_lora.engine.report import InjectionReport, report_rows
+from lightning_lora.engine.swap import check_swappable
+from lightning_lora.engine.targets import select, with_plain_names
 from lightning_lora.engine.torch_private import check_overridden
-from lightning_lora.engine.tree import Tree, weight_users
-from lightning_lora.engine.vocabulary import token_tensors, vocabulary
+from lightning_lora.engine.trained import trained_besides
+from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import check_unsharded, shape_of
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 
@@ -97,92 +93,56 @@ def inject(
     check_overridden()
     config = with_plain_names(LoRAConfig() if config is None else check_is_config(config), tree)
     _check_unadapted(model, tree)
-    selection = select(model, config, tree)
+    selection = select(config, tree)
     plan = planned(selection.targets, config)
+    whole, with_rows, rows = trained_besides(config, selection)
     if config.alora_invocation_tokens:
         check_readers(model)
-    vocabularies = vocabulary(model, config, selection)
-    measured = measured or {}
-    if start:
-        check_measured(config, [target.name for target in selection.targets], measured)
-    whole = tensors_trained_whole(model, config, selection)
-    rows_of = {f"{name}.weight": module._parameters["weight"] for name, module, _, _ in vocabularies}
-    check_shared(model, config, selection, whole, rows_of)
-    wasteful = [target.names_of(name)[0] for target, kind in plan if kind.wasteful for name in kind.wasteful]
+    wasteful = [target.names_of(name)[0] for target, kind in plan for name in kind.wasteful]
     if wasteful:  # warn before anything is changed, since a user may turn warnings into errors
         warnings.warn(
             f"A rank above a layer's smaller side is legal but wasteful, since B A cannot have a higher one: "
             f"{listed(wasteful)}. Lower rank, or set rank_pattern.",
             stacklevel=2,
         )
-
+    swaps = [*((target.name, target.module, kind.mixin, kind.spec) for target, kind in plan), *with_rows]
+    for name, layer, mixin, _ in swaps:
+        check_swappable(name, layer, mixin)
+    if start:
+        check_measured(config, [target.name for target in selection.targets], measured or {})
     start = start and not any(kind.is_on_meta for _, kind in plan)
-    saved_modules = {id(m) for saved in selection.saved.values() for m in saved.modules()}
-    targeted = {id(target.module) for target in selection.targets}
-    norms = {
-        name: m
-        for name, m in tree.of_classes(may_have_running_statistics)
-        if has_running_statistics(m) and id(m) not in saved_modules
-    }
-    kept = {name: m for name, m in tree.of_classes(may_be_kept) if id(m) not in targeted and is_kept(m)}
+    tensors = [*fresh_tensors(plan, (measured or {}) if start else None), *rows]
+    modules = tuple(report_rows(plan, tensors, tree))
     injection = Injection(
         config=config,
         was_trainable=frozenset(name for name, p in tree.parameters if p.requires_grad),
         originals={name: t.detach().clone() for name, t in whole.items()},
         head=selection.head,
-        frozen_norms=tuple(norms),
-        kept_in_place=tuple(kept),
         awaits_start=not start,
-        adapted={
-            name: module
-            for name, module in (*((t.name, t.module) for t in selection.targets), *(v[:2] for v in vocabularies))
-            if module is not model
-        },
+        adapted={name: layer for name, layer, *_ in swaps if layer is not model},
     )
-    tensors: list[dict[str, Tensor]] = []
-    for device, steps in groupby(plan, key=lambda step: step[1].device):
-        with drawing_on(device):
-            tensors += [
-                kind.tensors(target.name, target.module, measured.get(target.name, {}) if start else None)
-                for target, kind in steps
-            ]
-    tokens = [token_tensors(module, spec, config) for _, module, _, spec in vocabularies]
     # Nothing below can fail for a reason in the model or the config.
-    parameters = {id(p): p for _, p in tree.parameters}
-    tied = weight_users(tree.modules) if len(parameters) < len(tree.parameters) else {}
-    adapted = tuple(rows(plan, tensors, tied))
     trained = {id(t) for t in whole.values()}
-    trainable = frozen = 0
-    for key, p in parameters.items():
-        is_trained = key in trained
-        if p.requires_grad is not is_trained:
+    for _, p in tree.parameters:
+        if p.requires_grad is not (is_trained := id(p) in trained):
             p.requires_grad_(is_trained)
-        if is_trained:
-            trainable += p.numel()
-        else:
-            frozen += math.prod(shape_of(p))
-    for (target, kind), own in zip(plan, tensors):
-        adapt(target.module, kind.mixin, kind.spec, own, target.name)
-    for (name, module, rows_of_tokens, spec), own in zip(vocabularies, tokens):
-        adapt(module, rows_of_tokens, spec, own, name)
+    for (name, layer, mixin, spec), own in zip(swaps, tensors):
+        adapt(layer, mixin, spec, own, name)
     listen_for_forwards(model)
     if config.alora_invocation_tokens:
         listen(model, config.alora_invocation_tokens)
-    for module in norms.values():
-        freeze_statistics(module)
-    for module in kept.values():
-        keep_in_place(module)
+    injection.frozen_norms = freeze_norms(tree.modules, selection.inside)
+    injection.kept_in_place = keep_in_place(tree.modules)
     model.__dict__[RECORD] = injection
-    of_tokens = (t for own in tokens for t in own.values())
-    fresh = (t for own in tensors for t in own.values() if isinstance(t, nn.Parameter) and not t.requires_grad)
+    parameters = {id(p): p for _, p in Tree.of(model).parameters}.values()
     injection.report = InjectionReport(
-        modules=adapted,
-        trained_whole=tuple(injection.trained_whole),
-        head=injection.head,
+        modules=modules,
+        trained_whole=tuple(whole),
+        head=selection.head,
         left_out=selection.left_out,
-        tokens={name: len(module.lora.tokens) for name, module, _, _ in vocabularies if isinstance(module, TokenRows)},
-        trainable=trainable + sum(m.parameters for m in adapted) + sum(t.numel() for t in of_tokens),
-        frozen=frozen + (sum(t.numel() for t in fresh) if config.freeze_a else 0),
+        tokens={name: len(spec.tokens) for name, _, _, spec in with_rows},
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        frozen=sum(math.prod(shape_of(p)) for p in parameters if not p.requires_grad),
     )
     return injection.report
 

@@ -19,7 +19,6 @@ from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.fresh import Kind
 from lightning_lora.engine.layers.pair import AdapterSpec
 from lightning_lora.engine.layers.reads import Reading
-from lightning_lora.engine.swap import check_swappable
 from lightning_lora.engine.tree import Target, last_part
 from lightning_lora.errors import TargetError
 
@@ -70,11 +69,9 @@ def planned(targets: Sequence[Target], config: LoRAConfig) -> Plan:
     kinds: dict[Hashable, Kind] = {}
     plan = []
     for target in targets:
-        spec = config.spec_of(*target.names_of())
-        if target.parameters:
-            spec = replace(
-                spec, parameters={name: config.spec_of(*target.names_of(name)) for name in target.parameters}
-            )
+        names = {parameter: target.names_of(parameter) for parameter in (None, *target.parameters)}
+        specs = {parameter: config.spec_of(*own) for parameter, own in names.items()}
+        spec = replace(specs.pop(None), parameters=specs) if target.parameters else specs[None]
         key = _alike(target, spec)
         try:
             kind = kinds.get(key)
@@ -124,16 +121,13 @@ def _kind(target: Target, spec: AdapterSpec, config: LoRAConfig) -> Kind:
     variants = variants_of(config)
     try:
         geometry = way_of(target, geometry)
-        mixins = (*variants, geometry)
-        for mixin in mixins:
-            check_swappable(module, mixin)
         if ALoRA in variants and (geometry.lora_by_weight or not geometry.lora_by_position):
             raise TargetError(
                 "alora_invocation_tokens adapts linear layers alone, whose update can be added at some positions and "
                 "not at others: leave it out with exclude_modules"
             )
         geometry.check(module, spec)
-        for mixin in mixins:
+        for mixin in (*variants, geometry):
             mixin.check_variant(module, config)
         return Kind.of(module, geometry, spec, config, variants)
     except TargetError as error:

@@ -11,9 +11,8 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.present import Injection
-from lightning_lora.engine.targets import Selection, meant_by
+from lightning_lora.engine.targets import Selection, meant_by, with_plain_names
 from lightning_lora.engine.tree import Tree
 from lightning_lora.errors import TargetError
 
@@ -35,7 +34,7 @@ def differences(model: nn.Module, injection: Injection, config: LoRAConfig) -> d
         return differing
     with _as_before(tree, injection):
         try:
-            meant = [_meaning(meant_by(c, model, tree), c) for c in (theirs, ours)]
+            meant = [_meaning(meant_by(c, tree), c) for c in (theirs, ours)]
         except TargetError:  # an entry of `config` matches nothing, so the configs do differ
             return differing
     for names in (_TARGETS, _RANKS, _ALPHAS, _SAVED):

@@ -66,20 +66,21 @@ def _forget_bound_forward(thing: Any) -> None:
         thing.__dict__.pop("forward", None)
 
 
-def check_swappable(module: nn.Module, mixin: Any) -> None:
-    """Raise TargetError if a swap with `mixin` would not change the forward of `module`, or would hide its
-    attributes."""
+def check_swappable(name: str, module: nn.Module, mixin: Any) -> None:
+    """Raise TargetError if a swap of `module`, called `name`, with `mixin` (or a tuple of them) would not change its
+    forward, or would hide its attributes."""
+    what = f"{name!r} ({type(module).__name__})"
     if is_wrapped(module):
         raise TargetError(
-            "it has a forward of its own on the instance, as accelerate's hooks put there, which would bypass the "
-            f"adapter: adapt the model first and add hooks after, or {TAKE_OFF_HOOKS}"
+            f"{what}: it has a forward of its own on the instance, as accelerate's hooks put there, which would bypass "
+            f"the adapter: adapt the model first and add hooks after, or {TAKE_OFF_HOOKS}."
         )
-    taken = _taken(module, _own_names(mixin))
-    if taken is not None:
-        raise TargetError(
-            f"it already has an attribute {taken!r} of its own, which the adapter needs: rename that, or leave the "
-            "module out with exclude_modules"
-        )
+    for one in mixin if isinstance(mixin, tuple) else (mixin,):
+        if (taken := _taken(module, _own_names(one))) is not None:
+            raise TargetError(
+                f"{what}: it already has an attribute {taken!r} of its own, which the adapter needs: rename that, or "
+                "leave the module out with exclude_modules."
+            )
 
 
 def _taken(module: nn.Module, names: frozenset[str]) -> str | None:

@@ -110,6 +110,11 @@ class Tree:
         """The model, without wrappers around it."""
         return self.every[0][1]
 
+    @property
+    def kind(self) -> str:
+        """The name of the model's class, for messages."""
+        return type(self.root).__name__
+
     @cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:
         """As `model.named_modules()`: each module under its first name."""

@@ -18,10 +18,10 @@ from torch import nn
 from lightning_lora.engine import Injection, InjectionReport, LoRAConfig, inject, injections, remove
 from lightning_lora.engine.config import check_is_config
 from lightning_lora.engine.peft_names import unknown_name
-from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.present import check_as_injected
 from lightning_lora.engine.same_config import differences
 from lightning_lora.engine.swap import swap
+from lightning_lora.engine.targets import with_plain_names
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import shape_of
 from lightning_lora.errors import (

@@ -23,12 +23,11 @@ from lightning_lora.engine.bank.routing import Routes
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import Adapter, AdapterSpec, geometry_of
 from lightning_lora.engine.layers.cell import NOT_HIDDEN, Cell, Hidden, cell_kind
-from lightning_lora.engine.plain_names import with_plain_names
 from lightning_lora.engine.plan import reading, way_of
 from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.shown import METADATA
 from lightning_lora.engine.swap import Host, check_swappable, is_swapped, swap, swap_back
-from lightning_lora.engine.targets import select
+from lightning_lora.engine.targets import select, with_plain_names
 from lightning_lora.engine.torch_private import CALL, stand_in, without_torch_function
 from lightning_lora.engine.tree import Target, Tree
 from lightning_lora.errors import AdapterStateError, BankError, TargetError
@@ -161,8 +160,8 @@ def check_bankable(target: Target) -> None:
     cell_kind(target.module, target.name)
     geometry: Any = geometry_of(type(target.module))
     groups = getattr(target.module, "groups", 1)
+    check_swappable(target.name, target.module, Adapter)
     try:  # a layer for which no adapter can be trained cannot be served either
-        check_swappable(target.module, Adapter)
         if way_of(target, geometry).lora_by_weight:
             raise TargetError(
                 "its class does more with its weight than multiply by it, so an update cannot be added row by row to "
@@ -221,7 +220,7 @@ def new_cells(
     check_none_of_ours(model, tree)
     modules = dict(tree.modules)
     config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
-    selection = select(model, with_plain_names(config, tree), tree)
+    selection = select(with_plain_names(config, tree), tree)
     for target in selection.targets:
         check_bankable(target)
     check_one_device((target.name, target.module) for target in selection.targets)

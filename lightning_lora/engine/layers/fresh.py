@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.dora import output_norms
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, MAGNITUDE, START, AdapterSpec
 from lightning_lora.engine.memory import largest, too_large
+from lightning_lora.engine.tree import Target
 from lightning_lora.engine.weights import can_be_dense, dense, dtype_of, is_plain, shape_of, whole
 from lightning_lora.errors import ConfigError, DataError, TargetError, listed
 
@@ -195,6 +197,16 @@ class Kind:
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that `tensors` makes, by name, without a frozen start; makes no tensor."""
         return {own: shape for recipe in self.recipes for own, shape in recipe.shapes(module).items()}
+
+
+def fresh_tensors(plan: Sequence[tuple[Target, Kind]], measured: Measured | None) -> list[dict[str, Tensor]]:
+    """What `Kind.tensors` makes for each target of a plan; if `measured` is None, nothing is drawn or computed."""
+    tensors = []
+    for device, steps in groupby(plan, key=lambda step: step[1].device):
+        with drawing_on(device):
+            for (name, module, *_), kind in steps:
+                tensors.append(kind.tensors(name, module, None if measured is None else measured.get(name, {})))
+    return tensors
 
 
 def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,20 +27,23 @@ class FrozenNorm(Host):
         return super().train(False)
 
 
-def may_have_running_statistics(cls: type[nn.Module]) -> bool:
-    """True if a module of that class can have running statistics that are not frozen yet."""
-    return issubclass(cls, NORMS) and not issubclass(cls, FrozenNorm)
-
-
 def has_running_statistics(module: nn.Module) -> bool:
     """True if a forward in training mode would change buffers of `module`; False if they are frozen already."""
-    return may_have_running_statistics(type(module)) and bool(module.track_running_stats)
+    return isinstance(module, NORMS) and not isinstance(module, FrozenNorm) and bool(module.track_running_stats)
 
 
 def freeze_statistics(module: Any) -> None:
     """Keep the running statistics of a norm as they are, whatever `train()` says."""
     swap(module, "Frozen", FrozenNorm)
     module.train(module.training)
+
+
+def freeze_norms(modules: Iterable[tuple[str, nn.Module]], trained: Container[int]) -> tuple[str, ...]:
+    """`freeze_statistics` of all norms among `modules` but those with an id in `trained`. Returns their names."""
+    norms = {name: m for name, m in modules if has_running_statistics(m) and id(m) not in trained}
+    for norm in norms.values():
+        freeze_statistics(norm)
+    return tuple(norms)
 
 
 def release_statistics(module: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -88,23 +88,22 @@ def register_bitsandbytes() -> None:
 _KEPT = (Steady4bit, PassesGradient)
 
 
-def may_be_kept(cls: type[nn.Module]) -> bool:
-    """True if `keep_in_place` may be for modules of that class."""
-    return issubclass(cls, nn.Linear) and not issubclass(cls, _KEPT)
+def keep_in_place(modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, ...]:
+    """Keep the weights of those Linears without an adapter that would rearrange them, or pass no gradient through them,
+    as they are, and pass gradients on. Returns the names of these Linears."""
+    kept = {name: m for name, m in modules if isinstance(m, nn.Linear) and not isinstance(m, (*_KEPT, Adapter))}
+    kept = {name: m for name, m in kept.items() if _would_change(m)}
+    for module in kept.values():
+        swap(module, "Steady", PassesGradient if is_wrapper(module.weight) else Steady4bit)
+    return tuple(kept)
 
 
-def is_kept(module: nn.Module) -> bool:
-    """True if `module`, a Linear without an adapter, would rearrange its weight or pass no gradient through it."""
+def _would_change(module: nn.Linear) -> bool:
     bitsandbytes: Any = sys.modules.get("bitsandbytes.nn")
     weight = module._parameters.get("weight")
     if bitsandbytes is not None and isinstance(module, bitsandbytes.Linear4bit):
         return bool(module.__dict__.get("support_avx512bf16_for_cpu", False)) or is_rearranged(weight)
     return weight is not None and is_wrapper(weight)
-
-
-def keep_in_place(module: Any) -> None:
-    """Keep the weight of a Linear without an adapter as it is, and pass gradients through it."""
-    swap(module, "Steady", PassesGradient if is_wrapper(module._parameters["weight"]) else Steady4bit)
 
 
 def let_go(module: Any) -> None:
