@@ -33,8 +33,7 @@ The words that this package uses, one for each thing:
 
 from lightning_lora.engine.calibration import start_adapters
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.disabling import disabled
-from lightning_lora.engine.inject import inject, remove
+from lightning_lora.engine.inject import disabled, inject, remove
 from lightning_lora.engine.layers import Adapter, Pair, adapters, pairs
 from lightning_lora.engine.low_rank import effective_rank, stable_rank
 from lightning_lora.engine.merge import merge, merged

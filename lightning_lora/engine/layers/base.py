@@ -52,10 +52,9 @@ class Adapter(Reads):
     lora_A0: Tensor  # noqa: N815
     lora_B0: Tensor  # noqa: N815
 
-    def __init_subclass__(cls, adapts: type[nn.Module] | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, adapts: type[nn.Module] | tuple[type[nn.Module], ...] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if adapts is not None:
-            Adapter.geometries[adapts] = cls
+        Adapter.geometries |= dict.fromkeys(adapts if isinstance(adapts, tuple) else (adapts,), cls)
         if "forward" in vars(cls) and not hasattr(cls.forward, "lora_asks"):
             cls.forward = _asking(cls.forward)  # type: ignore[method-assign]
 
