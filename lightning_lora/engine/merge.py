@@ -7,7 +7,7 @@ in half precision.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,19 +87,14 @@ def merge(model: nn.Module) -> None:
     with swapping([owner for owner, _ in records], mergeable.values()):
         for module in mergeable.values():
             values, attributes = _merged(module)
-            kind = type(module)
-            unadapt(module)
             for name, value in values.items():
-                parameter = module._parameters[name]
-                assert parameter is not None
-                in_place = is_plain(parameter) and parameter.shape == value.shape and not repeats(parameter)
-                if shared[id(parameter)] or not in_place:  # a new parameter: others keep the shared one
-                    module._parameters[name] = _parameter(value)
-                else:
+                own = module._parameters[name]
+                assert own is not None
+                in_place = is_plain(own) and own.shape == value.shape and not repeats(own)
+                if in_place and not shared[id(own)]:  # else a new parameter: others keep the shared one
                     with torch.no_grad():
-                        parameter.copy_(value)
-            vars(module).update(attributes)
-            kind.parameters_replaced(module)
+                        values[name] = own.copy_(value)
+            _put(module, values, attributes)
     say_what_is_true(tied)
     for owner, injection in records:
         release(owner, injection)
@@ -137,16 +132,12 @@ def merged(model: nn.Module) -> Iterator[None]:
     _check_rounding(mergeable)
     _warn_of_growth(mergeable)
     tied = tied_models(model)
-    merged_layers = [(module, type(module), *_merged(module)) for module in mergeable.values()]
+    merged_layers = [(module, *_merged(module)) for module in mergeable.values()]
     undo = []
     with swapping(owners, mergeable.values()):
-        for module, kind, values, attributes in merged_layers:
+        for module, values, attributes in merged_layers:
             before = {name: module._parameters[name] for name in values}, {n: getattr(module, n) for n in attributes}
-            undo.append((module, *before, unadapt(module)))
-            for name, value in values.items():
-                module._parameters[name] = _parameter(value)
-            vars(module).update(attributes)
-            kind.parameters_replaced(module)
+            undo.append((module, *before, _put(module, values, attributes)))
         said = say_what_is_true(tied)
     raised: type[BaseException] | None = None
     try:
@@ -213,8 +204,17 @@ def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return values, attributes | module.merged_attributes()
 
 
-def _parameter(value: Tensor) -> nn.Parameter:
-    return value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+def _put(module: Adapter, values: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> Callable[[], None]:
+    """Take the adapter of `module` away and give it these parameters and attributes. Returns a function that adapts it
+    again."""
+    kind = type(module)
+    adapt_again = unadapt(module)
+    for name, value in values.items():
+        is_one = isinstance(value, nn.Parameter)
+        module._parameters[name] = value if is_one else nn.Parameter(value, requires_grad=False)
+    vars(module).update(attributes)
+    kind.parameters_replaced(module)
+    return adapt_again
 
 
 def _warn_of_growth(mergeable: Mapping[str, Adapter]) -> None:

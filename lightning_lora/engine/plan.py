@@ -118,7 +118,7 @@ def _kind(target: Target, spec: AdapterSpec, config: LoRAConfig) -> Kind:
     if target.parameters and (geometry is None or not issubclass(geometry, ParameterLoRA)):
         geometry = ParameterLoRA
     assert geometry is not None, "select() only returns modules with a geometry"
-    variants = variants_of(config)
+    variants: tuple[type[Adapter], ...] = (ALoRA,) if config.alora_invocation_tokens else (DoRA,) * config.use_dora
     try:
         geometry = way_of(target, geometry)
         if ALoRA in variants and (geometry.lora_by_weight or not geometry.lora_by_position):
@@ -154,13 +154,6 @@ def way_of(target: Target, geometry: type[Adapter]) -> type[Adapter]:
             "elsewhere: leave it out with exclude_modules"
         )
     return geometry.way_for(module, how)
-
-
-def variants_of(config: LoRAConfig) -> tuple[type[Adapter], ...]:
-    """The variants (mixins) that go in front of every geometry: ALoRA, or DoRA, or none."""
-    if config.alora_invocation_tokens:
-        return (ALoRA,)
-    return (DoRA,) if config.use_dora else ()
 
 
 def promised(

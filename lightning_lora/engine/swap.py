@@ -84,15 +84,14 @@ def check_swappable(name: str, module: nn.Module, mixin: Any) -> None:
 
 
 def _taken(module: nn.Module, names: frozenset[str]) -> str | None:
-    """One of `names` that `module` has as an attribute, or None. A class is searched once: models have thousands of
-    modules and few classes."""
+    """One of `names` that `module` has as an attribute, or None."""
     cls: Any = type(module)
     if cls.__getattr__ is not nn.Module.__getattr__:  # it may answer for any name
         return next((name for name in names if hasattr(module, name)), None)
     for own in (module.__dict__, module._parameters, module._buffers, module._modules):
         if not names.isdisjoint(own):
             return min(names.intersection(own))
-    known = remembered(cls)
+    known = remembered(cls)  # models have thousands of modules and few classes
     if names not in known:
         known[names] = min((name for name in names if hasattr(cls, name)), default=None)
     found: str | None = known[names]
@@ -103,25 +102,26 @@ def _own_names(mixin: Any) -> frozenset[str]:
     """The names that a mixin adds to nn.Module's, but for those that it overrides on purpose. A class that uses one of
     them would get ours in place of its own."""
     known = remembered(mixin)
-    if _OWN not in known:
+    if "own names" not in known:
         classes = mixin.__mro__[:-1]
         attributes = {name for cls in classes for name in vars(cls)}
         instances = {name for cls in classes for name in inspect.get_annotations(cls) if name.startswith("lora")}
-        known[_OWN] = frozenset((attributes | instances).difference(dir(nn.Module), mixin.replaces, (REMEMBERED,)))
-    names: frozenset[str] = known[_OWN]
+        known["own names"] = frozenset(
+            (attributes | instances).difference(dir(nn.Module), mixin.replaces, (REMEMBERED,))
+        )
+    names: frozenset[str] = known["own names"]
     return names
 
 
 def name_of_input(cls: Any) -> str:
     """The name of the first argument of `cls.forward`, after self."""
     known = remembered(cls)
-    if _INPUT not in known:
-        known[_INPUT] = list(inspect.signature(cls.forward).parameters)[1]
-    name: str = known[_INPUT]
+    if "input" not in known:
+        known["input"] = list(inspect.signature(cls.forward).parameters)[1]
+    name: str = known["input"]
     return name
 
 
-_INPUT, _OWN = "name of the input", "own names"
 REMEMBERED = "_lora_remembered"
 
 

@@ -252,12 +252,7 @@ class Candidates:
     def of_classes(self, wanted: Callable[[type[nn.Module]], bool]) -> list[Target]:
         """The candidates whose class is `wanted`, as targets."""
         classes = {cls for cls in self.tree.classes if wanted(cls)}
-        named, aliases = self.tree.by_name, self.tree.aliases
-        return [
-            Target(name, module, named[name.rpartition(".")[0]], aliases.get(id(module), ()) if aliases else ())
-            for name, module in self.modules
-            if type(module) in classes
-        ]
+        return [self.target(name, module) for name, module in self.modules if type(module) in classes]
 
     def matching(self, pattern: str, *, is_regex: bool) -> list[int]:
         """The indices in `modules` of those that the entry `pattern` matches, under any of their names."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -45,16 +44,6 @@ class Recipe:
         self.init = INITS[config.init]
         self.shape_A, self.shape_B = geometry.shapes_of(module, parameter, spec.rank)
         self.names = [name + geometry.suffix_of(parameter) for name in (*FACTORS, *START, BIAS, MAGNITUDE)]
-        numbers = {"rank": spec.rank, "scale": spec.scale, "d_in": self.d_in, "d_out": self.shape_B[0]}
-        is_A_drawn = self.init.gives == "Tensor" and (config.freeze_a or not geometry.draws_b)
-        self.draw: Callable[[], Any] | None = None
-        if is_A_drawn and not self.init.computes and self.shape_A[0] == spec.rank:
-            self.draw = functools.partial(self.init.function, **{name: numbers[name] for name in self.init.wants})
-        # float32 is the default here and is not passed: to pass it makes torch.zeros a tenth slower.
-        named = {} if self.dtype is torch.float32 else {"dtype": self.dtype}
-        self.zeros_A = functools.partial(torch.zeros, self.shape_A, **named)
-        self.zeros_B = functools.partial(torch.zeros, self.shape_B, **named)
-        self.has_more = self.init.gives == "Factors" or config.lora_bias or config.use_dora
 
     @property
     def d_in(self) -> int:
@@ -68,22 +57,15 @@ class Recipe:
     def tensors(self, module: nn.Module, measured: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
         """Make the adapter tensors of `module`, by name; errors call the module `name`. If `measured` is None, nothing
         is drawn or computed: A and B are zero."""
-        dtype = self.dtype
+        config, (name_A, name_B, *start, bias, magnitude) = self.config, self.names
         if measured is None:
-            A, B = self.zeros_A(), self.zeros_B()
-        elif self.draw is not None:
-            A, B = self.draw(), self.zeros_B()
+            A, B = torch.zeros(self.shape_A), torch.zeros(self.shape_B)
         else:
             A, B = self._start(module, measured)
-            self._check_start(A, B, name)
-            B = B.reshape(self.shape_B).to(dtype).contiguous()
-        if A.shape != self.shape_A or A.dtype is not dtype or not A.is_contiguous():
-            A = A.reshape(self.shape_A).to(dtype).contiguous()
-        config, (name_A, name_B, *further) = self.config, self.names
+            if self.init.computes or self.init.gives != "Tensor":
+                self._check_start(A, B, name)
+        A, B = (t.reshape(s).to(self.dtype).contiguous() for t, s in ((A, self.shape_A), (B, self.shape_B)))
         tensors: dict[str, Tensor] = {name_A: nn.Parameter(A, not config.freeze_a), name_B: nn.Parameter(B)}
-        if not self.has_more:
-            return tensors
-        *start, bias, magnitude = further
         if self.init.gives == "Factors":
             tensors |= {name: t.clone() for name, t in zip(start, (A, B))}
         if config.lora_bias:
@@ -190,8 +172,6 @@ class Kind:
         measurements) or TargetError (from the weight), which call the layer `name`, where the start is not finite or
         overflows.
         """
-        if len(self.recipes) == 1:
-            return self.recipes[0].tensors(module, measured, name)
         return {own: t for recipe in self.recipes for own, t in recipe.tensors(module, measured, name).items()}
 
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
