@@ -72,3 +72,9 @@ def one_of(name: str, value: Any, choices: Iterable[str], hint: str = "") -> str
 def closest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The `count` names of `known` that a user most likely meant by `name`, best first; maybe none."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A sentence, after a space, that asks for the names of `known` closest to `name`; `otherwise` if none is close."""
+    near = closest(name, known)
+    return f" Did you mean {listed(map(repr, near))}?" if near else otherwise

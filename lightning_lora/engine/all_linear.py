@@ -184,7 +184,8 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
         return found
     head = head_of()
     part_of = {t.name: _outermost(t.name, awake, asleep) for t in linear}
-    if head is not None and _holds_more(part_of.get(head), tree):
+    within = part_of.get(head or "")
+    if within is not None and sum(lies_in(layer.name, (within,)) for layer in _layers(tree)) > 1:
         head = None  # it is not the model's output layer, but the last layer of a reference
     parts = list(dict.fromkeys(part for name, part in part_of.items() if part is not None and name != head))
     if not parts:
@@ -202,11 +203,6 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
             if _is_copy(part, tree, layers, training) or (not is_only_the_head and _is_block(part, tree, awake))
         ]
     return found | dict.fromkeys(parts, _FROZEN)
-
-
-def _holds_more(part: str | None, tree: Tree) -> bool:
-    """True if `part` has several layers."""
-    return part is not None and sum(lies_in(layer.name, (part,)) for layer in _layers(tree)) > 1
 
 
 def lies_in(name: str, parts: Any) -> bool:
@@ -227,18 +223,14 @@ def _states(tree: Tree) -> tuple[set[str], set[str]]:
     awake: set[str] = set()
     asleep: set[str] = set()
     for name, p in tree.parameters:
-        if p.requires_grad or _could_train(p):
+        # Weights of bitsandbytes' never train: those that are not quantized yet will be when they are moved.
+        if p.requires_grad or (is_plain(p) and not type(p).__module__.startswith("bitsandbytes.")):
             states = awake if p.requires_grad else asleep
             owner = name.rpartition(".")[0]
             while owner not in states:
                 states.add(owner)
                 owner = owner.rpartition(".")[0]
     return awake, asleep
-
-
-def _could_train(p: nn.Parameter) -> bool:
-    """False for a quantized weight, and for a weight of bitsandbytes', which will be quantized when it is moved."""
-    return is_plain(p) and not type(p).__module__.startswith("bitsandbytes.")
 
 
 def _outermost(name: str, awake: set[str], asleep: set[str]) -> str | None:

@@ -22,7 +22,7 @@ from lightning_lora.engine.layers.fresh import Kind, Measured, check_measured, d
 from lightning_lora.engine.present import injections
 from lightning_lora.engine.targets import select
 from lightning_lora.engine.trained import token_tensors
-from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.tree import Tree, name_in, submodule
 from lightning_lora.engine.weights import dense, fill, is_plain
 from lightning_lora.errors import AdapterStateError, DataError, TargetError, listed
 
@@ -48,7 +48,8 @@ def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterabl
     if not wants:
         return {}
     batches = list(batches) if len(wants) > 1 else batches
-    with _undisturbed(model), torch.random.fork_rng(_devices(model)):
+    devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
+    with _undisturbed(model), torch.random.fork_rng(devices):
         found = {name: _READERS[m.reads](layers, m.function, step, batches) for name, m in sorted(wants.items())}
     unreached = [name for name in layers if any(name not in by_name for by_name in found.values())]
     if unreached:
@@ -215,10 +216,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             p.requires_grad_()
 
 
-def _devices(model: nn.Module) -> list[torch.device]:
-    return [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
-
-
 # Starts, in place, adapters that `inject(..., start=False)` left at zero.
 
 
@@ -246,8 +243,7 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
         raise AdapterStateError(f"{listed(absent)} is still on the meta device: load the weights of the model first.")
     values: list[tuple[Adapter, str, Tensor]] = []
     for root, injection in waiting:
-        prefix = f"{root}." if root else ""
-        found = {prefix + n: module for n, module in adapters(submodule(model, root)) if _is_unstarted(module)}
+        found = {name_in(root, n): module for n, module in adapters(submodule(model, root)) if _is_unstarted(module)}
         check_measured(injection.config, [n for n, m in found.items() if not isinstance(m, TokenRows)], measured or {})
         for name, module in found.items():
             if isinstance(module, TokenRows):

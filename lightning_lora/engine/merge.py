@@ -210,8 +210,8 @@ def _put(module: Adapter, values: Mapping[str, Tensor], attributes: Mapping[str,
     kind = type(module)
     adapt_again = unadapt(module)
     for name, value in values.items():
-        is_one = isinstance(value, nn.Parameter)
-        module._parameters[name] = value if is_one else nn.Parameter(value, requires_grad=False)
+        p = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        module._parameters[name] = p
     vars(module).update(attributes)
     kind.parameters_replaced(module)
     return adapt_again
@@ -315,7 +315,7 @@ def _changes(name: str, module: Adapter) -> Iterator[tuple[str, Tensor, Tensor, 
         yield name, W, W[module.lora_rows], module.tokens
     mine, bias = module._parameters.get(BIAS), module._parameters.get("bias")
     if mine is not None and bias is not None:
-        yield f"{name}.bias" if name else "bias", bias, bias, bias.float() + module.lora.scale * mine.float()
+        yield name_in(name, "bias"), bias, bias, bias.float() + module.lora.scale * mine.float()
 
 
 def share_kept(before: Tensor, wanted: Tensor) -> float:

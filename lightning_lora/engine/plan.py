@@ -69,9 +69,10 @@ def planned(targets: Sequence[Target], config: LoRAConfig) -> Plan:
     kinds: dict[Hashable, Kind] = {}
     plan = []
     for target in targets:
-        names = {parameter: target.names_of(parameter) for parameter in (None, *target.parameters)}
-        specs = {parameter: config.spec_of(*own) for parameter, own in names.items()}
-        spec = replace(specs.pop(None), parameters=specs) if target.parameters else specs[None]
+        names = [target.names_of(), *(target.names_of(parameter) for parameter in target.parameters)]
+        spec, *each = (config.spec_of(*own) for own in names)
+        if each:
+            spec = replace(spec, parameters=dict(zip(target.parameters, each)))
         key = _alike(target, spec)
         try:
             kind = kinds.get(key)

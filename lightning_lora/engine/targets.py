@@ -9,17 +9,18 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.checked import closest
+from lightning_lora.checked import did_you_mean
 from lightning_lora.engine.all_linear import all_linear, is_linear, left_out_weights, parameters_of
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
-from lightning_lora.engine.layers import Adapter, geometry_of, register_conv1d
+from lightning_lora.engine.layers import geometry_of, register_conv1d
 from lightning_lora.engine.layers.quantized import register_bitsandbytes
-from lightning_lora.engine.present import check_none_of_others
+from lightning_lora.engine.present import Injection, check_none_of_others
 from lightning_lora.engine.tree import NAMES, Candidates, Target, Tree, entry_matches, last_part, name_in
 from lightning_lora.errors import TargetError, listed
 
@@ -38,11 +39,6 @@ class Selection:
     """The layer that "all-linear" took for the output head and left out."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Weights and frozen parts that are not adapted though one may expect it: name -> how to adapt it."""
-
-    @property
-    def adapted(self) -> set[int]:
-        """The ids of the targets' modules."""
-        return {id(target.module) for target in self.targets}
 
 
 def select(config: LoRAConfig, tree: Tree) -> Selection:
@@ -76,23 +72,21 @@ def meant_by(config: LoRAConfig, tree: Tree) -> Selection:
                 "Name the modules to adapt: " + _adaptable(there.all)
             )
     else:
-        named = _matched(there, config.target_modules, "target_modules") if config.target_modules else []
-        targets = _with_companions(named, there)
+        hits_of = _hits(there, config.target_modules, "target_modules") if config.target_modules else {}
+        places = sorted({at for hits in hits_of.values() for at in hits})
+        targets = _with_companions([there.target(*there.modules[at]) for at in places], there)
 
     if config.exclude_modules is not None:
         targets = _without(targets, config.exclude_modules, there)
     if config.layers_to_transform is not None:
         targets = _in_layers(targets, config)
-    geometries = {cls: geometry_of(cls) for cls in {type(t.module) for t in targets}}
-    unfit = [t for t in targets if geometries[type(t.module)] is None] if None in geometries.values() else []
-    if unfit:
+    if unfit := [t for t in targets if geometry_of(type(t.module)) is None]:
         kinds = sorted({type(t.module).__name__ for t in unfit})
         raise TargetError(
             f"target_modules={config.target_modules!r} matches {listed(repr(t.name) for t in unfit)}, but a "
             f"{' or '.join(kinds)} cannot be adapted. {_adaptable(there.all)}"
         )
-    if any(geometry.parameters_of is not Adapter.parameters_of for geometry in geometries.values() if geometry):
-        targets = [t._replace(parameters=own) if (own := parameters_of(t.module)) else t for t in targets]
+    targets = [t._replace(parameters=own) if (own := parameters_of(t.module)) else t for t in targets]
     if config.target_parameters:
         targets = _with_parameters(targets, there, config.target_parameters)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -139,11 +133,6 @@ def _hits(there: Candidates, pattern: str | list[str], key: str) -> dict[str, li
     return found
 
 
-def _matched(there: Candidates, pattern: str | list[str], key: str) -> list[Target]:
-    places = {at for hits in _hits(there, pattern, key).values() for at in hits}
-    return [there.target(*there.modules[at]) for at in sorted(places)]
-
-
 def _with_companions(targets: list[Target], there: Candidates) -> list[Target]:
     """`targets` and their companions (children that are adapted along with them), in the model's order."""
     geometries = ((cls, geometry_of(cls)) for cls in {type(t.module) for t in targets})
@@ -151,7 +140,7 @@ def _with_companions(targets: list[Target], there: Candidates) -> list[Target]:
     brought: dict[str, Target] = {}
     for target in targets if any(companions.values()) else ():
         for child in companions.get(type(target.module), ()):
-            brought[f"{target.name}.{child}" if target.name else child] = target
+            brought[name_in(target.name, child)] = target
     if not brought:
         return targets
     chosen = {t.name for t in targets} | brought.keys()
@@ -172,8 +161,7 @@ def _with_parameters(targets: list[Target], there: Candidates, entries: list[str
         if not hits:
             parts = entry.count(".") + 1
             fit = {n for _, _, full in every for n in full}
-            near = closest(entry, {".".join(n.split(".")[-parts:]) for n in fit})
-            guess = f" Did you mean {listed(map(repr, near))}?" if near else ""
+            guess = did_you_mean(entry, {".".join(n.split(".")[-parts:]) for n in fit})
             stacks = sorted({name for t, name, _ in every if t.module._parameters[name].dim() in (2, 3)})  # type: ignore[union-attr]
             raise TargetError(
                 f"target_parameters: the entry {entry!r} matches no parameter of {there.tree.kind}.{guess} "
@@ -224,8 +212,7 @@ def _no_match(key: str, entry: str, there: Candidates, *, is_regex: bool) -> str
             f"{key}: a string is a regular expression that must match a whole name, and {entry!r} matches none of "
             f"{what}'s. As a list it takes every module whose name ends so: {key}={names!r}."
         )
-    near = closest(entry, _suffixes(everything, parts=1 if is_regex else entry.count(".") + 1))
-    guess = f" Did you mean {listed(map(repr, near))}?" if near else ""
+    guess = did_you_mean(entry, _suffixes(everything, parts=1 if is_regex else entry.count(".") + 1))
     who = "the expression (it must match a whole name)" if is_regex else "the entry"
     return f"{key}: {who} {entry!r} matches no module of {what}.{guess} {_adaptable(everything)}"
 
@@ -259,8 +246,7 @@ def _saved_modules(config: LoRAConfig, tree: Tree) -> dict[str, nn.Module]:
         }
         if not hits:
             endings = list(dict.fromkeys(last_part(name) for name, _ in tree.modules if name))
-            near = closest(entry, endings)
-            guess = f" Did you mean {listed(map(repr, near))}?" if near else f" Its modules end in: {listed(endings)}."
+            guess = did_you_mean(entry, endings, f" Its modules end in: {listed(endings)}.")
             raise TargetError(f"modules_to_save: {entry!r} matches no module of {tree.kind}.{guess}")
         empty = [name for name, module in hits.items() if next(module.parameters(), None) is None]
         if empty:
@@ -307,9 +293,8 @@ def _check_patterns(key: str, pattern: dict[str, Any], targets: list[Target]) ->
         is_a_name = entry in known and pattern_matches(entry, entry)
         if not is_a_name and not any(pattern_matches(entry, name) for name in names):
             endings = list(dict.fromkeys(last_part(name) for name in names))
-            near = closest(entry, endings)
-            guess = f"Did you mean {listed(map(repr, near))}?" if near else f"They end in: {listed(endings)}."
-            raise TargetError(f"{key}: {entry!r} matches none of the {len(targets)} adapted modules. {guess}")
+            guess = did_you_mean(entry, endings, f" They end in: {listed(endings)}.")
+            raise TargetError(f"{key}: {entry!r} matches none of the {len(targets)} adapted modules.{guess}")
 
 
 # Rewrites names in a config that mention wrappers, such as "model._orig_mod.up", to plain names ("model.up").
@@ -334,7 +319,7 @@ def with_plain_names(config: LoRAConfig, tree: Tree, *, of_file: bool = False) -
         if isinstance(value, list):
             changes[name] = [_plain(entry, names, entry_matches) for entry in value]
         elif isinstance(value, str) and value != "all-linear":
-            changes[name] = _plain(value, names, _fullmatch)
+            changes[name] = _plain(value, names, name_matches)
     for name in _DICTS:
         value = getattr(config, name)
         if isinstance(value, dict):
@@ -354,5 +339,60 @@ def without_wrappers(entry: str) -> str:
     return _MENTIONED.sub("", entry).removesuffix(".").removesuffix("\\")
 
 
-def _fullmatch(expression: str, name: str) -> bool:
-    return re.fullmatch(expression, name) is not None
+# Compares two configs by what they select, however they say it: endings in another order, an expression for a list,
+# "all-linear" for the layers that it selects.
+
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+_RANKS = ("rank", "rank_pattern")
+_ALPHAS = ("alpha", "alpha_pattern")
+_SAVED = ("modules_to_save",)
+
+
+def differences(model: nn.Module, injection: Injection, config: LoRAConfig) -> dict[str, tuple[Any, Any]]:
+    """Field -> its value in `injection.config` and in `config`, for the fields whose difference matters for `model`,
+    which `injection.config` adapted."""
+    tree = Tree.of(model)
+    theirs, ours = injection.config, with_plain_names(config, tree)
+    both = {f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(LoRAConfig)}
+    differing = {name: values for name, values in both.items() if values[0] != values[1]}
+    if not differing.keys() & {*_TARGETS, *_RANKS, *_ALPHAS, *_SAVED}:
+        return differing
+    with _as_before(tree, injection):
+        try:
+            meant = [_meaning(meant_by(c, tree), c) for c in (theirs, ours)]
+        except TargetError:  # an entry of `config` matches nothing, so the configs do differ
+            return differing
+    for names in (_TARGETS, _RANKS, _ALPHAS, _SAVED):
+        if meant[0][names] == meant[1][names]:
+            differing = {name: values for name, values in differing.items() if name not in names}
+    return differing
+
+
+def _meaning(selection: Selection, config: LoRAConfig) -> dict[tuple[str, ...], Any]:
+    """Group of fields -> what it selects: the targets, their ranks, their alphas, the modules trained whole."""
+    known = {
+        (target.name, parameter): target.names_of(parameter)
+        for target in selection.targets
+        for parameter in target.parameters or (None,)
+    }
+    return {
+        _TARGETS: set(known),
+        _RANKS: {key: config.rank_of(*names) for key, names in known.items()},
+        _ALPHAS: {key: config.alpha_of(*names) for key, names in known.items()},
+        _SAVED: set(selection.saved),
+    }
+
+
+@contextmanager
+def _as_before(tree: Tree, injection: Injection) -> Iterator[None]:
+    """Inside, parameters require grad as before `inject`, since "all-linear" depends on what was frozen then."""
+    now = [(p, p.requires_grad) for _, p in tree.parameters]
+    try:
+        for name, p in tree.parameters:
+            if p.requires_grad is not (before := name in injection.was_trainable):
+                p.requires_grad_(before)
+        yield
+    finally:
+        for p, is_trained in now:
+            if p.requires_grad is not is_trained:
+                p.requires_grad_(is_trained)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.checked import closest
+from lightning_lora.checked import did_you_mean
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers.embedding import TokenLogits, TokenRows, TokenSpec
 from lightning_lora.engine.memory import Memory
@@ -50,8 +50,7 @@ def vocabulary(config: LoRAConfig, selection: Selection) -> Vocabulary:
         hits = [(name, module) for name, module in tree.modules if name_matches([entry], name)]
         if not hits:
             names = [name for name, m in tree.modules if isinstance(m, nn.Embedding)]
-            near = closest(entry, [name.rpartition(".")[2] for name in names])
-            guess = f" Did you mean {listed(map(repr, near))}?" if near else ""
+            guess = did_you_mean(entry, map(last_part, names))
             raise TargetError(
                 f"trainable_token_indices: {entry!r} matches no module of {tree.kind}.{guess} "
                 f"Its embeddings are: {listed(names)}."
@@ -112,8 +111,9 @@ def _steps(tree: Tree, name: str, module: nn.Module, tokens: tuple[int, ...], co
 
 def _check_free(plan: Vocabulary, selection: Selection) -> None:
     """Raise TargetError if a module in `plan` is also adapted or trained whole."""
+    adapted = {id(target.module) for target in selection.targets}
     for name, module, _, _ in plan:
-        if id(module) in selection.adapted:
+        if id(module) in adapted:
             raise TargetError(
                 f"{name!r} is a target, and trainable_token_indices trains rows of it, which would replace its adapted "
                 "rows: leave it out with exclude_modules, or train no rows of it."
@@ -179,11 +179,11 @@ def tensors_trained_whole(config: LoRAConfig, selection: Selection) -> dict[str,
 
 def _trained_whole(config: LoRAConfig, selection: Selection) -> Callable[[nn.Module, str], bool]:
     """A test whether a parameter of a module is trained whole."""
-    with_bias = selection.adapted if config.bias == "lora_only" else frozenset()
+    adapted = {id(target.module) for target in selection.targets}
 
     def is_trained(module: nn.Module, name: str) -> bool:
-        has_bias = config.bias == "all" or id(module) in with_bias
-        return id(module) in selection.inside or (has_bias and "bias" in name)
+        biases = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
+        return id(module) in selection.inside or (biases and "bias" in name)
 
     return is_trained
 

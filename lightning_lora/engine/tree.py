@@ -154,7 +154,7 @@ class Tree:
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """As `model.named_parameters(remove_duplicate=False)`: under every name."""
         return [
-            (f"{name}.{own}" if name else own, p)
+            (f"{name}.{own}" if name else own, p)  # not `name_in`: this runs for every parameter of large models
             for name, module in self.every
             if module._parameters
             for own, p in module._parameters.items()
@@ -165,7 +165,7 @@ class Tree:
     def tensors(self) -> list[tuple[str, Tensor]]:
         """The parameters and the buffers, each under every name."""
         buffers = (
-            (f"{name}.{own}" if name else own, t)
+            (name_in(name, own), t)
             for name, module in self.every
             if module._buffers
             for own, t in module._buffers.items()
@@ -308,6 +308,6 @@ def last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def name_in(module: str, parameter: str) -> str:
-    """The name of a parameter of the module called `module`."""
-    return f"{module}.{parameter}" if module else parameter
+def name_in(module: str, own: str) -> str:
+    """The name in the model of what the module called `module` calls `own`."""
+    return f"{module}.{own}" if module else own

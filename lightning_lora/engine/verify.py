@@ -125,9 +125,9 @@ def _by_call(name: str, expected: Any, live: Any) -> Verified:
         promised = _promised(E, x, y0)
         y = twin(expected).bare_forward(narrow) if in_bank else y0
         size = float(y.double().norm() / promised.double().norm().clamp(min=1e-300))
-        found = judge(
-            name, y1.to(wide) - y.to(wide), promised, expected.lora, rounding=_eps(y1) * size, factors=_coarsest(live)
-        )
+        coarsest = max((torch.finfo(p.dtype).eps for p in live.parameters() if is_plain(p)), default=0.0)
+        measured = y1.to(wide) - y.to(wide)
+        found = judge(name, measured, promised, expected.lora, rounding=_eps(y1) * size, factors=coarsest)
         if found.verdict != SAME or computes is wide or in_bank:
             return found
         change = twin(live).forward(narrow).to(wide) - twin(expected).bare_forward(narrow).to(wide)
@@ -309,8 +309,3 @@ def _token_rows(name: str, expected: Any, live: Any) -> list[Verified]:
 
 def _eps(t: Tensor) -> float:
     return torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0
-
-
-def _coarsest(live: nn.Module) -> float:
-    """The rounding of the coarsest number that a layer's adapter may be held in."""
-    return max((torch.finfo(p.dtype).eps for p in live.parameters() if is_plain(p)), default=0.0)

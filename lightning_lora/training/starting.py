@@ -19,9 +19,8 @@ from lightning_lora.engine import Injection, InjectionReport, LoRAConfig, inject
 from lightning_lora.engine.config import check_is_config
 from lightning_lora.engine.peft_names import unknown_name
 from lightning_lora.engine.present import check_as_injected
-from lightning_lora.engine.same_config import differences
 from lightning_lora.engine.swap import swap
-from lightning_lora.engine.targets import with_plain_names
+from lightning_lora.engine.targets import differences, with_plain_names
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import shape_of
 from lightning_lora.errors import (

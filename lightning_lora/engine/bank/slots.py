@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_lora.checked import closest
+from lightning_lora.checked import did_you_mean
 from lightning_lora.engine.bank.routing import One
 from lightning_lora.engine.bank.slab import Slab
-from lightning_lora.errors import BankError, listed
+from lightning_lora.errors import BankError
 
 USUAL_RANK = 16
 """The rank that fits into a slot where nobody says another."""
@@ -153,8 +153,7 @@ class Slots:
         """The adapter called `name`. Raises BankError if there is none."""
         entry = self.entries.get(name)
         if entry is None:
-            near = closest(str(name), self.entries)
-            hint = f" Did you mean {listed(map(repr, near))}?" if near else f" It has {len(self.entries)} others."
+            hint = did_you_mean(str(name), self.entries, f" It has {len(self.entries)} others.")
             raise BankError(f"The bank has no adapter {name!r}.{hint}")
         return entry
 

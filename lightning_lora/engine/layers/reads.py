@@ -120,7 +120,8 @@ class Reads(Host):
             if own is None and name != "bias":
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             return own
-        if (so_far is not None and not self.lora_by_weight) or not self._adapts(name):
+        is_adapted = name in (self.lora.parameters or ("weight",)) or (name == "bias" and BIAS in self.lora_names)
+        if (so_far is not None and not self.lora_by_weight) or not is_adapted:
             return own
         if fused.is_symbolic():
             raise AdapterStateError(
@@ -136,7 +137,7 @@ class Reads(Host):
                     "class reads it: quantize before inject, or leave it out with exclude_modules."
                 )
             return own  # whoever reads packed numbers knows how they are stored, and needs them as they are
-        if own is not None and self._awaits(own):
+        if own is not None and not own.is_meta and any(getattr(self, n).is_meta for n in self.lora_names):
             return own  # A and B are still on the meta device: the model's weights are just being loaded
         if so_far is not None:
             return self._read_inside(name, so_far)
@@ -144,9 +145,10 @@ class Reads(Host):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if own is None:
             return self.value_read(name)
-        is_drawn = self.lora_by_weight and self.training and self._drops(name)
-        leaves = self.shown_leaves()
-        return show(self, name, own, leaves, is_drawn=is_drawn, to_kernels=self.lora_to_kernels)
+        spec = self.lora.parameters.get(name, self.lora)
+        drops = bool(spec.dropout or spec.rank_dropout or spec.module_dropout)
+        is_drawn = self.lora_by_weight and self.training and drops
+        return show(self, name, own, self.shown_leaves(), is_drawn=is_drawn, to_kernels=self.lora_to_kernels)
 
     def _read_inside(self, name: str, so_far: dict[str, Any]) -> Any:
         """The adapted value for the base class's forward: in one forward every read gives the same tensor, since the
@@ -191,16 +193,6 @@ class Reads(Host):
     def shown_leaves(self) -> tuple[Tensor, ...]:
         """The parameters from which the adapted weight is computed; gradients reach those that train."""
         return tuple(p for p in self._parameters.values() if p is not None)
-
-    def _adapts(self, name: str) -> bool:
-        return name in (self.lora.parameters or ("weight",)) or (name == "bias" and BIAS in self.lora_names)
-
-    def _drops(self, name: str) -> bool:
-        spec = self.lora.parameters.get(name, self.lora)
-        return bool(spec.dropout or spec.rank_dropout or spec.module_dropout)
-
-    def _awaits(self, own: Tensor) -> bool:
-        return not own.is_meta and any(getattr(self, name).is_meta for name in self.lora_names)
 
     def dense_weight(self, parameter: str = "weight") -> Tensor:
         """The base weight in floating point, dequantized if it is quantized."""
