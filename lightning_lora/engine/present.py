@@ -49,7 +49,7 @@ class Injection:
     adapted: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     """Name -> adapted module, for `check_as_injected`; without the module that holds this record."""
     tables: set[str] = field(default_factory=set)
-    """Names in `originals` that are not trained but came with the adapter (tables.py)."""
+    """Names in `originals` that are not trained but came with the adapter (`take_tables`)."""
     report: InjectionReport | None = field(default=None, repr=False)
     """The report that `inject` returned."""
 

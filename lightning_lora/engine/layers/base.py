@@ -97,11 +97,6 @@ class Adapter(Reads):
         return ""
 
     @staticmethod
-    def dimensions_after_channels(module: Any) -> int:
-        """The number of an output's dimensions after the channels."""
-        return 0
-
-    @staticmethod
     def matrix(module: Any, W: Tensor) -> Tensor:
         """Reshape a weight W of `module` to the matrix (out, in) to which B A is added; a view where possible."""
         return W

@@ -25,8 +25,6 @@ _EXACT = (torch.float32, torch.float64)
 class Convolution(Adapter):
     """The part that all convolutions share, transposed or not."""
 
-    lora_kind = "convolution"
-
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
         if spec.rank % module.groups:
@@ -34,10 +32,6 @@ class Convolution(Adapter):
                 f"a convolution with groups={module.groups} needs a rank that is a multiple of that, not {spec.rank}: "
                 "set it with rank_pattern, or leave the layer out with exclude_modules"
             )
-
-    @staticmethod
-    def dimensions_after_channels(module: Any) -> int:
-        return len(module.kernel_size)
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
@@ -200,10 +194,6 @@ class ConvCell(Cell, serves=ConvLoRA):
 
     module: Any
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__(name, module)
-        self.channels_last = len(self.module.kernel_size)  # type: ignore[misc]
-
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
         return (rank, self.module.in_channels, *self.module.kernel_size), (rank, self.out), (self.out,), (self.out,)
 
@@ -255,8 +245,6 @@ class ConvTransposeLoRA(Convolution, adapts=(nn.ConvTranspose1d, nn.ConvTranspos
 
     Both are grouped as the base is. Stride, padding, output padding and dilation belong to B.
     """
-
-    lora_kind = "transposed convolution"
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
