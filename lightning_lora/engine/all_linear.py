@@ -44,9 +44,9 @@ def output_head(tree: Tree, linear: list[Target], left_out: Container[str] = ())
     other models it is the last linear layer, unless that is the only one, or lies in a stack of blocks (a ModuleList,
     or numbered siblings of one class). Modules inside parts that are `left_out` are not asked.
     """
-    saying = (m for name, m in _saying_their_head(tree) if not lies_in(name, left_out) and hasattr(m, "base_model"))
-    hf: Any = next(saying, None)
-    outside = iter(reversed(linear))
+    saying = (m for name, m in tree.modules if hasattr(m, "get_output_embeddings") and not lies_in(name, left_out))
+    hf: Any = next((m for m in saying if hasattr(m, "base_model")), None)
+    outside = list(reversed(linear))
     if hf is not None:
         try:
             embeddings = hf.get_output_embeddings()
@@ -56,32 +56,12 @@ def output_head(tree: Tree, linear: list[Target], left_out: Container[str] = ())
         for target in linear:
             if target.module is embeddings:
                 return target.name
-        is_inside = _is_inside(unwrapped(hf.base_model) if isinstance(hf.base_model, nn.Module) else hf, tree)
-        outside = (t for t in outside if not is_inside(t))
-    last = next(outside, None)
+        inside = {id(m) for m in (hf.base_model if isinstance(hf.base_model, nn.Module) else hf).modules()}
+        outside = [target for target in outside if id(target.module) not in inside]
+    last = next(iter(outside), None)
     if last is None or len(linear) == 1 or _in_stack(tree.root, last.name):
         return None
     return last.name
-
-
-def _saying_their_head(tree: Tree) -> Iterator[tuple[str, nn.Module]]:
-    """The modules with a method `get_output_embeddings`. Classes are asked first, since hasattr on a module is slow."""
-    method = "get_output_embeddings"
-    own = nn.Module.__getattr__
-    may = {c for c in tree.classes if hasattr(c, method) or getattr(c, "__getattr__", None) is not own}
-    return ((name, m) for name, m in tree.modules if (type(m) in may and hasattr(m, method)) or method in m.__dict__)
-
-
-def _is_inside(body: nn.Module, tree: Tree) -> Callable[[Target], bool]:
-    """A test whether a target lies in `body`: one of its names begins with one of the names of `body`."""
-    names = [name for name, module in tree.every if module is body]
-    if not names:  # `body` itself is not registered in the model, though its parts may be
-        ids = {id(m) for m in body.modules()}
-        return lambda target: id(target.module) in ids
-    if "" in names:
-        return lambda target: True
-    stems = tuple(f"{name}." for name in names)
-    return lambda target: target.module is body or any(n.startswith(stems) for n in (target.name, *target.aliases))
 
 
 def _in_stack(model: nn.Module, name: str) -> bool:

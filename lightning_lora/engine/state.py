@@ -256,12 +256,23 @@ def _fingerprint(model: nn.Module, base: Iterable[tuple[str, nn.Parameter]]) -> 
     return digest.hexdigest()[:16]
 
 
+_OF_SPARSE: dict[torch.layout, tuple[str, ...]] = {
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_coo: ("indices", "values"),
+}
+
+
 def _parts(W: Tensor) -> list[Tensor]:
     """The tensors that hold the numbers of `W`: W itself, or the parts of a sparse W."""
     if W.layout is torch.strided:
         return [W]
-    coo = W.to_sparse_coo().coalesce()
-    return [coo.indices(), coo.values()]
+    if W.layout not in _OF_SPARSE:
+        return [W.to_dense()]
+    W = W.coalesce() if W.layout is torch.sparse_coo else W
+    return [getattr(W, part)() for part in _OF_SPARSE[W.layout]]
 
 
 def describe_base(
