@@ -22,7 +22,7 @@ from lightning_lora.engine.layers.fresh import Kind, Measured, check_measured, d
 from lightning_lora.engine.present import injections
 from lightning_lora.engine.targets import select
 from lightning_lora.engine.trained import token_tensors
-from lightning_lora.engine.tree import Tree, name_in, submodule
+from lightning_lora.engine.tree import Tree, flags_kept, name_in, submodule
 from lightning_lora.engine.weights import dense, fill, is_plain
 from lightning_lora.errors import AdapterStateError, DataError, TargetError, listed
 
@@ -49,7 +49,8 @@ def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterabl
         return {}
     batches = list(batches) if len(wants) > 1 else batches
     devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
-    with _undisturbed(model), torch.random.fork_rng(devices):
+    with flags_kept(model.parameters()), evaluating(model), torch.random.fork_rng(devices):
+        model.requires_grad_(False)
         found = {name: _READERS[m.reads](layers, m.function, step, batches) for name, m in sorted(wants.items())}
     unreached = [name for name in layers if any(name not in by_name for by_name in found.values())]
     if unreached:
@@ -196,24 +197,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model is in eval mode inside, and no parameter requires grad; both are put back after."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    everything = list(model.parameters())
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        with evaluating(model):
-            yield
-    finally:
-        for p in everything:
-            if p.is_floating_point():
-                p.requires_grad_(False)
-        for p in trainable:
-            p.requires_grad_()
 
 
 # Starts, in place, adapters that `inject(..., start=False)` left at zero.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Set
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from lightning_lora.engine.config import LoRAConfig, pattern_matches
 from lightning_lora.engine.layers import geometry_of, register_conv1d
 from lightning_lora.engine.layers.quantized import register_bitsandbytes
 from lightning_lora.engine.present import Injection, check_none_of_others
-from lightning_lora.engine.tree import NAMES, Candidates, Target, Tree, entry_matches, last_part, name_in
+from lightning_lora.engine.tree import NAMES, Candidates, Target, Tree, entry_matches, flags_kept, last_part, name_in
 from lightning_lora.errors import TargetError, listed
 
 
@@ -357,7 +356,10 @@ def differences(model: nn.Module, injection: Injection, config: LoRAConfig) -> d
     differing = {name: values for name, values in both.items() if values[0] != values[1]}
     if not differing.keys() & {*_TARGETS, *_RANKS, *_ALPHAS, *_SAVED}:
         return differing
-    with _as_before(tree, injection):
+    with flags_kept(p for _, p in tree.parameters):
+        for name, p in tree.parameters:  # "all-linear" depends on what was frozen before `inject`
+            if p.requires_grad is not (before := name in injection.was_trainable):
+                p.requires_grad_(before)
         try:
             meant = [_meaning(meant_by(c, tree), c) for c in (theirs, ours)]
         except TargetError:  # an entry of `config` matches nothing, so the configs do differ
@@ -381,18 +383,3 @@ def _meaning(selection: Selection, config: LoRAConfig) -> dict[tuple[str, ...], 
         _ALPHAS: {key: config.alpha_of(*names) for key, names in known.items()},
         _SAVED: set(selection.saved),
     }
-
-
-@contextmanager
-def _as_before(tree: Tree, injection: Injection) -> Iterator[None]:
-    """Inside, parameters require grad as before `inject`, since "all-linear" depends on what was frozen then."""
-    now = [(p, p.requires_grad) for _, p in tree.parameters]
-    try:
-        for name, p in tree.parameters:
-            if p.requires_grad is not (before := name in injection.was_trainable):
-                p.requires_grad_(before)
-        yield
-    finally:
-        for p, is_trained in now:
-            if p.requires_grad is not is_trained:
-                p.requires_grad_(is_trained)

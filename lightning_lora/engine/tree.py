@@ -10,7 +10,8 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -283,6 +284,18 @@ def weight_users(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[tup
         for p in {id(p) for p in module._parameters.values() if p is not None}:
             users.setdefault(p, []).append((name, module))
     return users
+
+
+@contextmanager
+def flags_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """After the block, each of `parameters` requires grad as before it."""
+    before = [(p, p.requires_grad) for p in parameters]
+    try:
+        yield
+    finally:
+        for p, required in before:
+            if p.requires_grad is not required:
+                p.requires_grad_(required)
 
 
 def _renew_locks() -> None:
