@@ -185,11 +185,13 @@ def _by_weight(name: str, expected: Any, live: Any) -> list[Verified]:
         else:
             base, change = _change(expected, pair.parameter)
             now = dense(live, W)
-            if is_plain(W):
-                row = _compare_weights(pair, expected, base, change, now)
+            if now.shape != change.shape:
+                shapes = f"{tuple(now.shape)}, not {tuple(change.shape)}"
+                found.append(Verified(pair.name, OTHER, note=f"its weight is of shape {shapes}"))
+            elif is_plain(W):
+                found.append(_compare_weights(pair, expected, base, change, now))
             else:
-                row = _through_noise(pair, live, W, base, change)
-            found.append(row)
+                found.append(_through_noise(pair, live, W, base, change))
     if BIAS in expected.lora_names:
         found.append(
             Verified(f"{name}.bias", UNCHECKED, note="the bias of B (lora_bias) is not looked for once merged")
@@ -225,8 +227,6 @@ def _change(layer: Any, parameter: str) -> tuple[Tensor, Tensor]:
 
 def _compare_weights(pair: Any, layer: Any, base: Tensor, change: Tensor, now: Tensor) -> Verified:
     """Judge the plain weight `now`: it is compared with the merged weight, rounded as `now` is."""
-    if now.shape != change.shape:
-        return Verified(pair.name, OTHER, note=f"its weight is of shape {tuple(now.shape)}, not {tuple(change.shape)}")
     now, base = now.to(change.device), base.to(change.device)
     now = _as_rounded(now)
     before = base.to(now.dtype).to(change.dtype)
@@ -266,8 +266,6 @@ def _through_noise(pair: Any, live: nn.Module, W: Tensor, base: Tensor, change: 
     """Judge W, the weight of `live`, which was quantized after the adapter was merged, against the exact change. The
     noise is larger than the update in each number, and averages out over all of them."""
     size, now = norm(change), dense(live, W).to(change)
-    if now.shape != change.shape:
-        return Verified(pair.name, OTHER, note=f"its weight is of shape {tuple(now.shape)}, not {tuple(change.shape)}")
     if not size:
         return Verified(pair.name, UNCHECKED, note="its update is zero")
     base = base.to(change)

@@ -123,8 +123,8 @@ class Kind:
     """The plan for a group of targets that differ only in their names and in the values of their tensors."""
 
     geometry: type[Adapter]
-    variants: tuple[type[Adapter], ...]
-    """The mixins that go in front of the geometry."""
+    mixin: Any
+    """What `adapt` puts in front of the module's class: the geometry, or variants and the geometry."""
     spec: AdapterSpec
     recipes: Sequence[Recipe]
     """One for the module's output, or one for each parameter that is adapted."""
@@ -150,18 +150,13 @@ class Kind:
         groups: Any = vars(module).get("groups", 1)  # the rank is split over the groups
         return Kind(
             geometry,
-            variants,
+            (*variants, geometry) if variants else geometry,
             spec,
             tuple(recipes.values()),
             next(iter(recipes.values())).device,
             any(p.is_meta for p in module._parameters.values() if p is not None),
             tuple(name for name, recipe in recipes.items() if recipe.is_wasteful(groups)),
         )
-
-    @property
-    def mixin(self) -> Any:
-        """What `adapt` puts in front of the module's class."""
-        return (*self.variants, self.geometry) if self.variants else self.geometry
 
     def tensors(self, name: str, module: nn.Module, measured: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Make the parameters and buffers that `adapt` gives to `module`. The update starts at zero, unless the
