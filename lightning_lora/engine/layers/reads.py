@@ -145,10 +145,7 @@ class Reads(Host):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if own is None:
             return self.value_read(name)
-        spec = self.lora.parameters.get(name, self.lora)
-        drops = bool(spec.dropout or spec.rank_dropout or spec.module_dropout)
-        is_drawn = self.lora_by_weight and self.training and drops
-        return show(self, name, own, self.shown_leaves(), is_drawn=is_drawn, to_kernels=self.lora_to_kernels)
+        return show(self, name, own)
 
     def _read_inside(self, name: str, so_far: dict[str, Any]) -> Any:
         """The adapted value for the base class's forward: in one forward every read gives the same tensor, since the
@@ -256,15 +253,15 @@ _GIVEN: weakref.WeakKeyDictionary[nn.Module, dict[str, ShownWeight]] = weakref.W
 do not contain them."""
 
 
-def show(
-    module: Any, name: str, own: Tensor, leaves: tuple[Tensor, ...], *, is_drawn: bool, to_kernels: bool
-) -> Tensor:
+def show(module: Any, name: str, own: Tensor) -> Tensor:
     """The value that a reader of the attribute `name` of the adapted layer `module` gets in place of the base's `own`.
 
     It is a ShownWeight. It is the adapted value itself (`module.value_read(name)`) where torch must see every step
-    (compiling, tracing, functional transforms, tensor subclasses), and in a forward if the reader hands it
-    `to_kernels`. `leaves` are the tensors that gradients reach. `is_drawn`: each computation draws random numbers.
+    (compiling, tracing, functional transforms, tensor subclasses), and in a forward if the reader hands it to kernels.
     """
+    leaves, spec = module.shown_leaves(), module.lora.parameters.get(name, module.lora)
+    drops = spec.dropout or spec.rank_dropout or spec.module_dropout
+    is_drawn = bool(module.lora_by_weight and module.training and drops)  # each computation draws random numbers
     if (
         fused.sees_every_step()
         or type(own) is not nn.Parameter
@@ -278,7 +275,7 @@ def show(
     trained = tuple(t for t in leaves if t.requires_grad) if grad else ()
     state = id(module.lora), module.training, grad, inference
     key = (id(own), own.data_ptr(), own.shape, *state, tuple(map(id, trained)), _versions(trained))
-    as_value = to_kernels and (SCOPE.get() is not None or own.is_cuda)
+    as_value = module.lora_to_kernels and (SCOPE.get() is not None or own.is_cuda)
     if shown is not None and shown.lora_key == key:
         return shown.lora_shown() if as_value else shown
 
