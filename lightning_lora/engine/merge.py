@@ -147,7 +147,8 @@ def merged(model: nn.Module) -> Iterator[None]:
         raise
     finally:
         with swapping(owners, mergeable.values(), refuses=False) as is_running:
-            say_again(said)
+            for config, value in said:
+                setattr(config, _FIELD, value)
             for module, parameters, attributes, adapt_again in undo:
                 module._parameters.update(parameters)
                 vars(module).update(attributes)
@@ -348,12 +349,6 @@ def say_what_is_true(models: list[Any]) -> list[tuple[Any, Any]]:
     for config, _ in before:
         setattr(config, _FIELD, False)
     return before
-
-
-def say_again(before: list[tuple[Any, Any]]) -> None:
-    """Undo `say_what_is_true`."""
-    for config, value in before:
-        setattr(config, _FIELD, value)
 
 
 def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
