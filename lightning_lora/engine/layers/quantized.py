@@ -33,10 +33,15 @@ class Steady4bit(Host):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight, bias = _own(self, "weight"), _own(self, "bias")
         values = None if bias is None or bias.requires_grad else bias.data
-        if is_rearranged(weight):  # without gradients, since the kernel writes in place
-            output = straight_through(self, x, functools.partial(torch.no_grad()(super().forward), x, *args, **kwargs))
-        else:
-            output = super().forward(x, *args, **kwargs)
+        forward = super().forward
+
+        def without_gradients() -> Tensor:
+            with torch.no_grad():  # the kernel writes in place
+                y: Tensor = forward(x, *args, **kwargs)
+                return y
+
+        is_changed = is_rearranged(weight)
+        output = straight_through(self, x, without_gradients) if is_changed else forward(x, *args, **kwargs)
         if bias is not None and values is not None and bias.dtype != values.dtype:
             bias.data = values  # the layer has rounded it to the dtype in which it computes
         return output
