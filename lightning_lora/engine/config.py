@@ -9,11 +9,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from lightning_lora.checked import flag, number, one_of, probability, whole
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.layers.pair import AdapterSpec
 from lightning_lora.engine.peft_names import in_our_names, unknown_name
 from lightning_lora.errors import ConfigError
 
@@ -28,6 +27,22 @@ def scale_of(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float
 Bias = Literal["none", "all", "lora_only"]
 AdapterDtype = Literal["float32", "base"]
 C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The rank, the scale and the dropouts of one adapted layer."""
+
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    keeps_precision: bool = True
+    """A and B stay in float32 when the model is cast to a narrower dtype (master weights)."""
+    parameters: Mapping[str, AdapterSpec] = field(default_factory=dict)
+    """Parameter name -> its own spec, where single parameters of the module are adapted and not its output."""
 
 
 class _UnknownFieldError(ConfigError, TypeError):
@@ -234,23 +249,6 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values; `LoRAConfig(**config.to_dict())` is equal to `config`."""
         return {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)}
-
-
-class FurtherFields(TypedDict, total=False):
-    """The fields of a LoRAConfig that LoRACallback does not spell in its signature, for type checkers and editors."""
-
-    target_parameters: list[str] | None
-    layers_to_transform: int | list[int] | None
-    layers_pattern: str | list[str] | None
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    trainable_token_indices: list[int] | dict[str, list[int]] | None
-    lora_bias: bool
-    freeze_a: bool
-    rank_dropout: float
-    module_dropout: float
-    alora_invocation_tokens: list[int] | None
-    adapter_dtype: AdapterDtype
 
 
 def check_is_config(config: object) -> LoRAConfig:

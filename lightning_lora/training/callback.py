@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from lightning_lora.checked import number, whole
 from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injections
-from lightning_lora.engine.config import Bias, FurtherFields
+from lightning_lora.engine.config import Bias
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
 from lightning_lora.errors import AdapterStateError, TargetError
@@ -31,6 +31,7 @@ from lightning_lora.training.run_state import watch_buffers
 from lightning_lora.training.starting import (
     AbsentError,
     AdapterToGoOnFrom,
+    FurtherFields,
     adapt_before_launch,
     adapted_as_in,
     adapters_present,
