@@ -75,6 +75,6 @@ def closest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """A sentence with the names of `known` that a user most likely meant by `name`; `otherwise` where there is none."""
+    """A sentence, after a space, that asks for the names of `known` closest to `name`; `otherwise` if none is close."""
     near = closest(name, known)
-    return f"Did you mean {listed(map(repr, near))}?" if near else otherwise
+    return f" Did you mean {listed(map(repr, near))}?" if near else otherwise

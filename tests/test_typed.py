@@ -12,7 +12,7 @@ import pytest
 
 import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig
-from lightning_lora.engine.config import FurtherFields
+from lightning_lora.training.starting import FurtherFields
 
 FILE = """\
 import torch

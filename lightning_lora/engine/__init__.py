@@ -33,11 +33,11 @@ The words that this package uses, one for each thing:
 
 from lightning_lora.engine.calibration import start_adapters
 from lightning_lora.engine.config import LoRAConfig
-from lightning_lora.engine.disabling import disabled
-from lightning_lora.engine.inject import Injection, inject, injection_of, injections, remove
+from lightning_lora.engine.inject import disabled, inject, remove
 from lightning_lora.engine.layers import Adapter, Pair, adapters, pairs
 from lightning_lora.engine.low_rank import effective_rank, stable_rank
 from lightning_lora.engine.merge import merge, merged
+from lightning_lora.engine.present import Injection, injection_of, injections
 from lightning_lora.engine.report import AdaptedModule, InjectionReport
 from lightning_lora.engine.state import adapter_state_dict, adapter_tensors, base_fingerprint, load_adapter_state_dict
 

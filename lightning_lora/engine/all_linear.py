@@ -44,9 +44,9 @@ def output_head(tree: Tree, linear: list[Target], left_out: Container[str] = ())
     other models it is the last linear layer, unless that is the only one, or lies in a stack of blocks (a ModuleList,
     or numbered siblings of one class). Modules inside parts that are `left_out` are not asked.
     """
-    saying = (m for name, m in _saying_their_head(tree) if not lies_in(name, left_out) and hasattr(m, "base_model"))
-    hf: Any = next(saying, None)
-    outside = iter(reversed(linear))
+    saying = (m for name, m in tree.modules if hasattr(m, "get_output_embeddings") and not lies_in(name, left_out))
+    hf: Any = next((m for m in saying if hasattr(m, "base_model")), None)
+    outside = list(reversed(linear))
     if hf is not None:
         try:
             embeddings = hf.get_output_embeddings()
@@ -56,32 +56,12 @@ def output_head(tree: Tree, linear: list[Target], left_out: Container[str] = ())
         for target in linear:
             if target.module is embeddings:
                 return target.name
-        is_inside = _is_inside(unwrapped(hf.base_model) if isinstance(hf.base_model, nn.Module) else hf, tree)
-        outside = (t for t in outside if not is_inside(t))
-    last = next(outside, None)
+        inside = {id(m) for m in (hf.base_model if isinstance(hf.base_model, nn.Module) else hf).modules()}
+        outside = [target for target in outside if id(target.module) not in inside]
+    last = next(iter(outside), None)
     if last is None or len(linear) == 1 or _in_stack(tree.root, last.name):
         return None
     return last.name
-
-
-def _saying_their_head(tree: Tree) -> Iterator[tuple[str, nn.Module]]:
-    """The modules with a method `get_output_embeddings`. Classes are asked first, since hasattr on a module is slow."""
-    method = "get_output_embeddings"
-    own = nn.Module.__getattr__
-    may = {c for c in tree.classes if hasattr(c, method) or getattr(c, "__getattr__", None) is not own}
-    return ((name, m) for name, m in tree.modules if (type(m) in may and hasattr(m, method)) or method in m.__dict__)
-
-
-def _is_inside(body: nn.Module, tree: Tree) -> Callable[[Target], bool]:
-    """A test whether a target lies in `body`: one of its names begins with one of the names of `body`."""
-    names = [name for name, module in tree.every if module is body]
-    if not names:  # `body` itself is not registered in the model, though its parts may be
-        ids = {id(m) for m in body.modules()}
-        return lambda target: id(target.module) in ids
-    if "" in names:
-        return lambda target: True
-    stems = tuple(f"{name}." for name in names)
-    return lambda target: target.module is body or any(n.startswith(stems) for n in (target.name, *target.aliases))
 
 
 def _in_stack(model: nn.Module, name: str) -> bool:
@@ -184,7 +164,8 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
         return found
     head = head_of()
     part_of = {t.name: _outermost(t.name, awake, asleep) for t in linear}
-    if head is not None and _holds_more(part_of.get(head), tree):
+    within = part_of.get(head or "")
+    if within is not None and sum(lies_in(layer.name, (within,)) for layer in _layers(tree)) > 1:
         head = None  # it is not the model's output layer, but the last layer of a reference
     parts = list(dict.fromkeys(part for name, part in part_of.items() if part is not None and name != head))
     if not parts:
@@ -202,11 +183,6 @@ def references(tree: Tree, linear: Sequence[Target], head_of: Callable[[], str |
             if _is_copy(part, tree, layers, training) or (not is_only_the_head and _is_block(part, tree, awake))
         ]
     return found | dict.fromkeys(parts, _FROZEN)
-
-
-def _holds_more(part: str | None, tree: Tree) -> bool:
-    """True if `part` has several layers."""
-    return part is not None and sum(lies_in(layer.name, (part,)) for layer in _layers(tree)) > 1
 
 
 def lies_in(name: str, parts: Any) -> bool:
@@ -227,18 +203,14 @@ def _states(tree: Tree) -> tuple[set[str], set[str]]:
     awake: set[str] = set()
     asleep: set[str] = set()
     for name, p in tree.parameters:
-        if p.requires_grad or _could_train(p):
+        # Weights of bitsandbytes' never train: those that are not quantized yet will be when they are moved.
+        if p.requires_grad or (is_plain(p) and not type(p).__module__.startswith("bitsandbytes.")):
             states = awake if p.requires_grad else asleep
             owner = name.rpartition(".")[0]
             while owner not in states:
                 states.add(owner)
                 owner = owner.rpartition(".")[0]
     return awake, asleep
-
-
-def _could_train(p: nn.Parameter) -> bool:
-    """False for a quantized weight, and for a weight of bitsandbytes', which will be quantized when it is moved."""
-    return is_plain(p) and not type(p).__module__.startswith("bitsandbytes.")
 
 
 def _outermost(name: str, awake: set[str], asleep: set[str]) -> str | None:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.inits import INITS, MEASURES
-from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import Adapter, adapters, geometry_of
+from lightning_lora.engine.layers.embedding import TokenRows
 from lightning_lora.engine.layers.fresh import Kind, Measured, check_measured, drawing_on
-from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.present import injections
 from lightning_lora.engine.targets import select
-from lightning_lora.engine.tree import Tree, submodule
-from lightning_lora.engine.vocabulary import token_tensors
+from lightning_lora.engine.trained import token_tensors
+from lightning_lora.engine.tree import Tree, flags_kept, name_in, submodule
 from lightning_lora.engine.weights import dense, fill, is_plain
 from lightning_lora.errors import AdapterStateError, DataError, TargetError, listed
 
@@ -48,7 +48,9 @@ def calibrate(model: nn.Module, config: LoRAConfig, step: Step, batches: Iterabl
     if not wants:
         return {}
     batches = list(batches) if len(wants) > 1 else batches
-    with _undisturbed(model), torch.random.fork_rng(_devices(model)):
+    devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
+    with flags_kept(model.parameters()), evaluating(model), torch.random.fork_rng(devices):
+        model.requires_grad_(False)
         found = {name: _READERS[m.reads](layers, m.function, step, batches) for name, m in sorted(wants.items())}
     unreached = [name for name in layers if any(name not in by_name for by_name in found.values())]
     if unreached:
@@ -95,7 +97,7 @@ def residuals(model: nn.Module, config: LoRAConfig, weight_of: Callable[[str], T
 
 def _layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     adapted: dict[str, nn.Module] = {name: m for name, m in adapters(model) if m.lora_pairs(name)}
-    return adapted or {target.name: target.module for target in select(model, config).targets}
+    return adapted or {target.name: target.module for target in select(config, Tree.of(model)).targets}
 
 
 @torch.no_grad()
@@ -197,28 +199,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model is in eval mode inside, and no parameter requires grad; both are put back after."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    everything = list(model.parameters())
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        with evaluating(model):
-            yield
-    finally:
-        for p in everything:
-            if p.is_floating_point():
-                p.requires_grad_(False)
-        for p in trainable:
-            p.requires_grad_()
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    return [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
-
-
 # Starts, in place, adapters that `inject(..., start=False)` left at zero.
 
 
@@ -246,8 +226,7 @@ def start_adapters(model: nn.Module, measured: Measured | None = None) -> None:
         raise AdapterStateError(f"{listed(absent)} is still on the meta device: load the weights of the model first.")
     values: list[tuple[Adapter, str, Tensor]] = []
     for root, injection in waiting:
-        prefix = f"{root}." if root else ""
-        found = {prefix + n: module for n, module in adapters(submodule(model, root)) if _is_unstarted(module)}
+        found = {name_in(root, n): module for n, module in adapters(submodule(model, root)) if _is_unstarted(module)}
         check_measured(injection.config, [n for n, m in found.items() if not isinstance(m, TokenRows)], measured or {})
         for name, module in found.items():
             if isinstance(module, TokenRows):

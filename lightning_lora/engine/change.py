@@ -17,8 +17,8 @@ from lightning_lora.engine.inits import INITS, kaiming
 from lightning_lora.engine.layers import DoRA, Pair
 from lightning_lora.engine.layers.fresh import drawing_on
 from lightning_lora.engine.layers.pair import START, AdapterSpec, as_blocks, from_blocks
+from lightning_lora.engine.layers.reads import forget
 from lightning_lora.engine.low_rank import product_norm
-from lightning_lora.engine.reads import forget
 from lightning_lora.errors import AdapterStateError
 
 

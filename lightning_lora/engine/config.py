@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from lightning_lora.checked import flag, number, one_of, probability, whole
 from lightning_lora.engine.inits import INITS
@@ -26,6 +27,22 @@ def scale_of(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float
 Bias = Literal["none", "all", "lora_only"]
 AdapterDtype = Literal["float32", "base"]
 C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The rank, the scale and the dropouts of one adapted layer."""
+
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    keeps_precision: bool = True
+    """A and B stay in float32 when the model is cast to a narrower dtype (master weights)."""
+    parameters: Mapping[str, AdapterSpec] = field(default_factory=dict)
+    """Parameter name -> its own spec, where single parameters of the module are adapted and not its output."""
 
 
 class _UnknownFieldError(ConfigError, TypeError):
@@ -171,7 +188,10 @@ class LoRAConfig:
             raise ConfigError(
                 "layers_to_transform chooses among target_modules, and there are none. Name some, or leave it out."
             )
-        self._check_ranks()
+        multiple = INITS[self.init].rank_multiple
+        others = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % multiple]
+        if others:
+            raise ConfigError(f"init={self.init!r} needs ranks that are multiples of {multiple}, not {others[0]}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern has no effect without layers_to_transform. Give both, or neither.")
         is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
@@ -195,12 +215,6 @@ class LoRAConfig:
                 "also where the adapter must not. lora_bias gives B one of its own."
             )
 
-    def _check_ranks(self) -> None:
-        multiple = INITS[self.init].rank_multiple
-        others = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % multiple]
-        if others:
-            raise ConfigError(f"init={self.init!r} needs ranks that are multiples of {multiple}, not {others[0]}.")
-
     def rank_of(self, *names: str) -> int:
         """The rank for the module or the parameter called `names`."""
         return _first_match(self.rank_pattern, names, self.rank)
@@ -211,7 +225,20 @@ class LoRAConfig:
 
     def scale_of(self, *names: str) -> float:
         """The scale for the module or the parameter called `names`: alpha / rank, or alpha / sqrt(rank)."""
-        return scale_of(self.alpha_of(*names), self.rank_of(*names), rank_stabilised=self.use_rslora)
+        return self.spec_of(*names).scale
+
+    def spec_of(self, *names: str) -> AdapterSpec:
+        """The rank, the scale and the dropouts for the module or the parameter called `names`."""
+        rank, alpha = self.rank_of(*names), self.alpha_of(*names)
+        return AdapterSpec(
+            rank=rank,
+            alpha=alpha,
+            scale=scale_of(alpha, rank, rank_stabilised=self.use_rslora),
+            dropout=self.dropout,
+            rank_dropout=self.rank_dropout,
+            module_dropout=self.module_dropout,
+            keeps_precision=self.adapter_dtype == "float32",
+        )
 
     def __repr__(self) -> str:
         """Shows rank, alpha and target_modules, and the fields that differ from their defaults."""
@@ -221,24 +248,7 @@ class LoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values; `LoRAConfig(**config.to_dict())` is equal to `config`."""
-        return {f.name: _copied(getattr(self, f.name)) for f in fields(self)}
-
-
-class FurtherFields(TypedDict, total=False):
-    """The fields of a LoRAConfig that LoRACallback does not spell in its signature, for type checkers and editors."""
-
-    target_parameters: list[str] | None
-    layers_to_transform: int | list[int] | None
-    layers_pattern: str | list[str] | None
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    trainable_token_indices: list[int] | dict[str, list[int]] | None
-    lora_bias: bool
-    freeze_a: bool
-    rank_dropout: float
-    module_dropout: float
-    alora_invocation_tokens: list[int] | None
-    adapter_dtype: AdapterDtype
+        return {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)}
 
 
 def check_is_config(config: object) -> LoRAConfig:
@@ -287,10 +297,6 @@ def _first_match(pattern: Mapping[str, Any], names: tuple[str, ...], default: An
     return default
 
 
-def _copied(value: Any) -> Any:
-    return type(value)(value) if isinstance(value, (list, dict)) else value
-
-
 def _alpha(name: str, value: object) -> float:
     return number(name, value, above=0, why="the update is multiplied by alpha / rank")
 
@@ -336,12 +342,7 @@ def _tokens(value: Any) -> Any:
 
 def _indices(value: Any) -> list[int]:
     name = "trainable_token_indices"
-    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
-        raise ConfigError(f"{name} is a list of indices, or a dict of them by name, not {value!r}.")
-    indices = list(value)
-    for index in indices:
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ConfigError(f"{name} is {value!r}, and {index!r} is no index of a token.")
+    indices = _numbers(value, f"{name} is a list of indices, or a dict of them by name, not {value!r}.")
     if not indices or len(set(indices)) < len(indices):
         raise ConfigError(f"{name} is {value!r}: give at least one index, and each index once.")
     return indices
@@ -350,29 +351,34 @@ def _indices(value: Any) -> list[int]:
 def _invocation(value: Any) -> list[int] | None:
     if value is None:
         return None
-    tokens = list(value) if hasattr(value, "__iter__") and not isinstance(value, (str, Mapping)) else []
-    if not tokens or any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in tokens):
-        raise ConfigError(
-            f"alora_invocation_tokens are the ids of one or more tokens, such as [5, 17], not {value!r}: "
-            "tokenizer.encode(text, add_special_tokens=False) gives them."
-        )
+    wrong = (
+        f"alora_invocation_tokens are the ids of one or more tokens, such as [5, 17], not {value!r}: "
+        "tokenizer.encode(text, add_special_tokens=False) gives them."
+    )
+    if not (tokens := _numbers(value, wrong)):
+        raise ConfigError(wrong)
     return tokens
 
 
 def _layers(value: Any) -> list[int] | None:
     if value is None:
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = [value]
-    if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
-        raise ConfigError(f"layers_to_transform is a layer number or a list of them, not {value!r}.")
-    layers = list(value)
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-            raise ConfigError(f"layers_to_transform holds {layer!r}, which is not a layer number.")
+    wrong = f"layers_to_transform is a layer number or a list of them, not {value!r}."
+    layers = _numbers([value] if isinstance(value, int) else value, wrong)
     if not layers:
         raise ConfigError(f"layers_to_transform is {value!r}: nothing would be adapted.")
     return layers
+
+
+def _numbers(value: Any, wrong: str) -> list[int]:
+    """`value`, a collection of whole numbers from 0 on, as a list. Raises ConfigError (`wrong`) for others."""
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
+        raise ConfigError(wrong)
+    numbers = list(value)
+    for one in numbers:
+        if isinstance(one, bool) or not isinstance(one, int) or one < 0:
+            raise ConfigError(f"{wrong} {one!r} is no whole number from 0 on.")
+    return numbers
 
 
 def _pattern(name: str, value: Any) -> dict[str, Any]:

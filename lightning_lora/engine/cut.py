@@ -78,7 +78,9 @@ class Resized:
     def error(self) -> float:
         """||B A - B' A'||_F relative to ||B A||_F, with the rounding of what is stored; 0 if B A is just rounding."""
         size = product_norm(self.old_B, self.old_A)
-        if _is_rounding(size, self.old_A, self.old_B):
+        # Factors that are not zero may cancel, as those of an untrained "orthogonal" start do.
+        eps = min(torch.finfo(t.dtype).eps for t in (self.old_A, self.old_B, torch.empty(0, dtype=torch.float32)))
+        if size <= eps * float(self.old_A.double().norm() * self.old_B.double().norm()):
             return 0.0
         return product_change(self.old_B, self.old_A, self.B, self.A) / size
 
@@ -104,13 +106,6 @@ def resized(A: Tensor, B: Tensor, rank: int) -> Resized:
     new_B = torch.where(is_empty[..., None, :], 0.0, found.B)
     short = rank - S.shape[-1]  # the weight has a smaller side
     return Resized(F.pad(new_A, (0, 0, 0, short)), F.pad(new_B, (0, short)), A, B)
-
-
-def _is_rounding(size: float, A: Tensor, B: Tensor) -> bool:
-    """True if B A, of the norm `size`, is zero but for rounding: also where factors that are not zero cancel, as those
-    of an untrained "orthogonal" start do."""
-    eps = min(torch.finfo(t.dtype).eps for t in (A, B, torch.empty(0, dtype=torch.float32)))
-    return size <= eps * float(A.double().norm() * B.double().norm())
 
 
 def in_each_block(rank: int, name: str, A: Tensor, B: Tensor, old: int) -> int:

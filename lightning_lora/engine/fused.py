@@ -297,15 +297,12 @@ def _add_product(Y: Tensor, H: Tensor, M: Tensor, scale: float) -> Tensor:
     """Y + scale * H^T M, in Y's memory; Y is contiguous."""
     rank, n = H.shape
     width = Y.shape[1]
-    if rank < 16 and width % 1024 == 0 and Y.is_cpu:
+    if rank <= 12 and n % 8 == 0 and width % 1024 == 0 and Y.is_cpu and Y.dtype == torch.float32:
         # Rows that lie a multiple of 4 KiB apart compete for the same few lines of the first cache, and narrow products
-        # take up to three times as long. This is avoided in float32 by eight rows at a time, in bfloat16 by 16 ranks.
-        if Y.dtype == torch.float32 and rank <= 12 and n % 8 == 0:
-            rows = H.t().reshape(n // 8, 8, rank)
-            Y.view(n // 8, 8, width).baddbmm_(rows, M.expand(n // 8, rank, width), alpha=scale)
-            return Y
-        if Y.dtype == torch.bfloat16 and width % 2048 == 0:
-            H, M = F.pad(H, (0, 0, 0, 16 - rank)), F.pad(M, (0, 0, 0, 16 - rank))
+        # take up to three times as long. Eight rows at a time avoid this.
+        rows = H.t().reshape(n // 8, 8, rank)
+        Y.view(n // 8, 8, width).baddbmm_(rows, M.expand(n // 8, rank, width), alpha=scale)
+        return Y
     return Y.addmm_(H.t(), M, alpha=scale)
 
 

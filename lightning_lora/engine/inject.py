@@ -1,4 +1,4 @@
-"""Puts adapters into a model, and takes them out again.
+"""Puts adapters into a model, takes them out again, and switches them off for a while.
 
 `inject` checks everything first and changes the model after, so a call that raises leaves the model as it was. It
 leaves an `Injection` on the module it was given: the record from which `remove` undoes the injection.
@@ -7,70 +7,47 @@ leaves an `Injection` on the module it was given: the record from which `remove`
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import groupby
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine import switch
 from lightning_lora.engine.config import LoRAConfig, check_is_config
 from lightning_lora.engine.forwards import listen_for_forwards, swapping, unlisten_for_forwards
 from lightning_lora.engine.layers.alora import check_readers, listen, stop_listening
 from lightning_lora.engine.layers.base import adapt, is_adapter, unadapt
-from lightning_lora.engine.layers.fresh import Measured, check_measured, drawing_on
+from lightning_lora.engine.layers.fresh import Measured, check_measured, fresh_tensors
 from lightning_lora.engine.layers.frozen import (
     FrozenNorm,
-    freeze_statistics,
-    has_running_statistics,
-    may_have_running_statistics,
+    freeze_norms,
     read_as_held,
+    read_by_switch,
     release_statistics,
 )
-from lightning_lora.engine.layers.quantized import is_kept, keep_in_place, let_go, may_be_kept
-from lightning_lora.engine.layers.tokens import TokenRows
-from lightning_lora.engine.plain_names import with_plain_names
+from lightning_lora.engine.layers.quantized import keep_in_place, let_go
 from lightning_lora.engine.plan import planned
-from lightning_lora.engine.present import RECORD, are_merged, check_none_of_ours, check_removable
-from lightning_lora.engine.report import InjectionReport, rows
-from lightning_lora.engine.targets import check_shared, select, tensors_trained_whole
+from lightning_lora.engine.present import (
+    RECORD,
+    Injection,
+    are_merged,
+    check_none_of_ours,
+    check_removable,
+    injection_of,
+    injections,
+)
+from lightning_lora.engine.report import InjectionReport, report_rows
+from lightning_lora.engine.swap import check_swappable, is_swapped
+from lightning_lora.engine.targets import select, with_plain_names
 from lightning_lora.engine.torch_private import check_overridden
-from lightning_lora.engine.tree import Tree, weight_users
-from lightning_lora.engine.vocabulary import token_tensors, vocabulary
-from lightning_lora.engine.weights import check_unsharded, shape_of
+from lightning_lora.engine.trained import trained_besides
+from lightning_lora.engine.tree import Tree, submodule
+from lightning_lora.engine.weights import check_unsharded, is_sharded, shape_of
 from lightning_lora.errors import AdapterStateError, TargetError, listed
-
-
-@dataclass
-class Injection:
-    """The record that `inject` leaves on the module it was given. Names are relative to it, and without wrappers."""
-
-    config: LoRAConfig
-    was_trainable: frozenset[str]
-    """Names of the parameters that required grad before."""
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    """Name -> value before training, of the parameters and buffers that are trained whole: `remove` puts it back."""
-    head: str | None = None
-    """The layer that "all-linear" took for the output head and left out."""
-    frozen_norms: tuple[str, ...] = ()
-    """Names of the norms whose running statistics were frozen."""
-    kept_in_place: tuple[str, ...] = ()
-    """Names of quantized layers without an adapter that may not rearrange their weight (`keep_in_place`)."""
-    awaits_start: bool = False
-    """True while A and B are neither started nor loaded."""
-    adapted: dict[str, nn.Module] = field(default_factory=dict, repr=False)
-    """Name -> adapted module, for `check_as_injected`; without the module that holds this record."""
-    tables: set[str] = field(default_factory=set)
-    """Names in `originals` that are not trained but came with the adapter (tables.py)."""
-    report: InjectionReport | None = field(default=None, repr=False)
-    """The report that `inject` returned."""
-
-    @property
-    def trained_whole(self) -> list[str]:
-        """Names of the parameters and buffers that are saved beside A and B: trained whole, or loaded with them."""
-        return list(self.originals)
 
 
 def inject(
@@ -121,92 +98,56 @@ def inject(
     check_overridden()
     config = with_plain_names(LoRAConfig() if config is None else check_is_config(config), tree)
     _check_unadapted(model, tree)
-    selection = select(model, config, tree)
+    selection = select(config, tree)
     plan = planned(selection.targets, config)
+    whole, with_rows, rows = trained_besides(config, selection)
     if config.alora_invocation_tokens:
         check_readers(model)
-    vocabularies = vocabulary(model, config, selection)
-    measured = measured or {}
-    if start:
-        check_measured(config, [target.name for target in selection.targets], measured)
-    whole = tensors_trained_whole(model, config, selection)
-    rows_of = {f"{name}.weight": module._parameters["weight"] for name, module, _, _ in vocabularies}
-    check_shared(model, config, selection, whole, rows_of)
-    wasteful = [target.names_of(name)[0] for target, kind in plan if kind.wasteful for name in kind.wasteful]
+    wasteful = [target.names_of(name)[0] for target, kind in plan for name in kind.wasteful]
     if wasteful:  # warn before anything is changed, since a user may turn warnings into errors
         warnings.warn(
             f"A rank above a layer's smaller side is legal but wasteful, since B A cannot have a higher one: "
             f"{listed(wasteful)}. Lower rank, or set rank_pattern.",
             stacklevel=2,
         )
-
+    swaps = [*((target.name, target.module, kind.mixin, kind.spec) for target, kind in plan), *with_rows]
+    for name, layer, mixin, _ in swaps:
+        check_swappable(name, layer, mixin)
+    if start:
+        check_measured(config, [target.name for target in selection.targets], measured or {})
     start = start and not any(kind.is_on_meta for _, kind in plan)
-    saved_modules = {id(m) for saved in selection.saved.values() for m in saved.modules()}
-    targeted = {id(target.module) for target in selection.targets}
-    norms = {
-        name: m
-        for name, m in tree.of_classes(may_have_running_statistics)
-        if has_running_statistics(m) and id(m) not in saved_modules
-    }
-    kept = {name: m for name, m in tree.of_classes(may_be_kept) if id(m) not in targeted and is_kept(m)}
+    tensors = [*fresh_tensors(plan, (measured or {}) if start else None), *rows]
+    modules = tuple(report_rows(plan, tensors, tree))
     injection = Injection(
         config=config,
         was_trainable=frozenset(name for name, p in tree.parameters if p.requires_grad),
         originals={name: t.detach().clone() for name, t in whole.items()},
         head=selection.head,
-        frozen_norms=tuple(norms),
-        kept_in_place=tuple(kept),
         awaits_start=not start,
-        adapted={
-            name: module
-            for name, module in (*((t.name, t.module) for t in selection.targets), *(v[:2] for v in vocabularies))
-            if module is not model
-        },
+        adapted={name: layer for name, layer, *_ in swaps if layer is not model},
     )
-    tensors: list[dict[str, Tensor]] = []
-    for device, steps in groupby(plan, key=lambda step: step[1].device):
-        with drawing_on(device):
-            tensors += [
-                kind.tensors(target.name, target.module, measured.get(target.name, {}) if start else None)
-                for target, kind in steps
-            ]
-    tokens = [token_tensors(module, spec, config) for _, module, _, spec in vocabularies]
     # Nothing below can fail for a reason in the model or the config.
-    parameters = {id(p): p for _, p in tree.parameters}
-    tied = weight_users(tree.modules) if len(parameters) < len(tree.parameters) else {}
-    adapted = tuple(rows(plan, tensors, tied))
     trained = {id(t) for t in whole.values()}
-    trainable = frozen = 0
-    for key, p in parameters.items():
-        is_trained = key in trained
-        if p.requires_grad is not is_trained:
+    for _, p in tree.parameters:
+        if p.requires_grad is not (is_trained := id(p) in trained):
             p.requires_grad_(is_trained)
-        if is_trained:
-            trainable += p.numel()
-        else:
-            frozen += math.prod(shape_of(p))
-    for (target, kind), own in zip(plan, tensors):
-        adapt(target.module, kind.mixin, kind.spec, own, target.name)
-    for (name, module, rows_of_tokens, spec), own in zip(vocabularies, tokens):
-        adapt(module, rows_of_tokens, spec, own, name)
+    for (name, layer, mixin, spec), own in zip(swaps, tensors):
+        adapt(layer, mixin, spec, own, name)
     listen_for_forwards(model)
     if config.alora_invocation_tokens:
         listen(model, config.alora_invocation_tokens)
-    for module in norms.values():
-        freeze_statistics(module)
-    for module in kept.values():
-        keep_in_place(module)
+    injection.frozen_norms = freeze_norms(tree.modules, selection.inside)
+    injection.kept_in_place = keep_in_place(tree.modules)
     model.__dict__[RECORD] = injection
-    of_tokens = (t for own in tokens for t in own.values())
-    fresh = (t for own in tensors for t in own.values() if isinstance(t, nn.Parameter) and not t.requires_grad)
+    parameters = {id(p): p for _, p in Tree.of(model).parameters}.values()
     injection.report = InjectionReport(
-        modules=adapted,
-        trained_whole=tuple(injection.trained_whole),
-        head=injection.head,
+        modules=modules,
+        trained_whole=tuple(whole),
+        head=selection.head,
         left_out=selection.left_out,
-        tokens={name: len(module.lora.tokens) for name, module, _, _ in vocabularies if isinstance(module, TokenRows)},
-        trainable=trainable + sum(m.parameters for m in adapted) + sum(t.numel() for t in of_tokens),
-        frozen=frozen + (sum(t.numel() for t in fresh) if config.freeze_a else 0),
+        tokens={name: len(spec.tokens) for name, _, _, spec in with_rows},
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        frozen=sum(math.prod(shape_of(p)) for p in parameters if not p.requires_grad),
     )
     return injection.report
 
@@ -296,25 +237,6 @@ def release(model: nn.Module, injection: Injection) -> None:
     del model.__dict__[RECORD]
 
 
-def injection_of(model: nn.Module) -> Injection:
-    """The record that `inject` left on this module (inside its wrappers). Raises AdapterStateError if there is none."""
-    tree = Tree.of(model)
-    injection = tree.root.__dict__.get(RECORD)
-    if injection is None:
-        inside = [name for name, m in tree.modules if RECORD in m.__dict__]
-        hint = f" It was called on its submodule {inside[0]!r}: pass that one." if inside else ""
-        raise AdapterStateError(f"{type(model).__name__} was not adapted: inject was not called on it.{hint}")
-    return injection
-
-
-def injections(model: nn.Module, tree: Tree | None = None) -> Iterator[tuple[str, Injection]]:
-    """The records that `inject` left on `model` and on modules inside it, each with the name of its module. `tree` is
-    Tree.of(model), if known."""
-    for name, module in (tree or Tree.of(model)).modules:
-        if RECORD in module.__dict__:
-            yield name, module.__dict__[RECORD]
-
-
 def _check_unadapted(model: nn.Module, tree: Tree) -> None:
     check_none_of_ours(model, tree)
     check_unsharded(
@@ -338,3 +260,100 @@ def take_tables(model: nn.Module, names: Iterable[str]) -> None:
     taken = {name: there[name].detach().clone() for name in names}
     injection.originals.update(taken)
     injection.tables |= taken.keys()
+
+
+# Switches the adapters of a model off for a while, in this thread or task alone.
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Switch the adapters of `model` off inside a `with` block: for the reference pass of DPO, or to compare.
+
+    Inside, `model` computes what it did before `inject`, bit for bit. Layers run, and weights read, without their
+    adapters; tensors that are trained whole (modules_to_save, biases, token rows) act with their values from before
+    training. No tensor is changed: state dicts, `parameters()` and `save_adapter` still give the trained values. The
+    training mode stays as it is, so the base's own dropout stays on; norms whose statistics `inject` froze stay frozen.
+
+    The block holds for the thread or the task that entered it, and may be nested. If a backward pass outside computes a
+    forward from inside again (activation checkpointing), it runs without adapters again. Compiled code runs inside with
+    graph breaks; with fullgraph=True it raises torch's error.
+
+    Args:
+        model: The module that `inject` was called on, or a module around it.
+
+    Raises:
+        AdapterStateError: `model` has no adapters, is only a part of the module that was adapted, or is merged.
+            `merge`, `merged` and `remove` raise it while any thread is inside the block.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, disabled, inject
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> x = torch.ones(1, 4)
+        >>> before = model(x)
+        >>> report = inject(model, LoRAConfig(rank=2, target_modules=["0"]))
+        >>> with torch.no_grad():
+        ...     _ = model[0].lora_B.fill_(1.0)  # as if it had been trained
+        >>> with torch.no_grad(), disabled(model):
+        ...     reference = model(x)
+        >>> torch.equal(reference, before), torch.equal(model(x), before)
+        (True, False)
+    """
+    is_compiled = "torch._dynamo" in sys.modules
+    with (torch.compiler.disable(_off) if is_compiled else _off)(model):
+        yield
+
+
+def _off(model: nn.Module) -> AbstractContextManager[None]:
+    tree = Tree.of(model)
+    _check_can_be_off(tree)
+    held = _originals(tree)
+    for _, module in tree.modules if held else ():
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        if names := {name: held[id(t)] for name, t in tensors if id(t) in held}:
+            read_by_switch(module, names)
+    return switch.off(tree.root, frozenset(id(module) for _, module in tree.modules))
+
+
+def _check_can_be_off(tree: Tree) -> None:
+    kind = type(tree.root).__name__
+    adapted = tree.of_classes(is_adapter)
+    records = list(injections(tree.root, tree))
+    if not adapted and records:
+        raise AdapterStateError(f"{kind} is merged, or its adapted layers were replaced: there is nothing to disable.")
+    if not adapted:
+        raise AdapterStateError(f"{kind} has no adapters to disable: call inject(model, config) first.")
+    known = {id(module) for _, injection in records for module in injection.adapted.values()}
+    outside = [name for name, module in adapted if id(module) not in known and RECORD not in module.__dict__]
+    if outside:
+        raise AdapterStateError(
+            f"{listed(map(repr, outside), 3)} of this {kind} was adapted as a part of a larger module, and other parts "
+            "may be trained too: pass the module that inject was called on (under a Trainer, the LightningModule)."
+        )
+    changed = [name for name, module in adapted if not is_swapped(type(module))]
+    if changed:
+        raise AdapterStateError(
+            f"{listed(map(repr, changed))} changed its class after it was adapted (a parametrization, for example): "
+            "what it computes without its adapter is not known. Undo that first."
+        )
+    for _, wrapper in tree.wrappers:
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+            raise AdapterStateError(
+                f"nn.DataParallel runs copies of {kind} in threads of its own, in which its adapters would act: call "
+                "the module inside of it (model.module), or use DistributedDataParallel."
+            )
+
+
+def _originals(tree: Tree) -> dict[int, Tensor]:
+    """id(tensor) -> its value before training, for each tensor that is trained whole."""
+    found: dict[int, Tensor] = {}
+    for name, injection in injections(tree.root, tree):
+        for tensor, original in originals_of(submodule(tree.root, name), injection):
+            if original.is_meta or is_sharded(tensor):
+                raise AdapterStateError(
+                    f"{listed(injection.trained_whole, 3)} of {type(tree.root).__name__} is trained whole, and is "
+                    f"{'on the meta device still' if original.is_meta else 'sharded over processes'}: its values "
+                    "before training cannot be used here. Train it unsharded, or keep a copy of the base for this."
+                )
+            found[id(tensor)] = original
+    return found

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine.tree import name_in
+
 
 class Held(NamedTuple):
     """A tensor that a module of the model holds."""
@@ -85,14 +87,13 @@ def repeats(t: Tensor) -> bool:
 
 def _held_by(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Held]:
     for prefix, module in modules:
-        at = f"{prefix}." if prefix else ""
         for own in (module._parameters, module._buffers):
-            yield from (Held(at + name, t, False) for name, t in own.items() if t is not None)
+            yield from (Held(name_in(prefix, name), t, False) for name, t in own.items() if t is not None)
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", "_modules"):
                 continue
             values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            yield from (Held(at + name, t, True) for t in (value, *values) if isinstance(t, Tensor))
+            yield from (Held(name_in(prefix, name), t, True) for t in (value, *values) if isinstance(t, Tensor))
 
 
 def _span(t: Tensor) -> tuple[str, int, int] | None:

@@ -7,22 +7,21 @@ in half precision.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.forwards import swapping
-from lightning_lora.engine.inject import injections, release
+from lightning_lora.engine.inject import release
 from lightning_lora.engine.judged import SURVIVES, project
 from lightning_lora.engine.layers.base import Adapter, adapters, unadapt
+from lightning_lora.engine.layers.embedding import TokenRows
 from lightning_lora.engine.layers.pair import BIAS, FACTORS
-from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import Memory, largest_in, repeats
-from lightning_lora.engine.present import check_removable, check_some_of_ours
+from lightning_lora.engine.present import check_as_injected, check_removable, check_some_of_ours, injections
 from lightning_lora.engine.tree import Tree, name_in, submodule, unwrapped, weight_users
 from lightning_lora.engine.weights import dense, is_plain, stored
 from lightning_lora.errors import AdapterStateError, listed
@@ -88,19 +87,14 @@ def merge(model: nn.Module) -> None:
     with swapping([owner for owner, _ in records], mergeable.values()):
         for module in mergeable.values():
             values, attributes = _merged(module)
-            kind = type(module)
-            unadapt(module)
             for name, value in values.items():
-                parameter = module._parameters[name]
-                assert parameter is not None
-                in_place = is_plain(parameter) and parameter.shape == value.shape and not repeats(parameter)
-                if shared[id(parameter)] or not in_place:  # a new parameter: others keep the shared one
-                    module._parameters[name] = _parameter(value)
-                else:
+                own = module._parameters[name]
+                assert own is not None
+                in_place = is_plain(own) and own.shape == value.shape and not repeats(own)
+                if in_place and not shared[id(own)]:  # else a new parameter: others keep the shared one
                     with torch.no_grad():
-                        parameter.copy_(value)
-            vars(module).update(attributes)
-            kind.parameters_replaced(module)
+                        values[name] = own.copy_(value)
+            _put(module, values, attributes)
     say_what_is_true(tied)
     for owner, injection in records:
         release(owner, injection)
@@ -138,16 +132,12 @@ def merged(model: nn.Module) -> Iterator[None]:
     _check_rounding(mergeable)
     _warn_of_growth(mergeable)
     tied = tied_models(model)
-    merged_layers = [(module, type(module), *_merged(module)) for module in mergeable.values()]
+    merged_layers = [(module, *_merged(module)) for module in mergeable.values()]
     undo = []
     with swapping(owners, mergeable.values()):
-        for module, kind, values, attributes in merged_layers:
+        for module, values, attributes in merged_layers:
             before = {name: module._parameters[name] for name in values}, {n: getattr(module, n) for n in attributes}
-            undo.append((module, *before, unadapt(module)))
-            for name, value in values.items():
-                module._parameters[name] = _parameter(value)
-            vars(module).update(attributes)
-            kind.parameters_replaced(module)
+            undo.append((module, *before, _put(module, values, attributes)))
         said = say_what_is_true(tied)
     raised: type[BaseException] | None = None
     try:
@@ -157,7 +147,8 @@ def merged(model: nn.Module) -> Iterator[None]:
         raise
     finally:
         with swapping(owners, mergeable.values(), refuses=False) as is_running:
-            say_again(said)
+            for config, value in said:
+                setattr(config, _FIELD, value)
             for module, parameters, attributes, adapt_again in undo:
                 module._parameters.update(parameters)
                 vars(module).update(attributes)
@@ -214,8 +205,17 @@ def _merged(module: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return values, attributes | module.merged_attributes()
 
 
-def _parameter(value: Tensor) -> nn.Parameter:
-    return value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+def _put(module: Adapter, values: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> Callable[[], None]:
+    """Take the adapter of `module` away and give it these parameters and attributes. Returns a function that adapts it
+    again."""
+    kind = type(module)
+    adapt_again = unadapt(module)
+    for name, value in values.items():
+        p = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        module._parameters[name] = p
+    vars(module).update(attributes)
+    kind.parameters_replaced(module)
+    return adapt_again
 
 
 def _warn_of_growth(mergeable: Mapping[str, Adapter]) -> None:
@@ -316,7 +316,7 @@ def _changes(name: str, module: Adapter) -> Iterator[tuple[str, Tensor, Tensor, 
         yield name, W, W[module.lora_rows], module.tokens
     mine, bias = module._parameters.get(BIAS), module._parameters.get("bias")
     if mine is not None and bias is not None:
-        yield f"{name}.bias" if name else "bias", bias, bias, bias.float() + module.lora.scale * mine.float()
+        yield name_in(name, "bias"), bias, bias, bias.float() + module.lora.scale * mine.float()
 
 
 def share_kept(before: Tensor, wanted: Tensor) -> float:
@@ -349,12 +349,6 @@ def say_what_is_true(models: list[Any]) -> list[tuple[Any, Any]]:
     for config, _ in before:
         setattr(config, _FIELD, False)
     return before
-
-
-def say_again(before: list[tuple[Any, Any]]) -> None:
-    """Undo `say_what_is_true`."""
-    for config, value in before:
-        setattr(config, _FIELD, value)
 
 
 def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:

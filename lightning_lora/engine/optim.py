@@ -132,7 +132,7 @@ def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> LoRAPlus:
     that is not a finite number above 0. Raises TrainingError for an optimizer that would not use such groups: LBFGS,
     and one that keeps lists of its parameters, sets its learning rate by itself, or takes steps without torch's hooks.
     """
-    check_ratio(ratio)
+    number("lora_plus_ratio", ratio, above=0)
     optimizers = with_inner(optimizer)
     factors_a, factors_b = ({id(getattr(pair, name)) for pair in pairs(model)} for name in "AB")
     advice = (
@@ -155,11 +155,6 @@ def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float) -> LoRAPlus:
             if any(id(p) in factors_b for p in group["params"]):
                 _check_rate(one, group, advice)
     return LoRAPlus(optimizers, factors_a, factors_b, float(ratio))
-
-
-def check_ratio(ratio: object) -> None:
-    """Raise ConfigError unless `ratio` is a finite number above 0."""
-    number("lora_plus_ratio", ratio, above=0)
 
 
 def with_inner(optimizer: Optimizer) -> list[Optimizer]:

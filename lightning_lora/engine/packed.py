@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,8 @@ from lightning_lora.engine.layers.conv import ConvLoRA
 from lightning_lora.engine.layers.embedding import EmbeddingLoRA
 from lightning_lora.engine.layers.linear import LinearLoRA
 from lightning_lora.engine.layers.pair import FACTORS
+from lightning_lora.engine.swap import Host
 from lightning_lora.errors import TrainingError
-
-if TYPE_CHECKING:
-    _Host = nn.Module
-else:
-    _Host = object
 
 
 class Rows:
@@ -40,7 +36,7 @@ class Rows:
     """The context in which a layer that runs for one adapter alone draws random numbers."""
 
 
-class Packed(_Host):
+class Packed(Host):
     """Mixin in front of a layer's own class."""
 
     pack_rows: Rows

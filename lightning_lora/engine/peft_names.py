@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_lora.checked import closest
+from lightning_lora.checked import did_you_mean
 from lightning_lora.errors import listed
 
 PEFT_NAMES = {
@@ -40,8 +40,7 @@ def unknown_name(name: str, known: Iterable[str]) -> str:
         return f"{name!r} of PEFT is {PEFT_NAMES[name]!r} here."
     if name in NOT_NEEDED and "rank" in known:
         return f"Leave it out; {NOT_NEEDED[name]}."
-    near = closest(name, known)
-    return f"Did you mean {listed(map(repr, near))}?" if near else f"It has: {listed(known, 99)}."
+    return did_you_mean(name, known, f"It has: {listed(known, 99)}.").lstrip()
 
 
 def in_our_names(theirs: Any, default: Mapping[str, Any]) -> str | None:

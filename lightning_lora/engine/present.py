@@ -1,4 +1,4 @@
-"""Finds adapters that a model has already: ours, a bank's, and those of other libraries.
+"""What a model has of adapters already: the record that `inject` left, our adapters, a bank's, and other libraries'.
 
 If such a model was adapted once more, its old adapters would be frozen, their own A and B adapted, and none of them
 saved. Other libraries are known by the package of their classes, so that none is imported, and by typical names of
@@ -8,14 +8,17 @@ parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.engine import switch
+from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers.base import is_adapter
+from lightning_lora.engine.report import InjectionReport
 from lightning_lora.engine.swap import TAKE_OFF_HOOKS, is_swapped, is_wrapped
 from lightning_lora.engine.tree import NAMES as WRAPPERS
 from lightning_lora.engine.tree import Tree
@@ -24,6 +27,56 @@ from lightning_lora.errors import AdapterStateError, listed
 
 RECORD = "lora_injection"
 """The attribute under which `inject` leaves its record on the module that it was given."""
+
+
+@dataclass
+class Injection:
+    """The record that `inject` leaves on the module it was given. Names are relative to it, and without wrappers."""
+
+    config: LoRAConfig
+    was_trainable: frozenset[str]
+    """Names of the parameters that required grad before."""
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> value before training, of the parameters and buffers that are trained whole: `remove` puts it back."""
+    head: str | None = None
+    """The layer that "all-linear" took for the output head and left out."""
+    frozen_norms: tuple[str, ...] = ()
+    """Names of the norms whose running statistics were frozen."""
+    kept_in_place: tuple[str, ...] = ()
+    """Names of quantized layers without an adapter that may not rearrange their weight (`keep_in_place`)."""
+    awaits_start: bool = False
+    """True while A and B are neither started nor loaded."""
+    adapted: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    """Name -> adapted module, for `check_as_injected`; without the module that holds this record."""
+    tables: set[str] = field(default_factory=set)
+    """Names in `originals` that are not trained but came with the adapter (`take_tables`)."""
+    report: InjectionReport | None = field(default=None, repr=False)
+    """The report that `inject` returned."""
+
+    @property
+    def trained_whole(self) -> list[str]:
+        """Names of the parameters and buffers that are saved beside A and B: trained whole, or loaded with them."""
+        return list(self.originals)
+
+
+def injection_of(model: nn.Module) -> Injection:
+    """The record that `inject` left on this module (inside its wrappers). Raises AdapterStateError if there is none."""
+    tree = Tree.of(model)
+    injection = tree.root.__dict__.get(RECORD)
+    if injection is None:
+        inside = [name for name, m in tree.modules if RECORD in m.__dict__]
+        hint = f" It was called on its submodule {inside[0]!r}: pass that one." if inside else ""
+        raise AdapterStateError(f"{type(model).__name__} was not adapted: inject was not called on it.{hint}")
+    return injection
+
+
+def injections(model: nn.Module, tree: Tree | None = None) -> Iterator[tuple[str, Injection]]:
+    """The records that `inject` left on `model` and on modules inside it, each with the name of its module. `tree` is
+    Tree.of(model), if known."""
+    for name, module in (tree or Tree.of(model)).modules:
+        if RECORD in module.__dict__:
+            yield name, module.__dict__[RECORD]
+
 
 _PACKAGES = {"peft": "PEFT", "adapters": "the adapters library"}
 _PAIRS = (
@@ -91,6 +144,58 @@ def check_removable(model: nn.Module, tree: Tree | None = None) -> None:
                 f"{name!r} was given a forward on the instance after it was adapted, as accelerate's hooks do, which "
                 f"calls the adapted one: {TAKE_OFF_HOOKS}, then remove or merge the adapter."
             )
+
+
+def check_as_injected(model: nn.Module, tree: Tree | None = None) -> None:
+    """Raise AdapterStateError if adapted layers of `model` are not where `inject` left them: replaced
+    (resize_token_embeddings makes a new lm_head), deleted, copied, of another shape, or under other names. Otherwise
+    the layers that are left would be taken for the whole adapter. A model without any adapter passes. `tree` is
+    Tree.of(model), if known.
+    """
+    tree = tree or Tree.of(model)
+    present = tree.of_classes(is_adapter)
+    records = [(root, injection) for root, injection in injections(model, tree) if injection.adapted]
+    known = {id(module) for _, injection in records for module in injection.adapted.values()}
+    problems = []
+    for root, injection in records if present else ():
+        found = present if not root else Tree.of(tree.by_name[root]).of_classes(is_adapter)
+        names, there = {id(module): name for name, module in found}, dict(found)
+        prefix = f"{root}." if root else ""
+        for name, module in injection.adapted.items():
+            now, copied = names.get(id(module)), there.get(name)
+            if now is not None and now != name:
+                problems.append(f"{prefix}{name} is now {prefix}{now}")
+            elif now is None and copied is not None and copied.__dict__["lora_path"] == name:
+                known.add(id(copied))  # a copy stands in its place: AveragedModel around a part of the model does so
+            elif now is None:
+                problems.append(f"{prefix}{name} has no adapter any more")
+        added = [name for key, name in names.items() if key not in known and name]
+        problems += [f"{prefix}{name} has an adapter that inject did not give it" for name in added]
+    problems += [what for name, module in present if (what := _changed(name, module)) is not None]
+    if problems:
+        raise AdapterStateError(
+            f"{type(model).__name__} is not as inject left it: {listed(dict.fromkeys(problems))}. Layers were "
+            "replaced, deleted, copied, resized or moved since (or a part is merged just now), so what is left is not "
+            "the adapter that was trained. Put them back; or save_adapter or merge first, remove(model), change its "
+            "layers (resize_token_embeddings, for one), and call inject or load_adapter then."
+        )
+
+
+def _changed(name: str, module: Any) -> str | None:
+    """What has changed in the tensors of an adapted layer, in words, or None. It is called for thousands of layers."""
+    state = module.__dict__
+    parameters, buffers = state["_parameters"], state["_buffers"]
+    for own in state["lora_names"]:
+        if parameters.get(own) is None and buffers.get(own) is None and state.get(own) is None:
+            return f"{name} has lost its {own}"
+    A, B, spec = parameters.get("lora_A"), parameters.get("lora_B"), state["lora"]
+    if A is None or B is None or A.dim() < 2 or spec.parameters:  # sharded flat, or single parameters are adapted
+        return None
+    fits = module.shapes(module, spec.rank)
+    if (A.shape, B.shape) == fits:
+        return None
+    shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+    return f"{name} has A and B of {shapes}, and its layer takes {fits[0]} and {fits[1]} now"
 
 
 def are_merged(model: nn.Module, tree: Tree) -> bool:

@@ -23,7 +23,7 @@ def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> No
     shrinks. Raises ConfigError for a strength that is not a finite number above 0, TrainingError for LBFGS, whose step
     is a search along a line.
     """
-    check_strength(strength)
+    number("product_decay", strength, above=0)
     innermost = [one for one in with_inner(optimizer) if len(with_inner(one)) == 1]
     for one in innermost:
         if isinstance(one, LBFGS):
@@ -48,11 +48,6 @@ def product_decay(optimizer: Optimizer, model: nn.Module, strength: float) -> No
 
     for one in innermost:  # the user of SAM may take the two halves of a step by hand, past the outer step's hooks
         replace_hooks(one, "product_decay", one.register_step_post_hook(decay))
-
-
-def check_strength(strength: object) -> None:
-    """Raise ConfigError unless `strength` is a finite number above 0."""
-    number("product_decay", strength, above=0)
 
 
 def half_square(pair: Pair) -> Tensor:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_lora.engine.layers.fresh import Kind
 from lightning_lora.engine.layers.pair import TENSORS, AdapterSpec
 from lightning_lora.engine.plan import Plan
-from lightning_lora.engine.tree import Target
+from lightning_lora.engine.tree import Tree, weight_users
 from lightning_lora.engine.weights import shape_of
 from lightning_lora.errors import listed
 
@@ -149,52 +148,29 @@ def _spans(numbers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
-def rows(
-    plan: Plan, tensors: Sequence[Mapping[str, Tensor]], tied: Mapping[int, Sequence[tuple[str, nn.Module]]]
-) -> Iterator[AdaptedModule]:
-    """The rows of the report, for modules that are not swapped yet. `tied` is id(parameter) -> the modules that share
-    it."""
-    sizes: dict[int, list[_Size]] = {}
+def report_rows(plan: Plan, tensors: Sequence[Mapping[str, Tensor]], tree: Tree) -> Iterator[AdaptedModule]:
+    """The rows of the report, for modules that are not swapped yet."""
+    is_tied = len({id(p) for _, p in tree.parameters}) < len(tree.parameters)
+    tied = weight_users(tree.modules) if is_tied else {}
     for (target, kind), own in zip(plan, tensors):
-        if id(kind) not in sizes:
-            sizes[id(kind)] = list(_sizes(target.module, kind, own))
-        for parameter, of_kind in sizes[id(kind)]:
-            name = target.names_of(parameter)[0] if parameter else target.name
-            noteworthy = tied or target.aliases or kind.wasteful
-            yield AdaptedModule(name, *of_kind, _note(target, kind, parameter, tied) if noteworthy else "")
-
-
-_Size = tuple[str | None, tuple[str, tuple[int, ...], int, float, int]]
-"""A parameter's name, or None for the module's output; and the fields of a row between its name and its note."""
-
-
-def _sizes(module: nn.Module, kind: Kind, own: Mapping[str, Tensor]) -> Iterator[_Size]:
-    spec, geometry = kind.spec, kind.geometry
-    parts: dict[str | None, AdapterSpec] = dict(spec.parameters.items()) or {None: spec}
-    for parameter, part in parts.items():
-        suffix = geometry.suffix_of(parameter or "weight")
-        A, B = own["lora_A" + suffix], own["lora_B" + suffix]
-        weight = module._parameters.get(parameter or "weight")
-        shape = shape_of(weight) if weight is not None else (B.shape[0], A.shape[1])
-        mine = own if len(spec.parameters) < 2 else {k: t for k, t in own.items() if k.removesuffix(suffix) in TENSORS}
-        trained = sum(t.numel() for t in mine.values() if t.requires_grad)
-        yield parameter, (type(module).__name__, shape, part.rank, part.scale, trained)
-
-
-def _note(
-    target: Target, kind: Kind, parameter: str | None, tied: Mapping[int, Sequence[tuple[str, nn.Module]]]
-) -> str:
-    notes = []
-    if parameter in kind.wasteful:
-        rank = (kind.spec.parameters[parameter] if parameter else kind.spec).rank
-        notes.append(f"rank {rank} is above the smaller side of the weight")
-    if target.aliases:
-        notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")
-    users = tied.get(id(target.module._parameters.get(parameter or "weight")), ())
-    others = [name for name, user in users if user is not target.module]
-    if others:
-        notes.append(f"shares its weight with {', '.join(others)}: only this module's use of it is adapted")
-    return "; ".join(notes)
+        spec, module = kind.spec, target.module
+        parts: dict[str | None, AdapterSpec] = dict(spec.parameters.items()) or {None: spec}
+        for parameter, part in parts.items():
+            suffix = kind.geometry.suffix_of(parameter or "weight")
+            A, B = own["lora_A" + suffix], own["lora_B" + suffix]
+            weight = module._parameters.get(parameter or "weight")
+            shape = shape_of(weight) if weight is not None else (B.shape[0], A.shape[1])
+            mine = own if len(parts) < 2 else {k: t for k, t in own.items() if k.removesuffix(suffix) in TENSORS}
+            trained = sum(t.numel() for t in mine.values() if t.requires_grad)
+            notes = []
+            if parameter in kind.wasteful:
+                notes.append(f"rank {part.rank} is above the smaller side of the weight")
+            if target.aliases:
+                notes.append(f"also registered as {', '.join(target.aliases)}: adapted under every name")
+            if others := [name for name, user in tied.get(id(weight), ()) if user is not module]:
+                notes.append(f"shares its weight with {', '.join(others)}: only this module's use of it is adapted")
+            name = target.names_of(parameter)[0]
+            yield AdaptedModule(name, type(module).__name__, shape, part.rank, part.scale, trained, "; ".join(notes))
 
 
 def by_ending(modules: Iterable[tuple[str, Row]], alike: Callable[[Row], Key]) -> dict[tuple[str, Key], list[Row]]:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.change import Change, changes_of
 from lightning_lora.engine.config import LoRAConfig, exact_pattern, usual
 from lightning_lora.engine.cut import (
@@ -30,12 +29,11 @@ from lightning_lora.engine.cut import (
     check_limit,
 )
 from lightning_lora.engine.inits import INITS
-from lightning_lora.engine.inject import Injection, injections
 from lightning_lora.engine.layers import DoRA, Pair, pairs
 from lightning_lora.engine.optim import with_inner
-from lightning_lora.engine.present import check_some_of_ours
+from lightning_lora.engine.present import Injection, check_as_injected, check_some_of_ours, injections
 from lightning_lora.engine.report import InjectionReport
-from lightning_lora.engine.tree import Tree
+from lightning_lora.engine.tree import Tree, name_in
 from lightning_lora.engine.weights import check_unsharded
 from lightning_lora.errors import AdapterStateError, TrainingError, listed
 
@@ -97,9 +95,7 @@ def resize(
     with torch.no_grad():
         changes = {name: changes_of(injection.config, own, aim) for name, (injection, own) in parts.items()}
         modules = {
-            f"{name}.{change.pair.name}" if name else change.pair.name: change.report()
-            for name, of_part in changes.items()
-            for change in of_part
+            name_in(name, change.pair.name): change.report() for name, of_part in changes.items() for change in of_part
         }
         check_limit(aim, modules, "Allow more, or keep the factors in float32 (adapter_dtype='float32').")
         every = [change for of_part in changes.values() for change in of_part]

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.forwards import listen_for_forwards
-from lightning_lora.engine.inject import inject, injection_of, remove
+from lightning_lora.engine.inject import inject, remove
 from lightning_lora.engine.layers.frozen import FrozenNorm
+from lightning_lora.engine.layers.reads import forget
 from lightning_lora.engine.packed import Packed, Rows, why_not_packed
-from lightning_lora.engine.reads import forget
+from lightning_lora.engine.present import injection_of
 from lightning_lora.engine.report import InjectionReport
 from lightning_lora.engine.state import adapter_tensors
 from lightning_lora.engine.swap import swapped_class

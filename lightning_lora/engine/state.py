@@ -11,15 +11,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.as_injected import check_as_injected
-from lightning_lora.engine.inject import injections
 from lightning_lora.engine.layers import adapters
 from lightning_lora.engine.layers.base import is_adapter
+from lightning_lora.engine.layers.embedding import TokenRows
 from lightning_lora.engine.layers.pair import FACTORS
-from lightning_lora.engine.layers.tokens import TokenRows
 from lightning_lora.engine.memory import largest, largest_in, too_large
-from lightning_lora.engine.present import check_some_of_ours, foreign_layout_of
-from lightning_lora.engine.tree import Tree, unwrapped
+from lightning_lora.engine.present import check_as_injected, check_some_of_ours, foreign_layout_of, injections
+from lightning_lora.engine.tree import Tree, name_in, unwrapped
 from lightning_lora.engine.weights import check_complete, dtype_of, fill, is_quantized, is_sharded, whole
 from lightning_lora.engine.witness import witness_of
 from lightning_lora.errors import AdapterFormatError, AdapterStateError, BaseMismatchError, listed
@@ -42,22 +40,19 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     check_as_injected(model, tree)
     layers: Any = tree.of_classes(is_adapter)
     for name, module in layers:
-        prefix = f"{name}." if name else ""
-        for own in module.lora_names:
-            tensors[prefix + own] = getattr(module, own)
+        tensors |= {name_in(name, own): getattr(module, own) for own in module.lora_names}
     check_complete(tensors)
     for root, injection in injections(model, tree):
         if not injection.trained_whole:
             continue
         there = dict(Tree.of(tree.by_name[root]).tensors)
-        prefix = f"{root}." if root else ""
         if absent := [name for name in injection.trained_whole if name not in there]:
             raise AdapterStateError(
-                f"{listed(prefix + name for name in absent)} of {type(model).__name__} was trained whole, and does not "
-                "exist any more: its module was replaced or deleted since inject. Put it back, or call remove first."
+                f"{listed(name_in(root, name) for name in absent)} of {type(model).__name__} was trained whole, and "
+                "does not exist any more: its module was replaced or deleted since inject. Put it back, or call remove "
+                "first."
             )
-        for name in injection.trained_whole:
-            tensors[prefix + name] = there[name]
+        tensors |= {name_in(root, name): there[name] for name in injection.trained_whole}
     return tensors
 
 
@@ -156,13 +151,12 @@ def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[st
     problems = []
     rest = dict(own)
     for name, module in adapters(model):
-        prefix = f"{name}." if name else ""
         for pair in module.lora_pairs(name):
-            A, B = (values[prefix + factor + pair.suffix] for factor in FACTORS)
+            A, B = (values[name_in(name, factor + pair.suffix)] for factor in FACTORS)
             found = too_large(A, B, pair.spec.scale, dtype_of(module.own(pair.parameter)))
             problems += [f"{pair.name} has {found}"] if found else []
             for factor in FACTORS:
-                del rest[prefix + factor + pair.suffix]
+                del rest[name_in(name, factor + pair.suffix)]
     for name, tensor in rest.items():
         if tensor.is_floating_point():
             # A buffer may hold the lowest number of its dtype, as masks do.
@@ -339,9 +333,8 @@ def compare_bases(then: Mapping[str, Any], now: Mapping[str, Any], *, what: str,
 def base_parameters(model: nn.Module, root: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
     """The parameters of `root` that do not belong to the adapter of `model`, with their names."""
     adapted = any(True for _ in adapters(model))
-    tables = {
-        f"{at}.{name}" if at else name for at, injection in injections(model) for name in injection.tables
-    }  # tables come with the adapter, but are weights of the base
+    # Tables come with the adapter, but are weights of the base.
+    tables = {name_in(at, name) for at, injection in injections(model) for name in injection.tables}
     tensors = adapter_tensors(model) if adapted else {}
     ours = {id(t) for name, t in tensors.items() if name not in tables}
     first = {id(p): (name, p) for name, p in reversed(Tree.of(root or model).parameters)}

@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lightning_lora.errors import TargetError
+
+if TYPE_CHECKING:
+    Host = nn.Module
+else:
+    Host = object
+"""The base class of mixins: a mixin goes in front of a module's own class, which brings nn.Module."""
 
 TAKE_OFF_HOOKS = "take them off with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
 
@@ -60,32 +66,32 @@ def _forget_bound_forward(thing: Any) -> None:
         thing.__dict__.pop("forward", None)
 
 
-def check_swappable(module: nn.Module, mixin: Any) -> None:
-    """Raise TargetError if a swap with `mixin` would not change the forward of `module`, or would hide its
-    attributes."""
+def check_swappable(name: str, module: nn.Module, mixin: Any) -> None:
+    """Raise TargetError if a swap of `module`, called `name`, with `mixin` (or a tuple of them) would not change its
+    forward, or would hide its attributes."""
+    what = f"{name!r} ({type(module).__name__})"
     if is_wrapped(module):
         raise TargetError(
-            "it has a forward of its own on the instance, as accelerate's hooks put there, which would bypass the "
-            f"adapter: adapt the model first and add hooks after, or {TAKE_OFF_HOOKS}"
+            f"{what}: it has a forward of its own on the instance, as accelerate's hooks put there, which would bypass "
+            f"the adapter: adapt the model first and add hooks after, or {TAKE_OFF_HOOKS}."
         )
-    taken = _taken(module, _own_names(mixin))
-    if taken is not None:
-        raise TargetError(
-            f"it already has an attribute {taken!r} of its own, which the adapter needs: rename that, or leave the "
-            "module out with exclude_modules"
-        )
+    for one in mixin if isinstance(mixin, tuple) else (mixin,):
+        if (taken := _taken(module, _own_names(one))) is not None:
+            raise TargetError(
+                f"{what}: it already has an attribute {taken!r} of its own, which the adapter needs: rename that, or "
+                "leave the module out with exclude_modules."
+            )
 
 
 def _taken(module: nn.Module, names: frozenset[str]) -> str | None:
-    """One of `names` that `module` has as an attribute, or None. A class is searched once: models have thousands of
-    modules and few classes."""
+    """One of `names` that `module` has as an attribute, or None."""
     cls: Any = type(module)
     if cls.__getattr__ is not nn.Module.__getattr__:  # it may answer for any name
         return next((name for name in names if hasattr(module, name)), None)
     for own in (module.__dict__, module._parameters, module._buffers, module._modules):
         if not names.isdisjoint(own):
             return min(names.intersection(own))
-    known = remembered(cls)
+    known = remembered(cls)  # models have thousands of modules and few classes
     if names not in known:
         known[names] = min((name for name in names if hasattr(cls, name)), default=None)
     found: str | None = known[names]
@@ -96,25 +102,26 @@ def _own_names(mixin: Any) -> frozenset[str]:
     """The names that a mixin adds to nn.Module's, but for those that it overrides on purpose. A class that uses one of
     them would get ours in place of its own."""
     known = remembered(mixin)
-    if _OWN not in known:
+    if "own names" not in known:
         classes = mixin.__mro__[:-1]
         attributes = {name for cls in classes for name in vars(cls)}
         instances = {name for cls in classes for name in inspect.get_annotations(cls) if name.startswith("lora")}
-        known[_OWN] = frozenset((attributes | instances).difference(dir(nn.Module), mixin.replaces, (REMEMBERED,)))
-    names: frozenset[str] = known[_OWN]
+        known["own names"] = frozenset(
+            (attributes | instances).difference(dir(nn.Module), mixin.replaces, (REMEMBERED,))
+        )
+    names: frozenset[str] = known["own names"]
     return names
 
 
 def name_of_input(cls: Any) -> str:
     """The name of the first argument of `cls.forward`, after self."""
     known = remembered(cls)
-    if _INPUT not in known:
-        known[_INPUT] = list(inspect.signature(cls.forward).parameters)[1]
-    name: str = known[_INPUT]
+    if "input" not in known:
+        known["input"] = list(inspect.signature(cls.forward).parameters)[1]
+    name: str = known["input"]
     return name
 
 
-_INPUT, _OWN = "name of the input", "own names"
 REMEMBERED = "_lora_remembered"
 
 

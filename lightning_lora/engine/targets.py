@@ -6,23 +6,21 @@ entry of a list is the whole name or what follows a dot; `modules_to_save` are n
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_lora.checked import closest
+from lightning_lora.checked import did_you_mean
 from lightning_lora.engine.all_linear import all_linear, is_linear, left_out_weights, parameters_of
 from lightning_lora.engine.config import LoRAConfig, pattern_matches
-from lightning_lora.engine.layers import Adapter, geometry_of, register_conv1d
+from lightning_lora.engine.layers import geometry_of, register_conv1d
 from lightning_lora.engine.layers.quantized import register_bitsandbytes
-from lightning_lora.engine.memory import Memory
-from lightning_lora.engine.present import check_none_of_others
-from lightning_lora.engine.torch_private import persistent_buffers
-from lightning_lora.engine.tree import Candidates, Target, Tree, entry_matches, last_part, name_in
-from lightning_lora.engine.weights import is_plain
+from lightning_lora.engine.present import Injection, check_none_of_others
+from lightning_lora.engine.tree import NAMES, Candidates, Target, Tree, entry_matches, flags_kept, last_part, name_in
 from lightning_lora.errors import TargetError, listed
 
 
@@ -30,32 +28,35 @@ from lightning_lora.errors import TargetError, listed
 class Selection:
     """The modules of one model that a config selects."""
 
+    tree: Tree
     targets: list[Target]
     saved: dict[str, nn.Module] = field(default_factory=dict)
     """The modules that are trained whole."""
+    inside: Set[int] = frozenset()
+    """The ids of the modules that are trained whole, and of those inside them."""
     head: str | None = None
     """The layer that "all-linear" took for the output head and left out."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Weights and frozen parts that are not adapted though one may expect it: name -> how to adapt it."""
 
 
-def select(model: nn.Module, config: LoRAConfig, tree: Tree | None = None) -> Selection:
-    """The modules of `model` that `config` adapts or trains whole, in the model's order. `tree` is Tree.of(model).
+def select(config: LoRAConfig, tree: Tree) -> Selection:
+    """The modules of the model in `tree` that `config` adapts or trains whole, in the model's order.
 
     Raises TargetError for an entry that matches nothing, naming the closest names there are, and for one that matches
-    a module that cannot be adapted; AdapterStateError where another library has put adapters into `model`.
+    a module that cannot be adapted; AdapterStateError where another library has put adapters into the model.
     """
-    tree = tree or Tree.of(model)
-    check_none_of_others(model, tree, lambda: _named(tree, config))
-    return meant_by(config, model, tree)
+    check_none_of_others(tree.root, tree, lambda: _named(tree, config))
+    return meant_by(config, tree)
 
 
-def meant_by(config: LoRAConfig, model: nn.Module, tree: Tree) -> Selection:
+def meant_by(config: LoRAConfig, tree: Tree) -> Selection:
     """As `select`, for a model that may be adapted already."""
     register_conv1d()
     register_bitsandbytes()
-    saved = _saved_modules(model, config, tree)
-    there = Candidates(tree, {id(m) for module in saved.values() for m in module.modules()})
+    saved = _saved_modules(config, tree)
+    inside = {id(m) for module in saved.values() for m in module.modules()}
+    there = Candidates(tree, inside)
 
     head: str | None = None
     left_out: dict[str, str] = {}
@@ -65,35 +66,33 @@ def meant_by(config: LoRAConfig, model: nn.Module, tree: Tree) -> Selection:
             others = left_out | left_out_weights(there, [], left_out)
             ways = (f" {name!r} is not one of them: to adapt it, {how}." for name, how in list(others.items())[:3])
             raise TargetError(
-                f"target_modules='all-linear' finds no linear layer in {type(model).__name__}"
+                f"target_modules='all-linear' finds no linear layer in {tree.kind}"
                 f"{f' but its head {head!r}' if head else ''}.{''.join(ways)} "
                 "Name the modules to adapt: " + _adaptable(there.all)
             )
     else:
-        named = _matched(there, config.target_modules, "target_modules", model) if config.target_modules else []
-        targets = _with_companions(named, there)
+        hits_of = _hits(there, config.target_modules, "target_modules") if config.target_modules else {}
+        places = sorted({at for hits in hits_of.values() for at in hits})
+        targets = _with_companions([there.target(*there.modules[at]) for at in places], there)
 
     if config.exclude_modules is not None:
-        targets = _without(targets, config.exclude_modules, there, model)
+        targets = _without(targets, config.exclude_modules, there)
     if config.layers_to_transform is not None:
         targets = _in_layers(targets, config)
-    geometries = {cls: geometry_of(cls) for cls in {type(t.module) for t in targets}}
-    unfit = [t for t in targets if geometries[type(t.module)] is None] if None in geometries.values() else []
-    if unfit:
+    if unfit := [t for t in targets if geometry_of(type(t.module)) is None]:
         kinds = sorted({type(t.module).__name__ for t in unfit})
         raise TargetError(
             f"target_modules={config.target_modules!r} matches {listed(repr(t.name) for t in unfit)}, but a "
             f"{' or '.join(kinds)} cannot be adapted. {_adaptable(there.all)}"
         )
-    if any(geometry.parameters_of is not Adapter.parameters_of for geometry in geometries.values() if geometry):
-        targets = [t._replace(parameters=own) if (own := parameters_of(t.module)) else t for t in targets]
+    targets = [t._replace(parameters=own) if (own := parameters_of(t.module)) else t for t in targets]
     if config.target_parameters:
-        targets = _with_parameters(targets, there.all, config.target_parameters, model)
+        targets = _with_parameters(targets, there, config.target_parameters)
     for key in ("rank_pattern", "alpha_pattern"):
         _check_patterns(key, getattr(config, key), targets)
     if config.target_modules == "all-linear":
         left_out |= left_out_weights(there, targets, left_out)
-    return Selection(targets, saved, head, left_out)
+    return Selection(tree, targets, saved, inside, head, left_out)
 
 
 def _named(tree: Tree, config: LoRAConfig) -> Iterator[str]:
@@ -122,20 +121,15 @@ def name_matches(pattern: str | list[str], name: str) -> bool:
     return any(entry_matches(entry, name) for entry in pattern)
 
 
-def _hits(there: Candidates, pattern: str | list[str], key: str, model: nn.Module) -> dict[str, list[int]]:
+def _hits(there: Candidates, pattern: str | list[str], key: str) -> dict[str, list[int]]:
     """Entry of `pattern` -> the indices in `there.modules` that it matches. Raises TargetError if it matches none."""
     is_regex = isinstance(pattern, str)
     entries = [pattern] if isinstance(pattern, str) else pattern
     found = {entry: there.matching(entry, is_regex=is_regex) for entry in entries}
     for entry, hits in found.items():
         if not hits:
-            raise TargetError(_no_match(key, entry, there.all, model, is_regex=is_regex))
+            raise TargetError(_no_match(key, entry, there, is_regex=is_regex))
     return found
-
-
-def _matched(there: Candidates, pattern: str | list[str], key: str, model: nn.Module) -> list[Target]:
-    places = {at for hits in _hits(there, pattern, key, model).values() for at in hits}
-    return [there.target(*there.modules[at]) for at in sorted(places)]
 
 
 def _with_companions(targets: list[Target], there: Candidates) -> list[Target]:
@@ -145,34 +139,31 @@ def _with_companions(targets: list[Target], there: Candidates) -> list[Target]:
     brought: dict[str, Target] = {}
     for target in targets if any(companions.values()) else ():
         for child in companions.get(type(target.module), ()):
-            brought[f"{target.name}.{child}" if target.name else child] = target
+            brought[name_in(target.name, child)] = target
     if not brought:
         return targets
     chosen = {t.name for t in targets} | brought.keys()
     return [t._replace(within=brought[t.name].name) if t.name in brought else t for t in there.all if t.name in chosen]
 
 
-def _with_parameters(
-    targets: list[Target], everything: list[Target], entries: list[str], model: nn.Module
-) -> list[Target]:
+def _with_parameters(targets: list[Target], there: Candidates, entries: list[str]) -> list[Target]:
     """`targets` and the parameters that `entries` name: a whole name, or what follows a dot in it (PEFT's rule)."""
     found: dict[str, tuple[str, ...]] = {}
-    there = [
+    every = [
         (t, name, [name_in(module, name) for module in (t.name, *t.aliases)])
-        for t in everything
+        for t in there.all
         for name, p in t.module._parameters.items()  # a parameter that has two names is read under both
         if p is not None
     ]
     for entry in entries:
-        hits = [(t, name) for t, name, full in there if any(entry_matches(entry, n) for n in full)]
+        hits = [(t, name) for t, name, full in every if any(entry_matches(entry, n) for n in full)]
         if not hits:
             parts = entry.count(".") + 1
-            fit = {n for _, _, full in there for n in full}
-            near = closest(entry, {".".join(n.split(".")[-parts:]) for n in fit})
-            guess = f" Did you mean {listed(map(repr, near))}?" if near else ""
-            stacks = sorted({name for t, name, _ in there if t.module._parameters[name].dim() in (2, 3)})  # type: ignore[union-attr]
+            fit = {n for _, _, full in every for n in full}
+            guess = did_you_mean(entry, {".".join(n.split(".")[-parts:]) for n in fit})
+            stacks = sorted({name for t, name, _ in every if t.module._parameters[name].dim() in (2, 3)})  # type: ignore[union-attr]
             raise TargetError(
-                f"target_parameters: the entry {entry!r} matches no parameter of {type(model).__name__}.{guess} "
+                f"target_parameters: the entry {entry!r} matches no parameter of {there.tree.kind}.{guess} "
                 f"Its parameters that can be adapted are called: {listed(stacks, 16)}."
             )
         for t, name in hits:
@@ -188,14 +179,14 @@ def _with_parameters(
         adapted.get(t.name, t)._replace(
             parameters=tuple(dict.fromkeys((*adapted.get(t.name, t).parameters, *found.get(t.name, ())))),
         )
-        for t in everything
+        for t in there.all
         if t.name in adapted or t.name in found
     ]
 
 
-def _without(targets: list[Target], pattern: str | list[str], there: Candidates, model: nn.Module) -> list[Target]:
+def _without(targets: list[Target], pattern: str | list[str], there: Candidates) -> list[Target]:
     """`targets` without those that `exclude_modules` matches."""
-    hits_of = _hits(there, pattern, "exclude_modules", model)
+    hits_of = _hits(there, pattern, "exclude_modules")
     targeted = {t.name for t in targets}
     for entry, hits in hits_of.items():
         found = [there.modules[at] for at in hits]
@@ -213,16 +204,16 @@ def _without(targets: list[Target], pattern: str | list[str], there: Candidates,
     return left
 
 
-def _no_match(key: str, entry: str, everything: list[Target], model: nn.Module, *, is_regex: bool) -> str:
+def _no_match(key: str, entry: str, there: Candidates, *, is_regex: bool) -> str:
+    everything, what = there.all, there.tree.kind
     if is_regex and (names := _as_list(entry, everything)):
         return (
             f"{key}: a string is a regular expression that must match a whole name, and {entry!r} matches none of "
-            f"{type(model).__name__}'s. As a list it takes every module whose name ends so: {key}={names!r}."
+            f"{what}'s. As a list it takes every module whose name ends so: {key}={names!r}."
         )
-    near = closest(entry, _suffixes(everything, parts=1 if is_regex else entry.count(".") + 1))
-    guess = f" Did you mean {listed(map(repr, near))}?" if near else ""
-    what = "the expression (it must match a whole name)" if is_regex else "the entry"
-    return f"{key}: {what} {entry!r} matches no module of {type(model).__name__}.{guess} {_adaptable(everything)}"
+    guess = did_you_mean(entry, _suffixes(everything, parts=1 if is_regex else entry.count(".") + 1))
+    who = "the expression (it must match a whole name)" if is_regex else "the entry"
+    return f"{key}: {who} {entry!r} matches no module of {what}.{guess} {_adaptable(everything)}"
 
 
 def _as_list(text: str, everything: Iterable[Target]) -> list[str]:
@@ -244,7 +235,7 @@ def _adaptable(everything: Iterable[Target]) -> str:
     return f"Its adaptable modules end in: {listed(suffixes, 16)}."
 
 
-def _saved_modules(model: nn.Module, config: LoRAConfig, tree: Tree) -> dict[str, nn.Module]:
+def _saved_modules(config: LoRAConfig, tree: Tree) -> dict[str, nn.Module]:
     saved: dict[str, nn.Module] = {}
     for entry in config.modules_to_save or ():
         hits = {
@@ -254,9 +245,8 @@ def _saved_modules(model: nn.Module, config: LoRAConfig, tree: Tree) -> dict[str
         }
         if not hits:
             endings = list(dict.fromkeys(last_part(name) for name, _ in tree.modules if name))
-            near = closest(entry, endings)
-            guess = f" Did you mean {listed(map(repr, near))}?" if near else f" Its modules end in: {listed(endings)}."
-            raise TargetError(f"modules_to_save: {entry!r} matches no module of {type(model).__name__}.{guess}")
+            guess = did_you_mean(entry, endings, f" Its modules end in: {listed(endings)}.")
+            raise TargetError(f"modules_to_save: {entry!r} matches no module of {tree.kind}.{guess}")
         empty = [name for name, module in hits.items() if next(module.parameters(), None) is None]
         if empty:
             raise TargetError(f"modules_to_save: {empty[0]!r} has no parameters to train. Take it out of the list.")
@@ -302,88 +292,94 @@ def _check_patterns(key: str, pattern: dict[str, Any], targets: list[Target]) ->
         is_a_name = entry in known and pattern_matches(entry, entry)
         if not is_a_name and not any(pattern_matches(entry, name) for name in names):
             endings = list(dict.fromkeys(last_part(name) for name in names))
-            near = closest(entry, endings)
-            guess = f"Did you mean {listed(map(repr, near))}?" if near else f"They end in: {listed(endings)}."
-            raise TargetError(f"{key}: {entry!r} matches none of the {len(targets)} adapted modules. {guess}")
+            guess = did_you_mean(entry, endings, f" They end in: {listed(endings)}.")
+            raise TargetError(f"{key}: {entry!r} matches none of the {len(targets)} adapted modules.{guess}")
 
 
-def tensors_trained_whole(model: nn.Module, config: LoRAConfig, selection: Selection) -> dict[str, Tensor]:
-    """Name -> tensor, of the parameters and persistent buffers that `config` trains whole."""
-    is_saved, is_wanted = trained_whole(config, selection)
-    whole: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for prefix, module in Tree.of(model).modules if selection.saved or config.bias != "none" else ():
-        for name, p in module.named_parameters(recurse=False):
-            if is_wanted(module, name) and id(p) not in seen:
-                full = f"{prefix}.{name}" if prefix else name
-                if not is_plain(p):
-                    why = "complex numbers" if p.is_complex() else "quantized weights"
-                    raise TargetError(
-                        f"{full!r} cannot be trained: it holds {why} ({p.dtype}). Take it out of modules_to_save, or "
-                        "set bias='none' if it is a bias."
-                    )
-                seen.add(id(p))
-                whole[full] = p
-        if is_saved(module):
-            for name, buffer in persistent_buffers(module):
-                whole[f"{prefix}.{name}" if prefix else name] = buffer
-    if config.bias != "none" and not any("bias" in name.rpartition(".")[2] for name in whole):
-        raise TargetError(
-            f"bias={config.bias!r} trains no parameter: {type(model).__name__} has no such bias. Set bias='none'."
-        )
-    return whole
+# Rewrites names in a config that mention wrappers, such as "model._orig_mod.up", to plain names ("model.up").
+
+_MENTIONED = re.compile(rf"(?<![^.(|])(?:{'|'.join(sorted(NAMES))})(?:\\?\.|$)")
+
+_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
+_DICTS = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
 
 
-def trained_whole(
-    config: LoRAConfig, selection: Selection
-) -> tuple[Callable[[nn.Module], bool], Callable[[nn.Module, str], bool]]:
-    """Two tests: is a module trained whole, and is a parameter of a module trained whole?"""
-    inside = {id(m) for saved in selection.saved.values() for m in saved.modules()}
-    adapted = {id(t.module) for t in selection.targets}
+def with_plain_names(config: LoRAConfig, tree: Tree, *, of_file: bool = False) -> LoRAConfig:
+    """`config` without the names of wrappers, in those names and expressions that match nothing in `tree` as they are.
 
-    def is_saved(module: nn.Module) -> bool:
-        return id(module) in inside
-
-    def is_wanted(module: nn.Module, name: str) -> bool:
-        biases = config.bias == "all" or (config.bias == "lora_only" and id(module) in adapted)
-        return id(module) in inside or (biases and "bias" in name)
-
-    return is_saved, is_wanted
-
-
-def check_shared(
-    model: nn.Module,
-    config: LoRAConfig,
-    selection: Selection,
-    whole: Mapping[str, Tensor],
-    rows_of: Mapping[str, Tensor | None],
-) -> None:
-    """Raise TargetError if a tensor that is trained whole, or of which rows are trained (`rows_of`), is also used
-    elsewhere (the tensor or its memory): the other use would change unasked."""
-    if not whole and not rows_of:
-        return
-    _, is_wanted = trained_whole(config, selection)
-    modules = Tree.of(model).modules
-    memory = Memory(modules)
-    trained = {id(t): name for name, t in whole.items()}
-    for prefix, module in modules:
-        for own, p in module._parameters.items():
-            if id(p) in trained and not is_wanted(module, own):
-                raise TargetError(_shared_by(trained[id(p)], [f"{prefix}.{own}" if prefix else own], config))
-    for name, t in (*whole.items(), *rows_of.items()):
-        if not isinstance(t, nn.Parameter):
-            continue  # a buffer is often a constant, or a view of one
-        others = [held.name for held in memory.sharing(t) if not held.is_attribute and id(held.tensor) not in trained]
-        if others:
-            raise TargetError(_shared_by(name, others, config))
+    Nothing is changed if the model has no wrappers, unless the config is `of_file`: then it may come from a model that
+    was wrapped."""
+    if not (tree.wrappers or of_file):
+        return config
+    names = [name for name, _ in (*tree.every, *tree.tensors)]
+    changes: dict[str, Any] = {}
+    for name in _LISTS:
+        value = getattr(config, name)
+        if isinstance(value, list):
+            changes[name] = [_plain(entry, names, entry_matches) for entry in value]
+        elif isinstance(value, str) and value != "all-linear":
+            changes[name] = _plain(value, names, name_matches)
+    for name in _DICTS:
+        value = getattr(config, name)
+        if isinstance(value, dict):
+            matches = entry_matches if name == "trainable_token_indices" else pattern_matches
+            changes[name] = {_plain(entry, names, matches): of for entry, of in value.items()}
+    return replace(config, **changes)
 
 
-def _shared_by(name: str, others: Iterable[str], config: LoRAConfig) -> str:
-    others = listed(repr(other.removesuffix(".weight")) for other in others)
-    what = {"modules_to_save": config.modules_to_save, "trainable_token_indices": config.trainable_token_indices}
-    asked = [option for option, value in what.items() if value] + [f"bias={config.bias!r}"] * (config.bias != "none")
-    return (
-        f"{' and '.join(asked)}: {name.removesuffix('.weight')!r} shares its weight with {others} (they are one "
-        "parameter, or two in the same memory), which would be trained with it. Name both, or untie them first: give "
-        "each a weight in memory of its own."
-    )
+def _plain(entry: str, names: list[str], matches: Callable[[str, str], bool]) -> str:
+    plain = without_wrappers(entry)
+    return entry if plain in ("", entry) or any(matches(entry, name) for name in names) else plain
+
+
+@functools.cache
+def without_wrappers(entry: str) -> str:
+    """A name, or an expression, without the names of wrappers in it."""
+    return _MENTIONED.sub("", entry).removesuffix(".").removesuffix("\\")
+
+
+# Compares two configs by what they select, however they say it: endings in another order, an expression for a list,
+# "all-linear" for the layers that it selects.
+
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+_RANKS = ("rank", "rank_pattern")
+_ALPHAS = ("alpha", "alpha_pattern")
+_SAVED = ("modules_to_save",)
+
+
+def differences(model: nn.Module, injection: Injection, config: LoRAConfig) -> dict[str, tuple[Any, Any]]:
+    """Field -> its value in `injection.config` and in `config`, for the fields whose difference matters for `model`,
+    which `injection.config` adapted."""
+    tree = Tree.of(model)
+    theirs, ours = injection.config, with_plain_names(config, tree)
+    both = {f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(LoRAConfig)}
+    differing = {name: values for name, values in both.items() if values[0] != values[1]}
+    if not differing.keys() & {*_TARGETS, *_RANKS, *_ALPHAS, *_SAVED}:
+        return differing
+    with flags_kept(p for _, p in tree.parameters):
+        for name, p in tree.parameters:  # "all-linear" depends on what was frozen before `inject`
+            if p.requires_grad is not (before := name in injection.was_trainable):
+                p.requires_grad_(before)
+        try:
+            meant = [_meaning(meant_by(c, tree), c) for c in (theirs, ours)]
+        except TargetError:  # an entry of `config` matches nothing, so the configs do differ
+            return differing
+    for names in (_TARGETS, _RANKS, _ALPHAS, _SAVED):
+        if meant[0][names] == meant[1][names]:
+            differing = {name: values for name, values in differing.items() if name not in names}
+    return differing
+
+
+def _meaning(selection: Selection, config: LoRAConfig) -> dict[tuple[str, ...], Any]:
+    """Group of fields -> what it selects: the targets, their ranks, their alphas, the modules trained whole."""
+    known = {
+        (target.name, parameter): target.names_of(parameter)
+        for target in selection.targets
+        for parameter in target.parameters or (None,)
+    }
+    return {
+        _TARGETS: set(known),
+        _RANKS: {key: config.rank_of(*names) for key, names in known.items()},
+        _ALPHAS: {key: config.alpha_of(*names) for key, names in known.items()},
+        _SAVED: set(selection.saved),
+    }

@@ -46,16 +46,12 @@ traces: Callable[[], bool] = found(
 """True while torch.jit.trace records."""
 
 _CALLED: Any = nn.Module.__call__
-_fx_traces: Callable[[], bool] = found(
+is_fx_traced: Callable[[], bool] = found(
     "torch.fx._symbolic_trace:is_fx_symbolic_tracing",
     "sees that torch.fx traces",
     lambda: nn.Module.__call__ is not _CALLED,  # torch.fx replaces it meanwhile
 )
-
-
-def is_fx_traced() -> bool:
-    """True if torch.fx, or torch.export's tracing (which is told by its modes), runs the code with proxies."""
-    return _fx_traces()
+"""True if torch.fx, or torch.export's tracing (which is told by its modes), runs the code with proxies."""
 
 
 def runs_under_modes() -> bool:

@@ -10,7 +10,8 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -110,6 +111,11 @@ class Tree:
         """The model, without wrappers around it."""
         return self.every[0][1]
 
+    @property
+    def kind(self) -> str:
+        """The name of the model's class, for messages."""
+        return type(self.root).__name__
+
     @cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:
         """As `model.named_modules()`: each module under its first name."""
@@ -149,7 +155,7 @@ class Tree:
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """As `model.named_parameters(remove_duplicate=False)`: under every name."""
         return [
-            (f"{name}.{own}" if name else own, p)
+            (f"{name}.{own}" if name else own, p)  # not `name_in`: this runs for every parameter of large models
             for name, module in self.every
             if module._parameters
             for own, p in module._parameters.items()
@@ -160,7 +166,7 @@ class Tree:
     def tensors(self) -> list[tuple[str, Tensor]]:
         """The parameters and the buffers, each under every name."""
         buffers = (
-            (f"{name}.{own}" if name else own, t)
+            (name_in(name, own), t)
             for name, module in self.every
             if module._buffers
             for own, t in module._buffers.items()
@@ -247,12 +253,7 @@ class Candidates:
     def of_classes(self, wanted: Callable[[type[nn.Module]], bool]) -> list[Target]:
         """The candidates whose class is `wanted`, as targets."""
         classes = {cls for cls in self.tree.classes if wanted(cls)}
-        named, aliases = self.tree.by_name, self.tree.aliases
-        return [
-            Target(name, module, named[name.rpartition(".")[0]], aliases.get(id(module), ()) if aliases else ())
-            for name, module in self.modules
-            if type(module) in classes
-        ]
+        return [self.target(name, module) for name, module in self.modules if type(module) in classes]
 
     def matching(self, pattern: str, *, is_regex: bool) -> list[int]:
         """The indices in `modules` of those that the entry `pattern` matches, under any of their names."""
@@ -285,6 +286,18 @@ def weight_users(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[tup
     return users
 
 
+@contextmanager
+def flags_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """After the block, each of `parameters` requires grad as before it."""
+    before = [(p, p.requires_grad) for p in parameters]
+    try:
+        yield
+    finally:
+        for p, required in before:
+            if p.requires_grad is not required:
+                p.requires_grad_(required)
+
+
 def _renew_locks() -> None:
     """In a process that is forked: before Python 3.12 a cached_property has one lock for all instances, which nobody
     there would release if another thread held it."""
@@ -308,6 +321,6 @@ def last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def name_in(module: str, parameter: str) -> str:
-    """The name of a parameter of the module called `module`."""
-    return f"{module}.{parameter}" if module else parameter
+def name_in(module: str, own: str) -> str:
+    """The name in the model of what the module called `module` calls `own`."""
+    return f"{module}.{own}" if module else own

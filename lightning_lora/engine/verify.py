@@ -38,9 +38,8 @@ from lightning_lora.engine.layers.alora import ALoRA, Everywhere
 from lightning_lora.engine.layers.base import Adapter, is_adapter, without_autocast
 from lightning_lora.engine.layers.conv import Convolution
 from lightning_lora.engine.layers.dora import DoRA
-from lightning_lora.engine.layers.embedding import EmbeddingBagLoRA, EmbeddingLoRA
+from lightning_lora.engine.layers.embedding import TOKENS, EmbeddingBagLoRA, EmbeddingLoRA, TokenRows
 from lightning_lora.engine.layers.pair import BIAS
-from lightning_lora.engine.layers.tokens import TOKENS, TokenRows
 from lightning_lora.engine.twin import holds_merged, is_adapted, is_of_peft, twin, widened
 from lightning_lora.engine.weights import can_be_dense, dense, dtype_of, is_plain, stored
 from lightning_lora.errors import LightningLoRAError
@@ -126,9 +125,9 @@ def _by_call(name: str, expected: Any, live: Any) -> Verified:
         promised = _promised(E, x, y0)
         y = twin(expected).bare_forward(narrow) if in_bank else y0
         size = float(y.double().norm() / promised.double().norm().clamp(min=1e-300))
-        found = judge(
-            name, y1.to(wide) - y.to(wide), promised, expected.lora, rounding=_eps(y1) * size, factors=_coarsest(live)
-        )
+        coarsest = max((torch.finfo(p.dtype).eps for p in live.parameters() if is_plain(p)), default=0.0)
+        measured = y1.to(wide) - y.to(wide)
+        found = judge(name, measured, promised, expected.lora, rounding=_eps(y1) * size, factors=coarsest)
         if found.verdict != SAME or computes is wide or in_bank:
             return found
         change = twin(live).forward(narrow).to(wide) - twin(expected).bare_forward(narrow).to(wide)
@@ -186,11 +185,13 @@ def _by_weight(name: str, expected: Any, live: Any) -> list[Verified]:
         else:
             base, change = _change(expected, pair.parameter)
             now = dense(live, W)
-            if is_plain(W):
-                row = _compare_weights(pair, expected, base, change, now)
+            if now.shape != change.shape:
+                shapes = f"{tuple(now.shape)}, not {tuple(change.shape)}"
+                found.append(Verified(pair.name, OTHER, note=f"its weight is of shape {shapes}"))
+            elif is_plain(W):
+                found.append(_compare_weights(pair, expected, base, change, now))
             else:
-                row = _through_noise(pair, live, W, base, change)
-            found.append(row)
+                found.append(_through_noise(pair, live, W, base, change))
     if BIAS in expected.lora_names:
         found.append(
             Verified(f"{name}.bias", UNCHECKED, note="the bias of B (lora_bias) is not looked for once merged")
@@ -226,8 +227,6 @@ def _change(layer: Any, parameter: str) -> tuple[Tensor, Tensor]:
 
 def _compare_weights(pair: Any, layer: Any, base: Tensor, change: Tensor, now: Tensor) -> Verified:
     """Judge the plain weight `now`: it is compared with the merged weight, rounded as `now` is."""
-    if now.shape != change.shape:
-        return Verified(pair.name, OTHER, note=f"its weight is of shape {tuple(now.shape)}, not {tuple(change.shape)}")
     now, base = now.to(change.device), base.to(change.device)
     now = _as_rounded(now)
     before = base.to(now.dtype).to(change.dtype)
@@ -267,8 +266,6 @@ def _through_noise(pair: Any, live: nn.Module, W: Tensor, base: Tensor, change: 
     """Judge W, the weight of `live`, which was quantized after the adapter was merged, against the exact change. The
     noise is larger than the update in each number, and averages out over all of them."""
     size, now = norm(change), dense(live, W).to(change)
-    if now.shape != change.shape:
-        return Verified(pair.name, OTHER, note=f"its weight is of shape {tuple(now.shape)}, not {tuple(change.shape)}")
     if not size:
         return Verified(pair.name, UNCHECKED, note="its update is zero")
     base = base.to(change)
@@ -310,8 +307,3 @@ def _token_rows(name: str, expected: Any, live: Any) -> list[Verified]:
 
 def _eps(t: Tensor) -> float:
     return torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0
-
-
-def _coarsest(live: nn.Module) -> float:
-    """The rounding of the coarsest number that a layer's adapter may be held in."""
-    return max((torch.finfo(p.dtype).eps for p in live.parameters() if is_plain(p)), default=0.0)

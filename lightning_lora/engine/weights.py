@@ -45,7 +45,8 @@ def dense(module: Any, W: Tensor) -> Tensor:
             data, state = unpacked(W)
             return functional.dequantize_4bit(data, state)
         if functional is not None and _is_8bit(W):
-            return functional.int8_vectorwise_dequant(W.data, _scales(module, W))
+            own: Any = W
+            return functional.int8_vectorwise_dequant(W.data, own.SCB if own.SCB is not None else module.state.SCB)
         dequantize = _dequantizer(W)
         assert dequantize is not None, "can_be_dense was asked before"
         return dequantize()
@@ -147,11 +148,6 @@ def _dequantizer(W: Any) -> Callable[[], Tensor] | None:
         known: Callable[[], Tensor] | None = W.dequantize
         return known if type(W).dequantize is not Tensor.dequantize else None
     return getattr(W, "get_original_weight", None)  # torchao's NF4Tensor
-
-
-def _scales(module: Any, W: Any) -> Tensor:
-    scales: Tensor = W.SCB if W.SCB is not None else module.state.SCB
-    return scales
 
 
 # Handles weights that are sharded over processes: DTensors (fully_shard, tensor parallelism), and FSDP1.

@@ -154,7 +154,7 @@ def _is_empty(value: Any) -> bool:
 def _unknown(key: str, value: Any, where: str) -> str:
     hint = did_you_mean(key, _DEFAULTS)
     return (
-        f"{where} has the unknown field {key!r} ({_shown(value)}). {hint} A later PEFT may write it, and it may change "
+        f"{where} has the unknown field {key!r} ({_shown(value)}).{hint} A later PEFT may write it, and it may change "
         f"what the adapter computes. If you know that it does not, pass ignore_fields=[{key!r}]."
     )
 

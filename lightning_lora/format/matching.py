@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from lightning_lora.engine import InjectionReport, LoRAConfig, inject
 from lightning_lora.engine.config import exact_pattern
 from lightning_lora.engine.layers import AdapterSpec
-from lightning_lora.engine.layers.tokens import TOKENS
+from lightning_lora.engine.layers.embedding import TOKENS
 from lightning_lora.engine.merge import output_embeddings
-from lightning_lora.engine.plain_names import with_plain_names, without_wrappers
 from lightning_lora.engine.plan import promised
 from lightning_lora.engine.present import check_none_of_others, other_prefix
 from lightning_lora.engine.state import describe_base, is_finite
-from lightning_lora.engine.targets import Selection, select, tensors_trained_whole
+from lightning_lora.engine.targets import Selection, select, with_plain_names, without_wrappers
+from lightning_lora.engine.trained import tensors_trained_whole, vocabulary
 from lightning_lora.engine.tree import Tree, submodule, unwrapped
-from lightning_lora.engine.vocabulary import vocabulary
 from lightning_lora.engine.weights import is_plain
 from lightning_lora.errors import AdapterFormatError, TargetError, listed
 from lightning_lora.format import peft
@@ -186,14 +185,14 @@ def _fit(model: nn.Module, config: LoRAConfig, header: Header, where: str) -> Fi
         config = renamed_config(config, root, adapts, names)
     config, header, keys, recipes = restacked(root, config, header, keys, where)
     relative = peft.for_engine(root, config, list(keys.values()))
-    selection = select(root, relative)
+    selection = select(relative, Tree.of(root))
     if not _has_bias(root, selection, config.bias):
         relative = replace(relative, bias="none")
-    whole = tensors_trained_whole(root, relative, selection)
+    whole = tensors_trained_whole(relative, selection)
     numbers = replace(relative, rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
     adapted = {t.name: _adapted(spec, shapes) for t, spec, shapes in promised(selection.targets, numbers)}
     tokens = {}
-    for name, _, _, rows in vocabulary(root, relative, selection):
+    for name, _, _, rows in vocabulary(relative, selection):
         if rows.owner is None:
             tokens[name] = list(rows.tokens)
             weight = tensor_named(root, member(name, "weight"))

@@ -17,9 +17,9 @@ from torch import nn
 
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.layers import Adapter, AdapterSpec, DoRA, Pair, ParameterLoRA, geometry_of, register_conv1d
+from lightning_lora.engine.layers.embedding import TOKENS, TokenRows
 from lightning_lora.engine.layers.linear import OutProjectionLoRA
 from lightning_lora.engine.layers.pair import BIAS, MAGNITUDE, START
-from lightning_lora.engine.layers.tokens import TOKENS, TokenRows
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree, weight_users
 

@@ -22,10 +22,9 @@ from lightning_lora.engine import (
     injections,
     remove,
 )
-from lightning_lora.engine.as_injected import check_as_injected
 from lightning_lora.engine.inject import take_tables
 from lightning_lora.engine.layers import LinearLoRA, register_conv1d
-from lightning_lora.engine.present import check_none_of_ours, check_some_of_ours
+from lightning_lora.engine.present import check_as_injected, check_none_of_ours, check_some_of_ours
 from lightning_lora.engine.state import by_plain_name, check_fits, check_same_base, describe_base, fill_adapter
 from lightning_lora.engine.targets import name_matches
 from lightning_lora.engine.tree import Tree, submodule

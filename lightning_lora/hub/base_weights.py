@@ -169,8 +169,8 @@ def _opened(file: Path) -> Any:
 
 
 def _absent(name: str, names: list[str], what: str) -> AdapterFormatError:
-    hint = did_you_mean(name, names, otherwise="If its file has other names than the model:")
-    return AdapterFormatError(f"{what} has no weight {name!r}. {hint} Pass the model itself as base=.")
+    hint = did_you_mean(name, names, otherwise=" If its file has other names than the model:")
+    return AdapterFormatError(f"{what} has no weight {name!r}.{hint} Pass the model itself as base=.")
 
 
 def _fetched(base: str | os.PathLike[str]) -> Path:

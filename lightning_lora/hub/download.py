@@ -132,7 +132,7 @@ class Remote:
             if isinstance(error.__cause__, GatedRepoError):
                 error.args = (f"{error} Ask for access at {self.api.endpoint}/{self.repo_id}.",)
             elif isinstance(error.__cause__, RepositoryNotFoundError):
-                error.args = (f"{error} {self._whose()}{self._meant()}".rstrip(),)
+                error.args = (f"{error}{self._whose()}{self._meant()}",)
             raise
 
     @property
@@ -146,7 +146,7 @@ class Remote:
         with contextlib.suppress(HubError, LookupError, TypeError):
             if self.api.token:
                 user = within(self._patience, "asking whose the token is", self.api.whoami)["name"]
-                return f"The token is that of {user!r}. "
+                return f" The token is that of {user!r}."
         return ""
 
     def _meant(self) -> str:

@@ -14,13 +14,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import Unpack
 
-from lightning_lora.checked import whole
+from lightning_lora.checked import number, whole
 from lightning_lora.engine import InjectionReport, LoRAConfig, inject, injections
-from lightning_lora.engine.config import Bias, FurtherFields
+from lightning_lora.engine.config import Bias
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers import pairs
-from lightning_lora.engine.optim import check_ratio
-from lightning_lora.engine.product_decay import check_strength
 from lightning_lora.errors import AdapterStateError, TargetError
 from lightning_lora.training.checkpoint import accept_adapters
 from lightning_lora.training.lightning_private import trainer_being_made
@@ -33,6 +31,7 @@ from lightning_lora.training.run_state import watch_buffers
 from lightning_lora.training.starting import (
     AbsentError,
     AdapterToGoOnFrom,
+    FurtherFields,
     adapt_before_launch,
     adapted_as_in,
     adapters_present,
@@ -113,9 +112,9 @@ class LoRACallback(Callback):
         }  # fmt: skip
         given = given_fields(config, spelled, target_modules, config_fields, from_file=adapter is not None)
         if lora_plus_ratio is not None:
-            check_ratio(lora_plus_ratio)
+            number("lora_plus_ratio", lora_plus_ratio, above=0)
         if product_decay is not None:
-            check_strength(product_decay)
+            number("product_decay", product_decay, above=0)
         whole("init_batches", init_batches)
         self._origin = None if adapter is None else AdapterToGoOnFrom(adapter, config, given, subfolder, ignore_fields)
         self.config = config if config is not None or adapter is not None else LoRAConfig(**given)

@@ -247,10 +247,10 @@ class Search:
                 if abs(gain) <= WORTH_TRYING:
                     lines.append(f"{name} is as good.{costs}")
                 else:
-                    seeds = len(other.values())
+                    seeds, how = len(other.values()), "better" if gain > 0 else "worse"
                     lines.append(
-                        f"{name} is {abs(gain):.1%} {'better' if gain > 0 else 'worse'} in the mean, which {seeds} seeds "
-                        f"do not tell from chance.{costs} More seeds can tell more: seeds={2 * seeds}."
+                        f"{name} is {abs(gain):.1%} {how} in the mean, which {seeds} seeds do not tell "
+                        f"from chance.{costs} More seeds can tell more: seeds={2 * seeds}."
                     )
             else:
                 lines.append(f"{name} is {'worse' if self.as_good(best, other) else 'better'}.")

@@ -8,7 +8,7 @@ import os
 from abc import ABC
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import quote
 
 from huggingface_hub import constants
@@ -16,12 +16,11 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from lightning_lora.engine import Injection, InjectionReport, LoRAConfig, inject, injections, remove
-from lightning_lora.engine.as_injected import check_as_injected
-from lightning_lora.engine.config import check_is_config
+from lightning_lora.engine.config import AdapterDtype, check_is_config
 from lightning_lora.engine.peft_names import unknown_name
-from lightning_lora.engine.plain_names import with_plain_names
-from lightning_lora.engine.same_config import differences
+from lightning_lora.engine.present import check_as_injected
 from lightning_lora.engine.swap import swap
+from lightning_lora.engine.targets import differences, with_plain_names
 from lightning_lora.engine.tree import Tree, submodule
 from lightning_lora.engine.weights import shape_of
 from lightning_lora.errors import (
@@ -129,6 +128,23 @@ def call_after(module: LightningModule, hook: str, function: Callable[[], None])
         return result
 
     module.__dict__[hook] = hook_and_function
+
+
+class FurtherFields(TypedDict, total=False):
+    """The fields of a LoRAConfig that LoRACallback does not spell in its signature, for type checkers and editors."""
+
+    target_parameters: list[str] | None
+    layers_to_transform: int | list[int] | None
+    layers_pattern: str | list[str] | None
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
+    lora_bias: bool
+    freeze_a: bool
+    rank_dropout: float
+    module_dropout: float
+    alora_invocation_tokens: list[int] | None
+    adapter_dtype: AdapterDtype
 
 
 # Adapters that a module has before a run: from an earlier run (a cell that is run again), inject or load_adapter.

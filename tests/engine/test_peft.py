@@ -14,8 +14,7 @@ from tiny_transformers import bert, gpt2, llama, t5
 from torch import Tensor, nn
 
 from lightning_lora.engine import LoRAConfig, adapters, inject
-from lightning_lora.engine.layers.embedding import EmbeddingLoRA
-from lightning_lora.engine.layers.tokens import TokenRows
+from lightning_lora.engine.layers.embedding import EmbeddingLoRA, TokenRows
 
 every_peft_case = pytest.mark.parametrize("case", PEFT_CASES, ids=lambda case: case.name)
 

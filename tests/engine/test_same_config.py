@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject
-from lightning_lora.engine.inject import injection_of
-from lightning_lora.engine.same_config import differences
+from lightning_lora.engine.present import injection_of
+from lightning_lora.engine.targets import differences
 from tests.tiny_transformers import gpt2, llama
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -19,7 +19,7 @@ import pytest
 
 import lightning_lora
 from lightning_lora.borrowed import PURPOSES, attribute, found, needed, replace
-from lightning_lora.engine.bank.layout import _SEQUENCE_FIRST
+from lightning_lora.engine.bank.layers import _SEQUENCE_FIRST
 from lightning_lora.engine.plan import _ONLY_READS
 from lightning_lora.engine.tree import _INSIDE
 from lightning_lora.errors import MovedError

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAConfig, advise, inject, pairs
-from lightning_lora.engine.inject import injections
+from lightning_lora.engine.present import injections
 from lightning_lora.errors import AdapterStateError, ConfigError, DataError, TrainingError
 from lightning_lora.training.search import Search, attention_only
 from lightning_lora.training.trials import Candidate, Cut, OutOfTimeError, Trials

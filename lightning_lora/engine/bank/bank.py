@@ -14,13 +14,11 @@ import torch
 from torch import nn
 
 from lightning_lora.checked import whole
-from lightning_lora.engine.bank.forking import survive_forks
 from lightning_lora.engine.bank.layers import attach, check_detachable, check_one_device, detach, new_cells
-from lightning_lora.engine.bank.layout import Index, Layout, Said, said
-from lightning_lora.engine.bank.routing import Folded, Names, One, Routes, Routing, Use
+from lightning_lora.engine.bank.routing import Folded, Index, Layout, Names, One, Routes, Routing, Said, Use, said
 from lightning_lora.engine.bank.rows import Inside, Rows
 from lightning_lora.engine.bank.slab import MemoryPlan, Slab, check_fits, check_memory, plan_of, watched, write
-from lightning_lora.engine.bank.slots import USUAL_RANK, Entry, HostStore, Rooms, Slots, Store
+from lightning_lora.engine.bank.slots import USUAL_RANK, Entry, HostStore, Rooms, Slots, Store, survive_forks
 from lightning_lora.engine.layers.cell import LayerFactors
 from lightning_lora.errors import AdapterStateError, BankError, ConfigError, TargetError, listed
 

@@ -7,27 +7,27 @@ do not contain them.
 from __future__ import annotations
 
 import inspect
+import itertools
+import re
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.engine.bank.layout import hidden, sequence_first
 from lightning_lora.engine.bank.routing import Routes
 from lightning_lora.engine.config import LoRAConfig
 from lightning_lora.engine.layers import Adapter, AdapterSpec, geometry_of
-from lightning_lora.engine.layers.cell import Cell, cell_kind
-from lightning_lora.engine.plain_names import with_plain_names
-from lightning_lora.engine.plan import check_called, only_reads, reads_weight, way_of
+from lightning_lora.engine.layers.cell import NOT_HIDDEN, Cell, Hidden, cell_kind
+from lightning_lora.engine.plan import reading, way_of
 from lightning_lora.engine.present import check_none_of_ours
 from lightning_lora.engine.shown import METADATA
-from lightning_lora.engine.swap import check_swappable, is_swapped, swap, swap_back
-from lightning_lora.engine.targets import select
+from lightning_lora.engine.swap import Host, check_swappable, is_swapped, swap, swap_back
+from lightning_lora.engine.targets import select, with_plain_names
 from lightning_lora.engine.torch_private import CALL, stand_in, without_torch_function
 from lightning_lora.engine.tree import Target, Tree
 from lightning_lora.errors import AdapterStateError, BankError, TargetError
@@ -78,13 +78,7 @@ def guarded(own: nn.Parameter, name: str) -> GuardedWeight:
     return weight
 
 
-if TYPE_CHECKING:
-    _Host = nn.Module
-else:
-    _Host = object
-
-
-class Banked(_Host):
+class Banked(Host):
     """Mixin in front of a layer's own class: adds the updates that are in use here to the layer's output."""
 
     bank_cell: Cell
@@ -152,13 +146,13 @@ def _(base: Tensor, x: Tensor, key: int) -> None:
 
 def check_bankable(target: Target) -> None:
     """Raise TargetError if a bank cannot serve the layer."""
-    child = target.name.rpartition(".")[2]
-    if isinstance(target.module, NonDynamicallyQuantizableLinear) or only_reads(target.parent, child):
+    how = reading(target)
+    if isinstance(target.module, NonDynamicallyQuantizableLinear) or how.at_times:
         raise TargetError(
             f"{target.name!r} lies in a {type(target.parent).__name__}, which reads its weight and never calls it: "
             "a bank cannot serve it. Leave it out with exclude_modules."
         )
-    if reads_weight(target.parent, child) and torch.backends.mha.get_fastpath_enabled():
+    if how.weight_alone and torch.backends.mha.get_fastpath_enabled():
         raise TargetError(
             f"{target.name!r}: the fast path of {type(target.parent).__name__} reads its weight and does not call it. "
             "Turn the fast path off first: torch.backends.mha.set_fastpath_enabled(False)."
@@ -166,9 +160,8 @@ def check_bankable(target: Target) -> None:
     cell_kind(target.module, target.name)
     geometry: Any = geometry_of(type(target.module))
     groups = getattr(target.module, "groups", 1)
+    check_swappable(target.name, target.module, Adapter)
     try:  # a layer for which no adapter can be trained cannot be served either
-        check_swappable(target.module, Adapter)
-        check_called(target.parent, child, target.module)
         if way_of(target, geometry).lora_by_weight:
             raise TargetError(
                 "its class does more with its weight than multiply by it, so an update cannot be added row by row to "
@@ -227,7 +220,7 @@ def new_cells(
     check_none_of_ours(model, tree)
     modules = dict(tree.modules)
     config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
-    selection = select(model, with_plain_names(config, tree), tree)
+    selection = select(with_plain_names(config, tree), tree)
     for target in selection.targets:
         check_bankable(target)
     check_one_device((target.name, target.module) for target in selection.targets)
@@ -236,3 +229,68 @@ def new_cells(
         cells[target.name] = cell = cell_kind(target.module, target.name)(target.name, target.module)
         cell.hidden, cell.served, cell.sequence_first = hidden(modules, target.name), served, sequence_first(modules)
     return cells
+
+
+# Finds layers of which the model's structure shows that the first dimension of their input does not count the rows.
+
+_SEQUENCE_FIRST = {
+    "fsmt.modeling_fsmt.DecoderLayer",
+    "fsmt.modeling_fsmt.EncoderLayer",
+    "led.modeling_led.LEDEncoderSelfAttention",
+    "longformer.modeling_longformer.LongformerSelfAttention",
+    "xlnet.modeling_xlnet.XLNetLayer",
+}
+"""Classes of transformers whose layers are called with the sequence first; by name, so nothing is imported."""
+
+
+_EXPERT = re.compile(r"(?!.*shared)(?!mixture).*experts?\d*(mlp|layer|ffn|_\w*)?", re.IGNORECASE)
+_ROUTER = re.compile(r"(\w+_)?(gate|gating|router|routing|switch)(_\w+)?")
+
+
+def hidden(modules: Mapping[str, nn.Module], name: str) -> Hidden:
+    """Why the rows cannot be found in the input of the layer `name`, if so; `modules` are the model's, by name."""
+    parts = name.split(".")
+    ancestors = [modules[".".join(parts[:depth])] for depth in range(len(parts))]
+    if any(map(_is_sequence_first, ancestors)):
+        return Hidden("is called with the sequence first (build the layer with batch_first=True)")
+    if any(map(_EXPERT.fullmatch, parts)) or any(_EXPERT.fullmatch(type(m).__name__) for m in ancestors[1:]):
+        return Hidden("is one of several experts, each of which is called with the tokens that are sent to it")
+    for outer, inner in itertools.pairwise(ancestors):
+        if isinstance(inner, nn.ModuleList | nn.ModuleDict) and any(
+            _ROUTER.fullmatch(child) for child in outer._modules
+        ):
+            return Hidden(where_flat="lies beside a router, which may call it with some of the tokens of the batch")
+    for ancestor in ancestors:
+        cls: Any = type(ancestor)
+        if packing := _packs(cls):
+            return Hidden(
+                where_flat=f"lies in a {cls.__name__}, which packs the positions of all rows into one "
+                f"dimension (it takes {packing}); bank.rows_inside says to which row each belongs"
+            )
+    return NOT_HIDDEN
+
+
+def sequence_first(modules: Mapping[str, nn.Module]) -> str | None:
+    """The name of a module that takes the sequence before the rows; None if there is none."""
+    kinds = (nn.RNNBase, nn.MultiheadAttention)
+    for name, module in modules.items():
+        if (isinstance(module, kinds) and not module.batch_first) or _is_sequence_first(module):
+            return name
+    return None
+
+
+def _is_sequence_first(module: nn.Module) -> bool:
+    attention = getattr(module, "self_attn", None)
+    if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
+        return True
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+    return any(name.removeprefix("transformers.models.") in _SEQUENCE_FIRST for name in names)
+
+
+def _packs(cls: type[nn.Module]) -> str | None:
+    """The argument of the class's forward that shows that it takes rows of unequal length without padding; or None."""
+    try:
+        arguments = inspect.signature(cls.forward).parameters
+    except (TypeError, ValueError):
+        return None
+    return next((name for name in ("cu_seqlens", "grid_thw") if name in arguments), None)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.engine.bank.layout import AS_THEY_ARE, Index, Said, checked_index
-from lightning_lora.engine.bank.routing import One, Routes, Routing
+from lightning_lora.engine.bank.routing import AS_THEY_ARE, Index, One, Routes, Routing, Said, checked_index
 from lightning_lora.engine.bank.slots import Copies, Rooms
 from lightning_lora.engine.forwards import beams
 from lightning_lora.engine.layers.cell import FEW_POSITIONS, Cell, Factors, Groups

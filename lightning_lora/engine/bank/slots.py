@@ -8,19 +8,21 @@ adapters do not wait for them.
 from __future__ import annotations
 
 import math
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_lora.checked import closest
+from lightning_lora.checked import did_you_mean
 from lightning_lora.engine.bank.routing import One
 from lightning_lora.engine.bank.slab import Slab
-from lightning_lora.errors import BankError, listed
+from lightning_lora.errors import BankError
 
 USUAL_RANK = 16
 """The rank that fits into a slot where nobody says another."""
@@ -151,8 +153,7 @@ class Slots:
         """The adapter called `name`. Raises BankError if there is none."""
         entry = self.entries.get(name)
         if entry is None:
-            near = closest(str(name), self.entries)
-            hint = f" Did you mean {listed(map(repr, near))}?" if near else f" It has {len(self.entries)} others."
+            hint = did_you_mean(str(name), self.entries, f" It has {len(self.entries)} others.")
             raise BankError(f"The bank has no adapter {name!r}.{hint}")
         return entry
 
@@ -334,3 +335,50 @@ class Rooms:
 
     def __len__(self) -> int:
         return len(self._free)
+
+
+# A process that is forked from one with banks has one thread: what others held, used or moved is settled for it.
+#
+# A lock that another thread holds when a process is forked is never released in the child, and an adapter that it moves
+# never arrives. So who forks waits until nothing moves, and takes the locks over; the child lets go of what others use.
+
+_forks = threading.RLock()
+_banks: weakref.WeakSet[Any] = weakref.WeakSet()
+_held: list[Any] = []
+
+
+def survive_forks(bank: Any) -> None:
+    """Let a process that is forked from now on use `bank`."""
+    with _forks:
+        _banks.add(bank)
+
+
+def _before() -> None:
+    _forks.acquire()
+    here = threading.get_ident()
+    for bank in list(_banks):
+        bank._slots.lock.acquire()
+        _held.append(bank)
+        while any(thread != here for thread in bank._slots.taken.values()):
+            bank._slots.change.wait()
+
+
+def _in_parent() -> None:
+    while _held:
+        _held.pop()._slots.lock.release()
+    _forks.release()
+
+
+def _in_child() -> None:
+    here = threading.get_ident()
+    for bank in _held:
+        bank._rooms.lock, bank._slots.store.lock = threading.Lock(), threading.Lock()
+        for use in [use for use in bank._uses if use.thread != here]:
+            use.end()
+        if bank._folded is not None and bank._folded.thread != here:
+            bank._unfold(bank._folded)
+    _in_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -1,9 +1,6 @@
 """One file per kind of layer; `base.py` has what they share. Importing this package registers them all."""
 
 from lightning_lora.engine.layers import conv, embedding
-from lightning_lora.engine.layers import conv as conv_transpose
-from lightning_lora.engine.layers import parameters as attention
-from lightning_lora.engine.layers import parameters as recurrent
 from lightning_lora.engine.layers.base import Adapter, adapters, geometry_of, pairs
 from lightning_lora.engine.layers.dora import DoRA
 from lightning_lora.engine.layers.linear import LinearLoRA, register_conv1d
@@ -19,12 +16,9 @@ __all__ = [
     "Pair",
     "ParameterLoRA",
     "adapters",
-    "attention",
     "conv",
-    "conv_transpose",
     "embedding",
     "geometry_of",
     "pairs",
-    "recurrent",
     "register_conv1d",
 ]

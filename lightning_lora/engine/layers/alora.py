@@ -26,15 +26,6 @@ class ALoRA(Adapter):
 
     lora_invocation: Invocation
 
-    @classmethod
-    def check_geometry(cls, geometry: type[Adapter]) -> None:
-        """Raise TargetError unless a layer of that geometry computes each position by itself."""
-        if not geometry.lora_by_position or geometry.lora_by_weight:
-            raise TargetError(
-                "alora_invocation_tokens adapts linear layers alone, whose update can be added at some positions and "
-                "not at others: leave it out with exclude_modules"
-            )
-
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
         invoked = self.lora_invocation.at(base)[..., None]
         return torch.where(invoked, super().combine(base, update), base)

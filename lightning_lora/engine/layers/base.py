@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from lightning_lora.engine import fused, switch
 from lightning_lora.engine.layers.pair import BIAS, AdapterSpec, Pair, kept_ranks
-from lightning_lora.engine.layers.reads import Reading, Reads
-from lightning_lora.engine.reads import forget
+from lightning_lora.engine.layers.reads import Reading, Reads, forget
 from lightning_lora.engine.swap import name_of_input, swap, swap_back
 from lightning_lora.engine.tree import Tree
 from lightning_lora.engine.weights import can_be_dense, without_autocast
@@ -53,10 +52,9 @@ class Adapter(Reads):
     lora_A0: Tensor  # noqa: N815
     lora_B0: Tensor  # noqa: N815
 
-    def __init_subclass__(cls, adapts: type[nn.Module] | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, adapts: type[nn.Module] | tuple[type[nn.Module], ...] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if adapts is not None:
-            Adapter.geometries[adapts] = cls
+        Adapter.geometries |= dict.fromkeys(adapts if isinstance(adapts, tuple) else (adapts,), cls)
         if "forward" in vars(cls) and not hasattr(cls.forward, "lora_asks"):
             cls.forward = _asking(cls.forward)  # type: ignore[method-assign]
 
@@ -97,11 +95,6 @@ class Adapter(Reads):
     def suffix_of(parameter: str) -> str:
         """The suffix in the names of the tensors that adapt `parameter`: "_weight_ih" in "lora_A_weight_ih"."""
         return ""
-
-    @staticmethod
-    def dimensions_after_channels(module: Any) -> int:
-        """The number of an output's dimensions after the channels."""
-        return 0
 
     @staticmethod
     def matrix(module: Any, W: Tensor) -> Tensor:

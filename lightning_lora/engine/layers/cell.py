@@ -119,9 +119,6 @@ class Cell:
 
     kinds: ClassVar[dict[type, type[Cell]]] = {}
     """Geometry -> the class of cells that serves its layers."""
-    channels_last: ClassVar[int] = 0
-    """The number of an output's dimensions after the channels."""
-
     A: Tensor
     B: Tensor
     gain: Tensor
@@ -142,7 +139,8 @@ class Cell:
         cls: Any = type(module)
         self.base_class, self.input_name = cls, name_of_input(cls)
         self.groups: int = getattr(module, "groups", 1)
-        self.out: int = geometry.shapes(module, self.groups)[1][0]
+        self.out, _, *size = geometry.shapes(module, self.groups)[1]
+        self._ones = (1,) * len(size)  # for each dimension of an output after the channels
         self._shapes_of_rank = functools.lru_cache(maxsize=64)(functools.partial(geometry.shapes, module))
         # A class's own forward may return a tensor that it keeps, or that autograd needs.
         self._may_write = not has_own_forward(type(module))
@@ -280,7 +278,7 @@ class Cell:
 
     def affine(self, base: Tensor, at: int | Tensor) -> Tensor:
         """base + gain * (base - bias) + shift. `at` is one slot for all rows, or a tensor (rows,) of slots."""
-        ones = (1,) * self.channels_last
+        ones = self._ones
         bias = self.module._parameters.get("bias")
         linear = base if bias is None else base - bias.to(base.dtype).view(-1, *ones)
         gain, shift = (t[at].to(base.dtype) for t in (self.gain, self.shift))

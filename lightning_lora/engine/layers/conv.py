@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_lora.engine.inits import INITS
 from lightning_lora.engine.layers.base import NOT_GIVEN, Adapter
@@ -23,8 +25,6 @@ _EXACT = (torch.float32, torch.float64)
 class Convolution(Adapter):
     """The part that all convolutions share, transposed or not."""
 
-    lora_kind = "convolution"
-
     @classmethod
     def check(cls, module: Any, spec: AdapterSpec) -> None:
         if spec.rank % module.groups:
@@ -32,10 +32,6 @@ class Convolution(Adapter):
                 f"a convolution with groups={module.groups} needs a rank that is a multiple of that, not {spec.rank}: "
                 "set it with rank_pattern, or leave the layer out with exclude_modules"
             )
-
-    @staticmethod
-    def dimensions_after_channels(module: Any) -> int:
-        return len(module.kernel_size)
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
@@ -55,7 +51,13 @@ class Convolution(Adapter):
         return by_weight(geometry) if convolves_otherwise(own, known) else geometry
 
 
-class ConvLoRA(Convolution):
+def convolution_of(module: Any) -> Callable[..., Tensor]:
+    """The function of torch that convolves in as many dimensions as `module`."""
+    by_dimensions: Any = (F.conv1d, F.conv2d, F.conv3d)
+    return by_dimensions[len(module.kernel_size) - 1]
+
+
+class ConvLoRA(Convolution, adapts=(nn.Conv1d, nn.Conv2d, nn.Conv3d)):
     """A is (rank, in, *kernel), B is (out, rank / groups, 1, ...).
 
     The layout is PEFT's: A sees all input channels, B is grouped as the base is. Stride, padding, padding mode and
@@ -63,7 +65,6 @@ class ConvLoRA(Convolution):
     without groups, whose weight is `groups` times as large.
     """
 
-    lora_convolve: Any
     groups: int
 
     @classmethod
@@ -137,8 +138,9 @@ class ConvLoRA(Convolution):
         base: Any = self
         x, padding = padded(base, self.lora_dropout(x))
         A, B, bias = self.factors_in(x.dtype)
-        h = self.lora_convolve(x, A, None, base.stride, padding, base.dilation)
-        return self.lora_convolve(h, B, bias, groups=base.groups)
+        convolve = convolution_of(base)
+        h = convolve(x, A, None, base.stride, padding, base.dilation)
+        return convolve(h, B, bias, groups=base.groups)
 
     def matrices(self, parameter: str = "weight") -> tuple[Tensor, Tensor]:
         A, B = super().matrices(parameter)
@@ -175,8 +177,7 @@ class ConvLoRA(Convolution):
         size = (module.in_channels, *module.kernel_size)
         pick = torch.eye(math.prod(size), dtype=x.dtype, device=x.device).view(-1, *size)
         x, padding = padded(module, x)
-        convolve: Any = (torch.conv1d, torch.conv2d, torch.conv3d)[len(module.kernel_size) - 1]
-        picked = convolve(x, pick, None, module.stride, padding, module.dilation)
+        picked = convolution_of(module)(x, pick, None, module.stride, padding, module.dilation)
         return picked.movedim(-len(module.kernel_size) - 1, -1).reshape(-1, len(pick))
 
     @staticmethod
@@ -188,26 +189,10 @@ class ConvLoRA(Convolution):
         return M.view(M.shape[0], -1, *module.kernel_size)
 
 
-class Conv1dLoRA(ConvLoRA, adapts=nn.Conv1d):
-    lora_convolve = staticmethod(torch.conv1d)
-
-
-class Conv2dLoRA(ConvLoRA, adapts=nn.Conv2d):
-    lora_convolve = staticmethod(torch.conv2d)
-
-
-class Conv3dLoRA(ConvLoRA, adapts=nn.Conv3d):
-    lora_convolve = staticmethod(torch.conv3d)
-
-
 class ConvCell(Cell, serves=ConvLoRA):
     """nn.Conv1d, nn.Conv2d, nn.Conv3d. B is stored as a full matrix, with zeros between the base's groups."""
 
     module: Any
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__(name, module)
-        self.channels_last = len(self.module.kernel_size)  # type: ignore[misc]
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
         return (rank, self.module.in_channels, *self.module.kernel_size), (rank, self.out), (self.out,), (self.out,)
@@ -249,22 +234,17 @@ class ConvCell(Cell, serves=ConvLoRA):
     def _convolved(self, x: Tensor, A: Tensor, groups: int = 1) -> Tensor:
         module = self.module
         x, padding = padded(module, x)
-        h: Tensor = self.geometry.lora_convolve(x, A, None, module.stride, padding, module.dilation, groups)
-        return h
+        return convolution_of(module)(x, A, None, module.stride, padding, module.dilation, groups)
 
 
 # nn.ConvTranspose1d, 2d, 3d: A is a pointwise convolution to `rank` channels, B a transposed one like the base.
 
 
-class ConvTransposeLoRA(Convolution):
+class ConvTransposeLoRA(Convolution, adapts=(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
     """A is (rank, in / groups, 1, ...), B is (out, rank / groups, *kernel).
 
     Both are grouped as the base is. Stride, padding, output padding and dilation belong to B.
     """
-
-    lora_kind = "transposed convolution"
-    lora_pointwise: Any
-    lora_convolve: Any
 
     @classmethod
     def check_variant(cls, module: Any, config: Any) -> None:
@@ -299,9 +279,11 @@ class ConvTransposeLoRA(Convolution):
         x = self.lora_dropout(x)
         A, B, bias = self.factors_in(x.dtype)
         padding = output_padding(base, x, output_size)
-        h = self.lora_pointwise(x, A, groups=base.groups)
+        h = convolution_of(base)(x, A, groups=base.groups)
         B = self.from_output(self, B.flatten(1))  # as a transposed convolution stores its weight: rank first
-        return self.lora_convolve(h, B, bias, base.stride, base.padding, padding, base.groups, base.dilation)
+        convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(base.kernel_size) - 1]
+        y: Tensor = convolve(h, B, bias, base.stride, base.padding, padding, base.groups, base.dilation)
+        return y
 
     def matrices(self, parameter: str = "weight") -> tuple[Tensor, Tensor]:  # (g, r, in / g), (g, out / g * kernel, r)
         A, B = (t.unflatten(0, (self.groups, -1)) for t in self.factors(parameter, dropped=False))
@@ -313,18 +295,3 @@ class ConvTransposeLoRA(Convolution):
         dtype = torch.promote_types(A.dtype, torch.float32)
         A, B = (t.to(dtype).unflatten(0, (base.groups, -1)) for t in (A.flatten(1), B))
         return self.lora.scale * torch.einsum("gri,gor...->gio...", A, B).flatten(0, 1)
-
-
-class ConvTranspose1dLoRA(ConvTransposeLoRA, adapts=nn.ConvTranspose1d):
-    lora_pointwise = staticmethod(torch.conv1d)
-    lora_convolve = staticmethod(torch.conv_transpose1d)
-
-
-class ConvTranspose2dLoRA(ConvTransposeLoRA, adapts=nn.ConvTranspose2d):
-    lora_pointwise = staticmethod(torch.conv2d)
-    lora_convolve = staticmethod(torch.conv_transpose2d)
-
-
-class ConvTranspose3dLoRA(ConvTransposeLoRA, adapts=nn.ConvTranspose3d):
-    lora_pointwise = staticmethod(torch.conv3d)
-    lora_convolve = staticmethod(torch.conv_transpose3d)

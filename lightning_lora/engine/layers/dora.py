@@ -37,7 +37,9 @@ class DoRA(Adapter):
             )
 
     def combine(self, base: Tensor, update: Tensor) -> Tensor:
-        g = self.gain().to(base.dtype).view(-1, *(1,) * self.dimensions_after_channels(self))
+        g = (
+            self.gain().to(base.dtype).view(-1, *(1,) * (self.lora_B.dim() - 2))
+        )  # an output's channels come before its size
         bias = self.own("bias")  # also if it is parametrized: g scales the output without the bias
         linear = base if bias is None else base - bias.to(base.dtype).view(g.shape)
         # Not g * linear + bias: a fresh adapter, whose g is 1, must not change a bit.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.dora import output_norms
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, MAGNITUDE, START, AdapterSpec
 from lightning_lora.engine.memory import largest, too_large
+from lightning_lora.engine.tree import Target
 from lightning_lora.engine.weights import can_be_dense, dense, dtype_of, is_plain, shape_of, whole
 from lightning_lora.errors import ConfigError, DataError, TargetError, listed
 
@@ -43,16 +44,6 @@ class Recipe:
         self.init = INITS[config.init]
         self.shape_A, self.shape_B = geometry.shapes_of(module, parameter, spec.rank)
         self.names = [name + geometry.suffix_of(parameter) for name in (*FACTORS, *START, BIAS, MAGNITUDE)]
-        numbers = {"rank": spec.rank, "scale": spec.scale, "d_in": self.d_in, "d_out": self.shape_B[0]}
-        is_A_drawn = self.init.gives == "Tensor" and (config.freeze_a or not geometry.draws_b)
-        self.draw: Callable[[], Any] | None = None
-        if is_A_drawn and not self.init.computes and self.shape_A[0] == spec.rank:
-            self.draw = functools.partial(self.init.function, **{name: numbers[name] for name in self.init.wants})
-        # float32 is the default here and is not passed: to pass it makes torch.zeros a tenth slower.
-        named = {} if self.dtype is torch.float32 else {"dtype": self.dtype}
-        self.zeros_A = functools.partial(torch.zeros, self.shape_A, **named)
-        self.zeros_B = functools.partial(torch.zeros, self.shape_B, **named)
-        self.has_more = self.init.gives == "Factors" or config.lora_bias or config.use_dora
 
     @property
     def d_in(self) -> int:
@@ -66,22 +57,15 @@ class Recipe:
     def tensors(self, module: nn.Module, measured: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
         """Make the adapter tensors of `module`, by name; errors call the module `name`. If `measured` is None, nothing
         is drawn or computed: A and B are zero."""
-        dtype = self.dtype
+        config, (name_A, name_B, *start, bias, magnitude) = self.config, self.names
         if measured is None:
-            A, B = self.zeros_A(), self.zeros_B()
-        elif self.draw is not None:
-            A, B = self.draw(), self.zeros_B()
+            A, B = torch.zeros(self.shape_A), torch.zeros(self.shape_B)
         else:
             A, B = self._start(module, measured)
-            self._check_start(A, B, name)
-            B = B.reshape(self.shape_B).to(dtype).contiguous()
-        if A.shape != self.shape_A or A.dtype is not dtype or not A.is_contiguous():
-            A = A.reshape(self.shape_A).to(dtype).contiguous()
-        config, (name_A, name_B, *further) = self.config, self.names
+            if self.init.computes or self.init.gives != "Tensor":
+                self._check_start(A, B, name)
+        A, B = (t.reshape(s).to(self.dtype).contiguous() for t, s in ((A, self.shape_A), (B, self.shape_B)))
         tensors: dict[str, Tensor] = {name_A: nn.Parameter(A, not config.freeze_a), name_B: nn.Parameter(B)}
-        if not self.has_more:
-            return tensors
-        *start, bias, magnitude = further
         if self.init.gives == "Factors":
             tensors |= {name: t.clone() for name, t in zip(start, (A, B))}
         if config.lora_bias:
@@ -139,8 +123,8 @@ class Kind:
     """The plan for a group of targets that differ only in their names and in the values of their tensors."""
 
     geometry: type[Adapter]
-    variants: tuple[type[Adapter], ...]
-    """The mixins that go in front of the geometry."""
+    mixin: Any
+    """What `adapt` puts in front of the module's class: the geometry, or variants and the geometry."""
     spec: AdapterSpec
     recipes: Sequence[Recipe]
     """One for the module's output, or one for each parameter that is adapted."""
@@ -166,18 +150,13 @@ class Kind:
         groups: Any = vars(module).get("groups", 1)  # the rank is split over the groups
         return Kind(
             geometry,
-            variants,
+            (*variants, geometry) if variants else geometry,
             spec,
             tuple(recipes.values()),
             next(iter(recipes.values())).device,
             any(p.is_meta for p in module._parameters.values() if p is not None),
             tuple(name for name, recipe in recipes.items() if recipe.is_wasteful(groups)),
         )
-
-    @property
-    def mixin(self) -> Any:
-        """What `adapt` puts in front of the module's class."""
-        return (*self.variants, self.geometry) if self.variants else self.geometry
 
     def tensors(self, name: str, module: nn.Module, measured: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Make the parameters and buffers that `adapt` gives to `module`. The update starts at zero, unless the
@@ -188,13 +167,21 @@ class Kind:
         measurements) or TargetError (from the weight), which call the layer `name`, where the start is not finite or
         overflows.
         """
-        if len(self.recipes) == 1:
-            return self.recipes[0].tensors(module, measured, name)
         return {own: t for recipe in self.recipes for own, t in recipe.tensors(module, measured, name).items()}
 
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that `tensors` makes, by name, without a frozen start; makes no tensor."""
         return {own: shape for recipe in self.recipes for own, shape in recipe.shapes(module).items()}
+
+
+def fresh_tensors(plan: Sequence[tuple[Target, Kind]], measured: Measured | None) -> list[dict[str, Tensor]]:
+    """What `Kind.tensors` makes for each target of a plan; if `measured` is None, nothing is drawn or computed."""
+    tensors = []
+    for device, steps in groupby(plan, key=lambda step: step[1].device):
+        with drawing_on(device):
+            for (name, module, *_), kind in steps:
+                tensors.append(kind.tensors(name, module, None if measured is None else measured.get(name, {})))
+    return tensors
 
 
 def check_measured(config: LoRAConfig, names: Iterable[str], measured: Measured) -> None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine import switch
-from lightning_lora.engine.swap import is_swapped, read_also, swap, swap_back
+from lightning_lora.engine.swap import Host, is_swapped, read_also, swap, swap_back
 from lightning_lora.engine.torch_private import NORMS, flat_weights
 
-if TYPE_CHECKING:
-    _Host = nn.Module
-else:
-    _Host = object
 
-
-class FrozenNorm(_Host):
+class FrozenNorm(Host):
     """Mixin in front of a norm's own class: `train()` leaves it in eval mode, so its buffers never change."""
 
     base_class: type[nn.Module]
@@ -32,20 +27,23 @@ class FrozenNorm(_Host):
         return super().train(False)
 
 
-def may_have_running_statistics(cls: type[nn.Module]) -> bool:
-    """True if a module of that class can have running statistics that are not frozen yet."""
-    return issubclass(cls, NORMS) and not issubclass(cls, FrozenNorm)
-
-
 def has_running_statistics(module: nn.Module) -> bool:
     """True if a forward in training mode would change buffers of `module`; False if they are frozen already."""
-    return may_have_running_statistics(type(module)) and bool(module.track_running_stats)
+    return isinstance(module, NORMS) and not isinstance(module, FrozenNorm) and bool(module.track_running_stats)
 
 
 def freeze_statistics(module: Any) -> None:
     """Keep the running statistics of a norm as they are, whatever `train()` says."""
     swap(module, "Frozen", FrozenNorm)
     module.train(module.training)
+
+
+def freeze_norms(modules: Iterable[tuple[str, nn.Module]], trained: Container[int]) -> tuple[str, ...]:
+    """`freeze_statistics` of all norms among `modules` but those with an id in `trained`. Returns their names."""
+    norms = {name: m for name, m in modules if has_running_statistics(m) and id(m) not in trained}
+    for norm in norms.values():
+        freeze_statistics(norm)
+    return tuple(norms)
 
 
 def release_statistics(module: Any) -> None:
@@ -58,11 +56,6 @@ def release_statistics(module: Any) -> None:
 #
 # When a model is first switched off, each module that holds such a tensor gets a class that asks the switch on every
 # read. Writes to its buffers inside the block, such as a norm's statistics, are not kept.
-
-if TYPE_CHECKING:
-    _ReadHost = nn.Module
-else:
-    _ReadHost = object
 
 _ORIGINALS = "lora_originals"
 """The attribute of a module with the values before training of its tensors, by name."""
@@ -93,7 +86,7 @@ def original(module: nn.Module, name: str, own: Tensor | None) -> Tensor | None:
     return own if held is None or own is None else held.like(own)
 
 
-class TrainedWhole(_ReadHost):
+class TrainedWhole(Host):
     """Mixin in front of the class of a module that holds tensors which are trained whole."""
 
     base_class: type[nn.Module]
@@ -106,7 +99,7 @@ class TrainedWhole(_ReadHost):
         return original(self, name, own) if switch.used and switch.is_off(self) else own
 
 
-class FlatWeights(_ReadHost):
+class FlatWeights(Host):
     """Mixin for recurrent layers, whose kernels take the list `_flat_weights`: here it is made by reading each weight
     by its name, so it holds adapted values."""
 

@@ -104,18 +104,15 @@ class LinearLoRA(Adapter, adapts=nn.Linear):
             return fused.linear(input, own["weight"], own["bias"], A, B, spec.scale, p)
         if cls.combine is not Adapter.combine or BIAS in self.lora_names:
             return super().forward(input, *args, **kwargs)
-        if _is_wrapped(self):  # its product may pass no gradient (see `own_forward`)
-            p, y = self.lora.dropout if self.training else 0.0, self.base_forward(input, *args, **kwargs)
-            return fused.add_update(y, input, *self.factors(), self.lora.scale, p)
         A, B = self.factors()
-        dropout = self.lora.dropout if self.training else 0.0
+        p = spec.dropout if self.training else 0.0
         is_known = cls.base_class.forward is cls.lora_known_forward and not (args or kwargs)
-        if is_known and keeps_attributes(cls):
+        if is_known and keeps_attributes(cls) and not _is_wrapped(self):  # a wrapper may pass no gradient on
             W, b = self.own("weight"), self.own("bias")
             assert W is not None
-            return fused.linear(input, self.matrix(self, W), b, A, B, self.lora.scale, dropout)
+            return fused.linear(input, self.matrix(self, W), b, A, B, spec.scale, p)
         base: Tensor = self.base_forward(input, *args, **kwargs)
-        return fused.add_update(base, input, A, B, self.lora.scale, dropout)
+        return fused.add_update(base, input, A, B, spec.scale, p)
 
     forward.lora_asks = True  # type: ignore[attr-defined]
 

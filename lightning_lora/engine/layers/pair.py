@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.engine.config import AdapterSpec
 from lightning_lora.engine.low_rank import singular_values
 from lightning_lora.engine.weights import shape_of
 
@@ -22,22 +22,6 @@ MAGNITUDE = "lora_magnitude_vector"
 BIAS = "lora_B_bias"
 """The name of the bias of B (lora_bias), one number for each output."""
 TENSORS = (*FACTORS, *START, MAGNITUDE, BIAS)
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """The rank, the scale and the dropouts of one adapted layer."""
-
-    rank: int
-    alpha: float
-    scale: float
-    dropout: float = 0.0
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    keeps_precision: bool = True
-    """A and B stay in float32 when the model is cast to a narrower dtype (master weights)."""
-    parameters: Mapping[str, AdapterSpec] = field(default_factory=dict)
-    """Parameter name -> its own spec, where single parameters of the module are adapted and not its output."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from lightning_lora.engine.layers.by_weight import kept_columns
 from lightning_lora.engine.layers.frozen import FlatWeights, lay_flat
 from lightning_lora.engine.layers.pair import MAGNITUDE, START, AdapterSpec, Pair, kept_ranks
 from lightning_lora.engine.torch_private import flat_weights
+from lightning_lora.engine.tree import name_in
 from lightning_lora.engine.weights import is_plain, without_autocast
 from lightning_lora.errors import AdapterStateError, TargetError
 
@@ -132,9 +133,8 @@ class ParameterLoRA(Adapter):
         return {name: self.adapted_weight(name).to(self.dense_weight(name).dtype) for name in self.lora.parameters}
 
     def lora_pairs(self, name: str) -> tuple[Pair, ...]:
-        prefix = f"{name}." if name else ""
         return tuple(
-            Pair(prefix + parameter, self, parameter, spec, self.suffix_of(parameter))
+            Pair(name_in(name, parameter), self, parameter, spec, self.suffix_of(parameter))
             for parameter, spec in self.lora.parameters.items()
         )
 

@@ -11,24 +11,19 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.linear import LinearLoRA, straight_through
-from lightning_lora.engine.swap import is_swapped, swap, swap_back
+from lightning_lora.engine.swap import Host, is_swapped, swap, swap_back
 from lightning_lora.engine.weights import is_rearranged, is_wrapper, unpacked
 
-if TYPE_CHECKING:
-    _Host = nn.Module
-else:
-    _Host = object
 
-
-class Steady4bit(_Host):
+class Steady4bit(Host):
     """Mixin in front of Linear4bit: its weight is not rearranged, and a gradient passes through it."""
 
     base_class: type[nn.Module]
@@ -68,7 +63,7 @@ class Steady4bit(_Host):
         return super()._apply(fn, recurse)
 
 
-class PassesGradient(_Host):
+class PassesGradient(Host):
     """Mixin in front of a Linear with a weight of torchao's, which may pass no gradient to the input by itself."""
 
     base_class: type[nn.Module]
@@ -93,23 +88,22 @@ def register_bitsandbytes() -> None:
 _KEPT = (Steady4bit, PassesGradient)
 
 
-def may_be_kept(cls: type[nn.Module]) -> bool:
-    """True if `keep_in_place` may be for modules of that class."""
-    return issubclass(cls, nn.Linear) and not issubclass(cls, _KEPT)
+def keep_in_place(modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, ...]:
+    """Keep the weights of those Linears without an adapter that would rearrange them, or pass no gradient through them,
+    as they are, and pass gradients on. Returns the names of these Linears."""
+    kept = {name: m for name, m in modules if isinstance(m, nn.Linear) and not isinstance(m, (*_KEPT, Adapter))}
+    kept = {name: m for name, m in kept.items() if _would_change(m)}
+    for module in kept.values():
+        swap(module, "Steady", PassesGradient if is_wrapper(module.weight) else Steady4bit)
+    return tuple(kept)
 
 
-def is_kept(module: nn.Module) -> bool:
-    """True if `module`, a Linear without an adapter, would rearrange its weight or pass no gradient through it."""
+def _would_change(module: nn.Linear) -> bool:
     bitsandbytes: Any = sys.modules.get("bitsandbytes.nn")
     weight = module._parameters.get("weight")
     if bitsandbytes is not None and isinstance(module, bitsandbytes.Linear4bit):
         return bool(module.__dict__.get("support_avx512bf16_for_cpu", False)) or is_rearranged(weight)
     return weight is not None and is_wrapper(weight)
-
-
-def keep_in_place(module: Any) -> None:
-    """Keep the weight of a Linear without an adapter as it is, and pass gradients through it."""
-    swap(module, "Steady", PassesGradient if is_wrapper(module._parameters["weight"]) else Steady4bit)
 
 
 def let_go(module: Any) -> None:

@@ -3,25 +3,30 @@ gets the adapted weight."""
 
 from __future__ import annotations
 
+import functools
 import sys
+import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.engine import fused, switch
+from lightning_lora.engine.forwards import SCOPE
 from lightning_lora.engine.layers.frozen import original
 from lightning_lora.engine.layers.pair import BIAS, FACTORS, AdapterSpec
-from lightning_lora.engine.reads import show
-from lightning_lora.engine.torch_private import version
+from lightning_lora.engine.shown import ShownWeight, counted_twice, hidden, made
+from lightning_lora.engine.swap import Host
+from lightning_lora.engine.torch_private import version, without_torch_function
 from lightning_lora.engine.weights import dense, is_plain, is_wrapper
 from lightning_lora.errors import AdapterStateError
-
-if TYPE_CHECKING:
-    _Host = nn.Module
-else:
-    _Host = object  # the mixin goes in front of a module's own class, which brings nn.Module
 
 _INSIDE: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("lora_inside", default=None)
 """id(layer) -> what the base class's forward of that layer has read so far, while it runs in this thread or task."""
@@ -48,7 +53,7 @@ class Reading(NamedTuple):
     at_times: bool
     """True if the parent may never call the child, an ordinary Linear, and reads its weight instead."""
     besides: bool
-    """True if the parent, where the child is a convolution, sometimes calls it and sometimes reads its weight."""
+    """True if the parent sometimes calls the child, a depthwise convolution, and sometimes reads its weight."""
 
 
 def keeps_attributes(cls: Any) -> bool:
@@ -60,7 +65,7 @@ def keeps_attributes(cls: Any) -> bool:
     return all(getattr(cls, name, None) is getattr(swapped, name, None) for name in ("weight", "bias", *FACTORS))
 
 
-class Reads(_Host):
+class Reads(Host):
     """The part of every adapted layer that answers reads of its weight and bias."""
 
     mixin: ClassVar[Any]
@@ -106,7 +111,7 @@ class Reads(_Host):
 
     def read_attribute(self, name: str) -> Any:
         """The value of `self.<name>`. The base class's forward gets the base's tensor (the adapted one if
-        `lora_by_weight`); all other code gets the adapted one (see engine/reads.py)."""
+        `lora_by_weight`); all other code gets the adapted one (see `show`)."""
         own = self.own(name)
         so_far = self.lora_inside if torch.compiler.is_compiling() else (_INSIDE.get() or {}).get(id(self))
         # Inside the base class's forward, `own_forward` has noted whether the adapter is off.
@@ -115,7 +120,8 @@ class Reads(_Host):
             if own is None and name != "bias":
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             return own
-        if (so_far is not None and not self.lora_by_weight) or not self._adapts(name):
+        is_adapted = name in (self.lora.parameters or ("weight",)) or (name == "bias" and BIAS in self.lora_names)
+        if (so_far is not None and not self.lora_by_weight) or not is_adapted:
             return own
         if fused.is_symbolic():
             raise AdapterStateError(
@@ -131,7 +137,7 @@ class Reads(_Host):
                     "class reads it: quantize before inject, or leave it out with exclude_modules."
                 )
             return own  # whoever reads packed numbers knows how they are stored, and needs them as they are
-        if own is not None and self._awaits(own):
+        if own is not None and not own.is_meta and any(getattr(self, n).is_meta for n in self.lora_names):
             return own  # A and B are still on the meta device: the model's weights are just being loaded
         if so_far is not None:
             return self._read_inside(name, so_far)
@@ -139,9 +145,7 @@ class Reads(_Host):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if own is None:
             return self.value_read(name)
-        is_drawn = self.lora_by_weight and self.training and self._drops(name)
-        leaves = self.shown_leaves()
-        return show(self, name, own, leaves, is_drawn=is_drawn, to_kernels=self.lora_to_kernels)
+        return show(self, name, own)
 
     def _read_inside(self, name: str, so_far: dict[str, Any]) -> Any:
         """The adapted value for the base class's forward: in one forward every read gives the same tensor, since the
@@ -187,16 +191,6 @@ class Reads(_Host):
         """The parameters from which the adapted weight is computed; gradients reach those that train."""
         return tuple(p for p in self._parameters.values() if p is not None)
 
-    def _adapts(self, name: str) -> bool:
-        return name in (self.lora.parameters or ("weight",)) or (name == "bias" and BIAS in self.lora_names)
-
-    def _drops(self, name: str) -> bool:
-        spec = self.lora.parameters.get(name, self.lora)
-        return bool(spec.dropout or spec.rank_dropout or spec.module_dropout)
-
-    def _awaits(self, own: Tensor) -> bool:
-        return not own.is_meta and any(getattr(self, name).is_meta for name in self.lora_names)
-
     def dense_weight(self, parameter: str = "weight") -> Tensor:
         """The base weight in floating point, dequantized if it is quantized."""
         W = self.own(parameter)
@@ -218,3 +212,140 @@ class Reads(_Host):
     def adapted_weight(self, parameter: str = "weight", *, dropped: bool = False) -> Tensor:
         """The adapted weight, in float32 or wider, also under autocast."""
         raise NotImplementedError
+
+
+# Makes the value that code outside the layer gets: a shown weight (shown.py), or the adapted value itself where torch
+# must see every step.
+
+
+class _Show(torch.autograd.Function):
+    """Computes the adapted weight (or, if `own` is given, a ShownWeight), and passes gradients to `leaves`.
+
+    Nothing is kept for the backward pass, which computes the weight again from the layer. So the result may be read in
+    any number of checkpointed regions and backward passes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[], Tensor], own: Tensor | None, key: Any, *leaves: Tensor) -> Tensor:
+        ctx.compute, ctx.leaves, ctx.key = compute, leaves, key
+        return compute().detach() if own is None else made(own, compute, None)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        if _versions(ctx.leaves) != ctx.key:
+            raise AdapterStateError(
+                "A and B of an adapter were changed in place between the forward pass that read an adapted weight and "
+                "its backward pass: call backward before the optimizer's step."
+            )
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            W = ctx.compute()
+            grads = torch.autograd.grad(W, ctx.leaves, g, create_graph=again, allow_unused=True)
+        return (None, None, None, *grads)
+
+
+def _versions(leaves: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(-1 if t.is_inference() else version(t) for t in leaves)
+
+
+_GIVEN: weakref.WeakKeyDictionary[nn.Module, dict[str, ShownWeight]] = weakref.WeakKeyDictionary()
+"""Layer -> the ShownWeights that it gave last, by name. Kept outside the modules, so that copies and pickles of modules
+do not contain them."""
+
+
+def show(module: Any, name: str, own: Tensor) -> Tensor:
+    """The value that a reader of the attribute `name` of the adapted layer `module` gets in place of the base's `own`.
+
+    It is a ShownWeight. It is the adapted value itself (`module.value_read(name)`) where torch must see every step
+    (compiling, tracing, functional transforms, tensor subclasses), and in a forward if the reader hands it to kernels.
+    """
+    leaves, spec = module.shown_leaves(), module.lora.parameters.get(name, module.lora)
+    drops = spec.dropout or spec.rank_dropout or spec.module_dropout
+    is_drawn = bool(module.lora_by_weight and module.training and drops)  # each computation draws random numbers
+    if (
+        fused.sees_every_step()
+        or type(own) is not nn.Parameter
+        or own.layout is not torch.strided
+        or any(type(t) not in (Tensor, nn.Parameter) for t in leaves)
+    ):
+        return module.value_read(name)
+    given = _GIVEN.setdefault(module, {})
+    shown = given.get(name)
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    trained = tuple(t for t in leaves if t.requires_grad) if grad else ()
+    state = id(module.lora), module.training, grad, inference
+    key = (id(own), own.data_ptr(), own.shape, *state, tuple(map(id, trained)), _versions(trained))
+    as_value = module.lora_to_kernels and (SCOPE.get() is not None or own.is_cuda)
+    if shown is not None and shown.lora_key == key:
+        return shown.lora_shown() if as_value else shown
+
+    twin, layer, called = _with_present_parameters(module), weakref.ref(module), f"The {name} of {module.lora_path!r}"
+    compute = functools.partial(type(module).value_read, twin, name)
+    through = trained and not is_drawn and all(any(t is p for p in twin._parameters.values()) for t in trained)
+
+    def computed() -> Tensor:
+        live = layer()
+        if live is not None and live._parameters.get(name, own) is not own:
+            raise AdapterStateError(f"{called} was replaced after it was read: read it again.")
+        if fused.sees_every_step():
+            return compute()
+        # A value that was computed without a graph cannot serve a reader that needs one.
+        now = key, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        scope = SCOPE.get()
+        place = id(own), id(live), name, now[1:]
+        if scope is not None and place in scope[1]:
+            value, noted, then = scope[1][place]
+            if version(value) == noted and then == now:
+                return value
+        value = _Show.apply(compute, None, _versions(trained), *trained) if through else compute()
+        # Without `through` the value keeps tensors for its backward pass, so two backward passes cannot share it.
+        if scope is not None and not is_drawn and not now[2] and (through or not value.requires_grad):
+            scope[1][place] = value, version(value), now
+        return value
+
+    with without_torch_function(), torch.inference_mode(False):
+        if through:
+            weight = _Show.apply(compute, own, _versions(trained), *trained)
+        else:
+            weight = made(own, computed, None)
+    weight.lora_shown, weight.lora_name, weight.lora_key = computed, called, key
+    weight.lora_is_trained = any(t.requires_grad for t in leaves)
+    given[name] = weight
+    return computed() if as_value else weight
+
+
+def _with_present_parameters(module: nn.Module) -> Any:
+    """A copy of `module` that keeps the present parameters when the layer gets others (torch.func.functional_call)."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__, _parameters=dict(module._parameters))
+    return twin
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what `module` has shown: it gets other weights, which were not computed from that."""
+    _GIVEN.pop(module, None)
+
+
+def _registers(module: nn.Module, name: str, p: nn.Parameter | None) -> Any:
+    """torch calls this where a module is given a parameter: in place of a shown weight it gets the base's parameter."""
+    given = _GIVEN.get(module)
+    if given is not None and name in given and given[name].lora_was_used and p is not given[name].lora_own:
+        raise AdapterStateError(counted_twice(given[name].lora_name))
+    if not isinstance(p, ShownWeight):
+        return None
+    if isinstance(module, ParametrizationList):
+        raise AdapterStateError(hidden(p.lora_name))
+    own = p.lora_own
+    return own if isinstance(own, nn.Parameter) else nn.Parameter(own, own.requires_grad)
+
+
+def _registers_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
+    if isinstance(buffer, ShownWeight):
+        raise AdapterStateError(
+            f"{buffer.lora_name} is adapted, and a buffer in its memory would be saved as the base's: register a "
+            ".clone() of it."
+        )
+
+
+register_module_parameter_registration_hook(_registers)
+register_module_buffer_registration_hook(_registers_buffer)
