@@ -66,6 +66,16 @@ class Positive(nn.Linear):
         return gain * F.linear(features, F.softplus(self.weight), self.bias) + shift
 
 
+class Scaled(nn.Linear):
+    """With its defaults, it multiplies by its weight and does nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 6)
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        return F.linear(x, gain * self.weight, self.bias)
+
+
 class MaskedInPlace(nn.Conv2d):  # as most PixelCNNs do
     def __init__(self) -> None:
         super().__init__(3, 4, 3, padding=1)
@@ -118,6 +128,7 @@ KINDS = [
     (Halved, LINEAR),
     (Rounded, LINEAR),
     (Positive, LINEAR),
+    (Scaled, LINEAR),
     (MaskedInPlace, IMAGE),
     (Standardised, IMAGE),
     (PadsItself, IMAGE),
@@ -176,6 +187,12 @@ def test_it_is_merged_exactly_and_removed_bit_for_bit(kind: Any, x: Tensor):
     remove(model)
     assert_same(snapshot(model), before)
     assert model(x).equal(base)
+
+
+def test_an_argument_that_has_a_default_may_change_what_is_done_with_the_weight():
+    model: Any = adapted(Scaled)
+    randomise(model)
+    torch.testing.assert_close(model[0](LINEAR, gain=3.0), reference(model)[0](LINEAR, gain=3.0))
 
 
 def test_a_class_that_adds_nothing_to_the_product_keeps_the_fast_way():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def kept_columns(row: Tensor, p: float) -> Tensor:
 def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
     """True if adding D to the weight adds the product of x and D to the output: tried in a copy of `module`.
 
-    False if it cannot be tried. Raises TargetError if the weight makes no difference to the output. `multiply(x, D)`
+    False if it cannot be tried, and for a forward with further arguments: the trial has their defaults alone. Raises TargetError if the weight makes no difference to the output. `multiply(x, D)`
     is the product for weights laid out as in this class; x is (..., width).
     """
     forward: Any = type(module).forward
@@ -102,5 +103,5 @@ def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
                 except Exception:  # it does not take an input of this shape
                     break
             else:
-                return True
+                return len(inspect.signature(forward).parameters) == 2  # self and x
     return False
