@@ -50,8 +50,9 @@ def kept_columns(row: Tensor, p: float) -> Tensor:
 def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
     """True if adding D to the weight adds the product of x and D to the output: tried in a copy of `module`.
 
-    False if it cannot be tried, and for a forward with further arguments: the trial has their defaults alone. Raises TargetError if the weight makes no difference to the output. `multiply(x, D)`
-    is the product for weights laid out as in this class; x is (..., width).
+    False if it cannot be tried, and for a forward with further arguments: the trial sees their defaults alone. Raises
+    TargetError if the weight makes no difference to the output. `multiply(x, D)` is the product for weights laid out as
+    in this class; x is (..., width).
     """
     forward: Any = type(module).forward
     device = module._parameters["weight"].device  # type: ignore[union-attr]
