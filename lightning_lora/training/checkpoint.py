@@ -180,8 +180,9 @@ def check_no_adapter_folder(path: Any) -> None:
     if path is None:
         return
     folder = Path(str(path))
-    if folder.is_dir() and (inside := sorted(str(file) for file in folder.glob("*.ckpt"))):
-        raise CheckpointError(f"ckpt_path={folder} is a folder of checkpoints. Give one of them: {listed(inside)}.")
+    for pattern in ("*.ckpt", "checkpoints/*.ckpt"):  # the second in the folder of a run
+        if folder.is_dir() and (inside := sorted(map(str, folder.glob(pattern)))):
+            raise CheckpointError(f"ckpt_path={folder} is a folder of checkpoints. Give one of them: {listed(inside)}.")
     if folder.name in (CONFIG, TENSORS):
         folder = folder.parent
     if not (folder / CONFIG).is_file():
