@@ -145,3 +145,21 @@ def test_a_head_that_neither_base_nor_adapter_has_is_an_error(cli):
     transformers.BertModel.from_pretrained("base").save_pretrained("headless")
     assert cli("merge", "adapter=adapter", "model=./headless", "output=out", "check_base=false") == 2
     assert "would have random weights there" in cli.err
+
+
+@pytest.mark.slow
+def test_every_command_that_takes_an_adapter_takes_it_from_a_run_with_the_runs_base(cli):
+    assert cli("train", "debug=fast", "trainer=cpu", "trainer.max_steps=1", "lora.target_modules=[q_proj]") == 0, (
+        cli.err
+    )
+    run = f"run={cli.folder}"
+    assert cli("merge", run, "output=merged") == 0, cli.err
+    assert cli("verify", run, "model=./merged", "base=embedded") == 0, cli.err
+    assert cli("verify", run) == 0, cli.err
+    assert cli("inspect", run) == 0, cli.err
+    assert "on embedded" in cli.out
+    assert cli("export", "--for", "llama.cpp", run, "base=embedded", "output=exported") == 0, cli.err
+    assert cli("push", run, "repo_id=user/a", "dry_run=true") == 0, cli.err
+    for command in ("combine", "pull"):
+        assert cli(command, run) == 2
+        assert f"{command} takes no run" in cli.err
