@@ -136,7 +136,8 @@ class Fit:
         for key, name in self.base.items():
             theirs, ours = self.shapes[key], tuple(tensor_named(self.root, name).shape)
             if theirs != ours:
-                how = f": call model.resize_token_embeddings({theirs[0]}) first" if theirs[1:] == ours[1:] else ""
+                resize = f": call model.resize_token_embeddings({theirs[0]}) first, and pass load_embedding_layers=True"
+                how = resize if theirs[1:] == ours[1:] else ""
                 problems.append(f"{key} is of shape {theirs}, and the model's of {ours}{how}")
         return problems
 
