@@ -72,3 +72,13 @@ def test_every_name_in_all_is_there():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'injekt'"):
         lightning_lora.injekt  # noqa: B018
+
+
+def test_public_objects_show_what_they_are():
+    public = [getattr(lightning_lora, name) for name in NAMES]
+    classes = [c for c in public if isinstance(c, type) and not issubclass(c, Exception)]
+    silent = {c.__name__ for c in classes if c.__repr__ is object.__repr__}
+    assert silent == {"Adapter"}, "a mixin, whose layers show their own class"
+    assert repr(lightning_lora.LoRACallback(adapter="user/it@v1")) == "LoRACallback(adapter='user/it@v1')"
+    monitor = lightning_lora.ForgettingMonitor(["one", "two"])
+    assert repr(monitor) == "ForgettingMonitor(2 texts, measures general/bits_per_byte)"

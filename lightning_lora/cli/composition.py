@@ -252,8 +252,8 @@ ADAPTER_MISSING = (
 def with_finished_run(command: str, arguments: list[str]) -> tuple[str, list[str]]:
     """The config name and the arguments for Hydra. With `run=FOLDER`, the configuration is made from that run.
 
-    A group that the user chooses anew (`data=text`) is not taken from the run. Raises ConfigError if the folder is not
-    that of a run.
+    A group that the user chooses anew (`data=text`) is not taken from the run, nor one that the command does not have.
+    Raises ConfigError if the folder is not that of a run, or has nothing that the command takes.
     """
     given = [a for a in arguments if a.startswith("run=")]
     if not given:
@@ -270,6 +270,10 @@ def with_finished_run(command: str, arguments: list[str]) -> tuple[str, list[str
 def _configuration(command: str, folder: Path, taken: list[str]) -> dict[str, Any]:
     text = files(CONFIG_MODULE).joinpath(f"{command}.yaml").read_text(encoding="utf-8")
     config: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    own = {*config, *(next(iter(d)) for d in config["defaults"] if d != "_self_")}
+    if "adapter" not in own:
+        raise ConfigError(f"run={folder}: {command} takes no run. See its settings with {command} --help.")
+    taken = [name for name in taken if name in own]
     config["defaults"] = [d for d in config["defaults"] if d == "_self_" or next(iter(d)) not in taken]
     run: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=False)
     hydra = folder / ".hydra" / "hydra.yaml"
@@ -277,7 +281,10 @@ def _configuration(command: str, folder: Path, taken: list[str]) -> dict[str, An
         run = _from(Path(cwd), run)
     for name in taken:
         config[name] = _linked(run[name], run)
-    config.update(_trained(folder, adapted=run.get("lora") is not None))
+    trained = _trained(folder, adapted=run.get("lora") is not None)
+    if not trained.keys() <= own:
+        raise ConfigError(f"run={folder} trained without adapters, and {command} takes an adapter.")
+    config.update(trained)
     return config
 
 

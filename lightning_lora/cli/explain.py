@@ -72,6 +72,11 @@ def explain(error: Exception) -> str | None:
         missing = (re.search(r"'(.*)' not found", str(error)) or ["", "a setting"])[1]
         hint = " To train without adapters: lora=none." if missing == "lora" else ""
         return f"{error.full_key} refers to {missing}, and there is no such setting.{hint}"
+    if isinstance(error, HydraException) and "BasicSweeper does not support" in str(error):
+        return (
+            "A sweep over an interval needs a sweeper that searches: hydra/sweeper=optuna (pip install "
+            f"{PLUGINS['optuna']}). Hydra's own takes every value of a list: key=1e-4,1e-3."
+        )
     if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         return f"{error}{cause}"

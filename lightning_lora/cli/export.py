@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.cli.results import shown
+from lightning_lora.cli.settings import base_folder
 from lightning_lora.errors import ConfigError
 
 
@@ -57,7 +58,7 @@ def run(settings: dict[str, Any]) -> None:
     """Export as `settings` say, and print what was rewritten, its error and the folder."""
     from lightning_lora.rewriting.export import export_adapter
 
-    settings = dict(settings)
+    settings = {**settings, "base": base_folder(settings["base"])}
     output = Path(settings.pop("output")).expanduser()
     report = export_adapter(settings.pop("adapter"), output, consumer=settings.pop("consumer"), **settings)
     print(f"{report}\nfolder: {shown(output)}")

@@ -3,6 +3,7 @@
 lightning-lora merge adapter=runs/train/2026-01-31_12-00-00/adapter model=user/base output=FOLDER
 lightning-lora merge adapter=user/name output=FOLDER                    into the base that the adapter names
 lightning-lora merge adapter=FOLDER model=./base model.dtype=float32 output=FOLDER
+lightning-lora merge adapter=FOLDER load_embedding_layers=true output=FOLDER    with tokens that were added to the base
 
 It says how much of the update survives the base's precision; model.dtype=float32 keeps all of it.
 """
@@ -27,6 +28,7 @@ class Settings:
     revision: str | None
     subfolder: str | None
     ignore_fields: list[str]
+    load_embedding_layers: bool
     check_base: bool
 
 
@@ -36,6 +38,6 @@ def run(settings: dict[str, Any]) -> None:
 
     source = None if settings["model"] is None else build(settings, "model")
     output = Path(settings["output"]).expanduser()
-    options = {name: settings[name] for name in ("revision", "subfolder", "ignore_fields", "check_base")}
-    report = merge_adapter(settings["adapter"], source, output, **options)
+    names = ("revision", "subfolder", "ignore_fields", "load_embedding_layers", "check_base")
+    report = merge_adapter(settings["adapter"], source, output, **{name: settings[name] for name in names})
     print(f"{report}\nfolder: {shown(output)}")

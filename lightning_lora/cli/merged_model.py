@@ -18,6 +18,7 @@ from lightning_lora.engine.merge import shares_kept
 from lightning_lora.errors import CheckpointError, ConfigError, listed
 from lightning_lora.files import written_beside
 from lightning_lora.format.folder import check_folder, open_tensors, read_config
+from lightning_lora.format.peft import PREFIX
 from lightning_lora.hub import load_adapter
 from lightning_lora.hub.consumers import CONSUMERS
 from lightning_lora.hub.pull import adapter_folder
@@ -76,10 +77,13 @@ def merge_adapter(
     revision: str | None = None,
     subfolder: str | None = None,
     ignore_fields: Collection[str] = (),
+    load_embedding_layers: bool = False,
     check_base: bool = True,
 ) -> MergeReport:
     """Merge the adapter (a folder or an id on the Hub) into the model of `source` (None: the base that the adapter
-    names), and save model and tokenizer to `output`, which is written whole or not at all.
+    names), and save model and tokenizer to `output`, which is written whole or not at all. With `load_embedding_layers`
+    the embedding and the head in the adapter's file become the model's, and the tokenizer in its folder, if there is
+    one.
 
     Raises ConfigError if the base is not known or `output` holds files, and the errors of ModelSource, `load_adapter`
     and `merge`. Nothing is written then.
@@ -91,8 +95,16 @@ def merge_adapter(
     config = read_config(folder)
     source = source or named_base(config, folder)
     model = loaded_base(source, config, folder)
+    if load_embedding_layers:
+        _resize_vocabulary(model, folder)
     was_tied = _is_tied(model)  # read now: the `weight` of an adapted layer is another tensor
-    load_adapter(model, folder, check_base=check_base, ignore_fields=ignore_fields)
+    load_adapter(
+        model,
+        folder,
+        check_base=check_base,
+        ignore_fields=ignore_fields,
+        load_embedding_layers=load_embedding_layers,
+    )
     kept = shares_kept(model)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -106,7 +118,10 @@ def merge_adapter(
     notes = tuple(str(w.message) for w in said if not str(w.message).startswith(spoken_of))
     if was_tied and not tied and type(model).__name__ in CONSUMERS["llama.cpp"].one_table:
         notes += (f"llama.cpp has no separate head for {type(model).__name__}, and would leave this one out silently",)
-    files = _write(model, source, output)
+    has_tokens = load_embedding_layers and (folder / "tokenizer_config.json").is_file()
+    if load_embedding_layers and not has_tokens:
+        notes += ("the adapter's folder has no tokenizer: tokens that were added are not in the base's",)
+    files = _write(model, source, output, tokenizer=folder if has_tokens else None)
     return MergeReport(type(model).__name__, model.dtype, kept, tied if was_tied else None, notes, files)
 
 
@@ -161,13 +176,26 @@ def _is_tied(model: Any) -> bool:
     return isinstance(head, nn.Module) and isinstance(embedding, nn.Module) and head.weight is embedding.weight
 
 
-def _write(model: Any, source: ModelSource, output: Path) -> dict[str, int]:
+def _resize_vocabulary(model: Any, folder: Path) -> None:
+    """Give the embedding and the head of `model` as many rows as the embedding in the adapter's file has. Which numbers
+    they hold is no matter: those of the file are loaded."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    with open_tensors(folder) as file:
+        shape = file.header.shapes.get(f"{PREFIX}{name}.weight", embedding.weight.shape)
+    if shape[0] != embedding.weight.shape[0]:
+        model.resize_token_embeddings(shape[0], mean_resizing=False)
+
+
+def _write(model: Any, source: ModelSource, output: Path, tokenizer: Path | None) -> dict[str, int]:
     output = Path(os.path.realpath(output))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with written_beside(output) as staged:
             model.save_pretrained(staged)
             _save_processor(source, staged)
+            if tokenizer is not None:
+                transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(staged)
             if output.is_dir():
                 output.rmdir()
     except OSError as error:

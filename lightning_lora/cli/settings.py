@@ -354,3 +354,12 @@ def build_each(settings: dict[str, Any], where: str) -> list[Any]:
     if "_target_" in group:
         raise ConfigError(f"{where} holds nodes by name, not one _target_: write {where}.my_name._target_=...")
     return [build(settings, f"{where}.{name}") for name, node in group.items() if node is not None]
+
+
+def base_folder(base: str | None) -> str | None:
+    """`base`, or the folder of the model that model= calls by this name ("embedded", "smollm2")."""
+    if base not in ("embedded", "smollm2"):
+        return base
+    from lightning_lora.recipes.models import ModelSource, smollm2
+
+    return (ModelSource() if base == "embedded" else smollm2()).location

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.cli.results import shown
-from lightning_lora.cli.settings import Node, build
+from lightning_lora.cli.settings import Node, base_folder, build
 from lightning_lora.errors import ConfigError, listed
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _of_model(settings: dict[str, Any], folder: Path) -> VerifyReport:
     checks = {"ignore_fields": settings["ignore_fields"], "check_base": settings["check_base"]}
     if settings["base"] is None:
         load_adapter(model, folder, **checks)
-    report = verify_adapter(model, folder, base=settings["base"], **checks)
+    report = verify_adapter(model, folder, base=base_folder(settings["base"]), **checks)
     if settings["make"] and report.ok:
         certificate = make_certificate(model, source.tokenizer(), folder)
         print(f"certificate: {shown(certificate.write(folder))}")

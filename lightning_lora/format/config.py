@@ -95,6 +95,9 @@ _USED_IF_EMPTY = ("arrow_config", "kasa_config", "monteclora_config", "use_bdlor
 # Initialisers that change the weights of the base: PEFT changes them again when it loads such an adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+# Initialisers that leave the base as it is. One that is not known here may change it.
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+
 
 def from_peft(data: Any, where: str, ignore_fields: Collection[str]) -> LoRAConfig:
     """The config in `data`, the content of an `adapter_config.json`. How the adapter was initialised is left out, since
@@ -113,7 +116,7 @@ def from_peft(data: Any, where: str, ignore_fields: Collection[str]) -> LoRAConf
         raise AdapterFormatError(f"{where} has no field peft_type, so it is not a config of PEFT's.{hint}")
     if data["peft_type"] != "LORA":
         raise AdapterFormatError(
-            f"{where}: peft_type is {data['peft_type']!r}; only 'LORA' can be loaded here. PEFT loads it."
+            f"{where}: peft_type is {data['peft_type']!r}; only 'LORA' can be loaded here. PEFT may load it."
         )
     passed_over = []
     for key, value in data.items():
@@ -132,7 +135,7 @@ def from_peft(data: Any, where: str, ignore_fields: Collection[str]) -> LoRAConf
             )
     if passed_over:
         log.debug("%s: fields that are not known here are passed over: %s", where, ", ".join(passed_over))
-    _check_init(data.get("init_lora_weights", True), where)
+    _check_init(data.get("init_lora_weights", True), where, ignored="init_lora_weights" in ignore_fields)
     return _config(data, where)
 
 
@@ -183,11 +186,17 @@ def with_own_fields(config: LoRAConfig, own: Any, where: str) -> LoRAConfig:
         raise AdapterFormatError(f"{where}: the metadata of its tensors: {error}") from error
 
 
-def _check_init(init: Any, where: str) -> None:
+def _check_init(init: Any, where: str, *, ignored: bool) -> None:
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise AdapterFormatError(
             f"{where}: init_lora_weights is {init!r}, so the adapter belongs to a base whose weights were changed. "
             "Convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    if isinstance(init, str) and init.lower() not in _KEEPS_BASE and not ignored:
+        raise AdapterFormatError(
+            f"{where}: init_lora_weights is {init!r}, which is not known here. Some initialisers change the weights of "
+            "the base, and the adapter then belongs to those. If you know that this one does not, pass "
+            "ignore_fields=['init_lora_weights']."
         )
 
 

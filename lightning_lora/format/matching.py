@@ -96,7 +96,8 @@ class Fit:
             there = tensor_named(self.root, own)
             theirs, ours = self.shapes[key], tuple(there.shape)
             if theirs != ours:
-                how = f": call model.resize_token_embeddings({theirs[0]}) first" if theirs[1:] == ours[1:] else ""
+                resize = f": call model.resize_token_embeddings({theirs[0]}) first, and pass load_embedding_layers=True"
+                how = resize if theirs[1:] == ours[1:] else ""
                 problems.append(f"{key} is of shape {theirs}, and the model's of {ours}{how}")
             elif (compare_base or key not in tables) and not same_numbers(file[key], there):
                 problems.append(

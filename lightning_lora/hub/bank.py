@@ -147,10 +147,8 @@ class AdapterBank(Bank):
         """Add an adapter: a folder in PEFT's format, "user/name" on the Hub (at `revision`; further arguments are those
         of `pull_adapter`), a state dict of PEFT's keys or of `adapter_state_dict` (with its `config`), or a model that
         has adapters, such as one that was just trained. Fields of a folder's config that are not known here, and are
-        not empty, are ignored where `ignore_fields` names them.
-
-        A linear head that was trained whole is an update of rank min(in, out). It is served where the bank has that
-        layer as a target and room for that rank.
+        not empty, are ignored where `ignore_fields` names them. A linear head that was trained whole is an update of
+        rank min(in, out): it is served where the bank has that layer as a target and room for that rank.
 
         With `replace` it replaces an adapter of the same name; batches that run with the old one end as they began.
         Raises AdapterFormatError for what does not fit the model or the bank, BaseMismatchError where it was trained on
@@ -159,6 +157,8 @@ class AdapterBank(Bank):
         """
         if not replace:
             self.check_new(name)  # before anything is fetched
+        if pulling and isinstance(adapter, nn.Module | Mapping):
+            raise TypeError(f"{listed(pulling)}: these arguments are for an adapter on the Hub or in a folder.")
         if isinstance(adapter, nn.Module):
             factors = self._of_model(adapter)
         elif isinstance(adapter, Mapping):

@@ -162,7 +162,12 @@ def pull(
 
 def adapter_folder(adapter: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
     """The folder of `adapter`, or the `subfolder` in it. An existing folder is taken as it is. An address on the Hub,
-    or what looks like an id ("user/name", "user/name@revision"), is pulled with the `options` of `pull_adapter`."""
+    or what looks like an id ("user/name", "user/name@revision"), is pulled with the `options` of `pull_adapter`.
+    Raises TypeError for another option, as Python does: functions that pass theirs on accept any name."""
+    if unknown := sorted(options.keys() - Pulling.__annotations__.keys() - {"ignore_fields"}):
+        raise TypeError(
+            f"There is no argument {unknown[0]!r}. Further arguments are: {listed(Pulling.__annotations__)}."
+        )
     if hub_address(adapter) is not None:
         return pull_adapter(os.fspath(adapter), revision, **options)
     folder = local_path(adapter)

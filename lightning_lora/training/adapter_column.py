@@ -47,6 +47,9 @@ class AdapterColumn(pl.Callback):
         self.bank = adapters if isinstance(adapters, AdapterBank) else None
         self._use: Any = None
 
+    def __repr__(self) -> str:
+        return f"AdapterColumn({self.adapters!r:.200}, column={self.column!r})"
+
     def _start(self, module: LightningModule) -> None:
         if not isinstance(self.adapters, AdapterBank):
             self.bank = AdapterBank.from_folders(module, self.adapters, **self.settings)

@@ -145,7 +145,8 @@ class LoRACallback(Callback):
 
     def __repr__(self) -> str:
         adapted = "" if self.report is None else f", {self.report!r}"
-        return f"LoRACallback({self.config!r}{adapted})"
+        origin = self._origin if self.config is None else None
+        return f"LoRACallback({self.config if origin is None else f'adapter={origin.adapter!r}'}{adapted})"
 
     @property
     def adapter_folder(self) -> Path | None:

@@ -25,7 +25,7 @@ from lightning_lora.engine.state import (
 )
 from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
-from lightning_lora.format.folder import CONFIG
+from lightning_lora.format.folder import CONFIG, TENSORS
 from lightning_lora.training.checkpoint_file import read_checkpoint
 from lightning_lora.training.lightning_private import step_of_last_save
 from lightning_lora.training.run_state import restore_buffers
@@ -180,8 +180,11 @@ def check_no_adapter_folder(path: Any) -> None:
     if path is None:
         return
     folder = Path(str(path))
-    if folder.is_dir() and (inside := sorted(str(file) for file in folder.glob("*.ckpt"))):
-        raise CheckpointError(f"ckpt_path={folder} is a folder of checkpoints. Give one of them: {listed(inside)}.")
+    for pattern in ("*.ckpt", "checkpoints/*.ckpt"):  # the second in the folder of a run
+        if folder.is_dir() and (inside := sorted(map(str, folder.glob(pattern)))):
+            raise CheckpointError(f"ckpt_path={folder} is a folder of checkpoints. Give one of them: {listed(inside)}.")
+    if folder.name in (CONFIG, TENSORS):
+        folder = folder.parent
     if not (folder / CONFIG).is_file():
         return
     beside = folder.with_name(f"{folder.name.removesuffix('-adapter')}.ckpt")

@@ -94,6 +94,10 @@ class ForgettingMonitor(Callback):
         self._directions: dict[str, Tensor | None] = {}
         """The left singular vectors of the base's weight of each pair; None for one that is not looked at."""
 
+    def __repr__(self) -> str:
+        what = type(self._loader).__name__ if self._texts is None else f"{len(self._texts)} texts"
+        return f"ForgettingMonitor({what}, measures {self.name})"
+
     @property
     def name(self) -> str:
         """The name of what is measured of general text."""

@@ -71,6 +71,9 @@ class AdapterMonitor(Callback):
         """Whether the step of a look had finite gradients and a learning rate above zero."""
         self._has_warned = False
 
+    def __repr__(self) -> str:
+        return f"AdapterMonitor(every_n_steps={self.every_n_steps}, by_layer={self.by_layer})"
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_some_of_ours(pl_module, Tree.of(pl_module))
         self._base_norms = {}

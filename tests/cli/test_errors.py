@@ -59,6 +59,7 @@ from tests.cli.conftest import THEIRS
         (["--cfg"], "see --help"),
         (["hydra/launcher=joblib"], "pip install hydra-joblib-launcher"),
         (["hydra/sweeper=optuna"], "pip install hydra-optuna-sweeper"),
+        (["-m", "optimizer.lr=interval(1e-4,1e-3)"], "A sweep over an interval needs a sweeper that searches"),
         (["task=sequence_classification"], "SequenceClassification does not go with TextData"),
         (["data=shapes"], "CausalLM does not go with ImageClassificationData. Choose task=image_classification"),
         (["data=stdlib_docstrings"], "Choose task=sequence_classification for these data, or data=text"),

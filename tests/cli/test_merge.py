@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -145,3 +146,45 @@ def test_a_head_that_neither_base_nor_adapter_has_is_an_error(cli):
     transformers.BertModel.from_pretrained("base").save_pretrained("headless")
     assert cli("merge", "adapter=adapter", "model=./headless", "output=out", "check_base=false") == 2
     assert "would have random weights there" in cli.err
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore:.*tie")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_vocabulary_that_was_resized_for_the_adapter_is_merged_too(cli, tied):
+    from lightning_lora.recipes.models import ModelSource
+
+    llama(tied=tied).save_pretrained("base")
+    model = transformers.AutoModelForCausalLM.from_pretrained("base")
+    model.resize_token_embeddings(40, mean_resizing=False)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained("adapter", save_embedding_layers=True)
+    wanted = logits(adapted.eval())
+    assert cli("merge", "adapter=adapter", "model=./base", "output=out") == 2
+    assert "load_embedding_layers" in cli.err
+    assert cli("merge", "adapter=adapter", "model=./base", "output=out", "load_embedding_layers=true") == 0, cli.err
+    assert "not in the base's" in cli.out
+    assert_close(logits(reloaded()), wanted)
+    tokenizer = ModelSource().tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained("adapter")
+    assert cli("merge", "adapter=adapter", "model=./base", "output=again", "load_embedding_layers=true") == 0, cli.err
+    assert transformers.AutoTokenizer.from_pretrained("again").encode("<new>") == tokenizer.encode("<new>")
+
+
+@pytest.mark.slow
+def test_every_command_that_takes_an_adapter_takes_it_from_a_run_with_the_runs_base(cli):
+    assert cli("train", "debug=fast", "trainer=cpu", "trainer.max_steps=1", "lora.target_modules=[q_proj]") == 0, (
+        cli.err
+    )
+    run = f"run={cli.folder}"
+    assert cli("merge", run, "output=merged") == 0, cli.err
+    assert cli("verify", run, "model=./merged", "base=embedded") == 0, cli.err
+    assert cli("verify", run) == 0, cli.err
+    assert cli("inspect", run) == 0, cli.err
+    assert "on embedded" in cli.out
+    assert cli("export", "--for", "llama.cpp", run, "base=embedded", "output=exported") == 0, cli.err
+    assert cli("push", run, "repo_id=user/a", "dry_run=true") == 0, cli.err
+    for command in ("combine", "pull"):
+        assert cli(command, run) == 2
+        assert f"{command} takes no run" in cli.err

@@ -66,6 +66,16 @@ class Positive(nn.Linear):
         return gain * F.linear(features, F.softplus(self.weight), self.bias) + shift
 
 
+class Scaled(nn.Linear):
+    """With its defaults, it multiplies by its weight and does nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 6)
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        return F.linear(x, gain * self.weight, self.bias)
+
+
 class MaskedInPlace(nn.Conv2d):  # as most PixelCNNs do
     def __init__(self) -> None:
         super().__init__(3, 4, 3, padding=1)
@@ -118,6 +128,7 @@ KINDS = [
     (Halved, LINEAR),
     (Rounded, LINEAR),
     (Positive, LINEAR),
+    (Scaled, LINEAR),
     (MaskedInPlace, IMAGE),
     (Standardised, IMAGE),
     (PadsItself, IMAGE),
@@ -178,6 +189,28 @@ def test_it_is_merged_exactly_and_removed_bit_for_bit(kind: Any, x: Tensor):
     assert model(x).equal(base)
 
 
+def test_an_argument_that_has_a_default_may_change_what_is_done_with_the_weight():
+    model: Any = adapted(Scaled)
+    randomise(model)
+    torch.testing.assert_close(model[0](LINEAR, gain=3.0), reference(model)[0](LINEAR, gain=3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bool, torch.int8])
+def test_a_mask_of_ones_may_mask_later(dtype: torch.dtype):
+    class MaskedLater(nn.Linear):  # as in pruning while it trains
+        def __init__(self) -> None:
+            super().__init__(8, 6)
+            self.register_buffer("mask", torch.ones(6, 8).to(dtype))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * self.mask, self.bias)
+
+    model: Any = adapted(MaskedLater)
+    randomise(model)
+    model[0].mask[::2] = 0
+    torch.testing.assert_close(model(LINEAR), reference(model)(LINEAR))
+
+
 def test_a_class_that_adds_nothing_to_the_product_keeps_the_fast_way():
     class Written(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -192,7 +225,17 @@ def test_a_class_that_adds_nothing_to_the_product_keeps_the_fast_way():
             rows, positions, _ = x.shape
             return super().forward(x.reshape(rows * positions, -1)).view(rows, positions, -1)
 
-    for kind in (Written, Noisy, OfThree):
+    class Counting(Written):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.register_buffer("calls", torch.tensor(0))
+            self.shift = nn.Parameter(torch.zeros(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) + self.shift
+
+    for kind in (Written, Noisy, OfThree, Counting):
         layer: Any = nn.Sequential(kind(8, 6))
         state = torch.get_rng_state()
         inject(layer, LoRAConfig(rank=2, init="pissa", target_modules=["0"]))

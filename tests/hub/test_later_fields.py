@@ -74,6 +74,16 @@ def test_an_unknown_field_with_a_value_is_refused_until_it_is_named(reader, valu
     READERS[reader](hub, folder, tmp_path / "out", ignore_fields=["later_config"])
 
 
+@pytest.mark.parametrize("reader", READERS)
+def test_an_initialiser_that_is_not_known_may_have_changed_the_base_and_is_refused_until_it_is_named(
+    reader, hub, folder, tmp_path
+):
+    edit_config(folder, init_lora_weights="lora-ga")  # as others spell it; PEFT itself refuses what it does not know
+    with pytest.raises(AdapterFormatError, match=r"init_lora_weights is 'lora-ga'.*ignore_fields="):
+        READERS[reader](hub, folder, tmp_path / "out")
+    READERS[reader](hub, folder, tmp_path / "out", ignore_fields=["init_lora_weights"])
+
+
 @pytest.mark.parametrize("names", [["r"], ["use_qalora"], ["layer_replication"], ["later", "lora_alpha"], "later", [1]])
 def test_what_is_known_to_matter_cannot_be_ignored(names, folder):
     model = Linears()

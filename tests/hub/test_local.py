@@ -10,11 +10,22 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import AdapterBank, Card, LoRAConfig, inject, load_adapter, pull_adapter, push_adapter, save_adapter
+from lightning_lora import (
+    AdapterBank,
+    Card,
+    LoRAConfig,
+    inject,
+    load_adapter,
+    pull_adapter,
+    push_adapter,
+    save_adapter,
+    verify_adapter,
+)
 from lightning_lora.errors import ConfigError
 from lightning_lora.hub.address import local_path
 from lightning_lora.rewriting.combine import combine_adapters
 from lightning_lora.rewriting.export import export_adapter
+from tests.hub.models import Linears, assert_same, state
 
 URLS = ["s3://bucket/adapter", "gs://bucket/adapter", "memory://adapter", "hf://user/adapter", "https://host/adapter"]
 
@@ -88,3 +99,22 @@ def test_what_is_a_path_stays_one(tmp_path: Path) -> None:
     assert local_path(f"file://{tmp_path}/with%20space") == tmp_path / "with space"
     with pytest.raises(ConfigError, match="A path is a str or a Path, not a int"):
         local_path(3)
+
+
+def test_an_argument_that_there_is_not_is_an_error_for_a_local_folder_too(files, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    model = Linears()
+    before, bank = state(model), AdapterBank(Linears())
+    wrong: Any = {"check_bas": False}  # else the misspelt name would be passed over in silence
+    with pytest.raises(TypeError, match="check_bas"):
+        load_adapter(model, folder, **wrong)
+    assert_same(before, state(model))
+    for adapter in (folder, model):
+        with pytest.raises(TypeError, match="check_bas"):
+            bank.add("it", adapter, **wrong)
+    load_adapter(model, folder, check_base=False)
+    with pytest.raises(TypeError, match="check_bas"):
+        verify_adapter(model, folder, **wrong)

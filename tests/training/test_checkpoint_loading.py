@@ -101,6 +101,9 @@ def test_what_holds_no_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], path)
     assert_refused(path, CheckpointError, "holds a list, not a checkpoint")
     assert_refused(tmp_path, CheckpointError, r"is a folder of checkpoints\. Give one of them: .*x\.ckpt")
+    (inside := tmp_path / "run" / "checkpoints").mkdir(parents=True)  # as the command line leaves it
+    path.rename(inside / path.name)
+    assert_refused(inside.parent, CheckpointError, r"is a folder of checkpoints\. Give one of them: .*x\.ckpt")
 
 
 class Opaque:

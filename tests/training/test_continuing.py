@@ -213,8 +213,11 @@ def test_what_is_no_adapter_says_so(tmp_path: Path) -> None:
 
 
 def test_an_adapter_folder_that_is_given_as_a_checkpoint_says_what_it_is(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is an adapter folder, not a checkpoint.*give it as adapter="):
-        trainer(LoRACallback(**FIELDS), max_epochs=1).fit(Lit(), ckpt_path=folder)
+    for place in (folder, folder / "adapter_model.safetensors"):
+        with pytest.raises(
+            CheckpointError, match=rf"{folder} is an adapter folder, not a checkpoint.*adapter={folder} "
+        ):
+            trainer(LoRACallback(**FIELDS), max_epochs=1).fit(Lit(), ckpt_path=place)
 
 
 def test_launched_processes_start_from_it(folder: Path) -> None:

@@ -164,8 +164,8 @@ def check_bankable(target: Target) -> None:
     try:  # a layer for which no adapter can be trained cannot be served either
         if way_of(target, geometry).lora_by_weight:
             raise TargetError(
-                "its class does more with its weight than multiply by it, so an update cannot be added row by row to "
-                "its output: leave it out with exclude_modules"
+                "its class does more with its weight than multiply by it, or takes further arguments that may do so, "
+                "and then an update cannot be added row by row to its output: leave it out with exclude_modules"
             )
         geometry.check(target.module, AdapterSpec(rank=groups, alpha=groups, scale=1.0))
     except TargetError as error:

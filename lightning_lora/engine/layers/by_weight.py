@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -49,8 +51,10 @@ def kept_columns(row: Tensor, p: float) -> Tensor:
 def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
     """True if adding D to the weight adds the product of x and D to the output: tried in a copy of `module`.
 
-    False if it cannot be tried. Raises TargetError if the weight makes no difference to the output. `multiply(x, D)`
-    is the product for weights laid out as in this class; x is (..., width).
+    False if it cannot be tried, and for a forward with further arguments, of which the trial sees the defaults alone.
+    The class's other tensors (a mask, a gain) are tried with other values too. Raises TargetError if the weight makes
+    no difference to the output. `multiply(x, D)` is the product for weights laid out as in this class; x is (...,
+    width).
     """
     forward: Any = type(module).forward
     device = module._parameters["weight"].device  # type: ignore[union-attr]
@@ -63,13 +67,17 @@ def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
         except Exception:  # what cannot be copied cannot be tried
             return False
         W = tried._parameters["weight"]
+        own = (*tried.named_parameters(), *tried.named_buffers())
+        others = [tensor for name, tensor in own if name not in ("weight", "bias")]
         generator = torch.Generator(W.device).manual_seed(0)
         draw = functools.partial(torch.randn, generator=generator, device=W.device)
         direction = draw(W.shape) * W.abs().amax().clamp(min=1.0)
         for shape in ((2, width), (2, 3, width)):
             x = draw(shape)
-            for training in (False, True):
+            for training, are_changed in itertools.product((False, True), (False, True) if others else (False,)):
                 tried.train(training)
+                if are_changed:  # a mask, or a gain, of ones says nothing of what it will do
+                    _change(others, draw)
 
                 def output(change: Tensor, x: Tensor = x) -> Tensor:
                     torch.default_generator.manual_seed(0)
@@ -88,7 +96,7 @@ def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
                     for size, share in ((1.0, 2e-4), (2.0**-6, 2e-3)):
                         D = size * direction
                         expected, changed = multiply(x, D), output(D) - base
-                        if size == 1.0 and not bool(changed.any()):
+                        if size == 1.0 and not are_changed and not bool(changed.any()):
                             raise TargetError(
                                 f"the forward of {type(module).__name__} gives the same output with another weight, so "
                                 "an adapter of its weight would have no effect: leave it out with exclude_modules"
@@ -102,5 +110,12 @@ def adds_its_update(module: nn.Module, multiply: Any, width: int) -> bool:
                 except Exception:  # it does not take an input of this shape
                     break
             else:
-                return True
+                return len(inspect.signature(forward).parameters) == 2  # self and x
     return False
+
+
+def _change(tensors: list[Tensor], draw: Any) -> None:
+    """Scale each number by 0.5 to 1.5; set about half of those that are no floats to zero."""
+    for tensor in tensors:
+        noise = draw(tensor.shape)
+        tensor.data.mul_(0.5 + noise.sigmoid() if tensor.is_floating_point() else (noise > 0).to(tensor.dtype))
