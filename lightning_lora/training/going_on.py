@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
@@ -31,8 +32,8 @@ class GoingOn:
         """The Trainer that trains, or trained last."""
         self.saved: list[dict[str, Any] | None] | None = None
         """The state of each process from a checkpoint, until training starts."""
-        self.saved_at: dict[str, int] = {}
-        """The step at which each ModelCheckpoint had last saved, from that checkpoint."""
+        self.last_saves: dict[str, tuple[int, str]] = {}
+        """The step at which each ModelCheckpoint had last saved, and where, from that checkpoint."""
         self.entry: dict[str, Any] | None = None
         """The state of this process from that checkpoint, where it waits for the first batch."""
         self.random: RandomState = {}
@@ -83,7 +84,9 @@ class GoingOn:
         self.random = saved["random"]
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                private.set_step_of_last_save(callback, self.saved_at.get(callback.state_key, 0))
+                step, path = self.last_saves.get(callback.state_key, (0, ""))
+                is_here = Path(callback.dirpath or "") in Path(path).parents  # in another folder, nothing is saved yet
+                private.set_last_save(callback, step, path if is_here else "")
         every = trainer.reload_dataloaders_every_n_epochs
         if every:  # Lightning counts from the epoch of the checkpoint, not from the last one that loaded anew
             private.set_last_reload(fit_loop, place["epoch"] - place["epoch"] % every)

@@ -152,15 +152,16 @@ def is_epoch_through(trainer: Any) -> bool:
     return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
 
 
-def step_of_last_save(callback: Any) -> int:
-    """The step at which a ModelCheckpoint last saved. Raises MovedError where it does not note the step."""
-    step: int = attribute(callback, "_last_global_step_saved", _RESUMES)
-    return step
+def last_save(callback: Any) -> tuple[int, str]:
+    """The step at which a ModelCheckpoint last saved, and the path; (0, "") before it has. Its state has neither.
+    Raises MovedError where it does not note them."""
+    step = attribute(callback, "_last_global_step_saved", _RESUMES)
+    return step, attribute(callback, "_last_checkpoint_saved", _RESUMES)
 
 
-def set_step_of_last_save(callback: Any, step: int) -> None:
-    """Set what `step_of_last_save` returns. Raises MovedError as it does."""
-    replace(callback, _RESUMES, _last_global_step_saved=step)
+def set_last_save(callback: Any, step: int, path: str) -> None:
+    """Set what `last_save` returns. Raises MovedError as it does."""
+    replace(callback, _RESUMES, _last_global_step_saved=step, _last_checkpoint_saved=path)
 
 
 # Data.

@@ -56,7 +56,7 @@ class ExactResume(GoingOn):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no run yet, so a callback can be copied and pickled after it was used."""
-        return {**ExactResume().__dict__, "stage": self.stage, "saved": self.saved, "saved_at": self.saved_at}
+        return {**ExactResume().__dict__, "stage": self.stage, "saved": self.saved, "last_saves": self.last_saves}
 
     # What a checkpoint holds of it.
 
