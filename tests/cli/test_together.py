@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,9 @@ def test_a_shared_run_that_was_stopped_goes_on_as_if_it_had_not_been(cli):
     assert cli(*command) == 0
     assert {path: path.stat().st_mtime_ns for path in Path("together").glob("*/adapter/*")} == before
     assert cli.out.count("is done") == 4
+    shutil.rmtree("together/3/.hydra")  # killed when all had results, and before Hydra ran the last job
+    assert cli(*command) == 0
+    assert_same_sweep(Path("together"), Path("alone"))
     assert cli(*command, "lora.alpha=3") == 2
     assert "of a job with other settings" in cli.err
 
