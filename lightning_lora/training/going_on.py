@@ -36,6 +36,8 @@ class GoingOn:
         """The step at which each ModelCheckpoint had last saved, and where, from that checkpoint."""
         self.entry: dict[str, Any] | None = None
         """The state of this process from that checkpoint, where it waits for the first batch."""
+        self.unchecked: LoaderState | None = None
+        """What the loaders kept themselves before the sanity check read from those of the validation."""
         self.random: RandomState = {}
         self.random_before: RandomState = {}
         """The random state before Lightning makes the first iterator of the data."""

@@ -192,6 +192,12 @@ class LoaderState:
                     self.found[path] = value
         self.counters = {path: _plain(value) for path, value in self.found.items() if not _is_generator(value)}
 
+    def count_from(self, earlier: LoaderState) -> None:
+        """Take counters for changed where they are others than in `earlier`, of the same loaders."""
+        for path, counters in earlier.counters.items():
+            if self.found.get(path) is earlier.found[path]:
+                self.counters[path] = counters
+
     def state(self) -> State:
         """The states, as values that `torch.load(weights_only=True)` accepts."""
         state: State = {}

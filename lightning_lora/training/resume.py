@@ -206,7 +206,7 @@ class ExactResume(GoingOn):
     def setup(self, stage: str) -> None:
         self.stage, self.saved = stage, None
         if stage == "fit":  # a save before training starts is of this run, not of the one before
-            self.trainer, self.random = None, {}
+            self.trainer, self.random, self.unchecked = None, {}, None
 
     def before_run(self, rank: int) -> None:
         """Before the sanity check and the first iterator of the data, which draw random numbers."""
@@ -277,6 +277,10 @@ class ExactResume(GoingOn):
     def on_train_batch_end(self) -> None:
         self._note_random()
 
+    def begin_sanity_check(self, trainer: Trainer) -> None:
+        """Called before the iterator of the sanity check is made: a resumed run has no such check."""
+        self.unchecked = state_of(trainer)
+
     def begin_validation(self) -> None:
         """Called before the iterator of a validation is made."""
         trainer = self.trainer
@@ -340,6 +344,8 @@ class ExactResume(GoingOn):
     def _find_state(self) -> None:
         self.validated_on = private.combined_loader(self.trainer.fit_loop.epoch_loop.val_loop)
         self.own = self.start.own = state_of(self.trainer)
+        if self.unchecked is not None:
+            self.own.count_from(self.unchecked)
 
 
 def _set_counts(progress: dict[str, Any], completed: int, ready: int) -> None:

@@ -163,6 +163,7 @@ VALIDATION: dict[str, Callable[[], Any]] = {
     "rows": lambda: DataLoader(data(12), 4),
     "generator": lambda: DataLoader(Rows(), 4, shuffle=True, generator=seeded()),
     "persistent": lambda: DataLoader(Rows(), 4, num_workers=1, persistent_workers=True),
+    "counting": lambda: DataLoader(data(4 * BATCHES), 4, sampler=Counting()),
 }
 
 
