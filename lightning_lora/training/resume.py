@@ -56,7 +56,8 @@ class ExactResume(GoingOn):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no run yet, so a callback can be copied and pickled after it was used."""
-        return {**ExactResume().__dict__, "stage": self.stage, "saved": self.saved, "last_saves": self.last_saves}
+        kept = ("stage", "saved", "last_saves", "loader_states")
+        return {**ExactResume().__dict__, **{name: getattr(self, name) for name in kept}}
 
     # What a checkpoint holds of it.
 
@@ -157,10 +158,11 @@ class ExactResume(GoingOn):
             counts["ready"] = counts["completed"]
         if "combined_loader" in loops["state_dict"]:
             loader = private.combined_loader(self.trainer.fit_loop)
-            if loader is not None and not all(map(knows_its_place, loader.flattened)):
+            states = self.before["loaders"] if amid or self._is_at_batch_end() else self._loader_states()
+            if states is None or (loader is not None and not all(map(knows_its_place, loader.flattened))):
                 del loops["state_dict"]["combined_loader"]
-            elif amid or self._is_at_batch_end():
-                loops["state_dict"]["combined_loader"] = self.before["loaders"]
+            else:
+                loops["state_dict"]["combined_loader"] = states
 
     def values_before_batch(self) -> dict[str, Tensor]:
         """The buffers that the running batch has changed, as they were before it."""
@@ -323,12 +325,19 @@ class ExactResume(GoingOn):
         return {
             "own": self.own.state(),
             "metrics": self.metrics.state(),
-            "loaders": private.loader_states(private.combined_loader(trainer.fit_loop)),
+            "loaders": self._loader_states(),
             "fetched": fetcher.fetched if private.iterator_given(fetcher) is not None else None,
             "others": self.holders.state(in_batch=self.amid == "batch"),
             "total": trainer.fit_loop.epoch_loop.batch_progress.total.processed,
             "version": self._version(),
         }
+
+    def _loader_states(self) -> list[dict[str, Any]] | None:
+        """The states of stateful loaders, in which a batch counts as read when it is trained on. None before the first
+        batch of the run, where Lightning may have one already: a loader without a state starts with it."""
+        if private.is_ahead(private.data_fetcher(self.trainer)):
+            return self.start.unfetched
+        return private.loader_states(private.combined_loader(self.trainer.fit_loop))
 
     def _version(self) -> tuple[int, ...]:
         """Numbers that change when weights or schedules do."""

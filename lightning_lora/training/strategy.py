@@ -172,6 +172,7 @@ class AdapterStrategy(_Host):
             loops = checkpoint.get("loops", {}).get("fit_loop", {})
             if loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("ready") == 0:
                 del checkpoint["loops"]
+            self.lora.resume.loader_states = loops.get("state_dict", {}).get("combined_loader", [])
         return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
