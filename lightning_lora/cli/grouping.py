@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lightning_lora.cli.settings import build, target
@@ -29,6 +30,8 @@ class Job:
     """Dotted key -> value of each setting that the jobs of one run must have in common."""
     alone: str | None = None
     """Why the job cannot share a run with any other; None where it can."""
+    noted: Path | None = None
+    """The last of the files that Hydra writes into the job's folder when it runs the job; None where it writes none."""
 
 
 def shared(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lightning_lora.files import remove_folder
 from lightning_lora.hub import adapter_root
 from lightning_lora.hub.adapters import save_tensors
 from lightning_lora.page import written
+from lightning_lora.training.lightning_private import last_save, set_last_save
 from lightning_lora.training.loggers import log_run, optimizer_settings
 from lightning_lora.training.many import MultiLoRACallback
 from lightning_lora.training.strategy import adapter_folder
@@ -52,12 +53,14 @@ class Member:
     def state(self) -> dict[str, Any]:
         return {
             "savers": [saver.state_dict() for saver in self.savers],
+            "last_saves": [last_save(saver) for saver in self.savers],
             **{name: getattr(self, name) for name in _STATE},
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        for saver, own in zip(self.savers, state["savers"], strict=True):
+        for saver, own, last in zip(self.savers, state["savers"], state["last_saves"], strict=True):
             saver.load_state_dict(own)
+            set_last_save(saver, *last)
         for name in _STATE:
             setattr(self, name, state[name])
 

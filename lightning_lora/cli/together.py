@@ -79,6 +79,8 @@ class Sweep:
         job = Job(number, list(config.hydra.overrides.task))
         with _hydra(config):
             folder = os.path.abspath(os.path.join(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)))
+            if config.hydra.output_subdir is not None:
+                job.noted = Path(folder, config.hydra.output_subdir, "overrides.yaml")
         try:
             job.settings = _settings(config, folder)
             written: Any = OmegaConf.to_container(_own(config), resolve=False)
@@ -137,6 +139,8 @@ class Sweep:
         results = Path(job.settings.get("run_dir", "")) / RESULTS
         if not self._resumes or not job.settings or not results.is_file():
             return False  # hydra.launcher.resume=false: whatever lies in the folder is of another sweep
+        if job.noted is not None and not job.noted.is_file():
+            return False  # the first job of a run writes the results of all, and then Hydra runs the others
         found = json.loads(results.read_text(encoding="utf-8"))
         if found["overrides"] != list(job.overrides):
             raise ConfigError(

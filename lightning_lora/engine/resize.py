@@ -1,7 +1,7 @@
 """Gives the pairs of an adapted model another rank, also in the middle of a training run.
 
-Growing keeps the function bit for bit; a cut loses what the report says. Parameters stay the same objects, of another
-shape: optimizers, schedulers and hooks that hold them go on with them.
+Growing adds zeros to sums, which changes no output but for rounding; a cut loses what the report says. Parameters stay
+the same objects, of another shape: optimizers, schedulers and hooks that hold them go on with them.
 
 A pair becomes A' = P A, B' = B Q. Its gradients are dA' = Q^T dA and dB' = dB P^T, since dA = s B^T G and dB = s G A^T
 for a gradient G of the weight. So what an optimizer has gathered from gradients moves by the transposed map of the
@@ -49,7 +49,8 @@ def resize(
     """Give the adapters of `model` another rank, in place. Give one of `rank`, `energy` and `max_error`.
 
     A pair that grows gets new rows of A as the init draws them, and zeros in B (an embedding: the other way round), so
-    the model computes the same as before, bit for bit. A pair that is cut becomes the best approximation of its update
+    the model computes the same as before (a library may add up products of two sizes in another order, which changes
+    the last bits). A pair that is cut becomes the best approximation of its update
     of that rank. Scales stay as they are, so alphas follow the ranks. The config in the record of `inject` has the new
     ranks: what is saved, merged and resumed afterwards is right.
 

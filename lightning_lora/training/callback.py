@@ -339,6 +339,9 @@ class LoRACallback(Callback):
 
     # Exact resumption.
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        watch_loops(trainer, self._resume)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._goes_on is not None and trainer.ckpt_path is None:  # a checkpoint would have brought all of them
             rank_zero_info(self._goes_on)

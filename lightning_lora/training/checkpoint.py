@@ -27,7 +27,7 @@ from lightning_lora.engine.tree import submodule
 from lightning_lora.errors import AdapterFormatError, CheckpointError, TargetError, listed
 from lightning_lora.format.folder import CONFIG, TENSORS
 from lightning_lora.training.checkpoint_file import read_checkpoint
-from lightning_lora.training.lightning_private import step_of_last_save
+from lightning_lora.training.lightning_private import last_save
 from lightning_lora.training.run_state import restore_buffers
 
 if TYPE_CHECKING:
@@ -229,15 +229,18 @@ def fill_in_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
                 state_dict[prefix + name] = tensor
 
 
-def steps_saved(trainer: Trainer | None, path: str) -> dict[str, int]:
-    """The step at which each ModelCheckpoint last saved, with the save to `path` counted as done.
+def last_saves(trainer: Trainer | None, path: str) -> dict[str, tuple[int, str]]:
+    """The step at which each ModelCheckpoint last saved, and where, with the save to `path` counted as done.
 
-    A ModelCheckpoint notes the step only after the save. From its own state, a resumed run would save again after one
-    batch.
+    A ModelCheckpoint notes both only after the save, and its state has neither. From its state alone, a resumed run
+    would save again after one batch, and at its end make last.ckpt of what it is then.
     """
-    steps = {}
+    last = {}
     for callback in trainer.checkpoint_callbacks if trainer is not None else ():
         if trainer is not None and isinstance(callback, ModelCheckpoint):
-            saves = path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
-            steps[callback.state_key] = trainer.global_step if saves else step_of_last_save(callback)
-    return steps
+            last[callback.state_key] = last_save(callback)
+            if path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models):
+                # last.ckpt is saved after the others: without a path, it is made up for when training ends.
+                is_all = callback.save_last is not True or path == callback.last_model_path
+                last[callback.state_key] = (trainer.global_step, path if is_all else "")
+    return last

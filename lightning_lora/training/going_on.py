@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
@@ -31,10 +32,14 @@ class GoingOn:
         """The Trainer that trains, or trained last."""
         self.saved: list[dict[str, Any] | None] | None = None
         """The state of each process from a checkpoint, until training starts."""
-        self.saved_at: dict[str, int] = {}
-        """The step at which each ModelCheckpoint had last saved, from that checkpoint."""
+        self.last_saves: dict[str, tuple[int, str]] = {}
+        """The step at which each ModelCheckpoint had last saved, and where, from that checkpoint."""
+        self.loader_states: list[dict[str, Any]] = []
+        """The states of stateful loaders, from that checkpoint."""
         self.entry: dict[str, Any] | None = None
         """The state of this process from that checkpoint, where it waits for the first batch."""
+        self.unchecked: LoaderState | None = None
+        """What the loaders kept themselves before the sanity check read from those of the validation."""
         self.random: RandomState = {}
         self.random_before: RandomState = {}
         """The random state before Lightning makes the first iterator of the data."""
@@ -83,7 +88,9 @@ class GoingOn:
         self.random = saved["random"]
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                private.set_step_of_last_save(callback, self.saved_at.get(callback.state_key, 0))
+                step, path = self.last_saves.get(callback.state_key, (0, ""))
+                is_here = Path(callback.dirpath or "") in Path(path).parents  # in another folder, nothing is saved yet
+                private.set_last_save(callback, step, path if is_here else "")
         every = trainer.reload_dataloaders_every_n_epochs
         if every:  # Lightning counts from the epoch of the checkpoint, not from the last one that loaded anew
             private.set_last_reload(fit_loop, place["epoch"] - place["epoch"] % every)
@@ -94,7 +101,7 @@ class GoingOn:
         self.random_at = place["total"]
         private.set_batches_that_stepped(trainer, saved.get("stepped", private.batches_that_stepped(trainer)))
         self.stepped = (place["total"], private.batches_that_stepped(trainer))
-        private.load_loader_states(fit_loop)
+        self._load_loader_states(saved)
         begun = int(place["kind"] == "inside")
         for counts in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
             counts.ready = counts.started = place["epoch"] + begun
@@ -106,6 +113,18 @@ class GoingOn:
         if not (every and fit_loop.epoch_progress.current.completed % every == 0):
             self.own.load(saved["own"])
         self.trained.set_gradients(saved["gradients"])
+
+    def _load_loader_states(self, saved: dict[str, Any]) -> None:
+        """Bring stateful loaders to their place. From data without a length, the new iterator fetches a batch at once:
+        from the random state in which that was done, at the start of the batch before it or of the epoch."""
+        if saved["place"]["kind"] == "inside":
+            back = int((saved["round"] or {}).get("hook") == "on_train_batch_end")  # the hooks of the last one go on
+            if saved["place"]["batches"] > back:
+                self.start.first = saved["fetched_at"][back]
+            elif saved["start"] is not None:
+                set_random_state(saved["start"]["global"])
+        private.load_loader_states(self.trainer.fit_loop, self.loader_states)
+        self.start.first = None
 
     def enter(self, trainer: Any, saved: dict[str, Any], fetcher: Any) -> None:
         """In the loop over batches, before the first one, go to where the checkpoint was saved inside the epoch."""
@@ -155,6 +174,12 @@ class GoingOn:
                 last = next(fetcher)
             return last
         if saved["start"] is None:
+            if place["batches"]:
+                rank_zero_warn(
+                    "Not exactly the run that was interrupted: its data cannot be read again from the start of the "
+                    "epoch, since a loader or its dataset keeps a place, and another has no state to go back to it. "
+                    "Give all of them a state (torchdata's StatefulDataLoader, of datasets with state_dict), or none."
+                )
             return last
         self.start.set(saved["start"])
         self.start.replayed = saved["restarts"]
@@ -219,11 +244,12 @@ class GoingOn:
                 f"{trainer.num_training_batches}. It goes on after the first {place['batches']} of them."
             )
         streams = [x for x in loaders if isinstance(getattr(x, "dataset", None), IterableDataset)]
-        if inside and any(not hasattr(x, "load_state_dict") for x in streams):
+        if inside and any(not knows_its_place(x) for x in streams):
             rank_zero_warn(
                 "Resuming in mid-epoch, but an IterableDataset has no position to go back to: it is read again from "
                 f"its start past the {place['batches']} batches that were seen, which is exact only if it gives the "
-                "same rows each time. Use a stateful loader (torchdata's StatefulDataLoader) to go there at once."
+                "same rows each time. Use a stateful loader (torchdata's StatefulDataLoader, of a dataset with "
+                "state_dict) to go there at once."
             )
         for x in loaders:
             if getattr(x, "persistent_workers", False) and place["total"] and (names := self.own.unreadable(x)):

@@ -36,6 +36,7 @@ def _of_loops(name: str, otherwise: Any = _Gone) -> Any:
 
 
 _IteratorFetcher = _of_loops("loops.fetchers:_DataLoaderIterDataFetcher")
+_PrefetchFetcher = _of_loops("loops.fetchers:_PrefetchDataFetcher")
 _FitStage = _of_loops("loops.fit_loop:RestartStage")
 _EpochStage = _of_loops("loops.training_epoch_loop:RestartStage")
 _Metadata = _of_loops("trainer.connectors.logger_connector.result:_Metadata")
@@ -107,10 +108,12 @@ def restart_in_epoch(fit_loop: Any) -> None:
     fit_loop._resuming_from_checkpoint = True  # or the epoch would start with an iterator that nobody uses
 
 
-def load_loader_states(fit_loop: Any) -> None:
-    """Load the states of stateful loaders from a checkpoint: Lightning does so only for a checkpoint in mid-epoch."""
-    if fit_loop._combined_loader_states_to_load and fit_loop._combined_loader is not None:
-        fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
+def load_loader_states(fit_loop: Any, states: list[dict[str, Any]]) -> None:
+    """Load the states of stateful loaders from a checkpoint: Lightning does so only for a checkpoint in mid-epoch, and
+    may have fetched a batch from other random numbers since."""
+    has_to = fit_loop._combined_loader_states_to_load or is_ahead(fit_loop._data_fetcher)
+    if states and has_to and fit_loop._combined_loader is not None:
+        fit_loop._combined_loader._load_state_dicts(states)
         fit_loop._combined_loader_states_to_load = []
         iter(fit_loop._data_fetcher)
 
@@ -152,15 +155,16 @@ def is_epoch_through(trainer: Any) -> bool:
     return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
 
 
-def step_of_last_save(callback: Any) -> int:
-    """The step at which a ModelCheckpoint last saved. Raises MovedError where it does not note the step."""
-    step: int = attribute(callback, "_last_global_step_saved", _RESUMES)
-    return step
+def last_save(callback: Any) -> tuple[int, str]:
+    """The step at which a ModelCheckpoint last saved, and the path; (0, "") before it has. Its state has neither.
+    Raises MovedError where it does not note them."""
+    step = attribute(callback, "_last_global_step_saved", _RESUMES)
+    return step, attribute(callback, "_last_checkpoint_saved", _RESUMES)
 
 
-def set_step_of_last_save(callback: Any, step: int) -> None:
-    """Set what `step_of_last_save` returns. Raises MovedError as it does."""
-    replace(callback, _RESUMES, _last_global_step_saved=step)
+def set_last_save(callback: Any, step: int, path: str) -> None:
+    """Set what `last_save` returns. Raises MovedError as it does."""
+    replace(callback, _RESUMES, _last_global_step_saved=step, _last_checkpoint_saved=path)
 
 
 # Data.
@@ -190,6 +194,12 @@ def data_fetcher(trainer: Any) -> Any:
 def iterator_given(fetcher: Any) -> Any:
     """The iterator that `fetcher` gives to a training_step which asks for it; None where training_step gets batches."""
     return fetcher.iterator_wrapper if isinstance(fetcher, _IteratorFetcher) else None
+
+
+def is_ahead(fetcher: Any) -> bool:
+    """True if `fetcher` holds a batch that has not been trained on: of data without a length, it fetches one more to
+    know whether there is one. Raises MovedError where it keeps batches elsewhere."""
+    return isinstance(fetcher, _PrefetchFetcher) and bool(attribute(fetcher, "batches", _RESUMES))
 
 
 def training_loader(trainer: Any) -> Any:

@@ -10,14 +10,24 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe, Sampler, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    IterDataPipe,
+    Sampler,
+    SequentialSampler,
+    get_worker_info,
+)
 
 from lightning_lora.engine.torch_private import living_iterator, numpy_seed, send_seed, shared_seed
 from lightning_lora.errors import TrainingError, listed
-from lightning_lora.training.lightning_private import combined_loader, restart_loaders
+from lightning_lora.training.lightning_private import combined_loader, loader_states, restart_loaders
 from lightning_lora.training.run_state import RandomState, random_state, set_python_state, set_random_state
 
 # A CombinedLoader that notes the random state from which each of its iterators was made.
@@ -37,6 +47,10 @@ class LoaderStart:
         self.restarts: dict[int, RandomState] = {}
         """Of several loaders, the shorter ones start again in mid-epoch when they end. This holds the last such start
         of each loader, by its index."""
+        self.first: RandomState | None = None
+        """The random state from which the next iterator's first batch is fetched, where that is no epoch's first."""
+        self.unfetched: list[dict[str, Any]] | None = None
+        """The states of stateful loaders before the newest batch was fetched, of data without a length."""
         self.replayed: dict[int, RandomState] = {}
         """The starts to repeat while batches are skipped."""
 
@@ -72,12 +86,19 @@ def _watched_class(base_class: type[CombinedLoader]) -> type[CombinedLoader]:
                 send_seed(living, None)  # or a stateful loader's state would hold it
         set_random_state(before)
         torch.empty((), dtype=torch.int64).random_()
+        if start.first is not None:
+            set_random_state(start.first)
         start.restarts = {}
         if len(self.flattened) > 1:
             restart_loaders(self, [_Restarting(*item, start) for item in enumerate(self.flattened)])
         return iterator
 
-    return type(f"Watched{base_class.__name__}", (base_class,), {"__iter__": __iter__})
+    def __next__(self: Any) -> Any:  # noqa: N807
+        if sized_len(self) is None:
+            self.lora_start.unfetched = loader_states(self)
+        return base_class.__next__(self)
+
+    return type(f"Watched{base_class.__name__}", (base_class,), {"__iter__": __iter__, "__next__": __next__})
 
 
 class _Restarting:
@@ -102,14 +123,22 @@ class _Restarting:
 def knows_its_place(loader: Any) -> bool:
     """True if the state of `loader` restores its whole place in the data.
 
-    The state of torchdata's loader does not where worker processes draw random numbers: such a loader is read again
-    like any other, unless its dataset has a state, too.
+    The state of torchdata's loader does not where worker processes draw random numbers, nor where a dataset of its own
+    order or a sampler has no state: torchdata reads past so many batches then, in whatever order they come. Such a
+    loader is read again like any other.
     """
     if not hasattr(loader, "load_state_dict"):
         return False
-    dataset = getattr(loader, "dataset", None)
-    by_index = isinstance(loader, DataLoader) and loader.num_workers > 0 and not isinstance(dataset, IterableDataset)
-    return not by_index or hasattr(dataset, "state_dict")
+    if not isinstance(loader, DataLoader) or hasattr(loader.dataset, "state_dict"):
+        return True
+    by_index = loader.num_workers == 0 and not isinstance(loader.dataset, IterableDataset)
+    return by_index and all(map(_has_place, (loader.sampler, loader.batch_sampler)))
+
+
+def _has_place(sampler: Any) -> bool:
+    """True if torchdata's loader can bring `sampler` back to its place."""
+    known = isinstance(sampler, (type(None), SequentialSampler, BatchSampler)) or hasattr(sampler, "state_dict")
+    return known or type(sampler).__module__.startswith("torchdata.")
 
 
 def may_start_again(combined: CombinedLoader) -> bool:
@@ -191,6 +220,12 @@ class LoaderState:
                     seen.add(id(value))
                     self.found[path] = value
         self.counters = {path: _plain(value) for path, value in self.found.items() if not _is_generator(value)}
+
+    def count_from(self, earlier: LoaderState) -> None:
+        """Take counters for changed where they are others than in `earlier`, of the same loaders."""
+        for path, counters in earlier.counters.items():
+            if self.found.get(path) is earlier.found[path]:
+                self.counters[path] = counters
 
     def state(self) -> State:
         """The states, as values that `torch.load(weights_only=True)` accepts."""

@@ -68,6 +68,8 @@ class ResumedValidationLoop(_ValidationHost):
     """True where a validation that began with one adapter runs for another one (many/rounds.py)."""
 
     def reset(self) -> None:
+        if self.trainer.sanity_checking:
+            self.lora_resume.begin_sanity_check(self.trainer)
         if self._is_of_training():
             before = self.lora_resume.before
             self.lora_resume.begin_validation()

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,13 +43,16 @@ class AdapterMonitor(Callback):
       directions, and in the smallest one. Over all layers, the mean.
     - `relative_norm`: ||dW|| / ||W|| (Frobenius norms), how far the adapted weight is from the base's.
     - `gradient_share_A`, `gradient_share_B`: the part of the whole gradient's squared norm that falls on this A or
-      this B. All shares add up to 1.
+      this B. All shares add up to 1. With several optimizers, each gradient is that of its optimizer's last step; NaN
+      where that was not among the last steps.
     - `is_zero`: 1 where the update is still zero, so that the layer computes what the base computes; over all layers,
       how many there are.
 
     The numbers describe; none of them says by itself that a rank is too high or too low. The mean effective rank is
     shown in the progress bar. Layers without a gradient, and updates that stay zero although training goes on, are
-    named once in a warning. Training is not changed: no random number is drawn, no gradient touched.
+    named once in a warning. Training is not changed: no random number is drawn, no gradient touched. With
+    MultiLoRACallback each adapter is looked at (`lora/effective_rank/r4`, `lora/effective_rank/LAYER/r4`), and the
+    progress bar shows the mean of all.
 
     Raises ConfigError for an argument that is not valid, and AdapterStateError when training starts on a model without
     adapters.
@@ -64,9 +68,11 @@ class AdapterMonitor(Callback):
         self.by_layer = flag("by_layer", by_layer)
         self._base_norms: dict[str, float] = {}
         self._silent: dict[str, Pair] = {}
-        """Pairs that have had no gradient so far, by name."""
-        self._gradients: Values | None = None
-        """The gradients' squared norms at the step of a look; None between looks."""
+        """Pairs that have had no gradient so far, by what a warning calls them."""
+        self._gradients: dict[str | None, dict[tuple[str, str], float]] = {}
+        """Adapter, of several -> layer and factor -> the squared norm of its gradient."""
+        self._is_due = False
+        """Whether the step of a look has begun."""
         self._trains = False
         """Whether the step of a look had finite gradients and a learning rate above zero."""
         self._has_warned = False
@@ -76,19 +82,29 @@ class AdapterMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_some_of_ours(pl_module, Tree.of(pl_module))
-        self._base_norms = {}
-        self._silent = {pair.name: pair for pair in pairs(pl_module)}
-        self._gradients, self._has_warned = None, False
+        self._base_norms, self._silent, self._gradients = {}, {}, {}
+        self._is_due = self._has_warned = False
+        several = _several(trainer)
+        for name in (None,) if several is None else several.names:
+            with _using(several, name):
+                self._silent |= {_called(pair, name): pair for pair in pairs(pl_module)}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Here an accumulation window is complete, processes have exchanged gradients, and a GradScaler has unscaled.
         if self._silent:
             self._silent = {n: pair for n, pair in self._silent.items() if pair.A.grad is None and pair.B.grad is None}
-        if (trainer.global_step + 1) % self.every_n_steps:
+        # Each optimizer steps by itself, and another one's gradients may be gone already.
+        left, several = -(trainer.global_step + 1) % self.every_n_steps, _several(trainer)
+        if left >= len(trainer.optimizers):
             return
-        own = list(pairs(pl_module))
-        squares = _squares([gradient for pair in own for gradient in (pair.A.grad, pair.B.grad)]).view(-1, 2)
-        self._gradients = {"gradient_share_A": squares[:, 0], "gradient_share_B": squares[:, 1]}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        takes_all = len(trainer.optimizers) == 1
+        factors = {(pair.name, side): p for pair in pairs(pl_module) for side, p in (("A", pair.A), ("B", pair.B))}
+        factors = {key: p for key, p in factors.items() if takes_all or id(p) in held}
+        squares = _squares([p.grad for p in factors.values()])
+        of_adapter = self._gradients.setdefault(None if several is None else several.current, {})
+        of_adapter.update(zip(factors, squares.tolist()))
+        self._is_due = left == 0
         has_gradient = bool(squares.isfinite().all()) and bool(squares.any())
         self._trains = has_gradient and any(float(group["lr"]) > 0 for group in optimizer.param_groups)
 
@@ -96,28 +112,42 @@ class AdapterMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._gradients is None:
+        if not self._is_due:
             return
-        own, gradients = list(pairs(pl_module)), self._gradients
-        self._gradients = None
-        total = sum(squares.sum() for squares in gradients.values())
-        layers = {**_spectra(own), **{name: squares / total for name, squares in gradients.items()}}
+        gradients, self._gradients, self._is_due = self._gradients, {}, False
+        metrics: dict[str, float] = {}
+        used, zero = [], []
+        for adapter, squares in gradients.items():
+            with _using(_several(trainer), adapter):
+                own = list(pairs(pl_module))
+                found = self._look(own, squares)
+                zero += [_called(pair, adapter) for pair in own if found[f"lora/is_zero/{pair.name}"]]
+            used.append(found["lora/effective_rank"])
+            shown = found if self.by_layer else {key: value for key, value in found.items() if key.count("/") == 1}
+            metrics |= {key if adapter is None else f"{key}/{adapter}": value for key, value in shown.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=batches_that_stepped(trainer))
+        mean = sum(used) / len(used)
+        pl_module.log("effective_rank", mean, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
+        if self._trains and not self._has_warned:
+            self._warn(zero, trainer)
+
+    def _look(self, own: Sequence[Pair], squares: Mapping[tuple[str, str], float]) -> dict[str, float]:
+        """The metrics of the adapter with these pairs, over all layers and by layer."""
+        layers = _spectra(own)
+        for side in ("A", "B"):
+            values = [squares.get((p.name, side), math.nan if getattr(p, side).requires_grad else 0.0) for p in own]
+            layers[f"gradient_share_{side}"] = torch.tensor(values, dtype=torch.float64) / sum(squares.values())
         norms, base = layers.pop("norm"), self._norms_of_base(own)
         layers |= {"relative_norm": norms / base, "is_zero": (norms == 0).float()}
         overall = {name: values.mean() for name, values in layers.items()}
         sums = ("gradient_share_A", "gradient_share_B", "is_zero")
-        overall |= {name: layers[name].sum() for name in sums}
+        overall |= {name: layers[name].nansum() for name in sums}
         overall["relative_norm"] = norms[~base.isnan()].norm() / base[~base.isnan()].norm()
         metrics = {f"lora/{name}": float(value) for name, value in overall.items()}
-        if self.by_layer:
-            for name, values in layers.items():
-                metrics |= {f"lora/{name}/{pair.name}": value for pair, value in zip(own, values.tolist())}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=batches_that_stepped(trainer))
-        used = metrics["lora/effective_rank"]
-        pl_module.log("effective_rank", used, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
-        if self._trains and not self._has_warned:
-            self._warn([pair.name for pair, is_zero in zip(own, layers["is_zero"].tolist()) if is_zero], trainer)
+        for name, values in layers.items():
+            metrics |= {f"lora/{name}/{pair.name}": value for pair, value in zip(own, values.tolist())}
+        return metrics
 
     def _norms_of_base(self, own: Sequence[Pair]) -> Tensor:
         """||W|| of each pair, which is computed once: the base is frozen. NaN for a layer without a weight."""
@@ -145,6 +175,20 @@ class AdapterMonitor(Callback):
         if said:
             self._has_warned = True
             rank_zero_warn(f"AdapterMonitor, at step {trainer.global_step}: {'. '.join(said)}.")
+
+
+def _several(trainer: Any) -> Any:
+    """The adapters that the run of `trainer` trains, if MultiLoRACallback trains several; else None."""
+    pack = getattr(trainer.strategy, "pack", None)
+    return None if pack is None else pack.several
+
+
+def _using(several: Any, name: str | None) -> AbstractContextManager[None]:
+    return nullcontext() if name is None else several.using(name)
+
+
+def _called(pair: Pair, adapter: str | None) -> str:
+    return pair.name if adapter is None else f"{pair.name} of {adapter}"
 
 
 def _squares(gradients: Sequence[Tensor | None]) -> Tensor:

@@ -56,7 +56,8 @@ class ExactResume(GoingOn):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no run yet, so a callback can be copied and pickled after it was used."""
-        return {**ExactResume().__dict__, "stage": self.stage, "saved": self.saved, "saved_at": self.saved_at}
+        kept = ("stage", "saved", "last_saves", "loader_states")
+        return {**ExactResume().__dict__, **{name: getattr(self, name) for name in kept}}
 
     # What a checkpoint holds of it.
 
@@ -157,10 +158,11 @@ class ExactResume(GoingOn):
             counts["ready"] = counts["completed"]
         if "combined_loader" in loops["state_dict"]:
             loader = private.combined_loader(self.trainer.fit_loop)
-            if loader is not None and not all(map(knows_its_place, loader.flattened)):
+            states = self.before["loaders"] if amid or self._is_at_batch_end() else self._loader_states()
+            if states is None or (loader is not None and not all(map(knows_its_place, loader.flattened))):
                 del loops["state_dict"]["combined_loader"]
-            elif amid or self._is_at_batch_end():
-                loops["state_dict"]["combined_loader"] = self.before["loaders"]
+            else:
+                loops["state_dict"]["combined_loader"] = states
 
     def values_before_batch(self) -> dict[str, Tensor]:
         """The buffers that the running batch has changed, as they were before it."""
@@ -206,7 +208,7 @@ class ExactResume(GoingOn):
     def setup(self, stage: str) -> None:
         self.stage, self.saved = stage, None
         if stage == "fit":  # a save before training starts is of this run, not of the one before
-            self.trainer, self.random = None, {}
+            self.trainer, self.random, self.unchecked = None, {}, None
 
     def before_run(self, rank: int) -> None:
         """Before the sanity check and the first iterator of the data, which draw random numbers."""
@@ -277,6 +279,10 @@ class ExactResume(GoingOn):
     def on_train_batch_end(self) -> None:
         self._note_random()
 
+    def begin_sanity_check(self, trainer: Trainer) -> None:
+        """Called before the iterator of the sanity check is made: a resumed run has no such check."""
+        self.unchecked = state_of(trainer)
+
     def begin_validation(self) -> None:
         """Called before the iterator of a validation is made."""
         trainer = self.trainer
@@ -319,12 +325,19 @@ class ExactResume(GoingOn):
         return {
             "own": self.own.state(),
             "metrics": self.metrics.state(),
-            "loaders": private.loader_states(private.combined_loader(trainer.fit_loop)),
+            "loaders": self._loader_states(),
             "fetched": fetcher.fetched if private.iterator_given(fetcher) is not None else None,
             "others": self.holders.state(in_batch=self.amid == "batch"),
             "total": trainer.fit_loop.epoch_loop.batch_progress.total.processed,
             "version": self._version(),
         }
+
+    def _loader_states(self) -> list[dict[str, Any]] | None:
+        """The states of stateful loaders, in which a batch counts as read when it is trained on. None before the first
+        batch of the run, where Lightning may have one already: a loader without a state starts with it."""
+        if private.is_ahead(private.data_fetcher(self.trainer)):
+            return self.start.unfetched
+        return private.loader_states(private.combined_loader(self.trainer.fit_loop))
 
     def _version(self) -> tuple[int, ...]:
         """Numbers that change when weights or schedules do."""
@@ -340,6 +353,8 @@ class ExactResume(GoingOn):
     def _find_state(self) -> None:
         self.validated_on = private.combined_loader(self.trainer.fit_loop.epoch_loop.val_loop)
         self.own = self.start.own = state_of(self.trainer)
+        if self.unchecked is not None:
+            self.own.count_from(self.unchecked)
 
 
 def _set_counts(progress: dict[str, Any], completed: int, ready: int) -> None:

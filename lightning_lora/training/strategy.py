@@ -46,7 +46,7 @@ from lightning_lora.training.checkpoint import (
     check_no_adapter_folder,
     checkpoint_adapter,
     checkpoint_metadata,
-    steps_saved,
+    last_saves,
 )
 from lightning_lora.training.checkpoint_address import is_local, local_path
 from lightning_lora.training.checkpoint_file import leave_out_base, read_checkpoint, write_whole_files
@@ -157,7 +157,7 @@ class AdapterStrategy(_Host):
             self.precision_plugin.convert_module(module)  # values that float32 would round
         load_adapter_state_dict(module, checkpoint["state_dict"])
         restore_buffers(module, checkpoint[METADATA].get("buffers", {}))
-        self.lora.resume.saved_at = checkpoint[METADATA].get("saved_at", {})
+        self.lora.resume.last_saves = checkpoint[METADATA].get("last_saves", {})
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         check_no_adapter_folder(checkpoint_path)
@@ -172,6 +172,7 @@ class AdapterStrategy(_Host):
             loops = checkpoint.get("loops", {}).get("fit_loop", {})
             if loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("ready") == 0:
                 del checkpoint["loops"]
+            self.lora.resume.loader_states = loops.get("state_dict", {}).get("combined_loader", [])
         return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -192,7 +193,7 @@ class AdapterStrategy(_Host):
         before = self.lora.resume.values_before_batch()
         for values in (checkpoint["state_dict"], checkpoint[METADATA].get("buffers", {})):
             values.update({name: before[name] for name in values.keys() & before.keys()})
-        checkpoint[METADATA]["saved_at"] = steps_saved(self.lora.resume.trainer, str(filepath))
+        checkpoint[METADATA]["last_saves"] = last_saves(self.lora.resume.trainer, str(filepath))
         if left_out := leave_out_base(checkpoint, module):
             checkpoint[METADATA][LEFT_OUT] = left_out
         super().save_checkpoint(checkpoint, filepath, storage_options)

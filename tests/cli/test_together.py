@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +238,10 @@ def test_what_a_module_logs_for_an_epoch_alone_is_not_given_for_a_step(cli):
 
 @pytest.mark.slow
 def test_a_shared_run_that_was_stopped_goes_on_as_if_it_had_not_been(cli):
-    assert cli.train(*SWEEP, "task._target_=standin.Terminated", "task.at=100", "hydra.sweep.dir=alone") == 0
-    sweep = [*SWEEP, "task._target_=standin.Terminated", "hydra.sweep.dir=together", TOGETHER]
+    rates = "optimizer.lr=0.01,0.9"  # with the second, the best adapter is the first epoch's
+    of_all = ["-m", "lora.rank=1,2", rates, "task._target_=standin.Terminated"]
+    assert cli.train(*of_all, "task.at=100", "hydra.sweep.dir=alone") == 0
+    sweep = [*of_all, "hydra.sweep.dir=together", TOGETHER]
     assert cli.train(*sweep, "task.at=5") == 143
     said = cli.out.strip().splitlines()[-1]
     assert said.endswith("hydra.sweep.dir=together hydra.launcher.resume=true")
@@ -250,6 +253,9 @@ def test_a_shared_run_that_was_stopped_goes_on_as_if_it_had_not_been(cli):
     assert cli(*command) == 0
     assert {path: path.stat().st_mtime_ns for path in Path("together").glob("*/adapter/*")} == before
     assert cli.out.count("is done") == 4
+    shutil.rmtree("together/3/.hydra")  # killed when all had results, and before Hydra ran the last job
+    assert cli(*command) == 0
+    assert_same_sweep(Path("together"), Path("alone"))
     assert cli(*command, "lora.alpha=3") == 2
     assert "of a job with other settings" in cli.err
 

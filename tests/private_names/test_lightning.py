@@ -142,7 +142,7 @@ def test_a_running_hook_tells_who_has_it_still_to_come(fitted: Any):
 
 def test_a_checkpoint_of_the_run_can_be_had(fitted: Any):
     assert lightning_private.checkpoint_of(fitted)["global_step"] == fitted.global_step == 5
-    assert lightning_private.step_of_last_save(ModelCheckpoint()) == 0
+    assert lightning_private.last_save(ModelCheckpoint()) == (0, "")
     assert not lightning_private.starts_scripts(fitted)
     assert lightning_private.average_of(WeightAveraging()) is None
     assert lightning_private.average_of(StochasticWeightAveraging(0.1)) is None
@@ -193,8 +193,8 @@ def test_what_a_trainer_no_longer_has_is_said():
         lambda: lightning_private.training_loader(nothing),
         lambda: lightning_private.moved_batch(nothing, 1),
         lambda: lightning_private.restart_loaders(nothing, []),
-        lambda: lightning_private.step_of_last_save(nothing),
-        lambda: lightning_private.set_step_of_last_save(nothing, 1),
+        lambda: lightning_private.last_save(nothing),
+        lambda: lightning_private.set_last_save(nothing, 1, ""),
         lambda: lightning_private.average_of(nothing),
         lambda: lightning_private.logs_models(nothing),
         lambda: lightning_private.logged_models(nothing),

@@ -81,6 +81,27 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
             yield rows[index]
 
 
+class StateStream(IterableDataset):  # type: ignore[type-arg]
+    """A stream that knows its place."""
+
+    def __init__(self) -> None:
+        self.at = self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rows, generator = Rows(), torch.Generator().manual_seed(self.epoch)
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        while self.at < len(rows):
+            self.at += 1
+            yield rows[order[self.at - 1]]
+        self.at, self.epoch = 0, self.epoch + 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at, self.epoch = state["at"], state["epoch"]
+
+
 class Counting(Sampler[int]):
     """A sampler that seeds each epoch by a count of its own."""
 
@@ -153,6 +174,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "persistent": lambda: DataLoader(Rows(), 4, shuffle=True, num_workers=2, persistent_workers=True),
     "stateful, workers": lambda: StatefulDataLoader(Rows(), 4, shuffle=True, num_workers=2),
     "stateful, persistent": lambda: StatefulDataLoader(Rows(), 4, shuffle=True, num_workers=2, persistent_workers=True),
+    "stateful, stream": lambda: StatefulDataLoader(StateStream(), 4),
+    "stateful, stream without a state": lambda: StatefulDataLoader(Stream(), 4),
+    "stateful, unsized": lambda: StatefulDataLoader(Rows(), batch_sampler=Unsized()),
     "persistent, generator": lambda: DataLoader(
         Rows(), 4, shuffle=True, num_workers=1, persistent_workers=True, generator=seeded()
     ),
@@ -163,6 +187,7 @@ VALIDATION: dict[str, Callable[[], Any]] = {
     "rows": lambda: DataLoader(data(12), 4),
     "generator": lambda: DataLoader(Rows(), 4, shuffle=True, generator=seeded()),
     "persistent": lambda: DataLoader(Rows(), 4, num_workers=1, persistent_workers=True),
+    "counting": lambda: DataLoader(data(4 * BATCHES), 4, sampler=Counting()),
 }
 
 

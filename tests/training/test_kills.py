@@ -28,6 +28,9 @@ IN_SECONDS = [
     "loader: persistent",
     "loader: unsized",
     "loader: stream",
+    "loader: stateful, stream",
+    "loader: stateful, stream without a state",
+    "loader: stateful, unsized",
     "by hand: replacement, exceptions",
     "by hand: counting sampler, exceptions",
     "by hand: sampler with set_epoch, exceptions",
@@ -96,3 +99,11 @@ def test_a_run_that_is_killed_soon_after_it_was_resumed_goes_on_as_well(
         resumed, its_run, _, _ = fit(setting, folder, ckpt=saved)
         assert was_killed
         assert differences(end(resumed, its_run), end(whole, run)) == []
+
+
+def test_what_the_sanity_check_took_from_the_validations_sampler_counts_in_a_resumed_run(tmp_path: Path) -> None:
+    setting = Setting(validation="counting", trainer={"limit_val_batches": 2})
+    whole, run, _, _ = fit(setting, tmp_path / "whole")
+    resumed, its_run, _, _ = fit(setting, tmp_path / "again", ckpt=tmp_path / "whole/step=1-epoch=0.ckpt")
+    assert differences(end(resumed, its_run), end(whole, run)) == []
+    assert resumed.log_["epoch", 0] == whole.log_["epoch", 0], "the metrics of the first validation"

@@ -17,7 +17,15 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from lightning_lora import AdapterMonitor, LoRACallback, LoRAConfig, adapter_state_dict, inject, pairs
+from lightning_lora import (
+    AdapterMonitor,
+    LoRACallback,
+    LoRAConfig,
+    MultiLoRACallback,
+    adapter_state_dict,
+    inject,
+    pairs,
+)
 from lightning_lora.engine import effective_rank, stable_rank
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.training.monitor import _spectra
@@ -64,9 +72,12 @@ def run(folder: Path, module: Any, *callbacks: pl.Callback, ckpt_path: Path | No
 
 def logged(folder: Path) -> list[dict[str, float]]:
     """The rows that the monitor wrote, without what others log."""
+    return [row for row in rows_of(folder) if "lora/effective_rank" in row]
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
     with (folder / "metrics.csv").open() as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if "lora/effective_rank" in row]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def test_the_last_look_says_what_a_dense_svd_and_the_gradients_say(tmp_path):
@@ -155,6 +166,50 @@ def said(folder: Path, module: Any) -> list[str]:
     return [str(w.message) for w in caught if "AdapterMonitor" in str(w.message)]
 
 
+def test_each_adapter_of_several_is_looked_at_as_in_its_own_run(tmp_path):
+    configs = {"r2": {"rank": 2, "lr": 1e-2, "seed": 1}, "r4": {"rank": 4, "lr": 1e-1, "seed": 2}}
+    found = {}
+    for name, given in {**{name: {name: one} for name, one in configs.items()}, "both": configs}.items():
+        torch.manual_seed(0)
+        logger = CSVLogger(tmp_path / name, name="", version="")
+        several = MultiLoRACallback(given, wave=1, save_adapter=False)
+        trainer(several, AdapterMonitor(every_n_steps=2), max_epochs=1, logger=logger).fit(Lit())
+        found[name] = [row for row in rows_of(tmp_path / name) if any("effective_rank" in key for key in row)]
+    assert len(found["both"]) == 2
+    for both, *own in zip(found["both"], found["r2"], found["r4"], strict=True):
+        looks = {key: value for row in (both, *own) for key, value in row.items() if key.startswith("lora/")}
+        assert {key: both[key] for key in looks} == pytest.approx(looks)
+        assert both["lora/gradient_share_A/r4"] + both["lora/gradient_share_B/r4"] == pytest.approx(1)
+        assert both["lora/relative_norm/r2"] != pytest.approx(both["lora/relative_norm/r4"])
+
+
+class Alternating(Lit):
+    """Two optimizers, each with its own layers; after the step of each, its gradients are gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch))
+        self.squares = {p.name: [float(f.grad.double().square().sum()) for f in (p.A, p.B)] for p in pairs(self)}
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[:3].parameters(), 0.1), torch.optim.SGD(self.net[3:].parameters(), 0.1)]
+
+
+def test_each_of_several_optimizers_has_its_gradients_in_the_shares(tmp_path):
+    module = Alternating()
+    run(tmp_path, module, AdapterMonitor(every_n_steps=4))
+    last, total = logged(tmp_path)[-1], sum(map(sum, module.squares.values()))
+    for name, squares in module.squares.items():
+        shares = [last[f"lora/gradient_share_{side}/{name}"] for side in ("A", "B")]
+        assert shares == pytest.approx([square / total for square in squares], rel=1e-5)
+
+
 def test_what_does_not_train_is_named_once(tmp_path):
     (message,) = said(tmp_path, Odd())
     assert "at step 2" in message
@@ -239,7 +294,7 @@ def _look(model: nn.Module) -> dict[str, float]:
     taken: dict[str, float] = {}
     logger = SimpleNamespace(log_metrics=lambda metrics, step: taken.update(metrics))
     loops = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
-    one: Any = SimpleNamespace(global_step=0, loggers=[logger], fit_loop=loops)
+    one: Any = SimpleNamespace(global_step=0, loggers=[logger], fit_loop=loops, strategy=None, optimizers=[None])
     module: Any = model
     module.log = lambda *args, **kwargs: None
     monitor = AdapterMonitor(every_n_steps=1)

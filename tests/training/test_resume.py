@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,21 @@ def test_a_resumed_run_does_not_save_the_step_again_at_which_it_was_saved(tmp_pa
     fit(tmp_path, ckpt=str(tmp_path / "from.ckpt"), checkpoints=saver, accumulate_grad_batches=2)
     assert {path.name for path in tmp_path.glob("*.ckpt")} & {"step=4.ckpt", "step=4-v1.ckpt"} == set()
     assert names - {"step=4.ckpt"} <= {path.name for path in tmp_path.glob("*.ckpt")}
+
+
+def test_the_last_checkpoint_of_a_resumed_run_is_that_of_the_run_that_was_not_interrupted(tmp_path: Path) -> None:
+    """It is saved with each that is among the best. In this run, the first epoch's is the best."""
+
+    def left(ckpt: Path | None = None, epochs: int = EPOCHS) -> dict[str, int]:
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="epoch", mode="min", save_last=True)
+        pl.seed_everything(1, verbose=False)
+        trainer(LoRACallback(rank=2), saver, max_epochs=epochs).fit(Resumed(), ckpt_path=ckpt)
+        return {path.name: torch.load(path)["global_step"] for path in tmp_path.glob("*.ckpt")}
+
+    whole = left()
+    shutil.rmtree(tmp_path)
+    left(epochs=1)
+    assert left(ckpt=tmp_path / "last.ckpt") == whole == {"epoch=0.ckpt": STEPS, "last.ckpt": STEPS}
 
 
 def test_an_epochs_last_batch_that_was_saved_before_the_validation_is_validated_after_resuming(tmp_path: Path) -> None:

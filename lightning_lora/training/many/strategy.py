@@ -138,7 +138,7 @@ class ManyStrategy(_Host):
                     else:
                         load_adapter_state_dict(module, own["state_dict"])
         restore_buffers(module, checkpoint[METADATA].get("buffers", {}))
-        self.lora.resume.saved_at = checkpoint[METADATA].get("saved_at", {})
+        self.lora.resume.last_saves = checkpoint[METADATA].get("last_saves", {})
 
     def _check_describes(self, checkpoint: Mapping[str, Any]) -> None:
         there = described(checkpoint)
