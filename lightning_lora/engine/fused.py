@@ -277,9 +277,13 @@ def _add_through_A(grad: Tensor | None, grad_H: Tensor, A: Tensor, scale: float,
 
 def _narrow_product(M: Tensor, X: Tensor) -> Tensor:
     """M X^T, (rank, n). In memory the rank comes first or last, whichever is faster (by up to three times)."""
-    if not X.is_cpu or (X.dtype == torch.bfloat16 and (M.shape[0] >= 16 or has_tiles())):
-        return torch.mm(X, M.t()).t()
-    return torch.mm(M, X.t())
+    return torch.mm(X, M.t()).t() if is_rank_last(M.shape[0], X) else torch.mm(M, X.t())
+
+
+def is_rank_last(rank: int, X: Tensor) -> bool:
+    """True if a product of X (n, d) with a factor is faster, (n, rank), than (rank, n). The order also decides in which
+    order bfloat16 is summed: to other bits, in one of some ten thousand elements."""
+    return not X.is_cpu or (X.dtype == torch.bfloat16 and (rank >= 16 or has_tiles()))
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_lora.engine.fused import is_rank_last
 from lightning_lora.engine.layers.base import Adapter
 from lightning_lora.engine.layers.conv import ConvLoRA
 from lightning_lora.engine.layers.embedding import EmbeddingLoRA
@@ -164,8 +165,8 @@ class _Routed(torch.autograd.Function):
             A = torch.stack(factors[at : at + size]).to(dtype)
             B = torch.stack(factors[at + size : at + 2 * size]).to(dtype)
             at += 2 * size
-            H = torch.bmm(X[where], A.mT)
-            Y[where].baddbmm_(H, B.mT.contiguous(), alpha=scale)  # four times as fast as by short rows
+            H = _narrow_products(A, X[where])
+            Y[where].baddbmm_(H.mT, B.mT.contiguous(), alpha=scale)  # four times as fast as by short rows
             kept += [A, B, H]
         ctx.save_for_backward(x, W, *kept)
         ctx.count, ctx.runs, ctx.dtypes = count, runs, [f.dtype for f in factors]
@@ -182,12 +183,17 @@ class _Routed(torch.autograd.Function):
         gradients: list[Tensor] = []
         for i, (where, scale) in enumerate(ctx.runs):
             A, B, H = kept[3 * i : 3 * i + 3]
-            from_y = torch.bmm(G[where], B)
+            from_y = _narrow_products(B.mT, G[where])
             if through is not None:
-                through[where].baddbmm_(from_y, A, alpha=scale)
+                through[where].baddbmm_(from_y.mT, A, alpha=scale)
             at = len(gradients)
-            for product in (torch.bmm(from_y.mT, X[where]), torch.bmm(H.mT, G[where]).mT):
+            for product in (torch.bmm(from_y, X[where]), torch.bmm(H, G[where]).mT):
                 product = product.to(ctx.dtypes[at], memory_format=torch.contiguous_format)
                 gradients += product.mul_(scale).unbind()
         grad_x = None if through is None else through.view(x.shape).to(ctx.x_dtype)
         return (grad_x, None, None, None, None, None, *gradients)
+
+
+def _narrow_products(M: Tensor, X: Tensor) -> Tensor:
+    """M X^T, (members, rank, n), summed as for each member alone."""
+    return torch.bmm(X, M.mT).mT if is_rank_last(M.shape[1], X) else torch.bmm(M, X.mT)
