@@ -166,7 +166,7 @@ class _Routed(torch.autograd.Function):
             B = torch.stack(factors[at + size : at + 2 * size]).to(dtype)
             at += 2 * size
             H = _narrow_products(A, X[where])
-            Y[where].baddbmm_(H.mT, B.mT.contiguous(), alpha=scale)  # four times as fast as by short rows
+            Y[where].baddbmm_(H.mT, B.mT, alpha=scale)
             kept += [A, B, H]
         ctx.save_for_backward(x, W, *kept)
         ctx.count, ctx.runs, ctx.dtypes = count, runs, [f.dtype for f in factors]
