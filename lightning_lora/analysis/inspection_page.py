@@ -71,7 +71,7 @@ def _summary(page: Page, report: Inspection) -> None:
         ("adapter", report.adapter),
         ("compared with", report.other),
         ("base", None if report.base is None else f"{report.base}, {report.dtype}"),
-        ("adapted layers", f"{len(layers)}, of {len(report.kinds)} kinds"),
+        ("adapted layers", f"{len(layers)}, of {len(report.kinds)} kind{'' if len(report.kinds) == 1 else 's'}"),
         ("rank, the most directions", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"),
         ("directions that are used", spread([layer.effective_rank for layer in layers])),
         ("size beside the weight", spread([layer.relative_norm for layer in layers]) if report.base else None),
@@ -131,6 +131,8 @@ def _ranks(page: Page, report: Inspection) -> None:
         ]
         at = [[one[i] for one in shares if len(one) > i] for i in range(count)]
         falls[name] = [(i + 1.0, statistics.median(values)) for i, values in enumerate(at) if values]
+    if all(len(points) < 2 for points in falls.values()):
+        return  # of rank 1
     _lines(
         page,
         falls,

@@ -128,9 +128,8 @@ def _write_page(sweep: Path, jobs: list[dict[str, Any]], rows: list[dict[str, An
     bases = {job.get("before", {}).get(metric) for job in jobs if "after" in job}
     base = bases.pop() if len(bases) == 1 else None
     names = f" They differ in {', '.join(varied)}." if varied else ""
-    page = comparison(
-        f"Sweep {sweep.name}", f"{len(jobs)} trainings.{names}", runs, rows, metric=metric, mode=done["mode"], base=base
-    )
+    lead = f"{len(jobs)} trainings, each with the metrics of the adapter that it kept.{names}"
+    page = comparison(f"Sweep {sweep.name}", lead, runs, rows, metric=metric, mode=done["mode"], base=base)
     page.write(sweep / PAGE)
 
 

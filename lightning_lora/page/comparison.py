@@ -18,6 +18,20 @@ _LOGARITHMIC = 4.0
 """Settings whose largest value is so many times the smallest are drawn on a logarithmic axis."""
 
 
+_MEANINGS = {
+    "rank": "how many directions the update of each layer has; more of them can change more",
+    "alpha": "the update of each layer is multiplied by alpha / rank, with rsLoRA by alpha / sqrt(rank)",
+    "lr": "the learning rate, how far a step of training goes; too small a one learns little, too large a one diverges",
+    "dropout": "the share of an adapter's inputs that each step of training leaves out at random",
+    "seed": "where random numbers begin; what runs differ by that differ in it alone is chance",
+    "parameters": "how many numbers were trained; those of the base stay as they are",
+    "seconds": "the time that training took; runs that were trained together have equal parts of theirs",
+    "folder": "where the files of the run are, in the folder of this page",
+    "validations": "how often the metrics were measured while it trained",
+}
+"""The last part of a column's name -> its meaning, for a reader who knows LoRA by name."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One of the trainings that are compared."""
@@ -59,6 +73,13 @@ def comparison(
     page.section("All runs")
     columns = list(rows[0]) if rows else []
     page.table(columns, [[written(row.get(c)) for c in columns] for row in rows], "The best first")
+    better = "lower" if mode == "min" else "higher"
+    meanings = {name: _MEANINGS[end] for name in columns if (end := name.rpartition(".")[2]) in _MEANINGS}
+    meanings |= {metric: f"what the runs are compared by; {better} is better"}
+    if base is not None:
+        meanings |= {"bare base": "the model without an adapter, as it was before all of these"}
+    page.paragraph("What the words mean:")
+    page.items([f"{name}: {meaning}." for name, meaning in meanings.items()])
     found = [run for run in runs if run.value is not None and math.isfinite(run.value)]
     if failed := [run for run in runs if run not in found]:
         page.paragraph(f"{len(failed)} of {len(runs)} have no result:")
@@ -67,7 +88,6 @@ def comparison(
     if drawn:
         if len(drawn) > 1:
             page.section(f"What {metric} depends on")
-        better = "lower" if mode == "min" else "higher"
         aside = [run.name for run in found if run not in drawn]
         left_out = f" Left out, since they are far worse: {', '.join(aside)}." if aside else ""
         chart = _Charts(page, drawn, metric, base, f"{better.capitalize()} is better.{left_out}")

@@ -33,6 +33,17 @@ def test_the_table_has_the_numbers_of_the_runs_as_they_are_printed():
     ]
 
 
+def test_the_page_says_what_its_columns_and_the_bare_base_mean():
+    text, _ = page(of_rates({1e-4: 2.0, 1e-3: 1.0}), base=3.0)
+    for words in ("optimizer.lr: the learning rate", "parameters: how many", "val_loss: what the runs are compared by"):
+        assert f"<li>{words}" in text
+    assert "lower is better" in text
+    assert "<li>bare base: the model without an adapter" in text
+    text, _ = page(of_rates({1e-4: 2.0, 1e-3: 1.0}), mode="max")
+    assert "higher is better" in text
+    assert "bare base" not in text
+
+
 def test_a_learning_rate_has_a_logarithmic_axis_and_each_value_its_place():
     _, found = page(of_rates({1e-4: 2.0, 1e-3: 1.0, 1e-2: 1.5}))
     (x0, y0), (x1, y1), (x2, y2) = found.points[:3]
