@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_lora import __version__
 from lightning_lora.checked import one_of
 from lightning_lora.engine import (
     Injection,
@@ -153,7 +153,7 @@ def save_tensors(
 
     values = {key: layout.value_in_file(name, value) for key, name in layout.written_keys().items()}
     note = {
-        "version": __version__,
+        "version": version("lightning-lora"),
         "module": module,
         "config": own_fields(injection.config, dropout=targets.without_dropout),
         **(known_base or describe_base(model, root)),

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,6 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, Repositor
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token
 
-from lightning_lora import __version__
 from lightning_lora.checked import did_you_mean
 from lightning_lora.errors import CheckpointError, HubError, HubIntegrityError
 from lightning_lora.files import own_name, remove_leftovers, written_beside
@@ -71,7 +71,7 @@ class Remote:
             endpoint=endpoint,
             token=plain_token(str(given)) if given else False,
             library_name="lightning_lora",
-            library_version=__version__,
+            library_version=version("lightning-lora"),
         )
 
     def commit_of(self, revision: str) -> str:

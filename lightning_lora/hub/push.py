@@ -6,13 +6,13 @@ import io
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd
 from torch import Tensor, nn
 
-from lightning_lora import __version__
 from lightning_lora.errors import CheckpointError, HubError, HubUnavailableError
 from lightning_lora.files import within_temporary_folder
 from lightning_lora.format.folder import CARD
@@ -139,7 +139,7 @@ class Push:
         self.staged = staged
         self.run = run
         self.title, _, more = title.strip().partition("\n")
-        parts = [more.strip(), description.strip(), f"Pushed by lightning_lora {__version__}."]
+        parts = [more.strip(), description.strip(), f"Pushed by lightning_lora {version('lightning-lora')}."]
         self.description = "\n\n".join(part for part in parts if part)
         self._first_head: str | None = None
         self._pull_requests: dict[str, str] = {}

@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from lightning_lora import __version__
 from lightning_lora.checked import number, one_of, share, whole
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.combine import DENSE, METHODS, Combined, Term, combine
@@ -354,7 +354,7 @@ def _common(values: list[Any]) -> Any:
 def _note(adapters: Mapping[str, Parts], module: str, report: CombineReport) -> dict[str, Any]:
     base = next((parts.note for parts in adapters.values() if parts.note.get("base_fingerprint")), {})
     return {
-        "version": __version__,
+        "version": version("lightning-lora"),
         "module": module,
         **{key: base[key] for key in ("base_fingerprint", "base_dtypes") if key in base},
         "combined": {"method": report.method, "adapters": [list(entry) for entry in report.adapters]},

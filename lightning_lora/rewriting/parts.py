@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_lora import __version__
 from lightning_lora.engine import LoRAConfig
 from lightning_lora.engine.config import pattern_matches, scale_of
 from lightning_lora.engine.layers.pair import from_blocks
@@ -169,7 +169,7 @@ class Parts:
         """Write another adapter into `target`, with the fields `data` and with `tensors`; `note` goes into its file,
         what is `said` into its card."""
         data = {**data, _BASE: base_id(data.get(_BASE))}
-        notes = {key: {**value, "version": __version__} for key, value in note.items()}
+        notes = {key: {**value, "version": version("lightning-lora")} for key, value in note.items()}
         card = model_card(
             data,
             modules=len(peft.adapted_names(tensors)),
