@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_lora.cli.grouping import Job
+from lightning_lora.cli.results import shown
 from lightning_lora.cli.runs import EarlierMetrics, settings_for_loggers
 from lightning_lora.cli.settings import build, build_each, target
 from lightning_lora.engine import LoRAConfig, adapter_state_dict
@@ -21,6 +22,7 @@ from lightning_lora.files import remove_folder
 from lightning_lora.hub import adapter_root
 from lightning_lora.hub.adapters import save_tensors
 from lightning_lora.page import written
+from lightning_lora.training.checkpoint_file import read_checkpoint
 from lightning_lora.training.lightning_private import last_save, set_last_save
 from lightning_lora.training.loggers import log_run, optimizer_settings
 from lightning_lora.training.many import MultiLoRACallback
@@ -54,6 +56,7 @@ class Member:
         return {
             "savers": [saver.state_dict() for saver in self.savers],
             "last_saves": [last_save(saver) for saver in self.savers],
+            "overrides": list(self.job.overrides),
             **{name: getattr(self, name) for name in _STATE},
         }
 
@@ -153,6 +156,19 @@ class Members(Checkpoint):
 
 
 _KEY = "lightning_lora_jobs"
+
+
+def check_same_jobs(checkpoint: Path, jobs: Sequence[Job]) -> None:
+    """Raise ConfigError unless the checkpoint is of a run of these jobs, with these settings; CheckpointError where it
+    is damaged."""
+    saved = read_checkpoint(checkpoint, torch.load)["callbacks"][Members.__qualname__]
+    there = {name: own["overrides"] for name, own in saved.items()}
+    if there != {f"job{job.number}": list(job.overrides) for job in jobs}:
+        of = "\n  ".join(f"{name}: {' '.join(overrides)}" for name, overrides in there.items())
+        raise ConfigError(
+            f"hydra.launcher.resume: {shown(checkpoint)} is of these jobs:\n  {of}\nRepeat the command of the sweep "
+            "that was interrupted."
+        )
 
 
 def _check_monitored(member: Member) -> None:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from lightning_lora.cli import train
 from lightning_lora.cli.explain import explain
 from lightning_lora.cli.grouping import Job, numbers
-from lightning_lora.cli.members import EachOwnLogger, Member, Members, as_seen, save
+from lightning_lora.cli.members import EachOwnLogger, Member, Members, as_seen, check_same_jobs, save
 from lightning_lora.cli.process import quieten, use_available_cores
 from lightning_lora.cli.results import CONFIG, METRICS
 from lightning_lora.cli.runs import Lines, MeasuredEnd, SeededStart, shows_progress
@@ -28,6 +28,8 @@ class SharedRun:
         self._jobs, self._wave = jobs, wave
         self._checkpoint = folder.absolute() / "together" / f"{jobs[0].number}.ckpt"
         self._goes_on = resume and self._checkpoint.is_file()
+        if self._goes_on:
+            check_same_jobs(self._checkpoint, jobs)
         self._has_stepped = False
         self._results: dict[str, dict[str, Any]] = {}
         self._failure: Exception | None = None

@@ -56,10 +56,13 @@ class Sweep:
         setup_globals()
         self._argv = list(sys.argv)
         configs = {n: self._composed(n, overrides) for n, overrides in enumerate(job_overrides, first)}
-        groups = grouped([self._job(number, config) for number, config in configs.items()])
+        jobs = [self._job(number, config) for number, config in configs.items()]
+        groups = grouped(jobs)
         if first == 0 and all(len(group) == 1 for group in groups):
             self._leave_no_folder()
             raise ConfigError(_nothing_together(groups))
+        for job in jobs if self._resumes else ():
+            self._check_same(job)
         print(described(groups), flush=True)
         returned = {}
         for group in groups:
@@ -141,13 +144,23 @@ class Sweep:
             return False  # hydra.launcher.resume=false: whatever lies in the folder is of another sweep
         if job.noted is not None and not job.noted.is_file():
             return False  # the first job of a run writes the results of all, and then Hydra runs the others
-        found = json.loads(results.read_text(encoding="utf-8"))
-        if found["overrides"] != list(job.overrides):
+        return "error" not in json.loads(results.read_text(encoding="utf-8"))
+
+    def _check_same(self, job: Job) -> None:
+        """Raise ConfigError where the job's folder is of a job with other settings: what was trained with those would
+        count as trained with these."""
+        results = Path(job.settings.get("run_dir", "")) / RESULTS
+        if job.settings and results.is_file():
+            file, found = results, json.loads(results.read_text(encoding="utf-8"))["overrides"]
+        elif job.noted is not None and job.noted.is_file():
+            file, found = job.noted, OmegaConf.to_container(OmegaConf.load(job.noted))
+        else:
+            return
+        if found != list(job.overrides):
             raise ConfigError(
-                f"hydra.launcher.resume: {shown(results)} is of a job with other settings: "
-                f"{' '.join(found['overrides'])}. Repeat the command of the sweep that was interrupted."
+                f"hydra.launcher.resume: {shown(file)} is of a job with other settings: {' '.join(found)}. Repeat the "
+                "command of the sweep that was interrupted."
             )
-        return "error" not in found
 
     def _done(self, job: Job, config: DictConfig) -> JobReturn:
         """What the finished `job` returned. Its results are written once more: the table is of files that are new."""

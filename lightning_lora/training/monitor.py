@@ -134,15 +134,16 @@ class AdapterMonitor(Callback):
 
     def _look(self, own: Sequence[Pair], squares: Mapping[tuple[str, str], float]) -> dict[str, float]:
         """The metrics of the adapter with these pairs, over all layers and by layer."""
-        layers = _spectra(own)
+        layers, total = _spectra(own), torch.tensor(sum(squares.values()), dtype=torch.float64)
+        shares = {}
         for side in ("A", "B"):
-            values = [squares.get((p.name, side), math.nan if getattr(p, side).requires_grad else 0.0) for p in own]
-            layers[f"gradient_share_{side}"] = torch.tensor(values, dtype=torch.float64) / sum(squares.values())
+            known = [squares.get((p.name, side), math.nan if getattr(p, side).requires_grad else 0.0) for p in own]
+            layers[f"gradient_share_{side}"] = torch.tensor(known, dtype=torch.float64) / total
+            shares[f"gradient_share_{side}"] = sum(square for (_, s), square in squares.items() if s == side) / total
         norms, base = layers.pop("norm"), self._norms_of_base(own)
         layers |= {"relative_norm": norms / base, "is_zero": (norms == 0).float()}
         overall = {name: values.mean() for name, values in layers.items()}
-        sums = ("gradient_share_A", "gradient_share_B", "is_zero")
-        overall |= {name: layers[name].nansum() for name in sums}
+        overall |= {**shares, "is_zero": layers["is_zero"].sum()}
         overall["relative_norm"] = norms[~base.isnan()].norm() / base[~base.isnan()].norm()
         metrics = {f"lora/{name}": float(value) for name, value in overall.items()}
         for name, values in layers.items():

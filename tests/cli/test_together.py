@@ -237,15 +237,21 @@ def test_what_a_module_logs_for_an_epoch_alone_is_not_given_for_a_step(cli):
 
 
 @pytest.mark.slow
-def test_a_shared_run_that_was_stopped_goes_on_as_if_it_had_not_been(cli):
+def test_a_shared_run_that_was_stopped_goes_on_as_if_it_had_not_been(cli, monkeypatch):
     rates = "optimizer.lr=0.01,0.9"  # with the second, the best adapter is the first epoch's
-    of_all = ["-m", "lora.rank=1,2", rates, "task._target_=standin.Terminated"]
-    assert cli.train(*of_all, "task.at=100", "hydra.sweep.dir=alone") == 0
-    sweep = [*of_all, "hydra.sweep.dir=together", TOGETHER]
-    assert cli.train(*sweep, "task.at=5") == 143
+    sweep = ["-m", "lora.rank=1,2", rates, "task._target_=standin.Terminated", "task.at=5"]
+    assert cli.train(*sweep, "hydra.sweep.dir=together", TOGETHER) == 143
     said = cli.out.strip().splitlines()[-1]
     assert said.endswith("hydra.sweep.dir=together hydra.launcher.resume=true")
-    command = shlex.split(said.partition("lightning-lora ")[2].replace("task.at=5", "task.at=100"))
+    command = shlex.split(said.partition("lightning-lora ")[2])
+    monkeypatch.setattr("os.kill", lambda *_: None)
+    for was, other, said in (
+        ("lora.rank=1,2", "lora.rank=1,3", "0.ckpt is of these jobs"),  # the first job is the same
+        (rates, "optimizer.lr=0.02,0.9", "overrides.yaml is of a job with other settings"),
+    ):
+        assert cli(*(other if given == was else given for given in command)) == 2, "it would count as trained with that"
+        assert said in cli.err
+    assert cli.train(*sweep, "hydra.sweep.dir=alone") == 0
     assert cli(*command) == 0
     assert "step 4 " not in cli.out, "what was trained is not trained again"
     assert_same_sweep(Path("together"), Path("alone"))
