@@ -223,7 +223,9 @@ def main() -> None:
     for name, (_, _, cells) in zip(TASKS, found, strict=True):
         report.table(f"The sweep: {name}", cells[:8])
     report.note("The sweep's best is the best of 56 with one seed, so chance favours it; not so with fresh seeds.")
-    report.note("Of candidates that seeds do not tell apart, advise takes the cheapest within 1 % of the best in the mean.")
+    report.note(
+        "Of candidates that seeds do not tell apart, advise takes the cheapest within 1 % of the best in the mean."
+    )
     report.write(given.results)
 
 
