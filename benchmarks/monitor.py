@@ -91,13 +91,16 @@ def measured(workload: Workload, rounds: int) -> Row:
 def looking(model: nn.Module, monitor: AdapterMonitor, logger: CSVLogger) -> Any:
     """The two hooks of a step at which the monitor looks, with a stand-in for the Trainer."""
     epochs = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = SimpleNamespace(param_groups=[{"lr": 1e-4, "params": trained}])
     trainer: Any = SimpleNamespace(
-        global_step=monitor.every_n_steps - 1, loggers=[logger], fit_loop=epochs, strategy=None
+        global_step=monitor.every_n_steps - 1,
+        loggers=[logger],
+        fit_loop=epochs,
+        optimizers=[optimizer],
+        strategy=None,
     )
     model.log = lambda *args, **kwargs: None  # type: ignore[assignment]
-    optimizer: Any = SimpleNamespace(
-        param_groups=[{"lr": 1e-4, "params": [p for p in model.parameters() if p.requires_grad]}]
-    )
     monitor.on_train_start(trainer, model)  # type: ignore[arg-type]
 
     def look() -> None:
